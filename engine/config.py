@@ -1,0 +1,155 @@
+"""What a recipe may say about models, training, sampling and compute; closed (an unknown key is an error)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Base of every block of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters in peft's layout."""
+
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = 8
+    """Rank r of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Scale of the update is alpha / rank."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
+    """Names of the linear modules that get an adapter."""
+
+
+class FullSettings(Settings):
+    """Every weight is trained."""
+
+    type: Literal["full"] = "full"
+
+
+Tuning = Annotated[LoraSettings | FullSettings, Field(discriminator="type")]
+
+
+class OptimSettings(Settings):
+    """One training stage: AdamW, linear warm-up, then cosine or constant learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    epochs: PositiveInt = 1
+    """Passes over the data."""
+    batch: PositiveInt = 16
+    """Sequences (SFT) or pairs (preference) that make one optimiser step, over all ranks."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine and linear end at zero."""
+    warmup_fraction: Fraction = 0.0
+    """Share of the steps with a linearly growing learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    microbatch_tokens: PositiveInt = 8192
+    """Token budget of one packed forward; changes memory and speed, not the loss."""
+    save_every_steps: PositiveInt = 200
+    """A checkpoint inside the stage after so many optimiser steps."""
+
+
+LossName = Literal["sigmoid", "ipo", "hinge", "robust"]
+
+
+class PreferenceSettings(OptimSettings):
+    """Contrastive preference optimisation (DPO, arXiv 2305.18290) plus an SFT term on the chosen answer."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    loss: LossName = "sigmoid"
+    """`sigmoid` (DPO; with label_smoothing cDPO), `ipo` (length-normalised), `hinge` (SLiC) or `robust` (rDPO)."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength of the pull towards the reference policy."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed rate of swapped pairs."""
+    sft_weight: Annotated[float, Field(ge=0)] = 0.2
+    """Weight of the mean token NLL of the chosen answer (LLaMA-Factory's `dpo_ftx`)."""
+
+
+class SamplingSettings(Settings):
+    """How answers are drawn; filters apply in Hugging Face's order: temperature, top-k, top-p, min-p."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.95
+    """0 is greedy decoding."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Smallest set of tokens whose probability reaches this."""
+    top_k: Annotated[int, Field(ge=0)] = 50
+    """Only the k most likely tokens; 0 turns it off."""
+    min_p: Fraction = 0.0
+    """Only tokens at least this fraction as likely as the best one."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Divides (multiplies, where negative) the logits of tokens that were already seen."""
+    max_new_tokens: PositiveInt = 512
+    """Longest answer."""
+
+
+class PretrainSettings(OptimSettings):
+    """Plain language modelling on documents, for models made on the spot."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    max_documents: PositiveInt | None = None
+    """Use only the first documents of the corpus."""
+
+
+class InitSettings(Settings):
+    """A small Llama built, given a tokenizer and pretrained here, so that everything works offline."""
+
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt | None = None
+    """Defaults to num_heads."""
+    intermediate_size: PositiveInt | None = None
+    """Width of the MLP; defaults to 8/3 of hidden_size, rounded up to a multiple of 8."""
+    context: PositiveInt = 512
+    """Longest sequence in tokens."""
+    tokenizer: Literal["word", "bpe"] = "bpe"
+    """`word`: one token a blank-separated word; `bpe`: byte-level byte-pair encoding."""
+    vocab_size: PositiveInt = 2048
+    """Upper bound on the size of the trained vocabulary."""
+    corpus: str = "data"
+    """`data` (documents that the dataset sets aside for pretraining) or the path of a text file, a document a line."""
+    pretrain: PretrainSettings = PretrainSettings()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> InitSettings:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError("hidden_size must be num_heads times an even head size")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError("num_heads must be a multiple of num_kv_heads")
+        return self
+
+
+class ComputeSettings(Settings):
+    """Where and how the work is done; nothing here changes the method."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 on GPUs and float32 on CPUs."""
+    jobs: PositiveInt = 1
+    """Stages that may run at once, each in a process of its own (single-node CPU runs)."""
+    threads: PositiveInt | None = None
+    """CPU threads of each process; part of what makes CPU results equal to the bit."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Base models kept loaded at once may take this much; default: 60% of the device's memory."""
+    score_tokens: PositiveInt = 16384
+    """Token budget of one packed scoring forward."""
+    generation_batch: PositiveInt = 64
+    """Sequences decoded together."""
+    wave_requests: PositiveInt = 256
+    """Requests that generation commits to disk together; the unit of resume."""
+    timeout_s: PositiveInt = 1800
+    """How long a rank waits for the others before the run stops."""

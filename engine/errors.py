@@ -1,0 +1,94 @@
+"""The errors a person meets: one line each, a remedy, and an exit code per kind.
+
+    error: FILE:LINE: FIELD: problem. Fix: remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, where it is, and what to do about it."""
+
+    message: str
+    fix: str = ""
+    file: str = ""
+    line: int | None = None
+    field: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        head = ": ".join(part for part in ("error", where, self.field) if part)
+        text = f"{head}: {self.message.rstrip('.')}."
+        return f"{text} Fix: {self.fix.rstrip('.')}." if self.fix else text
+
+
+class MacpoError(Exception):
+    """Base of every expected failure; `code` is the process's exit code."""
+
+    code = 1
+
+    def __init__(
+        self,
+        message: str = "",
+        fix: str = "",
+        *,
+        file: str = "",
+        line: int | None = None,
+        field: str = "",
+        problems: Sequence[Problem] | None = None,
+    ) -> None:
+        self.problems = tuple(problems) if problems else (Problem(message, fix, str(file), line, field),)
+        super().__init__("\n".join(map(str, self.problems)))
+
+    def __reduce__(self) -> tuple[object, ...]:  # survives the trip back from a worker process
+        return _rebuild, (type(self), self.problems)
+
+
+def _rebuild(kind: type[MacpoError], problems: tuple[Problem, ...]) -> MacpoError:
+    return kind(problems=problems)
+
+
+class ConfigError(MacpoError):
+    """The recipe or the command line is wrong."""
+
+    code = 2
+
+
+class DataError(MacpoError):
+    """An input row or file cannot be used."""
+
+    code = 3
+
+
+class ResourceError(MacpoError):
+    """Disk or memory does not suffice."""
+
+    code = 4
+
+
+class IntegrityError(MacpoError):
+    """Something written earlier no longer verifies."""
+
+    code = 5
+
+
+class NumericsError(MacpoError):
+    """A loss or gradient is not finite."""
+
+    code = 6
+
+
+class PeerError(MacpoError):
+    """Another process of the job failed or hangs."""
+
+    code = 7
+
+
+class Stopped(MacpoError):
+    """Stopped on request; the same command goes on from here."""
+
+    code = 75

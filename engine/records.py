@@ -1,0 +1,109 @@
+"""Prompt, Response, Example, Pair: the JSONL contract between stages.
+
+Text passes between agents, never token ids: every agent has a tokenizer and template of its own.
+`finished` says that an answer ended by itself; only then does it carry EOS in log-probs and training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A dialogue that waits for the assistant's answer; `id` is the hash of its content."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, messages: str | Iterable[Message]) -> Self:
+        """From chat messages, or from a string that becomes one user turn."""
+        turns: Iterable[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        kept = tuple({"role": m["role"], "content": m["content"]} for m in turns)
+        text = json.dumps(kept, ensure_ascii=False, sort_keys=True)
+        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], kept)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"prompt_id": self.id, "prompt": list(self.messages)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        return cls(row["prompt_id"], tuple(row["prompt"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What one policy answered to one prompt."""
+
+    prompt_id: str
+    agent: str
+    text: str
+    finished: bool
+    num_tokens: int
+    attempt: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        return cls(**{name: row[name] for name in cls.__slots__})
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with the one answer to imitate; `by` names who gave it ("human" or an agent)."""
+
+    prompt: Prompt
+    answer: str
+    finished: bool = True
+    by: str = "human"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.prompt.to_json(), "answer": self.answer, "finished": self.finished, "by": self.by}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        return cls(Prompt.from_json(row), row["answer"], row["finished"], row["by"])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with a better and a worse answer.
+
+    `ref_chosen_logp` is the summed log-prob of `chosen` under the policy that is about to be trained,
+    where a scoring stage has already computed it.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    chosen_finished: bool = True
+    rejected_finished: bool = True
+    chosen_by: str = "human"
+    rejected_by: str = "human"
+    ref_chosen_logp: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        rest = {name: getattr(self, name) for name in self.__slots__ if name != "prompt"}
+        return {**self.prompt.to_json(), **rest}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Self:
+        rest = {name: row[name] for name in cls.__slots__ if name != "prompt"}
+        return cls(Prompt.from_json(row), **rest)
+
+
+Record: TypeAlias = Prompt | Response | Example | Pair
+
+
+def to_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records as JSON objects, one a line."""
+    return [record.to_json() for record in records]
