@@ -1,0 +1,245 @@
+"""What is measured on the held-out prompts, and the summary that tables, claims and report are made from.
+
+Pure functions of plain numbers and texts: no model, no file. A higher value is better for `gold`,
+`preference_accuracy`, `reward_margin` and `logp_margin`; the answer statistics only describe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+Role: TypeAlias = Literal["teacher", "student", "baseline", "ceiling"]
+Scores: TypeAlias = dict[str, Any]  # {"iteration": int, metric: number, ...}
+Agents: TypeAlias = Mapping[str, Mapping[str, Any]]  # name -> {"role", "scores"} of a summary
+
+LABELS: dict[str, str] = {
+    "gold": "gold score",
+    "gold_se": "gold, standard error",
+    "gold_answers": "answers scored",
+    "preference_accuracy": "preference accuracy",
+    "preference_accuracy_se": "preference accuracy, standard error",
+    "preference_pairs": "human pairs",
+    "reward_margin": "implicit reward margin",
+    "logp_margin": "log-prob margin (nats)",
+    "logp_margin_per_token": "log-prob margin per token (nats)",
+    "judge_win_rate": "judge win rate",
+    "answers": "answers",
+    "mean_words": "words per answer",
+    "finished": "share that ended by itself",
+    "empty": "share empty",
+    "distinct_1": "distinct 1-grams",
+    "distinct_2": "distinct 2-grams",
+    "distinct_3": "distinct 3-grams",
+}
+"""Plain names of the metrics, in the order in which tables show them."""
+
+HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy")
+"""The first of these that every agent has is the one that headline, table and claims use."""
+
+
+def answer_stats(texts: Sequence[str], finished: Sequence[bool]) -> dict[str, float]:
+    """Length and variety of one policy's answers.
+
+    Returns `answers` (count), `mean_words` (blank-separated), `finished` and `empty` (shares in [0, 1]) and
+    `distinct_1..3`: distinct n-grams over all n-grams of all answers together (Li et al. 2016, arXiv 1510.03055).
+    Distinct-n falls with the number of words, so compare only policies that answered the same prompts.
+
+    Raises ValueError when the two sequences differ in length.
+    """
+    if len(texts) != len(finished):
+        raise ValueError(f"{len(texts)} texts but {len(finished)} finished flags")
+    words = [text.split() for text in texts]
+    count = max(len(texts), 1)
+    stats: dict[str, float] = {
+        "answers": len(texts),
+        "mean_words": sum(map(len, words)) / count,
+        "finished": sum(map(bool, finished)) / count,
+        "empty": sum(not answer for answer in words) / count,
+    }
+    for n in (1, 2, 3):
+        grams = [tuple(answer[i : i + n]) for answer in words for i in range(len(answer) - n + 1)]
+        stats[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else 0.0
+    return stats
+
+
+def preference_metrics(
+    chosen_logps: Sequence[float],
+    rejected_logps: Sequence[float],
+    base_chosen_logps: Sequence[float],
+    base_rejected_logps: Sequence[float],
+    *,
+    beta: float,
+    chosen_tokens: Sequence[int] | None = None,
+    rejected_tokens: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """How well a policy tells the human's chosen from the rejected answer, on pairs that it never trained on.
+
+    Arguments are one number a pair: summed answer log-probs (nats) under the policy pi and under its own base model,
+    the model before any alignment. The implicit reward is beta * (log pi - log pi_base) (DPO, Rafailov et al. 2023,
+    arXiv 2305.18290, equation 5 without its prompt-only term, which cancels inside a pair). So the base model itself
+    scores exactly 0.5, and agents with different bases and tokenizers can be compared.
+
+    Returns
+        `preference_accuracy`: share of pairs whose chosen answer has the higher reward, a tie counting half
+        (TRL counts a tie as wrong), with its standard error `preference_accuracy_se`;
+        `reward_margin`: mean reward of chosen minus rejected;
+        `logp_margin`: mean log pi(chosen) - log pi(rejected), without the base, so it also prefers short answers;
+        `logp_margin_per_token` where both token counts are given; `preference_pairs`: their number.
+
+    Raises ValueError on unequal lengths, no pair, or a log-prob that is not finite.
+    """
+    columns = (chosen_logps, rejected_logps, base_chosen_logps, base_rejected_logps)
+    if len({len(column) for column in columns}) != 1 or not len(chosen_logps):
+        raise ValueError(f"needs one or more pairs, equally many in each column; got {[len(c) for c in columns]}")
+    if not all(math.isfinite(value) for column in columns for value in column):
+        raise ValueError("a log-prob is not finite")
+    rewards = [beta * ((c - bc) - (r - br)) for c, r, bc, br in zip(*columns, strict=True)]
+    accuracy, accuracy_se = mean_and_se([(reward > 0) + 0.5 * (reward == 0) for reward in rewards])
+    metrics = {
+        "preference_accuracy": accuracy,
+        "preference_accuracy_se": accuracy_se,
+        "reward_margin": math.fsum(rewards) / len(rewards),
+        "logp_margin": math.fsum(c - r for c, r in zip(chosen_logps, rejected_logps, strict=True)) / len(rewards),
+        "preference_pairs": len(rewards),
+    }
+    if chosen_tokens is not None and rejected_tokens is not None:
+        per_token = [
+            c / max(nc, 1) - r / max(nr, 1)
+            for c, nc, r, nr in zip(chosen_logps, chosen_tokens, rejected_logps, rejected_tokens, strict=True)
+        ]
+        metrics["logp_margin_per_token"] = math.fsum(per_token) / len(per_token)
+    return metrics
+
+
+def gold_mean(scores: Sequence[float]) -> dict[str, float]:
+    """Mean of an exact scorer's values over the test prompts, its standard error, and their number.
+
+    Raises ValueError without a score.
+    """
+    mean, error = mean_and_se(scores)
+    return {"gold": mean, "gold_se": error, "gold_answers": len(scores)}
+
+
+def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean (sample deviation / sqrt n; 0 for one value)."""
+    if not len(values):
+        raise ValueError("the mean of no values")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def pgr(weak: float, student: float, ceiling: float) -> float | None:
+    """Performance gap recovered, (student - weak) / (ceiling - weak) (Burns et al. 2023, arXiv 2312.09390, section 3).
+
+    1 is the ceiling, 0 no gain over the weak supervisor, below 0 a loss. None when the ceiling is not above the weak
+    supervisor: there is no gap to recover.
+    """
+    return (student - weak) / (ceiling - weak) if ceiling > weak else None
+
+
+@dataclass
+class AgentHistory:
+    """One agent's scores by iteration; iteration 0 is the agent after its initialisation."""
+
+    role: Role
+    scores: list[Scores] = field(default_factory=list)
+
+    def add(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Adds one iteration's metrics (numbers; None where a metric could not be computed)."""
+        self.scores.append({"iteration": iteration, **metrics})
+
+    def to_json(self) -> dict[str, Any]:
+        """The agent's entry of summary.json; raises ValueError on an unknown role or a repeated iteration."""
+        if self.role not in get_args(Role):
+            raise ValueError(f"role {self.role!r} is not one of {get_args(Role)}")
+        rows = sorted(self.scores, key=lambda row: row["iteration"])
+        iterations = [row["iteration"] for row in rows]
+        if len(set(iterations)) != len(iterations):
+            raise ValueError(f"an iteration is given twice: {iterations}")
+        for row in rows:
+            for name, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} of iteration {row['iteration']} is {value}")
+        return {"role": self.role, "scores": [dict(row) for row in rows]}
+
+
+def build_summary(
+    agents: Mapping[str, AgentHistory],
+    stages: Iterable[Mapping[str, Any]],
+    seed: int,
+    versions: Mapping[str, str],
+    *,
+    arms: Mapping[str, Mapping[str, AgentHistory]] | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    `agents` holds teachers, the student, baselines and the ceiling of the main run; `arms` the agents of each
+    ablation, under its name; `stages` rows of {"name", "seconds", "tokens", ...}. `extra` goes in as it is; the
+    report knows `title`, `models` (agent -> text), `counts` (name -> number), `warnings` (texts), `descriptions`
+    (agent or arm -> one plain sentence). Adds `metric` (the headline metric) and `pgr` where it is defined.
+    """
+    summary: dict[str, Any] = {
+        "agents": {name: history.to_json() for name, history in agents.items()},
+        "stages": [dict(stage) for stage in stages],
+        "seed": seed,
+        "versions": dict(versions),
+        **extra,
+    }
+    if arms:
+        summary["arms"] = {arm: {name: h.to_json() for name, h in members.items()} for arm, members in arms.items()}
+    summary["metric"] = headline_metric(summary)
+    gaps = gaps_recovered(summary)
+    if gaps is not None:
+        summary["pgr"] = gaps
+    return summary
+
+
+def headline_metric(summary: Mapping[str, Any]) -> str | None:
+    """The metric that every agent of the main run has; None when there is none."""
+    rows = [row for agent in summary["agents"].values() for row in agent["scores"]]
+    for name in HEADLINE_METRICS:
+        if rows and all(row.get(name) is not None for row in rows):
+            return name
+    return None
+
+
+def first_and_last(agent: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """An agent's value at its first and at its last iteration; None without scores."""
+    values = [row[metric] for row in agent["scores"] if row.get(metric) is not None]
+    return (values[0], values[-1]) if values else None
+
+
+def of_role(agents: Agents, role: Role) -> dict[str, Mapping[str, Any]]:
+    """The agents of one role, in the summary's order."""
+    return {name: agent for name, agent in agents.items() if agent["role"] == role}
+
+
+def best_initial_teacher(agents: Agents, metric: str) -> tuple[str, float] | None:
+    """Name and value of the teacher that scores best before any iteration: the `weak` of PGR (METHOD.md)."""
+    starts = {name: first_and_last(agent, metric) for name, agent in of_role(agents, "teacher").items()}
+    values = {name: value[0] for name, value in starts.items() if value is not None}
+    return max(values.items(), key=lambda item: item[1]) if values else None
+
+
+def gaps_recovered(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """PGR of the student at every iteration, with the two ends of the gap; None without teachers, student or ceiling."""
+    agents, metric = summary["agents"], headline_metric(summary)
+    if metric is None:
+        return None
+    weak = best_initial_teacher(agents, metric)
+    tops = [first_and_last(agent, metric) for agent in of_role(agents, "ceiling").values()]
+    students = list(of_role(agents, "student").values())
+    if weak is None or not students or not tops or tops[0] is None:
+        return None
+    ceiling = tops[0][1]
+    rows = [
+        {"iteration": row["iteration"], "value": pgr(weak[1], row[metric], ceiling)} for row in students[0]["scores"]
+    ]
+    return {"metric": metric, "weak": weak[1], "weak_agent": weak[0], "ceiling": ceiling, "student": rows}
