@@ -1,0 +1,178 @@
+"""Prompt groups -> padding-free packed rows: the one data structure of scoring, SFT, DPO and prefill.
+
+    index          0  1  2 | 3  4 | 5  6  7        prompt of 3, two responses of 2 and 3 tokens
+    token          p0 p1 p2| c0 c1| r0 r1 r2
+    position       0  1  2 | 3  4 | 3  4  5
+    prefix         [0,0)   | [0,3)| [0,3)
+    segment_start  0  0  0 | 3  3 | 5  5  5
+    rows -> target 2->c0 3->c1 | 2->r0 5->r1 6->r2
+
+T tokens of the packed row, R responses, N response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from macpo.engine.errors import DataError
+from macpo.kernels import Segments
+
+
+@dataclass(slots=True)
+class PrefixGroup:
+    """One prompt and the responses that share it: n = 2 is a preference pair, n = 1 SFT or a document."""
+
+    prompt_ids: list[int]
+    responses: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed group; the prompt counts once."""
+        return len(self.prompt_ids) + sum(map(len, self.responses))
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(map(len, self.responses))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the prompt with its longest response: the positions that the model must have."""
+        return len(self.prompt_ids) + max(map(len, self.responses), default=0)
+
+    def check(self, name: str = "group") -> None:
+        """Raises DataError where a response could not be predicted: no prompt token, or an empty response."""
+        if not self.prompt_ids:
+            raise DataError("the prompt has no token", "give the prompt a BOS token or some text", field=name)
+        if not self.responses or not all(self.responses):
+            raise DataError("a response has no token", "drop empty responses before packing", field=name)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Several groups in one row of tokens.
+
+    Attributes:
+        input_ids, position_ids: [1, T] int64.
+        segments: who sees whom.
+        rows: [N] int64, index of the token whose hidden state predicts the target.
+        target: [N] int64 response token ids, in the order of groups and responses.
+        cu_rows: [R + 1] int32 on the CPU, offsets of the responses in `rows`.
+        groups: index of each packed group in the sequence that was given to `pack`.
+        max_length: longest prompt with response, in tokens.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Segments
+    rows: Tensor
+    target: Tensor
+    cu_rows: Tensor
+    groups: tuple[int, ...]
+    max_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.shape[0]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on a device; `cu_rows` stays on the CPU, where chunking is planned."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "rows", "target")}
+        return replace(self, segments=self.segments.to(device), **moved)
+
+
+def pack(
+    groups: Sequence[PrefixGroup],
+    *,
+    max_tokens: int,
+    order: Literal["ffd", "given"] = "ffd",
+    indices: Sequence[int] | None = None,
+) -> list[PackedBatch]:
+    """Pack groups into rows of at most `max_tokens` tokens.
+
+    Args:
+        groups: what to pack; none is ever cut, split or dropped, so a longer group gets a row of its own.
+        max_tokens: token budget of a row.
+        order: "ffd" first-fit decreasing by tokens (ties by index); "given" fills rows in the given order.
+        indices: pack only these groups, still named by their index in `groups`.
+
+    Returns:
+        Packed rows; a function of the lengths and the budget alone.
+
+    Raises:
+        DataError: a group without prompt token or with an empty response.
+    """
+    wanted = range(len(groups)) if indices is None else indices
+    if order == "ffd":
+        wanted = sorted(wanted, key=lambda i: (-groups[i].num_tokens, i))
+    return [_build(groups, bin_) for bin_ in _bins(groups, wanted, max_tokens, first_fit=order == "ffd")]
+
+
+def _bins(groups: Sequence[PrefixGroup], order: Sequence[int], max_tokens: int, first_fit: bool) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        size = groups[i].num_tokens
+        candidates = range(len(bins)) if first_fit else range(max(0, len(bins) - 1), len(bins))
+        chosen = next((b for b in candidates if room[b] >= size), None)
+        if chosen is None:
+            bins.append([])
+            room.append(max_tokens)
+            chosen = len(bins) - 1
+        bins[chosen].append(i)
+        room[chosen] -= size
+    return bins
+
+
+def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch:
+    ids: list[int] = []
+    positions: list[int] = []
+    prefix_start: list[int] = []
+    prefix_end: list[int] = []
+    segment_start: list[int] = []
+    rows: list[int] = []
+    target: list[int] = []
+    cu_rows = [0]
+    cu_groups = [0]
+    for i in indices:
+        group = groups[i]
+        group.check(f"group {i}")
+        start, num_prompt = len(ids), len(group.prompt_ids)
+        ids += group.prompt_ids
+        positions += range(num_prompt)
+        prefix_start += [start] * group.num_tokens
+        prefix_end += [start] * num_prompt + [start + num_prompt] * group.num_response_tokens
+        segment_start += [start] * num_prompt
+        for response in group.responses:
+            first, length = len(ids), len(response)
+            ids += response
+            positions += range(num_prompt, num_prompt + length)
+            segment_start += [first] * length
+            rows.append(start + num_prompt - 1)  # every response's first token is predicted by the prompt's last row
+            rows += range(first, first + length - 1)
+            target += response
+            cu_rows.append(len(target))
+        cu_groups.append(len(ids))
+    marks = torch.tensor([prefix_start, prefix_end, segment_start], dtype=torch.int32)
+    tokens = torch.tensor([ids, positions], dtype=torch.int64)
+    index = torch.tensor([rows, target], dtype=torch.int64)
+    return PackedBatch(
+        input_ids=tokens[:1],
+        position_ids=tokens[1:],
+        segments=Segments(marks[0], marks[1], marks[2], tuple(cu_groups)),
+        rows=index[0],
+        target=index[1],
+        cu_rows=torch.tensor(cu_rows, dtype=torch.int32),
+        groups=tuple(indices),
+        max_length=max(groups[i].max_length for i in indices),
+    )
