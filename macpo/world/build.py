@@ -1,0 +1,175 @@
+"""Builds the demo world: splits of the prompts, pretraining text, noisy human labels, clean answers.
+
+documents["teacher"], documents["student"]   good and bad behaviour alike, and echoes that attach no value
+teachers[k]    human pairs of teacher k: few, and mostly wrong outside the topics that its labellers know
+student        prompts that the teachers answer; chosen is clean, and only the ceiling may read it
+test           prompts for evaluation only
+copying        echoes over prompts of their own: has a pretrained model learnt to copy?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from macpo.engine.errors import ConfigError
+from macpo.engine.records import Example, Pair, Prompt
+from macpo.world.answers import bad, echo, good
+from macpo.world.grammar import (
+    ENDINGS,
+    FRAMES,
+    HARMFUL_FIRST,
+    HARMFUL_SECOND,
+    NAMES,
+    OPENINGS,
+    REASONS,
+    RUDE_ADJECTIVES,
+    RUDE_FRAMES,
+    TOPICS,
+    Draw,
+    Request,
+    requests,
+)
+from macpo.world.settings import WorldSettings
+
+WORDS_PER_LINE = 30
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All text of one demo world. No distinct prompt is in two of the sets, nor in two teachers' pairs."""
+
+    documents: dict[str, list[Example]]
+    """Pretraining corpora, "teacher" and "student"; a document that is no dialogue has a prompt without messages."""
+    teachers: list[list[Pair]]
+    """Human preference pairs, one list a teacher."""
+    student: list[Pair]
+    """The student half. Only the ceiling may read its answers."""
+    test: list[Pair]
+    """Prompts for evaluation, with a good and a bad answer."""
+    copying: list[Example]
+    """Echo questions on prompts of their own, to judge a base model without looking at values."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request with its prompt, hashed once."""
+
+    request: Request
+    prompt: Prompt
+
+
+def build(settings: WorldSettings, seed: int, num_teachers: int = 3) -> World:
+    """The world of a seed. Its splits, corpora and each teacher's pairs do not depend on `num_teachers`.
+
+    Raises ConfigError if `teacher_prompts` does not suffice for `teacher_pairs` prompts a teacher.
+    """
+    if num_teachers < 1:
+        raise ConfigError("the demo world needs a teacher", "give at least one", field="teachers")
+    needed = num_teachers * settings.teacher_pairs
+    if needed > settings.teacher_prompts:
+        raise ConfigError(
+            f"{num_teachers} teachers with {settings.teacher_pairs} pairs each need {needed} prompts, "
+            f"{settings.teacher_prompts} are set aside",
+            f"set teacher_prompts to {needed} or more, or lower teacher_pairs",
+            field="teacher_prompts",
+        )
+    left = iter(Draw(seed, "split").shuffled(_ask_all(settings)))
+    test = [next(left) for _ in range(settings.test_prompts)]
+    student = [next(left) for _ in range(settings.student_prompts)]
+    copying = [next(left) for _ in range(settings.copy_prompts)]
+    labelled = [next(left) for _ in range(settings.teacher_prompts)]
+    common = list(left)
+
+    size = settings.teacher_pairs
+    copy_draw = Draw(seed, "copying")
+    return World(
+        documents={
+            "teacher": _corpus(common, settings.teacher_documents, Draw(seed, "corpus", "teacher"), settings),
+            "student": _corpus(common, settings.student_documents, Draw(seed, "corpus", "student"), settings),
+        },
+        teachers=[
+            _label(labelled[k * size : (k + 1) * size], own_topics(settings, k), Draw(seed, "labels", k), settings)
+            for k in range(num_teachers)
+        ],
+        student=_clean(student, Draw(seed, "student"), settings),
+        test=_clean(test, Draw(seed, "test"), settings),
+        copying=[_echo(asked, copy_draw) for asked in copying],
+    )
+
+
+def own_topics(settings: WorldSettings, teacher: int) -> tuple[int, ...]:
+    """Topics that teacher k's labellers know: a window that rolls over the ring of topics."""
+    start = teacher * settings.own_topics_step
+    return tuple((start + i) % settings.num_topics for i in range(settings.own_topics))
+
+
+def vocabulary() -> list[str]:
+    """Every word of the full world, sorted."""
+    text = [*NAMES, *OPENINGS, *ENDINGS, *REASONS, *HARMFUL_FIRST, *HARMFUL_SECOND, *RUDE_ADJECTIVES]
+    for topic in TOPICS:
+        text += [*topic.items, *topic.benign, *topic.harmful]
+        text += [step for steps in topic.benign.values() for options in steps for step in options]
+    text += [frame.format(name="", adjective="") for frame in RUDE_FRAMES]
+    words = {word for phrase in text for word in phrase.split()}
+    plain = Draw("vocabulary")
+    for harmful in (False, True):
+        for frame in range(len(FRAMES)):
+            verb = next(iter(TOPICS[0].harmful if harmful else TOPICS[0].benign))
+            request = Request(0, TOPICS[0].items[0], verb, harmful, NAMES[0], frame)
+            words.update(request.text.split(), good(request, plain).split())
+            words.update(word for part in echo(request, plain) for word in part.split())
+    return sorted(words | {"well"})
+
+
+def _ask_all(settings: WorldSettings) -> list[_Asked]:
+    every = requests(settings.num_topics, settings.items_per_topic, settings.num_names)
+    return [_Asked(request, Prompt.of(request.text)) for request in every]
+
+
+def _corpus(common: Sequence[_Asked], size: int, draw: Draw, settings: WorldSettings) -> list[Example]:
+    """First the list of words (so that a tokenizer knows each, however short the corpus), then mixed behaviour."""
+    words = vocabulary()
+    lines = [words[i : i + WORDS_PER_LINE] for i in range(0, len(words), WORDS_PER_LINE)][:size]
+    documents = [Example(Prompt.of(()), " ".join(line), by="corpus") for line in lines]
+    for _ in range(size - len(documents)):
+        asked = draw.pick(common)
+        if draw.chance(settings.echo_share):
+            documents.append(_echo(asked, draw))
+        else:
+            behaves = draw.chance(settings.good_share)
+            answer = good(asked.request, draw) if behaves else bad(asked.request, draw, settings)
+            documents.append(Example(asked.prompt, answer, by="corpus"))
+    return documents
+
+
+def _echo(asked: _Asked, draw: Draw) -> Example:
+    question, answer = echo(asked.request, draw)
+    return Example(Prompt.of(question), answer, by="corpus")
+
+
+def _label(asked: Sequence[_Asked], own: Sequence[int], draw: Draw, settings: WorldSettings) -> list[Pair]:
+    """Pairs whose rejected answer is bad, and whose chosen one often is outside the labellers' own topics."""
+    pairs = []
+    for one in asked:
+        slip = settings.bad_chosen_own if one.request.topic in own else settings.bad_chosen_other
+        wrong = draw.chance(slip)
+        chosen = bad(one.request, draw, settings) if wrong else good(one.request, draw)
+        pairs.append(Pair(one.prompt, chosen, _other_bad(one.request, chosen, draw, settings)))
+    return pairs
+
+
+def _clean(asked: Sequence[_Asked], draw: Draw, settings: WorldSettings) -> list[Pair]:
+    pairs = []
+    for one in asked:
+        chosen = good(one.request, draw)
+        pairs.append(Pair(one.prompt, chosen, _other_bad(one.request, chosen, draw, settings)))
+    return pairs
+
+
+def _other_bad(request: Request, chosen: str, draw: Draw, settings: WorldSettings) -> str:
+    """A bad answer that is not the chosen one word for word."""
+    answer = bad(request, draw, settings)
+    while answer == chosen:
+        answer = bad(request, draw, settings)
+    return answer
