@@ -1,1 +1,32 @@
-"""Fused preference-training operators; see each operator's `op.py` for its contract."""
+"""Exact preference-training operators; they need torch and nothing else.
+
+Each operator is a folder: `reference.py` the definition, `torch_impl.py` the portable backend, `op.py` the contract.
+"""
+
+from macpo.kernels.backend import BackendError, Choice, explain, use_backend
+from macpo.kernels.linear_logp.op import linear_logp
+from macpo.kernels.linear_logp.rows import sequence_sums
+from macpo.kernels.paged_attention.op import paged_attention, write_kv
+from macpo.kernels.pair_loss.op import pair_loss
+from macpo.kernels.pair_loss.result import PairLoss
+from macpo.kernels.prefix_attention.op import prefix_attention
+from macpo.kernels.prefix_attention.segments import Segments
+from macpo.kernels.sampling.op import sample
+from macpo.kernels.sampling.params import SampleParams
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "PairLoss",
+    "SampleParams",
+    "Segments",
+    "explain",
+    "linear_logp",
+    "paged_attention",
+    "pair_loss",
+    "prefix_attention",
+    "sample",
+    "sequence_sums",
+    "use_backend",
+    "write_kv",
+]

@@ -1,0 +1,1 @@
+"""Token log-probabilities of a language-model head, without keeping the logits."""

@@ -1,0 +1,1 @@
+"""Decode attention over a block table, and the write into it."""

@@ -1,0 +1,90 @@
+"""paged_attention: one decode step over a block table; write_kv: the step's keys and values into the pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from macpo.kernels.backend import explain
+from macpo.kernels.paged_attention import torch_impl
+
+
+def paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention of one query token a sequence over its own context; inference only.
+
+    Token t of sequence b lives at `pool[block_table[b, t // block_tokens], t % block_tokens]`.
+
+    Args:
+        q: [B, Hq, D] float.
+        k_pool, v_pool: [num_blocks, block_tokens, Hkv, D], dtype of q; Hq is a multiple of Hkv.
+        block_table: [B, max_blocks] int32; entries past a context are not read and may be -1.
+        context_lens: [B] int32, tokens of each context, the current one included (>= 1).
+        scale: factor on the scores; default D ** -0.5.
+        window: only the last `window` tokens of the context; None for all.
+        backend: force one; default by device (`macpo.kernels.backend`).
+
+    Returns:
+        [B, Hq, D], dtype of q.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit together.
+        BackendError: the forced backend is not there.
+
+    Source: PagedAttention, arXiv 2309.06180.
+    """
+    if q.dim() != 3 or k_pool.dim() != 4 or k_pool.shape != v_pool.shape:
+        raise ValueError(
+            "need q [B, Hq, D] and k_pool, v_pool [blocks, block_tokens, Hkv, D]; got "
+            f"{list(q.shape)}, {list(k_pool.shape)}, {list(v_pool.shape)}"
+        )
+    if q.shape[2] != k_pool.shape[3] or q.shape[1] % k_pool.shape[2]:
+        raise ValueError(f"D differs or Hq is no multiple of Hkv: {list(q.shape)}, {list(k_pool.shape)}")
+    if not q.dtype == k_pool.dtype == v_pool.dtype:
+        raise ValueError(f"q and the pools must have one dtype, got {q.dtype}, {k_pool.dtype}, {v_pool.dtype}")
+    batch = q.shape[0]
+    if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.dtype != torch.int32:
+        raise ValueError(f"block_table must be int32 [{batch}, max_blocks], got {list(block_table.shape)}")
+    if context_lens.shape != (batch,) or context_lens.dtype != torch.int32:
+        raise ValueError(f"context_lens must be int32 [{batch}], got {context_lens.dtype} {list(context_lens.shape)}")
+    if context_lens.device.type == "cpu" and batch:
+        low, high = (int(value) for value in context_lens.aminmax())
+        capacity = block_table.shape[1] * k_pool.shape[1]
+        if low < 1 or high > capacity:
+            raise ValueError(f"context_lens must be in 1..{capacity} (the block table's tokens), got {low}..{high}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    explain("paged_attention", q.device, backend)
+    if not batch:
+        return torch.empty_like(q)
+    return torch_impl.paged_attention(q, k_pool, v_pool, block_table, context_lens, scale=scale, window=window)
+
+
+def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
+    """Write tokens' keys and values into the pools, in place.
+
+    Args:
+        k, v: [T, Hkv, D], dtype of the pools.
+        k_pool, v_pool: [num_blocks, block_tokens, Hkv, D], contiguous.
+        slots: [T] int64, all different: block * block_tokens + offset of each token.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    if k.shape != v.shape or k.shape[1:] != k_pool.shape[2:] or k_pool.shape != v_pool.shape:
+        raise ValueError(f"k, v and the pools do not fit: {list(k.shape)}, {list(v.shape)}, {list(k_pool.shape)}")
+    if slots.dtype != torch.int64 or slots.shape != k.shape[:1]:
+        raise ValueError(f"slots must be int64 [{k.shape[0]}], got {slots.dtype} {list(slots.shape)}")
+    if not (k_pool.is_contiguous() and v_pool.is_contiguous()):
+        raise ValueError("the pools must be contiguous")
+    for x, pool in ((k, k_pool), (v, v_pool)):
+        pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, x)

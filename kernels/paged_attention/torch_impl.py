@@ -1,0 +1,39 @@
+"""paged_attention with torch: gather the blocks of every sequence, then one masked attention call.
+
+Legend: b sequences, l longest context rounded up to whole blocks, h heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """q [B, Hq, D] -> [B, Hq, D]; see `op.paged_attention`."""
+    batch, num_heads, _ = q.shape
+    block_tokens, num_kv_heads, head_dim = k_pool.shape[1:]
+    num_blocks = -(-int(context_lens.max()) // block_tokens)
+    block = block_table[:, :num_blocks].clamp(min=0).long()
+    token = torch.arange(num_blocks * block_tokens, device=q.device)
+    mask_bl = token < context_lens[:, None]
+    if window is not None:
+        mask_bl &= token >= context_lens[:, None] - window
+    k_bhld, v_bhld = (
+        # Masked slots may hold anything, NaN too, which 0 * NaN would let through.
+        pool[block].view(batch, -1, num_kv_heads, head_dim).masked_fill(~mask_bl[:, :, None, None], 0.0).transpose(1, 2)
+        for pool in (k_pool, v_pool)
+    )
+    q_bhgd = q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)  # a kv head's queries as rows
+    out = F.scaled_dot_product_attention(q_bhgd, k_bhld, v_bhld, attn_mask=mask_bl[:, None, None], scale=scale)
+    return out.reshape(q.shape)

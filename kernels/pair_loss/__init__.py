@@ -1,0 +1,1 @@
+"""Contrastive preference losses over a language-model head."""

@@ -1,0 +1,1 @@
+"""Attention over prompt groups: one prompt shared by n responses."""

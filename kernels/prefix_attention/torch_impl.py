@@ -1,0 +1,95 @@
+"""prefix_attention with torch's scaled_dot_product_attention: groups padded to a common length.
+
+Legend: t packed tokens, b groups of a bucket, l longest group of the bucket, h heads, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from macpo.kernels.prefix_attention.segments import Segments, visible
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Groups of similar length that one attention call handles."""
+
+    tokens: Tensor  # int64 [n]: packed index of every token of the bucket
+    slots: Tensor  # int64 [n]: its place in the padded [b * l]
+    num_groups: int
+    length: int
+    full: bool  # no padding: slots are 0 .. n-1
+    mask: Tensor  # [b, 1, l, l] additive, the queries' dtype
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; see `op.prefix_attention`."""
+    buckets: list[_Bucket] = segments.cached(
+        (q.device, q.dtype, window), lambda: _plan(segments.to(q.device), window, q.dtype)
+    )
+    if len(buckets) == 1 and buckets[0].full:
+        return _attend(q, k, v, buckets[0], scale)
+    outputs = [
+        _attend(*(x.index_select(0, bucket.tokens) for x in (q, k, v)), bucket, scale)
+        if len(buckets) > 1
+        else _attend(q, k, v, bucket, scale)
+        for bucket in buckets
+    ]
+    if len(buckets) == 1:
+        return outputs[0]
+    back = segments.cached((q.device, "back"), lambda: torch.cat([b.tokens for b in buckets]).argsort())
+    return torch.cat(outputs).index_select(0, back)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, scale: float | None) -> Tensor:
+    """Attention of one bucket's tokens; inputs and result are [n, H, D] in the bucket's token order."""
+
+    def padded(x: Tensor) -> Tensor:
+        if not bucket.full:
+            x = x.new_zeros(bucket.num_groups * bucket.length, *x.shape[1:]).index_copy(0, bucket.slots, x)
+        return x.view(bucket.num_groups, bucket.length, *x.shape[1:]).transpose(1, 2)
+
+    shape = q.shape
+    q_bhld, k_bhld, v_bhld = padded(q), padded(k), padded(v)
+    if k_bhld.shape[1] != q_bhld.shape[1]:
+        repeats = q_bhld.shape[1] // k_bhld.shape[1]
+        k_bhld, v_bhld = (x.repeat_interleave(repeats, dim=1) for x in (k_bhld, v_bhld))
+    out_bhld = F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=bucket.mask, scale=scale)
+    out = out_bhld.transpose(1, 2).reshape(-1, *shape[1:])
+    return out if bucket.full else out.index_select(0, bucket.slots)
+
+
+def _plan(segments: Segments, window: int | None, dtype: torch.dtype) -> list[_Bucket]:
+    """Buckets in which no group is shorter than half the longest, so that padding stays below 4x of the work."""
+    bounds = segments.bounds
+    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+    spans.sort(key=lambda span: (span[0] - span[1], span[0]))  # longest first, then in packed order
+    split: list[list[tuple[int, int]]] = []
+    for span in spans:
+        longest = split[-1][0] if split else None
+        if longest is None or (span[1] - span[0]) * 2 < longest[1] - longest[0]:
+            split.append([])
+        split[-1].append(span)
+    if len(split) == 1:
+        split[0].sort()  # one bucket keeps the packed order, so that nothing has to be gathered
+    return [_bucket(segments, part, window, dtype) for part in split]
+
+
+def _bucket(segments: Segments, spans: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> _Bucket:
+    device = segments.prefix_start.device
+    length = max(stop - start for start, stop in spans)
+    # A padding query sees itself alone: softmax of an empty row would be NaN.
+    allowed = torch.eye(length, dtype=torch.bool, device=device).repeat(len(spans), 1, 1)
+    for index, (start, stop) in enumerate(spans):
+        allowed[index, : stop - start, : stop - start] = visible(segments, start, stop, window)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
+    tokens = torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
+    slots = torch.cat([torch.arange(stop - start, device=device) + i * length for i, (start, stop) in enumerate(spans)])
+    full = tokens.numel() == len(spans) * length
+    return _Bucket(tokens, slots, len(spans), length, full, mask[:, None])

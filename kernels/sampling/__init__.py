@@ -1,0 +1,1 @@
+"""Drawing tokens: filters, noise seeded per request, log-probabilities."""
