@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def pair_loss(
     bounds = cu_rows.tolist()
     if len(bounds) < 3 or len(bounds) % 2 == 0:
         raise ValueError(f"cu_rows must have 2B + 1 entries with B >= 1, got {len(bounds)}")
-    empty = any(a >= b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    empty = any(a >= b for a, b in pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] != hidden.shape[0] or empty:
         raise ValueError(f"cu_rows must grow strictly from 0 to N = {hidden.shape[0]}, got {bounds}")
     batch = len(bounds) // 2

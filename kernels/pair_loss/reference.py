@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def pair_loss(
     """The scalar loss of `op.pair_loss`, differentiable by autograd; a Python loop over pairs."""
     logp = linear_logp(hidden, weight, target, bias=bias, logit_scale=logit_scale, softcap=softcap)
     bounds = cu_rows.tolist()
-    sequences = [logp[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    sequences = [logp[a:b] for a, b in pairwise(bounds)]
     total = logp.new_zeros(())
     for pair, (chosen, rejected) in enumerate(zip(sequences[::2], sequences[1::2], strict=True)):
         ref = logp.new_zeros(2) if ref_logps is None else ref_logps[2 * pair : 2 * pair + 2].to(logp.dtype)

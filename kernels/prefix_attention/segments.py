@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Segments:
                 raise ValueError(f"Segments.{name} must be int32 [{num_tokens}], got {value.dtype} {list(value.shape)}")
         if self.cu_groups is not None:
             cu = self.cu_groups
-            increasing = all(a < b for a, b in zip(cu, cu[1:], strict=False))
+            increasing = all(a < b for a, b in pairwise(cu))
             if len(cu) < 2 or cu[0] != 0 or cu[-1] != num_tokens or not increasing:
                 raise ValueError(f"Segments.cu_groups must grow from 0 to {num_tokens}, got {cu}")
 

@@ -6,6 +6,7 @@ Legend: t packed tokens, b groups of a bucket, l longest group of the bucket, h 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, scale: float | Non
 def _plan(segments: Segments, window: int | None, dtype: torch.dtype) -> list[_Bucket]:
     """Buckets in which no group is shorter than half the longest, so that padding stays below 4x of the work."""
     bounds = segments.bounds
-    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+    spans = list(pairwise(bounds))
     spans.sort(key=lambda span: (span[0] - span[1], span[0]))  # longest first, then in packed order
     split: list[list[tuple[int, int]]] = []
     for span in spans:
