@@ -1,0 +1,228 @@
+"""Model and adapter folders: found, checked as untrusted input, and loaded. safetensors only, no pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from macpo.engine.errors import ConfigError, IntegrityError
+
+MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
+MAX_JSON_BYTES = 64 * 1024 * 1024
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+_CONVERT = "convert it once with model.save_pretrained(FOLDER, safe_serialization=True) where you trust the file"
+
+
+def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bool = False) -> Path:
+    """The folder of a local path or a Hub id (downloaded, or taken from the Hub's cache when offline).
+
+    Raises:
+        ConfigError: no such folder; or a Hub id that is neither cached nor reachable.
+    """
+    text = str(path)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConfigError(f"{kind} {text!r} is a file, not a folder", "name the folder that holds config.json")
+    if isinstance(path, Path) or not _HUB_ID.fullmatch(text):
+        raise ConfigError(f"there is no {kind} folder {text!r}", "check the path; a Hub id looks like owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # the Hub's client raises many kinds; all mean that the files are not to be had
+        why = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"{kind} {text!r} is no folder here and could not be had from the Hub ({type(error).__name__}: {why})",
+            "check the spelling and the network; offline, download it beforehand (`hf download`) and set "
+            "HF_HUB_OFFLINE=1, or give a folder",
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A small JSON object from a folder that nobody vouches for.
+
+    Raises:
+        ConfigError: missing, not a regular file, too large, or not a JSON object.
+    """
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_JSON_BYTES:
+            raise ConfigError("not a regular file of reasonable size", "get a fresh copy", file=str(path))
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("the file is missing", "name a complete Hugging Face folder", file=str(path)) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"cannot be read as JSON ({error})", "get a fresh copy", file=str(path)) from error
+    if not isinstance(value, dict):
+        raise ConfigError("is not a JSON object", "get a fresh copy", file=str(path))
+    return value
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of a folder, each checked: a plain name, a regular file inside, a sane header.
+
+    Args:
+        folder: a model folder (`stem="model"`) or an adapter folder (`stem="adapter_model"`).
+
+    Raises:
+        ConfigError: no safetensors file, only pickled ones, or an index that points outside the folder.
+        IntegrityError: a damaged header.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=str(index))
+        names = sorted(set(weight_map.values()))
+    elif (folder / f"{stem}.safetensors").exists():
+        names = [f"{stem}.safetensors"]
+    else:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        if pickled:
+            raise ConfigError(
+                f"holds only pickled weights ({pickled[0]}), which can run code when loaded", _CONVERT, file=str(folder)
+            )
+        raise ConfigError(f"holds no {stem}.safetensors", "name a complete Hugging Face folder", file=str(folder))
+    files = [_checked(folder, name) for name in names]
+    for file in files:
+        header(file)
+    return files
+
+
+def _checked(folder: Path, name: str) -> Path:
+    path = folder / name
+    if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+        raise ConfigError(
+            f"the index names {name!r}, which is not a plain file name", "get a fresh copy", file=str(folder)
+        )
+    # the Hub's cache links snapshots/REVISION/file to blobs/HASH of the same repository; nothing else may leave
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    try:
+        target = path.resolve(strict=True)
+    except OSError:
+        raise ConfigError(f"{name} is missing", "get a fresh copy", file=str(folder)) from None
+    if not target.is_relative_to(root.resolve()) or not stat.S_ISREG(target.stat().st_mode):
+        raise ConfigError(f"{name} is not a regular file inside the folder", "get a fresh copy", file=str(folder))
+    return path
+
+
+def header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: name -> {"dtype", "shape", "data_offsets"}.
+
+    Raises:
+        IntegrityError: truncated or damaged.
+    """
+    fix = "get a fresh copy of the file"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise IntegrityError(f"header of {length} bytes in a file of {size} bytes", fix, file=str(file))
+        try:
+            entries = json.loads(stream.read(length))
+            entries.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+            raise IntegrityError(f"damaged header ({error})", fix, file=str(file)) from error
+    if end != size - 8 - length:
+        raise IntegrityError(f"the file should have {end + 8 + length} bytes but has {size}", fix, file=str(file))
+    return entries
+
+
+def num_parameters(files: Iterable[Path]) -> int:
+    """Numbers stored in safetensors files, from their headers."""
+    return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """torch.float32 from "float32" and so on."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"{dtype!r} is not a floating-point type", "use float32 or bfloat16")
+    return found
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal LM from a folder or Hub id, in eval mode.
+
+    Args:
+        path: Hugging Face layout with safetensors weights.
+        dtype: of the loaded weights.
+        trust_remote_code: run the model's own Python; off unless the user turns it on, whatever the files say.
+
+    Raises:
+        ConfigError: not found, pickled, unknown architecture, or weights that do not fit the config.
+        IntegrityError: a damaged weight file.
+    """
+    folder = local_folder(path, trust_remote_code=trust_remote_code)
+    read_json_object(folder / "config.json")
+    weight_files(folder)
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=as_dtype(dtype),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
+        why = " ".join(str(error).split())[:300]
+        remote = "auto_map" in why or "trust_remote_code" in why
+        fix = "set trust_remote_code where you trust its code" if remote else "use a causal LM that transformers knows"
+        raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=str(path)) from error
+    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lost:
+        raise ConfigError(
+            f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}",
+            "use weights that belong to this config.json",
+            file=str(path),
+        )
+    return model.to(device).eval()
+
+
+def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where the tokenizer can produce an id that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed > rows:
+        raise ConfigError(
+            f"the tokenizer has ids up to {needed - 1} (vocabulary {needed}) but the model has {rows} embedding rows",
+            "use the model's own tokenizer, or resize the model's embeddings",
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load report from transformers; errors still come as exceptions."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

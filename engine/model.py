@@ -1,0 +1,276 @@
+"""A policy = backbone + response-only head; the pool of loaded base models; saving.
+
+T tokens of a packed row, N response tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from macpo.engine import lora
+from macpo.engine.attention import PackedAttention, attention_hook
+from macpo.engine.config import FullSettings, LoraSettings
+from macpo.engine.errors import DataError, ResourceError
+from macpo.engine.loading import as_dtype, check_vocab, load_causal_lm, local_folder, num_parameters, weight_files
+from macpo.engine.pack import PackedBatch
+from macpo.kernels import linear_logp
+
+__all__ = ["Head", "ModelPool", "PolicyModule", "PolicyRef", "check_vocab", "load_causal_lm", "save_policy"]
+T_ = TypeVar("T_")
+
+
+class Head(NamedTuple):
+    """logits = softcap·tanh(logit_scale·(hidden @ weightᵀ + bias) / softcap), without tanh where softcap is None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+class PolicyModule(nn.Module):
+    """A causal LM, with or without an adapter, as training and scoring use it.
+
+    It always runs in eval mode: no dropout anywhere, so that the reference is the policy itself (METHOD.md) and the
+    first DPO loss is ln 2.
+
+    Args:
+        model: a Hugging Face causal LM, or peft's wrapper around one.
+
+    Raises:
+        ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/probe.py`).
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        from macpo.engine.probe import verify  # it builds a policy itself
+
+        self.model = model
+        self.eval()
+        config = self.base.config.get_text_config()
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        verify(self)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The Hugging Face model itself; adapters, where there are any, sit inside its layers."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def train(self, mode: bool = True) -> PolicyModule:
+        """Stays in eval mode whatever is asked: dropout would make log-probs of one answer differ between calls."""
+        return super().train(False)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of a packed row: [T, H].
+
+        Raises:
+            DataError: a prompt with response is longer than the model's positions.
+        """
+        if self.max_length is not None and batch.max_length > self.max_length:
+            raise DataError(
+                f"a prompt with its response has {batch.max_length} tokens, the model has {self.max_length} positions",
+                "lower max_tokens so that prompts are cut",
+            )
+        batch = batch.to(self.device)
+        base = self.base
+        with attention_hook(base):
+            out = base.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                attention_context=PackedAttention(batch.segments),
+            )
+        return out.last_hidden_state[0]
+
+    def head(self) -> Head:
+        """Weight [V, H], bias [V], scale and softcap of the output layer, as the architecture's config says."""
+        base = self.base
+        config = base.config.get_text_config()
+        weight, bias = lora.linear_weights(base.get_output_embeddings())
+        factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+        divisor = getattr(config, "logits_scaling", None)
+        factors.append(1.0 / divisor if divisor else None)
+        scale = 1.0
+        for factor in factors:
+            scale *= 1.0 if factor is None else float(factor)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(weight, bias, scale, float(softcap) if softcap else None)
+
+    def forward(self, batch: PackedBatch, reduce: Callable[[Tensor, Head, PackedBatch], T_]) -> T_:
+        """backbone -> rows that predict a response token [N, H] -> `reduce(rows, head, batch)`."""
+        batch = batch.to(self.device)
+        return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of every response token: [N] float32, in the order of `batch.target`."""
+        return self(batch, response_logps)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, of those that training changes, in a fixed order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
+    """rows [N, H] -> log-prob of `batch.target` [N] float32."""
+    return linear_logp(
+        rows, head.weight, batch.target, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRef:
+    """Where a policy's weights are: a base model's folder or Hub id, and an adapter's."""
+
+    base: str
+    adapter: str | None = None
+
+
+class ModelPool:
+    """Base models kept loaded, the least recently used one dropped first when the budget is full.
+
+    A policy never changes its pooled base: it gets a module tree of its own. With an adapter, or without tuning, the
+    tree shares the pooled, frozen tensors; full tuning copies them. So several policies of one base can be alive
+    and used in turn. A dropped base stays in memory as long as a policy of it is alive.
+
+    Args:
+        budget_bytes: of loaded base weights; None is no limit.
+        dtype, device: of the loaded weights.
+
+    Attributes:
+        loads: how many times a base was read from disk.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self.dtype = as_dtype(dtype)
+        self.device = torch.device(device)
+        self.trust_remote_code = trust_remote_code
+        self.loads = 0
+        self._bases: OrderedDict[str, tuple[str, PreTrainedModel, int]] = OrderedDict()
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the loaded bases, least recently used first."""
+        return tuple(self._bases)
+
+    def policy(
+        self, ref: PolicyRef, tuning: LoraSettings | FullSettings | None = None, *, seed: int = 0
+    ) -> PolicyModule:
+        """A policy to use (tuning None) or to train.
+
+        Args:
+            ref: which weights.
+            tuning: LoraSettings trains an adapter (a fresh one drawn by `seed`, or a copy of `ref.adapter`);
+                FullSettings trains a float32 copy of every weight, with `ref.adapter` merged into it.
+
+        Raises:
+            ConfigError: weights that cannot be used. ResourceError: the base alone is above the budget.
+        """
+        base = self._base(ref.base)
+        if isinstance(tuning, FullSettings):
+            model = copy.deepcopy(base).float()
+            if ref.adapter is not None:
+                model = lora.load_adapter(model, ref.adapter).merge_and_unload()
+            return PolicyModule(model.requires_grad_(True))
+        twin = shared_copy(base)
+        if ref.adapter is not None:
+            wrapped = lora.load_adapter(twin, ref.adapter)
+            if tuning is None:
+                return PolicyModule(wrapped.requires_grad_(False))
+            lora.check_same_shape(wrapped, tuning, ref.adapter)
+            return PolicyModule(wrapped)
+        return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed))
+
+    def release(self) -> None:
+        """Drop every base that no living policy uses."""
+        self._bases.clear()
+        self._collect()
+
+    def _base(self, name: str) -> PreTrainedModel:
+        folder = local_folder(name, trust_remote_code=self.trust_remote_code)
+        files = weight_files(folder)
+        stats = [(file.name, file.stat()) for file in files]
+        version = repr([(path, info.st_size, info.st_mtime_ns, info.st_ino) for path, info in stats])
+        if name in self._bases and self._bases[name][0] == version:
+            self._bases.move_to_end(name)
+            return self._bases[name][1]
+        self._bases.pop(name, None)
+        self._make_room(name, num_parameters(files) * self.dtype.itemsize)
+        model = load_causal_lm(
+            folder, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        ).requires_grad_(False)
+        self.loads += 1
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._bases[name] = (version, model, size)
+        return model
+
+    def _make_room(self, name: str, needed: int) -> None:
+        if self.budget_bytes is None:
+            return
+        if needed > self.budget_bytes:
+            raise ResourceError(
+                f"base model {name!r} needs {needed / 1e9:.2f} GB, the budget is {self.budget_bytes / 1e9:.2f} GB",
+                "raise compute.memory_gb or use a smaller model or dtype",
+            )
+        dropped = False
+        while self._bases and needed + sum(size for _, _, size in self._bases.values()) > self.budget_bytes:
+            self._bases.popitem(last=False)
+            dropped = True
+        if dropped:
+            self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()  # module trees hold reference cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A module tree and config of its own over the same parameters and buffers: adapters can be added to it freely."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def save_policy(
+    policy: PolicyModule,
+    out_dir: Path,
+    *,
+    base_name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
+
+    Args:
+        out_dir: made if absent.
+        base_name: what an adapter's config names as its base.
+        tokenizer: written beside the weights.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(policy.model, PeftModel):
+        lora.save_adapter(policy.model, out_dir, base_name=base_name)
+    else:
+        policy.model.save_pretrained(out_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out_dir)

@@ -1,0 +1,161 @@
+"""What a training step minimises: one function an objective, each a sum over groups divided by the global batch.
+
+Because the divisor is the global batch's, micro-batches, packing and ranks only split a sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from macpo.engine.config import PreferenceSettings
+from macpo.engine.errors import DataError
+from macpo.engine.model import Head, PolicyModule, response_logps
+from macpo.engine.pack import PackedBatch, PrefixGroup
+from macpo.engine.scoring import ResponseScore
+from macpo.kernels import pair_loss
+
+
+class Objective(Protocol):
+    """A loss that the trainer can split."""
+
+    metrics: tuple[str, ...]
+    """Names of the sums that `__call__` returns; the trainer logs them divided by the step's total size."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the loss; a checkpoint of another objective is not resumed."""
+        ...
+
+    def check(self, groups: Sequence[PrefixGroup]) -> None:
+        """Raises DataError where the groups do not fit the objective."""
+        ...
+
+    def size(self, group: PrefixGroup) -> int:
+        """What the group adds to the number that the step's loss is divided by."""
+        ...
+
+    def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
+        """(scalar float32 share of the loss with gradient, detached float32 sums [len(metrics)])."""
+        ...
+
+
+class _Sft:
+    metrics: tuple[str, ...] = ()
+    fingerprint = "sft"
+
+    def check(self, groups: Sequence[PrefixGroup]) -> None:
+        for index, group in enumerate(groups):
+            group.check(f"group {index}")
+
+    def size(self, group: PrefixGroup) -> int:
+        return group.num_response_tokens
+
+    def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
+        loss = -policy.token_logps(batch).sum() / total
+        return loss, loss.new_zeros(0)
+
+
+def sft() -> Objective:
+    """Mean NLL of the response tokens over the global batch; with prompt = [BOS], plain language modelling."""
+    return _Sft()
+
+
+@dataclass(frozen=True, eq=False)
+class _Preference:
+    settings: PreferenceSettings
+    ref_logps: Tensor  # [num_groups, 2] float32, on the CPU
+    metrics: tuple[str, ...] = (
+        "chosen_logps",
+        "rejected_logps",
+        "chosen_rewards",
+        "rejected_rewards",
+        "margin",
+        "accuracy",
+        "sft_loss",
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        s = self.settings
+        digest = hashlib.sha256(self.ref_logps.numpy().tobytes()).hexdigest()
+        return json.dumps(["preference", s.loss, s.beta, s.label_smoothing, s.sft_weight, digest])
+
+    def check(self, groups: Sequence[PrefixGroup]) -> None:
+        if len(groups) != self.ref_logps.shape[0]:
+            raise DataError(
+                f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", "score the same pairs"
+            )
+        for index, group in enumerate(groups):
+            group.check(f"pair {index}")
+            if len(group.responses) != 2:
+                raise DataError(f"pair {index} has {len(group.responses)} responses", "give chosen and rejected")
+
+    def size(self, group: PrefixGroup) -> int:
+        return 1
+
+    def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
+        s = self.settings
+        ref_logps = self.ref_logps[list(batch.groups)].flatten()
+
+        def reduce(rows: Tensor, head: Head, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            out = pair_loss(
+                rows,
+                head.weight,
+                batch.target,
+                batch.cu_rows,
+                ref_logps.to(rows.device),
+                loss=s.loss,
+                beta=s.beta,
+                label_smoothing=s.label_smoothing,
+                sft_weight=s.sft_weight,
+                num_pairs=total,
+                bias=head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+            )
+            num_pairs = len(batch.groups)
+            per_pair = (out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.rejected_rewards)
+            sums = [
+                *(x.sum() for x in per_pair),
+                out.margin * num_pairs,
+                out.accuracy * num_pairs,
+                out.sft_loss * total,
+            ]
+            return out.loss, torch.stack(sums).detach().float()
+
+        return policy(batch, reduce)
+
+
+def preference(settings: PreferenceSettings, ref_logps: Tensor) -> Objective:
+    """DPO and its relatives (arXiv 2305.18290) plus `sft_weight` times the chosen answer's mean token NLL.
+
+    Args:
+        settings: loss, beta, label_smoothing, sft_weight.
+        ref_logps: [num_groups, 2] float32, summed log-probs of (chosen, rejected) under the policy as it was at the
+            stage's start; see `reference_logps`. Groups are prompt + [chosen, rejected].
+
+    Raises:
+        DataError: of another shape.
+    """
+    if ref_logps.dim() != 2 or ref_logps.shape[1] != 2:
+        raise DataError(
+            f"reference log-probs of shape {list(ref_logps.shape)}", "give one (chosen, rejected) row a pair"
+        )
+    return _Preference(settings, ref_logps.detach().to("cpu", torch.float32).contiguous())
+
+
+def reference_logps(scores: Sequence[Sequence[ResponseScore]]) -> Tensor:
+    """[num_groups, 2] float32 from `score(policy, groups)` of (chosen, rejected) groups."""
+    return torch.tensor([[response.sum_logp for response in pair] for pair in scores], dtype=torch.float32).reshape(
+        -1, 2
+    )
+
+
+__all__ = ["Objective", "preference", "reference_logps", "response_logps", "sft"]
