@@ -1,0 +1,162 @@
+"""Which charts a report shows: summaries, claims and training curves turned into `macpo.plots` series."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from macpo.claims import Claim
+from macpo.evaluate import LABELS, Agents, mean_and_se, of_role
+from macpo.findings import score_rows
+from macpo.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
+from macpo.run_folder import Curves
+
+MOST_STAGES = 36
+
+
+def of_run(
+    summary: Mapping[str, Any], metric: str | None, curves: Sequence[Curves], stages: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Name -> SVG (or, for training, a list of (heading, SVG)); a chart without data is None."""
+    return {
+        "scores": _mark(by_iteration(summary, [metric])) if metric else None,
+        "final": _mark(final(summary, metric)) if metric and _compared(summary) else None,
+        "preference": _mark(by_iteration(summary, ["preference_accuracy", "reward_margin", "logp_margin"])),
+        "style": _mark(by_iteration(summary, ["mean_words", "distinct_2", "distinct_3"])),
+        "training": [(heading, Markup(svg)) for heading, svg in training(curves)],
+        "stages": _mark(stage_times(stages)),
+    }
+
+
+def _mark(svg: str) -> Markup | None:
+    return Markup(svg) if svg else None
+
+
+def _compared(summary: Mapping[str, Any]) -> bool:
+    return bool(summary.get("arms") or of_role(summary["agents"], "baseline"))
+
+
+def agent_lines(agents: Agents, metric: str) -> list[Line]:
+    """Teachers and student by iteration; baselines and ceiling, which have no iterations, as level lines."""
+    lines, teachers, baselines = [], 0, 0
+    for name, agent in agents.items():
+        rows = [row for row in agent["scores"] if row.get(metric) is not None]
+        if agent["role"] == "teacher":
+            colour, marker = series_style(teachers)
+            teachers += 1
+        if not rows:
+            continue
+        x, y = [row["iteration"] for row in rows], [row[metric] for row in rows]
+        errors = [row.get(f"{metric}_se") for row in rows]
+        error = None if None in errors else errors
+        if agent["role"] == "teacher":
+            lines.append(Line(name, x, y, colour, marker, error=error))
+        elif agent["role"] == "student":
+            lines.append(Line(name, x, y, STUDENT, "o", width=2.8, error=error))
+        elif agent["role"] == "ceiling":
+            lines.append(Line(name, x, y, INK, width=1.3, dash=":", flat=True))
+        else:
+            colour, _ = series_style(7 - baselines)
+            baselines += 1
+            lines.append(Line(name, x, y, colour, width=1.3, dash="--", flat=True))
+    return lines
+
+
+def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: bool = True) -> str:
+    """One panel a metric that some agent has; empty when none has any."""
+    panels = []
+    for metric in metrics:
+        lines = agent_lines(summary["agents"], metric)
+        if lines:
+            name = LABELS.get(metric, metric)
+            panels.append((name[0].upper() + name[1:], "", lines))
+    if not panels:
+        return ""
+    height = 4.1 if len(panels) == 1 else 3.2
+    return line_panels(panels, xlabel="iteration", height=height, inline=inline, legend_columns=6)
+
+
+def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:
+    """Last score of the student, of baselines and ceiling, and of every ablation's student, with 95% intervals."""
+    _, rows = score_rows(summary, metric)
+    shown, highlight = [], {}
+    for row in rows:
+        if row["role"] == "teacher" or not row["values"]:
+            continue
+        last = max(row["values"])
+        value, error = row["values"][last], row["errors"].get(last)
+        interval = (value - 1.96 * error, value + 1.96 * error) if error else None
+        if row["role"] == "student":
+            first = min(row["values"])
+            if first != last:
+                shown.append((f"{row['name']}, naive weak-label start", row["values"][first], None, ()))
+            shown.append((f"{row['name']}, last iteration", value, interval, ()))
+            highlight[f"{row['name']}, last iteration"] = STUDENT
+        else:
+            shown.append((row["name"].removesuffix(": student"), value, interval, ()))
+            if row["role"] == "ceiling":
+                highlight[shown[-1][0]] = INK
+    return dots(shown, xlabel=LABELS.get(metric, metric), highlight=highlight, inline=inline) if shown else ""
+
+
+def training(curves: Sequence[Curves]) -> list[tuple[str, str]]:
+    """A heading and a chart for every agent's preference stages, then for its other stages."""
+    found: dict[tuple[str, bool], list[Curves]] = {}
+    for curve in curves:
+        found.setdefault((curve.agent, curve.preference), []).append(curve)
+    charts = []
+    for (agent, preference), stages in sorted(found.items(), key=lambda item: not item[0][1]):
+        columns = ("loss", "margin", "accuracy") if preference else ("loss", "grad_norm")
+        panels = []
+        for column in columns:
+            lines = []
+            for index, stage in enumerate(stages):
+                if column in stage.columns:
+                    place, values = smooth(stage.columns[column])
+                    steps = [stage.columns["step"][0] + p for p in place]
+                    colour, _ = series_style(index)
+                    lines.append(Line(stage.folder.base, steps, values, colour, width=1.5))
+            if lines:
+                panels.append((column.replace("_", " "), "", lines))
+        what = "preference training" if preference else "supervised training"
+        chart = line_panels(panels, xlabel="step", whole_x=False, height=2.9, legend_columns=4)
+        charts.append((f"{agent or 'other'}: {what}", chart))
+    return charts
+
+
+def stage_times(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds by stage in the run's order; where there are many, the longest ones and the rest together."""
+    timed = [(str(stage["name"]), float(stage["seconds"])) for stage in stages if stage.get("seconds") is not None]
+    if len(timed) > MOST_STAGES:
+        longest = sorted(range(len(timed)), key=lambda i: -timed[i][1])[: MOST_STAGES - 1]
+        rest = [seconds for i, (_, seconds) in enumerate(timed) if i not in set(longest)]
+        timed = [timed[i] for i in sorted(longest)] + [(f"{len(rest)} shorter stages", sum(rest))]
+    return bars(timed, xlabel="seconds") if timed else ""
+
+
+def forest(found: Sequence[Claim], metric: str, inline: bool = True) -> str:
+    """Every claim's mean paired change with its 95% interval and the single seeds."""
+    rows = [(f"{c.better} vs. {c.worse}", c.mean, c.interval, c.changes) for c in found]
+    return dots(rows, xlabel=f"paired change in {LABELS.get(metric, metric)}", zero=0.0, inline=inline) if rows else ""
+
+
+def seed_scores(summaries: Sequence[Mapping[str, Any]], metric: str, inline: bool = True) -> str:
+    """Mean over seeds by iteration, with a band of one standard error over seeds."""
+    return by_iteration(mean_summary(summaries, metric), [metric], inline)
+
+
+def mean_summary(summaries: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """A summary whose scores are means over seeds; `{metric}_se` is the standard error over seeds."""
+    agents: dict[str, Any] = {}
+    for summary in summaries:
+        for name, agent in summary["agents"].items():
+            entry = agents.setdefault(name, {"role": agent["role"], "lists": {}})
+            for row in agent["scores"]:
+                if row.get(metric) is not None:
+                    entry["lists"].setdefault(row["iteration"], []).append(row[metric])
+    for entry in agents.values():
+        means = {iteration: mean_and_se(values) for iteration, values in sorted(entry.pop("lists").items())}
+        entry["scores"] = [{"iteration": i, metric: mean, f"{metric}_se": se} for i, (mean, se) in means.items()]
+    return {"agents": agents}

@@ -1,0 +1,172 @@
+"""What a run found, in plain words and as a plain-text table; made from its summary alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from macpo.evaluate import (
+    LABELS,
+    best_initial_teacher,
+    first_and_last,
+    gaps_recovered,
+    headline_metric,
+    of_role,
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence; `kind`: good (as the method claims), bad (not so), note."""
+
+    kind: Literal["good", "bad", "note"]
+    text: str
+
+
+def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
+    """The answer in one or two sentences, and every comparison that the run allows, also the unwelcome ones."""
+    metric = headline_metric(summary)
+    if metric is None:
+        return "No metric was measured for every agent, so this run answers nothing yet.", []
+    agents = {name: agent for name, agent in summary["agents"].items() if agent["scores"]}
+    summary = {**summary, "agents": agents}
+    label = LABELS.get(metric, metric)
+    lead: list[str] = []
+    findings: list[Finding] = []
+    for name, agent in of_role(agents, "student").items():
+        start, end = first_and_last(agent, metric) or (0.0, 0.0)
+        last = agent["scores"][-1]["iteration"]
+        if len(agent["scores"]) < 2:
+            lead.append(f"The {name} stands at a {label} of {end:.3f}; no iteration has been evaluated.")
+        else:
+            lead.append(
+                f"The {name} {_moved(start, end)} from {start:.3f} (naive weak-label SFT) to {end:.3f} "
+                f"after {last} iteration{'s' * (last != 1)} ({label})."
+            )
+            noise = _noise(agent["scores"][0], agent["scores"][-1], metric)
+            findings.append(_compare(f"the {name}'s last iteration", end, "its naive weak-label start", start, noise))
+            best = max(agent["scores"], key=lambda row: row[metric])
+            if best["iteration"] != last:
+                text = f"The {name}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
+                findings.append(Finding("note", text))
+        findings += _against_others(summary, name, agent, metric)
+    recovered = gaps_recovered(summary)
+    if recovered:
+        ends = [row["value"] for row in recovered["student"]]
+        if ends[-1] is None:
+            lead.append("PGR is not defined: the ceiling is not above the best initial teacher.")
+        else:
+            lead.append(
+                f"It recovers {ends[-1]:.0%} of the gap between the best initial teacher and the ceiling (PGR)."
+            )
+    risen = {
+        name: ends
+        for name, agent in of_role(agents, "teacher").items()
+        if len(agent["scores"]) > 1 and (ends := first_and_last(agent, metric))
+    }
+    if risen:
+        up = [name for name, (start, end) in risen.items() if end > start]
+        lead.append(f"{len(up)} of {len(risen)} teachers rose.")
+        for name, (start, end) in risen.items():
+            noise = _noise(agents[name]["scores"][0], agents[name]["scores"][-1], metric)
+            findings.append(_compare(f"{name}'s last iteration", end, "its start", start, noise))
+    return " ".join(lead), findings
+
+
+def _against_others(summary: Mapping[str, Any], name: str, agent: Mapping[str, Any], metric: str) -> list[Finding]:
+    agents, final = summary["agents"], agent["scores"][-1]
+    who, end, found = f"the final {name}", final[metric], []
+    weak = best_initial_teacher(agents, metric)
+    if weak:
+        noise = _noise(final, agents[weak[0]]["scores"][0], metric)
+        found.append(_compare(who, end, f"the best initial teacher ({weak[0]})", weak[1], noise))
+    for other, baseline in of_role(agents, "baseline").items():
+        row = baseline["scores"][-1]
+        found.append(_compare(who, end, f"the baseline {other}", row[metric], _noise(final, row, metric)))
+    for arm, members in summary.get("arms", {}).items():
+        row = members[name]["scores"][-1] if name in members else {}
+        if row.get(metric) is not None:
+            found.append(
+                _compare(who, end, f"the {name} of the ablation {arm}", row[metric], _noise(final, row, metric))
+            )
+    for other, ceiling in of_role(agents, "ceiling").items():
+        top = ceiling["scores"][-1][metric]
+        found.append(Finding("note", f"The {other} (student trained on human labels) scores {top:.3f}."))
+    return found
+
+
+def _moved(start: float, end: float) -> str:
+    return "rose" if end > start else "fell" if end < start else "did not move"
+
+
+def _noise(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> float:
+    """Two standard errors of a difference of two measured values; 0 where none was recorded."""
+    return 2 * math.hypot(one.get(f"{metric}_se") or 0.0, other.get(f"{metric}_se") or 0.0)
+
+
+def _compare(who: str, value: float, whom: str, other: float, noise: float) -> Finding:
+    above = value > other
+    relation = "above" if above else "below" if value < other else "equal to"
+    text = f"{who[0].upper()}{who[1:]} is {relation} {whom}: {value:.3f} against {other:.3f} ({value - other:+.3f})"
+    if 0 < abs(value - other) <= noise:
+        return Finding("good" if above else "bad", f"{text}, inside the test set's noise of ±{noise:.3f}.")
+    return Finding("good" if above else "bad", f"{text}.")
+
+
+def score_rows(summary: Mapping[str, Any], metric: str) -> tuple[list[int], list[dict[str, Any]]]:
+    """(iterations, rows of {"name", "role", "values": {iteration: value}, "errors", "change"}), arms' students last."""
+    everyone: list[tuple[str, str, Mapping[str, Any]]] = [
+        (name, agent["role"], agent) for name, agent in summary["agents"].items()
+    ]
+    order = ("teacher", "student", "baseline", "ceiling")
+    everyone.sort(key=lambda item: order.index(item[1]))
+    for arm, members in summary.get("arms", {}).items():
+        everyone += [(f"{arm}: {name}", "ablation", agent) for name, agent in of_role(members, "student").items()]
+    rows, iterations = [], set()
+    for name, role, agent in everyone:
+        values = {row["iteration"]: row[metric] for row in agent["scores"] if row.get(metric) is not None}
+        errors = {row["iteration"]: row.get(f"{metric}_se") for row in agent["scores"]}
+        iterations |= set(values)
+        ends = first_and_last(agent, metric)
+        change = ends[1] - ends[0] if ends and len(values) > 1 else None
+        rows.append({"name": name, "role": role, "values": values, "errors": errors, "change": change})
+    return sorted(iterations), rows
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Every agent's score by iteration as plain text; `change` is last minus first. No final newline."""
+    metric = headline_metric(summary)
+    if metric is None:
+        return "no metric was measured for every agent"
+    iterations, rows = score_rows(summary, metric)
+    lines = [["agent", "role", *(f"it{i}" for i in iterations), "change"]]
+    for row in rows:
+        values = [_number(row["values"].get(i)) for i in iterations]
+        change = "" if row["change"] is None else f"{row['change']:+.3f}"
+        lines.append([row["name"], row["role"], *values, change])
+    recovered = gaps_recovered(summary)
+    if recovered:
+        values = {row["iteration"]: row["value"] for row in recovered["student"]}
+        lines.append(["PGR", "student", *(_number(values.get(i)) for i in iterations), ""])
+    counts = {row.get(_COUNTS.get(metric, "")) for agent in summary["agents"].values() for row in agent["scores"]}
+    size = f", {counts.pop()} held-out prompts" if len(counts) == 1 and None not in counts else ""
+    return "\n".join([f"{LABELS.get(metric, metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])
+
+
+_COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs"}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def columns(lines: Sequence[Sequence[str]], num_text: int) -> list[str]:
+    """Aligned text rows with a rule under the first; the first `num_text` columns left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(c.ljust(w) if i < num_text else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return [text[0].rstrip(), "-" * len(text[0]), *(line.rstrip() for line in text[1:])]

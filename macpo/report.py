@@ -1,0 +1,241 @@
+"""`report.html` of a run, and of several seeds: self-contained, no script, nothing loaded from elsewhere.
+
+    macpo report RUN
+
+Every text in it may come from a language model or from data, so the templates escape all of it and a content
+security policy forbids whatever would slip through. Charts are the only markup that is inserted as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from macpo import charts
+from macpo.claims import Claim, claims_json, claims_table, shared_metric
+from macpo.engine.files import atomic_write, read_jsonl, write_json
+from macpo.evaluate import LABELS, headline_metric
+from macpo.findings import headline, score_rows, table
+from macpo.run_folder import Evaluation, RunFolder, sample
+
+__all__ = ["table", "write_report", "write_seeds_report"]
+
+NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
+    """Writes `report.html` into a run's folder from what lies there, and returns its path.
+
+    `planned`: names of all stages of the run, where the caller knows them; those that are not committed are listed.
+    A run without `summary.json` is reported as unfinished. The same folder gives the same bytes.
+
+    Raises DataError for a folder that does not exist or a file in it that cannot be read.
+    """
+    run = RunFolder(run_dir)
+    page = _environment().get_template("report.html.j2").render(_context(run, planned))
+    return _write(run.path / "report.html", page)
+
+
+def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], found: Sequence[Claim]) -> Path:
+    """Writes `report.html`, `claims.json` and `claims.txt` of several seeds into `out_dir`; returns the report's path.
+
+    `found`: `macpo.claims.claims(summaries)`. Every claim is shown, also those that do not hold.
+    """
+    metric = shared_metric(summaries)
+    verdicts = Counter(claim.verdict for claim in found)
+    iterations, rows = _mean_rows(summaries, metric)
+    page = (
+        _environment()
+        .get_template("seeds.html.j2")
+        .render(
+            title=f"{summaries[0].get('title', 'MACPO')}: {len(summaries)} seeds",
+            seeds=[summary["seed"] for summary in summaries],
+            versions=summaries[0].get("versions", {}),
+            label=LABELS.get(metric, metric),
+            claims=found,
+            verdicts=verdicts,
+            iterations=iterations,
+            rows=rows,
+            per_seed=[(summary["seed"], *score_rows(summary, metric)) for summary in summaries],
+            forest=Markup(charts.forest(found, metric)),
+            scores=Markup(charts.seed_scores(summaries, metric)),
+            links={seed: f"seed-{seed}/report.html" for seed in (s["seed"] for s in summaries)},
+            has_link={s["seed"]: (Path(out_dir) / f"seed-{s['seed']}" / "report.html").exists() for s in summaries},
+        )
+    )
+    write_json(Path(out_dir) / "claims.json", claims_json(found, summaries))
+    atomic_write(Path(out_dir) / "claims.txt", claims_table(found, metric) + "\n")
+    return _write(Path(out_dir) / "report.html", page)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clip"] = clip
+    environment.filters["num"] = number
+    environment.globals["label"] = lambda name: LABELS.get(name, name)
+    return environment
+
+
+def _write(path: Path, page: str) -> Path:
+    atomic_write(path, page.encode("utf-8", errors="replace"))
+    return path
+
+
+def clip(text: Any, limit: int = MAX_CHARS) -> str:
+    """Text for a page: control characters shown as U+FFFD, and an end where it is very long. Not yet escaped."""
+    shown = _CONTROL.sub("\ufffd", str(text))
+    return shown if len(shown) <= limit else f"{shown[:limit]} … ({len(shown) - limit} more characters)"
+
+
+def number(value: Any, name: str = "") -> str:
+    """A number as tables show it; a dash for one that is absent."""
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if name == "perplexity" or abs(value) >= 100:
+        return f"{value:,.1f}"
+    return f"{value:.1f}" if name == "mean_words" else f"{value:.3f}"
+
+
+def _context(run: RunFolder, planned: Sequence[str]) -> dict[str, Any]:
+    summary = run.summary
+    metric = headline_metric(summary)
+    lead, findings = headline(summary)
+    iterations, rows = score_rows(summary, metric) if metric else ([], [])
+    done = {stage.name for stage in run.stages}
+    curves = run.curves(summary["agents"])
+    stages = list(summary["stages"])
+    return {
+        "title": summary.get("title") or f"MACPO run {run.path.resolve().name}",
+        "summary": summary,
+        "finished": run.finished,
+        "running": run.running,
+        "missing": [name for name in planned if name not in done],
+        "committed": len(run.stages),
+        "lead": lead,
+        "findings": findings,
+        "metric": metric,
+        "iterations": iterations,
+        "rows": rows,
+        "charts": charts.of_run(summary, metric, curves, stages),
+        "metric_names": _metric_names(summary),
+        "answers": _answers(run),
+        "selections": _selections(run),
+        "pairs": _pairs(run),
+        "stages": stages,
+        "stage_counts": _stage_counts(stages),
+        "recipe": run.recipe,
+    }
+
+
+def _metric_names(summary: Mapping[str, Any]) -> list[str]:
+    """Metrics that some agent has, in the order of LABELS, unknown ones after; standard errors go beside their mean."""
+    have = {name for agent in summary["agents"].values() for row in agent["scores"] for name in row}
+    rest = sorted(have - set(LABELS) - {"iteration"})
+    return [name for name in [*LABELS, *rest] if name in have and not name.endswith("_se")]
+
+
+def _answers(run: RunFolder) -> list[dict[str, Any]]:
+    """Test prompts with every agent's answer at its first and at its last iteration."""
+    ends: dict[str, list[Evaluation]] = {}
+    for evaluation in sorted(run.evaluations, key=lambda e: e.iteration):
+        ends.setdefault(evaluation.agent, []).append(evaluation)
+    order = list(run.summary["agents"])
+    cases: dict[str, dict[str, Any]] = {}
+    for agent in sorted(ends, key=lambda name: (order.index(name) if name in order else len(order), name)):
+        for place, evaluation in {"first": ends[agent][0], "last": ends[agent][-1]}.items():
+            if place == "last" and len(ends[agent]) == 1:
+                continue
+            for row in sample(evaluation.rows(), NUM_ANSWERS):
+                case = cases.setdefault(row["prompt_id"], {"prompt": messages(row["prompt"]), "agents": {}})
+                answer = {"iteration": evaluation.iteration, **row}
+                case["agents"].setdefault(agent, {})[place] = answer
+    return [case for _, case in sorted(cases.items())][:NUM_ANSWERS]
+
+
+def _selections(run: RunFolder) -> list[dict[str, Any]]:
+    """By iteration: how often each teacher's answer was kept, and a few prompts with all candidates."""
+    found = []
+    for iteration, stage in run.selections():
+        kept: Counter[str] = Counter()
+        perplexities: dict[str, list[float]] = {}
+        total = 0
+        for _, row in read_jsonl(stage.path / "scores.jsonl"):
+            total += 1
+            for index, candidate in enumerate(row["candidates"]):
+                perplexities.setdefault(candidate["by"], []).append(candidate["perplexity"])
+                kept[candidate["by"]] += index == row["kept"]
+        cases = sample((row for _, row in read_jsonl(stage.path / "scores.jsonl")), NUM_SELECTIONS)
+        prompts = _prompts(stage.path / "pairs.jsonl", {case["prompt_id"] for case in cases})
+        found.append(
+            {
+                "iteration": iteration,
+                "total": total,
+                "by": [
+                    {"name": name, "kept": kept[name], "median": sorted(values)[len(values) // 2]}
+                    for name, values in sorted(perplexities.items())
+                ],
+                "cases": [
+                    {**case, "messages": messages(case.get("prompt") or prompts.get(case["prompt_id"], []))}
+                    for case in cases
+                ],
+            }
+        )
+    return found
+
+
+def _prompts(path: Path, wanted: set[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    return {row["prompt_id"]: row["prompt"] for _, row in read_jsonl(path) if row["prompt_id"] in wanted}
+
+
+def _pairs(run: RunFolder) -> list[dict[str, Any]]:
+    """A few training pairs of every stage that wrote some, with their number."""
+    found = []
+    for stage in run.pair_files():
+        rows = [row for _, row in read_jsonl(stage.path / "pairs.jsonl")]
+        cases = [{**row, "messages": messages(row["prompt"])} for row in sample(rows, NUM_PAIRS)]
+        found.append({"stage": stage.name, "total": len(rows), "cases": cases})
+    return found
+
+
+def _stage_counts(stages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of further counts that stages recorded (rows dropped, answers resampled, …)."""
+    have = {name for stage in stages for name, value in stage.items() if isinstance(value, int | float) and value}
+    return sorted(have - {"seconds", "tokens"})
+
+
+def messages(prompt: Any) -> list[dict[str, str]]:
+    """A prompt's turns, also where it is one string."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _mean_rows(summaries: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[dict[str, Any]]]:
+    """Mean over seeds of every agent's score by iteration, with the number of seeds behind it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        for row in score_rows(summary, metric)[1]:
+            entry = rows.setdefault(row["name"], {"name": row["name"], "role": row["role"], "lists": {}, "changes": []})
+            for iteration, value in row["values"].items():
+                entry["lists"].setdefault(iteration, []).append(value)
+            if row["change"] is not None:
+                entry["changes"].append(row["change"])
+    for entry in rows.values():
+        entry["values"] = {i: sum(values) / len(values) for i, values in entry["lists"].items()}
+        entry["change"] = sum(entry["changes"]) / len(entry["changes"]) if entry["changes"] else None
+    return sorted({i for entry in rows.values() for i in entry["values"]}), list(rows.values())

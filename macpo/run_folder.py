@@ -1,0 +1,194 @@
+"""Reads a run's folder: committed stages, evaluation rows, selections, pairs and training curves.
+
+Only what the files say; a run that is not finished gives what it has. Nothing here loads a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from macpo.engine.errors import DataError
+from macpo.engine.files import read_json, read_jsonl
+from macpo.evaluate import AgentHistory, Role, build_summary
+
+_FOLDER = re.compile(r"(\d+)-(.+)")
+_EVALUATION = re.compile(r"eval-(?P<agent>.+)-iter(?P<iteration>\d+)")
+_SELECTION = re.compile(r"iter(?P<iteration>\d+)-.+-select")
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One committed stage: `NN-name`, or `NN-arm.name` for an ablation."""
+
+    number: int
+    name: str
+    path: Path
+
+    @property
+    def arm(self) -> str:
+        """The ablation that made it; empty for the main run."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def base(self) -> str:
+        """The name without the arm."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One agent's held-out evaluation at one iteration."""
+
+    agent: str
+    iteration: int
+    folder: StageFolder
+
+    def metrics(self) -> dict[str, Any]:
+        return read_object(self.folder.path / "evaluation.json")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        path = self.folder.path / "evaluation.jsonl"
+        return (row for _, row in read_jsonl(path)) if path.exists() else iter(())
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One training stage's metrics by optimiser step."""
+
+    folder: StageFolder
+    agent: str
+    columns: Mapping[str, list[float]]
+
+    @property
+    def preference(self) -> bool:
+        """Whether this was a preference stage (it has margins), not SFT."""
+        return "margin" in self.columns
+
+
+class RunFolder:
+    """A run's folder as the report sees it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise DataError("no such run folder", "give the folder that `macpo run` wrote", file=str(path))
+
+    @cached_property
+    def stages(self) -> list[StageFolder]:
+        """Committed stages in order; folders still being written (`.tmp`) are not among them."""
+        found = []
+        for folder in self.path.iterdir():
+            match = _FOLDER.fullmatch(folder.name)
+            if match and folder.is_dir() and not folder.is_symlink() and not folder.name.endswith(".tmp"):
+                found.append(StageFolder(int(match[1]), match[2], folder))
+        return sorted(found, key=lambda stage: (stage.number, stage.name))
+
+    @cached_property
+    def running(self) -> list[str]:
+        """Names of stages that were begun and not committed."""
+        names = (folder.name.removesuffix(".tmp") for folder in self.path.glob("*.tmp") if folder.is_dir())
+        return sorted(match[2] for name in names if (match := _FOLDER.fullmatch(name)))
+
+    @cached_property
+    def finished(self) -> bool:
+        """A run writes its summary last."""
+        return (self.path / "summary.json").exists()
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`, or what the committed evaluations of an unfinished run amount to."""
+        if self.finished:
+            return read_object(self.path / "summary.json")
+        agents: dict[str, AgentHistory] = {}
+        for evaluation in self.evaluations:
+            metrics = evaluation.metrics()
+            role: Role = metrics.pop("role", None) or _role(evaluation.agent)
+            metrics.pop("agent", None), metrics.pop("iteration", None)
+            agents.setdefault(evaluation.agent, AgentHistory(role)).add(evaluation.iteration, metrics)
+        stages = [{"name": stage.name, **self.timing(stage)} for stage in self.stages]
+        return build_summary(agents, stages, seed=0, versions={}) | {"seed": None}
+
+    def timing(self, stage: StageFolder) -> dict[str, Any]:
+        """The stage's `timing.json`: seconds, tokens and counts; empty when there is none."""
+        path = stage.path / "timing.json"
+        return read_object(path) if path.exists() else {}
+
+    @cached_property
+    def recipe(self) -> str:
+        """The resolved recipe's text; empty when there is none."""
+        path = self.path / "recipe.yaml"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """Held-out evaluations of the main run."""
+        return [
+            Evaluation(match["agent"], int(match["iteration"]), stage)
+            for stage in self.stages
+            if not stage.arm
+            and (match := _EVALUATION.fullmatch(stage.base))
+            and (stage.path / "evaluation.json").exists()
+        ]
+
+    def selections(self) -> list[tuple[int, StageFolder]]:
+        """The main run's perplexity filters, by iteration."""
+        return [
+            (int(match["iteration"]), stage)
+            for stage in self.stages
+            if not stage.arm and (match := _SELECTION.fullmatch(stage.base)) and (stage.path / "scores.jsonl").exists()
+        ]
+
+    def pair_files(self) -> list[StageFolder]:
+        """The main run's stages that wrote training pairs."""
+        return [stage for stage in self.stages if not stage.arm and (stage.path / "pairs.jsonl").exists()]
+
+    def curves(self, agents: Iterable[str]) -> list[Curves]:
+        """Training curves of every stage of the main run, each with the agent that its name contains."""
+        names = sorted(agents, key=len, reverse=True)  # `student-2` before `student`
+        found = []
+        for stage in self.stages:
+            path = stage.path / "metrics.jsonl"
+            if stage.arm or not path.exists():
+                continue
+            columns: dict[str, list[float]] = {}
+            rows = [row for _, row in read_jsonl(path)]
+            for key in ("step", "loss", "margin", "accuracy", "lr", "grad_norm"):
+                if rows and all(isinstance(row.get(key), int | float) for row in rows):
+                    columns[key] = [float(row[key]) for row in rows]
+            agent = next((name for name in names if f"-{name}-" in f"-{stage.base}-"), "")
+            if "step" in columns and "loss" in columns:
+                found.append(Curves(stage, agent, columns))
+        return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; DataError when it is something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError("not a JSON object", "run the stage again", file=str(path))
+    return content
+
+
+def sample(rows: Iterable[dict[str, Any]], count: int, keep: Callable[[str], bool] = lambda _: True) -> list[dict]:
+    """`count` rows, the same ones for every file over the same prompts.
+
+    Prompt ids are content hashes, so the smallest ids are an arbitrary choice that nobody made by reading answers.
+    """
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if keep(row["prompt_id"]):
+            first.setdefault(row["prompt_id"], row)
+    return [row for _, row in islice(sorted(first.items()), count)]
+
+
+def _role(agent: str) -> Role:
+    """The role of an agent of an unfinished run, which has no summary yet, from its usual name."""
+    if agent in ("student", "ceiling"):
+        return agent  # type: ignore[return-value]
+    return "teacher" if agent.startswith("teacher") else "baseline"
