@@ -1,0 +1,158 @@
+"""Recipes: strict YAML to a pydantic model and back; every problem at once, each with its line and a remedy.
+
+settings = load(Path("recipe.yaml"), MySettings, ["student.optim.epochs=2"])
+text = dump(settings, comments=True)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
+
+from macpo.engine.errors import ConfigError, Problem
+from macpo.engine.files import explained
+from macpo.engine.recipe_errors import explain
+from macpo.engine.recipe_tree import Node, assign, from_plain, merge, parse, scalar
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def load(
+    path: Path | str, model: type[ModelT], overrides: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None
+) -> ModelT:
+    """The recipe in the file, over `defaults`, under `overrides` (`a.b.0.c=value`, the value read as YAML).
+
+    Types are strict: `"3"` is no number, `yes` no boolean. Environment variables are not expanded.
+    Raises: ConfigError with one Problem for each thing that is wrong.
+    """
+    path = Path(path)
+    with explained(path):
+        raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=str(path), line=line
+        ) from None
+    return loads(text, model, overrides, file=str(path), defaults=defaults)
+
+
+def loads(
+    text: str,
+    model: type[ModelT],
+    overrides: Sequence[str] = (),
+    *,
+    file: str = "recipe",
+    defaults: Mapping[str, Any] | None = None,
+) -> ModelT:
+    """`load` for a text; `file` is the name that messages show."""
+    problems: list[Problem] = []
+    root = parse(text, file, problems)
+    if not isinstance(root.value, dict):
+        if not root.bad:
+            problems.append(Problem("a recipe is a mapping", "write `key: value` lines", file, root.line))
+        raise ConfigError(problems=problems)
+    if defaults:
+        root = merge(from_plain(defaults, "defaults"), root)
+    for wish in overrides:
+        assign(root, wish, problems)
+    try:
+        settings = model.model_validate_json(json.dumps(root.plain()), strict=True)
+    except ValidationError as error:
+        problems += explain(error, root, model, file)
+    if problems:
+        raise ConfigError(problems=problems)
+    return settings
+
+
+def dump(model: BaseModel, *, comments: bool = False) -> str:
+    """YAML of every field, defaults included, such that `loads(dump(x), type(x)) == x`.
+
+    `comments`: each field's docstring stands above it.
+    """
+    lines: list[str] = []
+    if comments and type(model).__doc__:
+        lines += [*_comment(type(model).__doc__ or "", 0), ""]
+    return "\n".join([*lines, *_block(model, 0, comments), ""])
+
+
+def _block(value: BaseModel | Mapping[str, Any], indent: int, comments: bool) -> list[str]:
+    lines: list[str] = []
+    for name, child, doc in _items(value):
+        if comments and doc:
+            lines += _comment(doc, indent)
+        lines += _entry(f"{' ' * indent}{_text(name)}:", child, indent, comments)
+    return lines
+
+
+def _items(value: BaseModel | Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    if isinstance(value, Mapping):
+        return [(str(key), child, "") for key, child in value.items()]
+    found = []
+    for name, info in type(value).model_fields.items():
+        child = getattr(value, name)
+        doc = info.description or (isinstance(child, BaseModel) and type(child).__doc__) or ""
+        found.append((info.alias or name, child, doc))
+    return found
+
+
+def _entry(head: str, value: Any, indent: int, comments: bool) -> list[str]:
+    if isinstance(value, BaseModel | Mapping):
+        inner = _block(value, indent + 2, comments)
+        return [head, *inner] if inner else [f"{head} {{}}"]
+    if isinstance(value, list | tuple) and any(isinstance(item, BaseModel | Mapping) for item in value):
+        lines = [head]
+        for item in value:
+            inner = _entry(" " * (indent + 2) + "-", item, indent + 2, comments)
+            if inner[0].endswith("-") and len(inner) > 1:  # the dash goes onto the item's first line that is no comment
+                first = next(i for i, line in enumerate(inner[1:], 1) if not line.lstrip().startswith("#"))
+                inner[first] = " " * (indent + 2) + "- " + inner[first][indent + 4 :]
+                inner = inner[1:]
+            lines += inner
+        return lines
+    return [f"{head} {_flow(value)}"]
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    value = to_jsonable_python(value)
+    if isinstance(value, list):  # sets and the like
+        return _flow(value)
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")
+        digits, e, exponent = repr(value).partition("e")
+        return digits + (".0" if e and "." not in digits else "") + e + exponent  # YAML 1.1 readers want the point
+    return _text(value) if isinstance(value, str) else str(value)
+
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_OLD_BOOL = {"y", "n", "yes", "no", "on", "off"}  # other YAML readers take these for booleans
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+
+
+def _text(text: str) -> str:
+    """The text as a YAML scalar: bare where that is safe, else in double quotes."""
+    if _PLAIN.fullmatch(text) and scalar(text) == text and text.lower() not in _OLD_BOOL:
+        return text
+    return _ESCAPED.sub(lambda m: f"\\u{ord(m[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
+def _comment(text: str, indent: int) -> list[str]:
+    width = 100 - indent
+    return [f"{' ' * indent}# {line}" for line in textwrap.wrap(" ".join(text.split()), width)]
+
+
+__all__ = ["Node", "dump", "load", "loads"]

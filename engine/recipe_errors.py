@@ -1,0 +1,233 @@
+"""pydantic's errors as lines of the recipe: which field, what was found, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from macpo.engine.errors import Problem
+from macpo.engine.recipe_tree import Node, scalar
+
+
+@dataclass(slots=True)
+class _Spot:
+    """Where an error is: the field path without union labels, the type expected there, the nearest node."""
+
+    path: tuple[str, ...]
+    kind: Any
+    parent: Any
+    node: Node
+    in_union: bool = False
+    bad: bool = False
+
+
+def explain(error: ValidationError, root: Node, model: type[BaseModel], file: str) -> list[Problem]:
+    """One Problem for each field that is wrong, in the order of the file."""
+    spots: dict[tuple[str, ...], list[tuple[_Spot, Mapping[str, Any]]]] = {}
+    for detail in error.errors(include_url=False):
+        spot = _locate(detail["loc"], root, model)
+        kind = detail["type"]
+        if kind in ("union_tag_invalid", "union_tag_not_found"):
+            tags = [tag for member in _members(spot.kind) if _is_model(member) for tag in _tags(member)]
+            spot = _down(spot, str(detail["ctx"]["discriminator"]).strip("'"))
+            spot.kind = Literal[tuple(tags)] if tags else None
+        elif kind in ("value_error", "assertion_error"):
+            word = _message(detail).split(":")[0].split(" ")[0]
+            if isinstance(spot.node.value, dict) and word in spot.node.value:
+                spot = _down(spot, word)
+        if not spot.bad:
+            spots.setdefault(spot.path, []).append((spot, detail))
+    problems = []
+    for path, found in spots.items():
+        # Each alternative of a union complains; the one that matches furthest tells the reader most.
+        if found[0][0].in_union and any(other[: len(path)] == path != other for other in spots):
+            continue
+        problems.append(_problem(path, found, model, root, file))
+    return sorted(problems, key=lambda p: (p.file != file, p.line or 0))
+
+
+def _problem(
+    path: tuple[str, ...],
+    found: list[tuple[_Spot, Mapping[str, Any]]],
+    model: type[BaseModel],
+    root: Node,
+    file: str,
+) -> Problem:
+    spot, detail = found[0]
+    where = spot.node.file or file, spot.node.line, ".".join(path)
+    match detail["type"]:
+        case "missing" | "union_tag_not_found":
+            allowed = _alternatives(spot.kind)
+            if path and isinstance(spot.node.value, dict) and not spot.node.value.get(path[-1]):
+                suggestion = _near(path[-1], [key for key in spot.node.value if key not in _names(spot.parent)])
+                if suggestion:
+                    return Problem("missing", f"rename {suggestion!r} to {path[-1]!r}", *where)
+            return Problem("missing", f"add it: {allowed}" if allowed else "add it", *where)
+        case "extra_forbidden":
+            return Problem("unknown key", _known(path, _names(spot.parent), model), *where)
+        case "union_tag_invalid":
+            allowed = str(detail["ctx"]["expected_tags"])
+            return _wrong(detail["ctx"]["tag"], [allowed], where)
+        case "value_error" | "assertion_error":
+            text, _, fix = _message(detail).partition(" Fix: ")
+            return Problem(text, fix or "change one of the two or leave it to its default", *where)
+        case _:
+            return _wrong(detail["input"], [_message(each) for _, each in found], where)
+
+
+_WORDS = {
+    "an object": "a mapping",
+    "a valid dictionary": "a mapping",
+    "a valid array": "a list",
+    "a valid list": "a list",
+    "a valid tuple": "a list",
+    "a valid string": "text",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+}
+_FIXES = {
+    "a mapping": "write `key: value` lines below the field",
+    "a list": "write a whole list, such as [a, b]",
+    "text": "put it in quotes",
+}
+
+
+def _wrong(value: Any, messages: list[str], where: tuple[str, int | None, str]) -> Problem:
+    allowed = list(dict.fromkeys(_WORDS.get(message, message) for message in messages))
+    text = " or ".join(allowed)
+    fix = _FIXES.get(text) or (f"it should {text}" if text.startswith("have ") else f"use {text}")
+    if text.startswith(("greater", "less")):
+        fix = f"use a value {text}"
+    if isinstance(value, str):
+        near = _near(value, re.findall(r"'([^']*)'", text))
+        if near:
+            fix = f"did you mean {near!r}"
+        elif text in ("a whole number", "a number") and isinstance(scalar(value.replace("_", "")), int | float):
+            fix = "write the number without quotes or separators"
+    return Problem(f"got {_shown(value)}, allowed: {text}", fix, *where)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _message(detail: Mapping[str, Any]) -> str:
+    text = str(detail["msg"])
+    for start in ("Value error, ", "Assertion failed, ", "Input should be ", "Input should "):
+        text = text.removeprefix(start)
+    return text
+
+
+def _locate(loc: tuple[int | str, ...], root: Node, model: type[BaseModel]) -> _Spot:
+    spot = _Spot((), model, None, root, bad=root.bad)
+    for part in loc:
+        members = _members(spot.kind)
+        if len(members) > 1:  # pydantic puts the alternative's label or tag here
+            spot.kind = _chosen(members, str(part))
+            spot.in_union = True
+            continue
+        kind = members[0] if members else None
+        if kind is None and not _has(spot.node, part):
+            continue  # a label inside a type that this walk does not know
+        if get_origin(kind) is dict and part == "[key]":
+            continue
+        spot.kind = kind
+        spot = _down(spot, part)
+    return spot
+
+
+def _down(spot: _Spot, part: int | str) -> _Spot:
+    node = spot.node
+    if isinstance(node.value, dict) and str(part) in node.value:
+        node = node.value[str(part)]
+    elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+        node = node.value[part]
+    kind = _child(spot.kind, part)
+    return _Spot((*spot.path, str(part)), kind, spot.kind, node, spot.in_union, spot.bad or node.bad)
+
+
+def _has(node: Node, part: int | str) -> bool:
+    if isinstance(node.value, list):
+        return isinstance(part, int) and part < len(node.value)
+    return isinstance(node.value, dict) and str(part) in node.value
+
+
+def _members(kind: Any) -> list[Any]:
+    """The alternatives of a type without None and annotations; a single type is its own one alternative."""
+    while get_origin(kind) is Annotated or hasattr(kind, "__value__"):  # the latter is a `type X = …` alias
+        kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind.__value__
+    if get_origin(kind) in (Union, types.UnionType):
+        return [one for each in get_args(kind) if each is not type(None) for one in _members(each)]
+    return [] if kind is None else [kind]
+
+
+def _chosen(members: list[Any], label: str) -> Any:
+    """The alternative that a label names: a discriminator's value or a class name."""
+    for member in members:
+        if _is_model(member) and (member.__name__ == label or label in _tags(member)):
+            return member
+    return None
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    literal = [info.annotation for info in model.model_fields.values() if get_origin(info.annotation) is Literal]
+    return [str(value) for kind in literal for value in get_args(kind)]
+
+
+def _child(kind: Any, part: int | str) -> Any:
+    """The type of a field, item or value inside `kind`; None if unknown."""
+    if _is_model(kind):
+        fields = {info.alias or name: info for name, info in kind.model_fields.items()}
+        return fields[str(part)].annotation if str(part) in fields else None
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is dict and len(args) == 2:
+        return args[1]
+    if origin is tuple and isinstance(part, int) and args and args[-1] is not Ellipsis:
+        return args[part] if part < len(args) else None
+    return args[0] if origin in (list, tuple, set, frozenset) and args else None
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _names(kind: Any) -> list[str]:
+    return [info.alias or name for name, info in kind.model_fields.items()] if _is_model(kind) else []
+
+
+def _alternatives(kind: Any) -> str:
+    values = [repr(value) for each in _members(kind) if get_origin(each) is Literal for value in get_args(each)]
+    return " or ".join(values)
+
+
+def _near(word: str, names: list[str]) -> str:
+    return next(iter(difflib.get_close_matches(word, names, 1, 0.6)), "")
+
+
+def _known(path: tuple[str, ...], names: list[str], model: type[BaseModel]) -> str:
+    """What to do about an unknown key: a similar one here, the same one elsewhere, or the list."""
+    if near := _near(path[-1], names):
+        return f"did you mean {near!r}"
+    elsewhere = [".".join(place) for place in _everywhere(model) if place[-1] == path[-1]]
+    if elsewhere:
+        return f"move it to {elsewhere[0]!r}"
+    return f"known keys: {', '.join(names)}" if names else "delete it"
+
+
+def _everywhere(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, info in model.model_fields.items():
+        yield (*above, info.alias or name)
+        for member in _members(info.annotation):
+            if _is_model(member) and len(above) < 4:
+                yield from _everywhere(member, (*above, info.alias or name))
