@@ -1,0 +1,7 @@
+"""Batched generation: prompts in, sampled answers with their log-probs out."""
+
+from macpo.engine.generation.generator import Generator
+from macpo.engine.generation.params import SamplingParams
+from macpo.engine.generation.request import Output, Request, Sample, request_key
+
+__all__ = ["Generator", "Output", "Request", "Sample", "SamplingParams", "request_key"]

@@ -1,0 +1,294 @@
+"""Generator: many prompts in, sampled answers with log-probs out.
+
+    Generator(model, tokenizer).generate(prompts, SamplingParams(max_new_tokens=64, seed=1))
+
+A sampled text is a function of model, prompt, params, request id, sample and attempt: the noise is seeded by these,
+never by the batch, the order or the number of processes (in float32, up to logit ties in the last bits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from macpo.engine.attention import attention_hook
+from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
+from macpo.engine.generation.fallback import HfRunner, supports_hook
+from macpo.engine.generation.kv_cache import SlotCache
+from macpo.engine.generation.params import SamplingParams, one_each
+from macpo.engine.generation.request import Output, Request, Sample, content_ids
+from macpo.engine.generation.rows import Row
+from macpo.engine.generation.runner import BatchRunner
+from macpo.engine.generation.scheduler import Group, Scheduler
+
+MAX_PROBLEMS = 10
+"""Bad requests that one error names."""
+
+
+def _never() -> bool:
+    return False
+
+
+class Generator:
+    """Batched generation for a Hugging Face causal LM, a peft model or a PolicyModule.
+
+    Args:
+        model: weights, on their device; put into eval mode while generating, restored afterwards.
+        tokenizer: needed for stop texts and for `Sample.text`; ids beyond its length are never drawn.
+        max_batch: sequences decoded together.
+        max_cache_tokens: bound of the key-value cache in tokens; None: what `max_batch` of the longest request need.
+        block_tokens: a sequence's share of the cache is rounded up to a multiple of this.
+
+    Models that bypass transformers' attention interface are answered by their own `generate` (one log line says so).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        max_batch: int = 64,
+        max_cache_tokens: int | None = None,
+        block_tokens: int = 32,
+    ) -> None:
+        for name, value in (
+            ("max_batch", max_batch),
+            ("max_cache_tokens", max_cache_tokens),
+            ("block_tokens", block_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"got {value}", f"{name} must be at least 1", field=f"generator.{name}")
+        self._outer, self.model = _unwrap(model)
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+        self.max_cache_tokens = max_cache_tokens
+        self.block_tokens = block_tokens
+        config = self.model.config.get_text_config()
+        self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.num_tokens = _head_width(self.model) if tokenizer is None else min(_head_width(self.model), len(tokenizer))
+        self.eos_ids = _eos_ids(self.model, tokenizer)
+        self._hooked: bool | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        request_ids: Sequence[str] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+        progress: bool | str = False,
+    ) -> list[Output]:
+        """Answers every prompt `params.n` times.
+
+        Args:
+            prompts: token ids, BOS and template included.
+            params: one for all, or one a prompt.
+            request_ids: what the noise is keyed by; default: hash of the prompt and the number of its occurrence.
+            adapters: name of a loaded peft adapter, for all or one a prompt; None leaves the active one.
+            progress: shows a bar, with this label where it is a text.
+
+        Returns:
+            An Output a prompt, in the order of `prompts`.
+
+        Raises:
+            ConfigError, DataError: before any work, all bad requests at once.
+            NumericsError: logits that are not finite.
+        """
+        ids = content_ids(prompts) if request_ids is None else list(request_ids)
+        names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
+        for what, values in (("request ids", ids), ("adapters", names)):
+            if len(values) != len(prompts):
+                raise ConfigError(f"{len(values)} {what} for {len(prompts)} prompts", "give one a prompt")
+        requests = [
+            Request(id_, tuple(prompt), one, tuple(range(one.n)), 0, name)
+            for id_, prompt, one, name in zip(ids, prompts, one_each(params, len(prompts)), names, strict=True)
+        ]
+        return self.run(requests, progress=progress)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: bool | str = False,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Output]:
+        """As `generate`, for requests that also choose samples and attempt; raises Stopped when asked to."""
+        self._check(requests)
+        outputs = [Output(request.id, []) for request in requests]
+        found: dict[tuple[int, int], Sample] = {}
+        with self._ready(), _bar(progress, sum(len(r.samples) for r in requests)) as count:
+
+            def on_done(row: Row) -> None:
+                found[row.index, row.sample] = row.finish(self.tokenizer)
+                count(1)
+
+            for name in sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name)):
+                with self._adapter(name):
+                    indices = [i for i, request in enumerate(requests) if request.adapter == name]
+                    self._run(requests, indices, on_done, should_stop or _never)
+        for index, request in enumerate(requests):
+            outputs[index].samples = [found[index, sample] for sample in request.samples]
+        return outputs
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        indices: list[int],
+        on_done: Callable[[Row], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """The requests of one adapter, by their place in the list."""
+        part = [requests[i] for i in indices]
+
+        def make_row(group: Group, sample: int) -> Row:
+            return self._row(indices[group.index], group.request, sample)
+
+        if self._hooked is None:
+            self._hooked = supports_hook(self.model)
+        if not self._hooked:
+            HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop).run(
+                [self._row(i, requests[i], sample) for i in indices for sample in requests[i].samples], on_done
+            )
+            return
+        slot_tokens = max(self._reserved(request) for request in part)
+        num_slots = min(self.max_batch, sum(len(request.samples) for request in part))
+        if self.max_cache_tokens is not None:
+            num_slots = min(num_slots, self.max_cache_tokens // slot_tokens)
+        cache = SlotCache(num_slots, slot_tokens)
+        with attention_hook(self.model):
+            BatchRunner(
+                self.model, Scheduler(part, num_slots), cache, make_row,
+                num_tokens=self.num_tokens, tokenizer=self.tokenizer, should_stop=should_stop,
+            ).run(on_done)  # fmt: skip
+
+    def _row(self, index: int, request: Request, sample: int) -> Row:
+        stop_ids = frozenset(request.params.stop_token_ids)
+        if not request.params.ignore_eos:
+            stop_ids |= self.eos_ids
+        return Row(index, request, sample, self._budget(request), stop_ids)
+
+    def _budget(self, request: Request) -> int:
+        budget = request.params.max_new_tokens
+        return budget if self.context_tokens is None else min(budget, self.context_tokens - len(request.prompt_ids))
+
+    def _reserved(self, request: Request) -> int:
+        """Cache tokens of the longest possible answer, in whole blocks."""
+        blocks = -(-(len(request.prompt_ids) + self._budget(request)) // self.block_tokens)
+        return blocks * self.block_tokens
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        """All problems of all requests, before any work."""
+        data: list[Problem] = []
+        config: list[Problem] = []
+        known = set(getattr(self._outer, "peft_config", {}))
+        seen: set[tuple[str, int, int]] = set()
+        width = self.model.get_input_embeddings().weight.shape[0]
+        for request in requests:
+            name, length = f"request {request.id}", len(request.prompt_ids)
+            if not length:
+                data.append(Problem("the prompt is empty", "give at least one token (BOS)", field=name))
+            elif min(request.prompt_ids) < 0 or max(request.prompt_ids) >= width:
+                data.append(
+                    Problem(f"a token id is outside the model's [0, {width})", "use the model's tokenizer", field=name)
+                )
+            elif self.context_tokens is not None and length >= self.context_tokens:
+                text = f"the prompt has {length} tokens, the model's context {self.context_tokens}"
+                data.append(Problem(text, "shorten the prompt", field=name))
+            elif self.max_cache_tokens is not None and self._reserved(request) > self.max_cache_tokens:
+                text = f"prompt and answer may take {self._reserved(request)} tokens, the cache {self.max_cache_tokens}"
+                data.append(Problem(text, "raise max_cache_tokens or lower max_new_tokens", field=name))
+            for sample in request.samples:
+                if (key := (request.id, sample, request.attempt)) in seen:
+                    data.append(Problem("two requests have this id", "give every request an id of its own", field=name))
+                seen.add(key)
+            if request.params.stop and self.tokenizer is None:
+                config.append(Problem("stop texts need a tokenizer", "give one, or use stop_token_ids", field=name))
+            if request.adapter is not None and request.adapter not in known:
+                text = f"unknown adapter {request.adapter!r}; loaded: {', '.join(sorted(known)) or 'none'}"
+                config.append(Problem(text, "load it first, or correct the name", field=name))
+        for kind, problems in ((ConfigError, config), (DataError, data)):
+            if problems:
+                raise _shortened(kind, problems)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Eval mode and no gradients; restores what was there."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def _adapter(self, name: str | None) -> Iterator[None]:
+        """The named adapter active; restores the former one and what required gradients."""
+        if name is None:
+            yield
+            return
+        outer: Any = self._outer
+        before, needs = outer.active_adapter, [p for p in outer.parameters() if p.requires_grad]
+        outer.set_adapter(name)
+        try:
+            yield
+        finally:
+            outer.set_adapter(before)
+            kept = set(map(id, needs))
+            for parameter in outer.parameters():
+                parameter.requires_grad_(id(parameter) in kept)
+
+
+class _Count(Protocol):
+    def __call__(self, n: int) -> object: ...
+
+
+@contextmanager
+def _bar(progress: bool | str, total: int) -> Iterator[_Count]:
+    label = progress if isinstance(progress, str) else "generate"
+    with tqdm(total=total, desc=label, unit="seq", disable=not progress, leave=False) as bar:
+        yield bar.update
+
+
+def _shortened(kind: type[MacpoError], problems: list[Problem]) -> MacpoError:
+    shown = problems[:MAX_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(Problem(f"and {len(problems) - len(shown)} more like these"))
+    return kind(problems=shown)
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
+    """(the module that holds adapters, the Hugging Face model) of a model, a peft wrapper or a PolicyModule."""
+    outer: Any = model
+    if not isinstance(outer, PreTrainedModel) and not hasattr(outer, "get_base_model"):
+        outer = getattr(model, "model", None)
+    base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    if not isinstance(base, PreTrainedModel):
+        raise ConfigError(
+            f"cannot generate with a {type(model).__name__}", "give a Hugging Face causal LM or peft model"
+        )
+    return outer, base
+
+
+def _head_width(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
+    return int(head.weight.shape[0])
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """End tokens by the tokenizer, the generation config and the model config, each of which may hold a list."""
+    sources = (tokenizer, model.generation_config, model.config, model.config.get_text_config())
+    found: set[int] = set()
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or ())
+    return frozenset(found)

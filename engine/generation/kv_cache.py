@@ -1,0 +1,49 @@
+"""Keys and values of the running sequences: a slot a sequence, contiguous, dense from slot 0.
+
+S slots, Hkv key-value heads, L tokens of a slot, D head size, n live slots, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SlotCache:
+    """Per layer k and v of [S, Hkv, L, D]; the tokens of a sequence lie at their positions.
+
+    Layers are allocated when first written, in the shape that they bring. Memory starts as zeros, and what an
+    earlier sequence left is finite: a masked column must not turn into NaN through 0 * NaN.
+    """
+
+    def __init__(self, num_slots: int, slot_tokens: int) -> None:
+        self.num_slots = num_slots
+        self.slot_tokens = slot_tokens
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that have written so far."""
+        return len(self._layers)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [T, Hkv, D] into (slot, position) [T] each; returns the layer's whole k and v."""
+        if layer not in self._layers:
+            shape = (self.num_slots, k.shape[1], self.slot_tokens)
+            self._layers[layer] = (k.new_zeros(*shape, k.shape[2]), v.new_zeros(*shape, v.shape[2]))
+        pools = self._layers[layer]
+        for pool, new in zip(pools, (k, v), strict=True):
+            pool.transpose(1, 2).index_put_((slots, positions), new)
+        return pools
+
+    def move(self, moves: Sequence[tuple[int, int]], num_tokens: int) -> None:
+        """Copies the first `num_tokens` of slot a to slot b for every (a, b); the targets hold nothing alive."""
+        if not moves:
+            return
+        source, target = (torch.tensor(slots) for slots in zip(*moves, strict=True))
+        for pools in self._layers.values():
+            for pool in pools:
+                used = pool[:, :, :num_tokens]
+                used[target.to(pool.device)] = used[source.to(pool.device)]

@@ -1,0 +1,75 @@
+"""What goes into a generator and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from macpo.engine.generation.params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+def request_key(*parts: str) -> int:
+    """Stable 63-bit hash of some texts: the request's part of the sampling noise."""
+    digest = hashlib.sha256("\x00".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+
+def content_ids(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """An id a prompt: hash of its tokens and the number of its occurrence, so order does not matter."""
+    seen: Counter[str] = Counter()
+    ids = []
+    for prompt in prompts:
+        digest = hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16]
+        ids.append(f"{digest}-{seen[digest]}")
+        seen[digest] += 1
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be answered `len(samples)` times.
+
+    The text of a sample is a function of the model, `id`, sample index, `attempt`, prompt and params alone.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    samples: tuple[int, ...] = (0,)
+    attempt: int = 0
+    adapter: str | None = None
+
+    @property
+    def key(self) -> int:
+        return request_key(self.id)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One answer.
+
+    `token_ids` holds neither the EOS (or stop token) that ended it, nor tokens that lie wholly in a stop text.
+    `raw_logps` are the model's own log-probs of these tokens (nats, unprocessed logits over the whole vocabulary);
+    `logps` those of the distribution that was sampled (after penalty, temperature and filters; greedy: 0).
+    `finish_reason` is "stop" where the model ended the answer, "length" where the token budget did.
+    `text` is there when the generator has a tokenizer: decoded without special tokens, cut before a stop text.
+    """
+
+    token_ids: list[int]
+    raw_logps: list[float]
+    logps: list[float]
+    finish_reason: FinishReason
+    text: str | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """The answers to one request, in the order of its samples."""
+
+    request_id: str
+    samples: list[Sample] = field(default_factory=list)

@@ -1,0 +1,106 @@
+"""Row: the host's record of one running sequence, and where its answer ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from macpo.engine.errors import NumericsError
+from macpo.engine.generation.params import SamplingParams
+from macpo.engine.generation.request import FinishReason, Request, Sample
+
+
+class Row:
+    """A sequence that is being generated; `done` once its answer is known to have ended."""
+
+    __slots__ = ("budget", "done", "ended", "index", "logps", "raw_logps", "request", "sample", "stop_ids", "tokens")
+
+    def __init__(self, index: int, request: Request, sample: int, budget: int, stop_ids: frozenset[int]) -> None:
+        self.index = index
+        self.request = request
+        self.sample = sample
+        self.budget = budget
+        """Most new tokens, an end token included."""
+        self.stop_ids = stop_ids
+        self.tokens: list[int] = []
+        self.raw_logps: list[float] = []
+        self.logps: list[float] = []
+        self.done = False
+        self.ended = False
+        """A stop token or stop text came."""
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def position(self) -> int:
+        """Where the newest token will lie in the cache."""
+        return len(self.request.prompt_ids) + len(self.tokens) - 1
+
+    def extend(self, tokens: Sequence[int], raw_logps: Sequence[float], logps: Sequence[float]) -> None:
+        """Takes new tokens up to the budget or the first stop token; a done row takes none."""
+        if self.done:
+            return
+        keep = min(len(tokens), self.budget - len(self.tokens))
+        end = next((i for i in range(keep) if tokens[i] in self.stop_ids), keep)
+        self.tokens += tokens[:end]
+        self.raw_logps += raw_logps[:end]
+        self.logps += logps[:end]
+        self.ended = end < keep
+        self.done = self.ended or len(self.tokens) == self.budget
+
+    def finish(self, tokenizer: Any) -> Sample:
+        """The sample, cut before a stop text."""
+        if not all(map(math.isfinite, self.raw_logps)):
+            raise NumericsError(
+                f"the model's logits for request {self.request.id} are not finite",
+                "check the weights, or generate in float32",
+            )
+        keep, text = len(self.tokens), None
+        if tokenizer is not None:
+            text = decode(tokenizer, self.tokens)
+            cut = find_stop(tokenizer, self.tokens, self.params.stop)
+            if cut is not None:
+                keep, text = cut
+                self.ended = True
+        reason: FinishReason = "stop" if self.ended else "length"
+        return Sample(self.tokens[:keep], self.raw_logps[:keep], self.logps[:keep], reason, text)
+
+    def stopped_in_tail(self, tokenizer: Any, num_new: int) -> bool:
+        """Whether a stop text seems to lie in the newest tokens; `finish` decides on the whole answer."""
+        stop = self.params.stop
+        tail = self.tokens[-(num_new + 4 + max(map(len, stop))) :]
+        text = decode(tokenizer, tail, special=True)
+        return any(end in text for end in stop)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
+    """Text of an answer, exactly as the tokens spell it."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def find_stop(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> tuple[int, str] | None:
+    """(tokens to keep, text before the stop text), or None where no stop text occurs.
+
+    Kept are the fewest tokens that spell the text before the stop, so one token may reach into the stop text.
+    """
+    if not stop:
+        return None
+    whole = decode(tokenizer, tokens, special=True)
+    starts = [at for at in map(whole.find, stop) if at >= 0]
+    if not starts:
+        return None
+    start = min(starts)
+    low, high = 0, len(tokens)  # fewest tokens whose text is at least `start` characters long
+    while low < high:
+        middle = (low + high) // 2
+        if len(decode(tokenizer, tokens[:middle], special=True)) >= start:
+            high = middle
+        else:
+            low = middle + 1
+    surplus = decode(tokenizer, tokens[:low], special=True)[start:]
+    return low, decode(tokenizer, tokens[:low]).removesuffix(surplus)
