@@ -99,7 +99,7 @@ class Chat:
         self._separator = separator
         first = tokenizer.convert_ids_to_tokens(self._encode("a"))[0]
         self._writes_blank = first.startswith(("▁", "Ġ"))  # the tokenizer itself puts a blank before every text
-        self._lead = "" if self._writes_blank else separator
+        self._lead = "" if self._writes_blank and separator == " " else separator
 
         bos = tokenizer.bos_token
         self._bos_re = re.compile(rf"(?:\s*{re.escape(bos)})+") if bos else None
@@ -125,41 +125,56 @@ class Chat:
         decoded = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(decoded).strip()
 
+    def limited_prompt_ids(
+        self, messages: Sequence[Message], max_prompt_tokens: int, *, long_prompt: str = "truncate"
+    ) -> list[int] | None:
+        """`prompt_ids` within max_prompt_tokens, whatever its answers are.
+
+        long_prompt: "truncate" shortens from the left, BOS kept; "drop" returns None; "error" raises DataError.
+        """
+        if long_prompt not in ("truncate", "drop", "error"):
+            raise ConfigError(f"got {long_prompt!r}", "use truncate, drop or error", field="long_prompt")
+        if max_prompt_tokens < 2:
+            raise ConfigError(f"got {max_prompt_tokens}", "allow at least 2 tokens", field="max_prompt_tokens")
+        prompt = self.prompt_ids(messages)
+        if len(prompt) <= max_prompt_tokens:
+            return prompt
+        if long_prompt == "drop":
+            return None
+        if long_prompt == "error":
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens, {max_prompt_tokens} fit: {messages[-1]['content'][:60]!r}",
+                "raise context_tokens, or set long_prompt to truncate or drop",
+                field="prompt",
+            )
+        kept_bos = prompt[:1] if prompt[0] == self.bos_id else []
+        return kept_bos + prompt[len(prompt) - (max_prompt_tokens - len(kept_bos)) :]
+
     def group(
         self,
         messages: Sequence[Message],
         answers: Sequence[tuple[str, bool]],
         *,
         max_tokens: int,
+        max_prompt_tokens: int | None = None,
         long_prompt: str = "truncate",
     ) -> PrefixGroup | None:
         """A prompt and its answers (text, finished), where prompt + any one answer has at most max_tokens tokens.
 
-        An answer that is too long is cut on the right (it then carries no EOS) and always keeps a token.
-        long_prompt: "truncate" shortens the prompt from the left, BOS kept, until min(longest answer, max_tokens // 2)
-        tokens are left for answers; "drop" returns None and "error" raises DataError where the prompt alone fills
-        max_tokens. Raises DataError for an answer without tokens.
+        The prompt is limited to max_prompt_tokens (default max_tokens // 2) as `limited_prompt_ids` does it, so its
+        tokens do not depend on the answers. An answer that is too long is cut on the right (it then carries no EOS)
+        and always keeps a token. None where the prompt is dropped. Raises DataError for an answer without tokens.
         """
-        if long_prompt not in ("truncate", "drop", "error"):
-            raise ConfigError(f"got {long_prompt!r}", "use truncate, drop or error", field="long_prompt")
-        if max_tokens < 3:
-            raise ConfigError(f"got {max_tokens}", "allow at least 3 tokens", field="max_tokens")
+        if max_prompt_tokens is None:
+            max_prompt_tokens = max_tokens // 2
+        if max_prompt_tokens >= max_tokens:
+            raise ConfigError(f"got {max_prompt_tokens}", f"below max_tokens ({max_tokens})", field="max_prompt_tokens")
         responses = [self.answer_ids(text, finished) for text, finished in answers]
         if not responses or not all(responses):
             raise DataError("an answer has no tokens", "drop empty answers before tokenising", field="answer")
-        prompt = self.prompt_ids(messages)
-        if len(prompt) >= max_tokens and long_prompt == "drop":
+        prompt = self.limited_prompt_ids(messages, max_prompt_tokens, long_prompt=long_prompt)
+        if prompt is None:
             return None
-        if len(prompt) >= max_tokens and long_prompt == "error":
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, max_tokens is {max_tokens}: {messages[-1]['content'][:60]!r}",
-                "raise max_tokens, or set long_prompt to truncate or drop",
-                field="prompt",
-            )
-        room = max_tokens - min(max(map(len, responses)), max_tokens // 2)
-        if len(prompt) > room and (long_prompt == "truncate"):
-            kept_bos = prompt[:1] if prompt[0] == self.bos_id else []
-            prompt = kept_bos + prompt[len(prompt) - (room - len(kept_bos)) :]
         return PrefixGroup(prompt, [ids[: max_tokens - len(prompt)] for ids in responses])
 
     def whole_ids(self, messages: Sequence[Message], answer: str) -> list[int]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from pathlib import Path
+from typing import Any, Self, TypeAlias, TypeVar
+
+from macpo.engine.errors import DataError
+from macpo.engine.files import read_jsonl, write_jsonl
 
 Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -102,8 +106,20 @@ class Pair:
 
 
 Record: TypeAlias = Prompt | Response | Example | Pair
+R = TypeVar("R", Prompt, Response, Example, Pair)
 
 
-def to_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Records as JSON objects, one a line."""
-    return [record.to_json() for record in records]
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_jsonl(path, (record.to_json() for record in records))
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """Read the records of one stage file; raises DataError naming the line that is not such a record."""
+    records = []
+    for line, row in read_jsonl(path):
+        try:
+            records.append(kind.from_json(row))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"not a {kind.__name__} record ({error})", file=str(path), line=line) from None
+    return records

@@ -1,0 +1,48 @@
+"""Where work runs: device, dtype and memory budget of a process, from ComputeSettings."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from macpo.engine.config import ComputeSettings
+from macpo.engine.errors import ConfigError
+from macpo.engine.model import ModelPool
+
+RESIDENT_SHARE = 0.6
+"""Share of the device's memory that loaded base models may take where the recipe does not say."""
+
+
+def device_of(compute: ComputeSettings) -> torch.device:
+    """The process's device; on GPUs the one of its local rank. Raises ConfigError where there is no GPU."""
+    if compute.device == "cpu" or (compute.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("no GPU can be used here", "set compute.device to auto or cpu", field="compute.device")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def dtype_of(compute: ComputeSettings) -> torch.dtype:
+    """dtype of frozen weights and activations."""
+    if compute.dtype == "auto":
+        return torch.float32 if device_of(compute).type == "cpu" else torch.bfloat16
+    return torch.float32 if compute.dtype == "float32" else torch.bfloat16
+
+
+def memory_budget(compute: ComputeSettings) -> int:
+    """Bytes that the base models kept loaded by one process may take."""
+    if compute.memory_gb is not None:
+        return int(compute.memory_gb * 1e9)
+    if device_of(compute).type == "cuda":
+        total = torch.cuda.get_device_properties(device_of(compute)).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(RESIDENT_SHARE * total / compute.jobs)
+
+
+@lru_cache(maxsize=1)
+def model_pool(compute: ComputeSettings, trust_remote_code: bool) -> ModelPool:
+    """This process's loaded base models; they stay between stages."""
+    return ModelPool(memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code)

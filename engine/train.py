@@ -1,0 +1,65 @@
+"""Run a recipe on every process of a torchrun job.
+
+    torchrun --nproc-per-node 8 engine/train.py recipes/hh-helpful.yaml --set student.model=PATH
+
+The recipe's own package says how to run it (entry-point group `macpo.recipes`), so that the engine never
+imports upwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # torchrun puts this folder first, where our module names would hide others
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from macpo.engine.console import run_cli
+from macpo.engine.errors import ConfigError
+from macpo.engine.parallel import World, init_from_env
+
+
+def runner(kind: str) -> Callable[..., None]:
+    """The function that runs recipes of this kind: (path, overrides, world, options) -> None."""
+    found = {point.name: point for point in entry_points(group="macpo.recipes")}
+    if kind not in found:
+        raise ConfigError(f"no package runs recipes of kind {kind!r}", f"one of {sorted(found)}", field="--recipe")
+    return found[kind].load()  # type: ignore[no-any-return]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="torchrun engine/train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path, help="recipe (YAML)")
+    parser.add_argument("--recipe", default="macpo", help="kind of recipe (default: macpo)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
+    parser.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
+    parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds to wait for another rank")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    world: World = init_from_env(arguments.timeout)
+    runner(arguments.recipe)(
+        arguments.config,
+        arguments.overrides,
+        world=world,
+        rerun_stale=arguments.rerun_stale,
+        from_stage=arguments.from_stage,
+    )
+
+
+@record
+def main() -> None:
+    arguments = parse()
+    sys.exit(run_cli(lambda: train(arguments), debug=arguments.debug))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The `macpo` command: `macpo COMMAND --help` says what each does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from macpo import __version__
+from macpo.engine.console import run_cli
+
+COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "export")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, run, and exit with the code of FAULTS.md (0, 2 config, 3 data, 4 resources, 5 integrity, …)."""
+    arguments = parser().parse_args(argv)
+    sys.exit(run_cli(lambda: arguments.command(arguments), debug=arguments.debug))
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="macpo", description="Weak-to-strong alignment by MACPO (arXiv 2410.07672).")
+    root.add_argument("--version", action="version", version=f"macpo {__version__}")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    recipe = argparse.ArgumentParser(add_help=False, parents=[common])
+    recipe.add_argument("recipe", type=Path, help="recipe (YAML), or the folder of a run")
+    _overrides(recipe)
+    reruns = argparse.ArgumentParser(add_help=False)
+    reruns.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
+    reruns.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")
+
+    demo = commands.add_parser("demo", parents=[common, reruns], help="the whole method offline in the demo world")
+    demo.add_argument("--seeds", metavar="A-B", help="several seeds with baselines and ablations, and every claim")
+    demo.add_argument("--out", type=Path, help="folder of the run (default: runs/demo, runs/demo-seeds)")
+    _overrides(demo)
+    demo.set_defaults(command=_demo)
+
+    init = commands.add_parser("init", parents=[common], help="write a commented recipe to start from")
+    init.add_argument("path", type=Path, help="file to write")
+    init.add_argument("--like", default="hh-local", help="which recipe (default: hh-local); --like list names them")
+    init.set_defaults(command=_init)
+
+    check = commands.add_parser("check", parents=[recipe], help="check config, data, tokenizers and templates")
+    check.add_argument("--examples", type=int, default=2, help="pairs to show with prompt and response tokens marked")
+    check.set_defaults(command=_check)
+
+    plan = commands.add_parser("plan", parents=[recipe], help="stages, and estimates of tokens, disk, memory, time")
+    plan.set_defaults(command=_plan)
+
+    run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
+    run.set_defaults(command=_run)
+
+    status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
+    status.set_defaults(command=_status)
+
+    report = commands.add_parser("report", parents=[common], help="write a run's report.html again")
+    report.add_argument("run", type=Path, help="folder of the run")
+    report.set_defaults(command=_report)
+
+    export = commands.add_parser("export", parents=[common], help="a policy as a Hugging Face or peft folder")
+    export.add_argument("run", type=Path, help="folder of the run")
+    export.add_argument("--out", type=Path, required=True, help="folder to make")
+    export.add_argument("--agent", default="student", help="student, a teacher's name, or ceiling")
+    export.add_argument("--iteration", type=int, default=-1, help="-1 is the last (default)")
+    export.add_argument("--policy", choices=("positive", "negative"), default="positive")
+    export.add_argument("--merge", action="store_true", help="merge an adapter into its base (float32)")
+    export.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
+    export.set_defaults(command=_export)
+    return root
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
+    command.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from macpo import demo, launch
+    from macpo.engine.recipe import dump
+
+    overrides = list(arguments.overrides)
+    if arguments.seeds:
+        if arguments.print_config:
+            print(dump(demo.demo_recipe(overrides, ablations=True), comments=True))
+            return
+        demo.run_seeds(
+            demo.parse_seeds(arguments.seeds),
+            arguments.out or Path("runs/demo-seeds"),
+            overrides,
+            rerun_stale=arguments.rerun_stale,
+        )
+        return
+    if arguments.out:
+        overrides.append(f"output={str(arguments.out)!r}")
+    recipe = demo.demo_recipe(overrides)
+    if arguments.print_config:
+        print(dump(recipe, comments=True))
+        return
+    launch.show(launch.run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from macpo.demo import copy_recipe
+
+    print(copy_recipe(arguments.like, arguments.path))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from macpo import check, launch
+
+    recipe = launch.load(arguments.recipe, arguments.overrides)
+    if _printed(arguments, recipe):
+        return
+    for line in check.check(recipe, arguments.examples):
+        print(line)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from macpo import launch, planning
+
+    recipe = launch.load(arguments.recipe, arguments.overrides)
+    if not _printed(arguments, recipe):
+        print(planning.show(recipe))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from macpo import launch
+
+    recipe = launch.load(arguments.recipe, arguments.overrides)
+    if not _printed(arguments, recipe):
+        launch.show(launch.run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from macpo import launch
+    from macpo.iteration import build_plan
+
+    recipe = launch.load(arguments.recipe, arguments.overrides)
+    if _printed(arguments, recipe):
+        return
+    for row in launch.runner_of(recipe, build_plan(recipe)).status():
+        seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else " " * 10
+        print(f"{row.state:8} {seconds}  {row.name}" + (f"  ({row.why})" if row.why else ""))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from macpo.report import write_report
+
+    print(f"report: {write_report(arguments.run)}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from macpo import launch
+    from macpo.export import export
+
+    out = export(
+        arguments.run,
+        launch.load(arguments.run),
+        arguments.out,
+        agent=arguments.agent,
+        iteration=arguments.iteration,
+        policy=arguments.policy,
+        merge=arguments.merge,
+        arm=arguments.arm,
+    )
+    print(f"exported: {out}")
+
+
+def _printed(arguments: argparse.Namespace, recipe: object) -> bool:
+    """`--print-config`: the resolved recipe as YAML."""
+    if not arguments.print_config:
+        return False
+    from pydantic import BaseModel
+
+    from macpo.engine.recipe import dump
+
+    assert isinstance(recipe, BaseModel)
+    print(dump(recipe, comments=True))
+    return True
+
+
+if __name__ == "__main__":
+    main()

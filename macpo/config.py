@@ -1,0 +1,233 @@
+"""The recipe: everything a run depends on, in one closed pydantic model."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from macpo.engine.config import (
+    ComputeSettings,
+    InitSettings,
+    LoraSettings,
+    OptimSettings,
+    PositiveInt,
+    PreferenceSettings,
+    SamplingSettings,
+    Settings,
+    Tuning,
+)
+from macpo.world import WorldSettings
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+
+class DataSettings(Settings):
+    """Preference data and its three disjoint sets of prompts (METHOD.md "Data")."""
+
+    path: str | None = None
+    """A file, a folder in HH-RLHF's layout, or a Hub id."""
+    world: WorldSettings | None = None
+    """Instead of `path`: text made by the project, with an exact gold score."""
+    format: Literal["auto", "hh", "pku", "pairs", "alpaca"] = "auto"
+    """Layout of the rows; `auto` goes by the keys of the first row."""
+    columns: dict[str, str] = {}
+    """Other names for `prompt`, `chosen`, `rejected`: {prompt: question}."""
+    preference: Literal["better", "safer"] = "better"
+    """PKU-SafeRLHF only: which label decides."""
+    subset: str | None = None
+    """One sub-folder of the data set, such as `harmless-base` of HH-RLHF; default all."""
+    split: str = "train"
+    """Which published split to read where there are several."""
+    teacher_prompts: PositiveInt = 5000
+    """Prompts with human answers, for the teachers alone."""
+    student_prompts: PositiveInt = 5000
+    """Prompts whose human answers training never reads."""
+    test_prompts: PositiveInt = 2000
+    """Prompts for evaluation alone."""
+    long_prompt: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
+    special_text: Literal["plain", "error"] = "plain"
+    """Text of special tokens inside the data: encoded as plain text, or refused."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.path is None) == (self.world is None):
+            raise ValueError("give exactly one of `path` and `world`")
+        return self
+
+
+class AgentSettings(Settings):
+    """One agent: a base model, or a ready pair of policies."""
+
+    name: Name = ""
+    """How the agent is called in folders and reports; teachers default to teacher0, teacher1, …"""
+    model: str | None = None
+    """Base model: a folder or a Hub id with safetensors weights."""
+    init: InitSettings | None = None
+    """Instead of `model`: build a small Llama and pretrain it here."""
+    positive: str | None = None
+    """A ready positive policy (Hugging Face or peft folder); no initial training then."""
+    negative: str | None = None
+    """A ready negative policy."""
+    train: bool = True
+    """Whether the iterations train this agent."""
+    tuning: Tuning = LoraSettings()
+    """Low-rank adapters or all weights."""
+    template: str | None = None
+    """Chat template of this agent; defaults to the recipe's."""
+    eos_token: str | None = None
+    """End-of-answer token for tokenizers that name none."""
+    data: str | None = None
+    """A preference set of this teacher's own, instead of the shared teacher half."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> AgentSettings:
+        if self.model is not None and self.init is not None:
+            raise ValueError("give `model` or `init`, not both")
+        if self.model is None and self.init is None and self.positive is None:
+            raise ValueError("give `model`, `init` or a ready `positive` policy")
+        if self.positive is not None and self.init is not None:
+            raise ValueError("a ready `positive` policy has no `init`")
+        return self
+
+
+class TrainingSettings(Settings):
+    """How the agents of one role are trained."""
+
+    positive: OptimSettings = OptimSettings(learning_rate=5e-5, epochs=3)
+    """Initial positive policy: SFT on better answers."""
+    negative: OptimSettings = OptimSettings(learning_rate=5e-5, epochs=1)
+    """Initial negative policy: SFT on worse answers, from the positive weights."""
+    preference: PreferenceSettings = PreferenceSettings()
+    """Contrastive preference optimisation in each iteration."""
+
+
+class InitialSettings(Settings):
+    """How the student gets its first labels."""
+
+    weak_label: str = "random"
+    """`random` (a seeded random teacher a prompt), `min-perplexity` (under the student's base) or a teacher's name."""
+
+
+class PositiveSettings(Settings):
+    """Mutual positive behaviour augmentation and its ablations."""
+
+    source: Literal["mutual", "own"] = "mutual"
+    """`mutual`: answers of other agents; `own`: the agent's own samples."""
+    selection: Literal["min-perplexity", "random", "max-perplexity"] = "min-perplexity"
+    """Which teacher's answer the student keeps, by its own perplexity."""
+
+
+class NegativeSettings(Settings):
+    """Hard negative behaviour construction and its ablations."""
+
+    source: Literal["own", "other", "previous-positive"] = "own"
+    """`own` negative policy; an `other` agent's (a random teacher's for the student, the student's for a teacher);
+    or the agent's `previous-positive` sample."""
+    refresh: bool = False
+    """Draw new negative answers in every iteration."""
+
+
+class EvaluationSettings(Settings):
+    """What is measured on the test prompts after every iteration."""
+
+    ceiling: bool = True
+    """Also train the student on the human answers of the student half."""
+    sampling: SamplingSettings | None = None
+    """How test answers are drawn; defaults to the recipe's `sampling`."""
+
+
+class Recipe(Settings):
+    """A run of MACPO (arXiv 2410.07672)."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides splits, orders, initial weights and sampling noise."""
+    output: str = "runs/macpo"
+    """The run's folder."""
+    data: DataSettings
+    template: str = "auto"
+    """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
+    context_tokens: PositiveInt = 1024
+    """Longest prompt and answer together."""
+    teachers: Annotated[tuple[AgentSettings, ...], Field(min_length=1)]
+    student: AgentSettings
+    use_teachers: tuple[str, ...] | None = None
+    """Names of the teachers that take part; default all."""
+    iterations: Annotated[int, Field(ge=0)] = 3
+    """T: rounds of student, then teachers."""
+    mutual_learning: bool = True
+    """Whether the teachers learn from the student."""
+    initial: InitialSettings = InitialSettings()
+    positives: PositiveSettings = PositiveSettings()
+    negatives: NegativeSettings = NegativeSettings()
+    teacher_training: TrainingSettings = TrainingSettings()
+    student_training: TrainingSettings = TrainingSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    ablations: dict[Name, dict[str, Any]] = {}
+    """Further arms of the run: name -> overrides by dotted path; equal stages are shared with the main arm."""
+    compute: ComputeSettings = ComputeSettings()
+    trust_remote_code: bool = False
+    """Run code that a model folder brings along."""
+
+    @field_validator("teachers")
+    @classmethod
+    def _name_teachers(cls, teachers: tuple[AgentSettings, ...]) -> tuple[AgentSettings, ...]:
+        return tuple(t if t.name else t.model_copy(update={"name": f"teacher{k}"}) for k, t in enumerate(teachers))
+
+    @field_validator("student")
+    @classmethod
+    def _name_student(cls, student: AgentSettings) -> AgentSettings:
+        return student if student.name else student.model_copy(update={"name": "student"})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [agent.name for agent in (*self.teachers, self.student)]
+        if len(set(names)) != len(names) or {"ceiling", "base"} & set(names):
+            raise ValueError(f"agents need distinct names other than `ceiling` and `base`; got {names}")
+        teachers = {teacher.name for teacher in self.teachers}
+        if self.use_teachers is not None and (not self.use_teachers or set(self.use_teachers) - teachers):
+            raise ValueError(f"use_teachers must name some of {sorted(teachers)}; got {list(self.use_teachers)}")
+        labels = {"random", "min-perplexity", *(teacher.name for teacher in self.active_teachers)}
+        if self.initial.weak_label not in labels:
+            raise ValueError(f"initial.weak_label must be one of {sorted(labels)}; got {self.initial.weak_label!r}")
+        if self.sampling.max_new_tokens >= self.context_tokens:
+            raise ValueError(
+                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "
+                f"context_tokens ({self.context_tokens})"
+            )
+        if self.student.init is None and self.student.model is None and self.initial_needs_base:
+            raise ValueError("the student needs `model` or `init` for its base; only teachers may be all ready")
+        for arm, overrides in self.ablations.items():
+            if "ablations" in overrides or "compute" in {re.split(r"\.", key)[0] for key in overrides}:
+                raise ValueError(f"ablations.{arm} may not change `ablations` or `compute`")
+        return self
+
+    @property
+    def active_teachers(self) -> tuple[AgentSettings, ...]:
+        """The teachers that take part."""
+        return tuple(t for t in self.teachers if self.use_teachers is None or t.name in self.use_teachers)
+
+    @property
+    def initial_needs_base(self) -> bool:
+        """Whether some stage starts from the student's base model."""
+        return self.student.positive is None or self.evaluation.ceiling or self.initial.weak_label == "min-perplexity"
+
+    def arm(self, name: str) -> Recipe:
+        """The recipe of one ablation: this one with the arm's overrides; raises pydantic's ValidationError."""
+        tree = self.model_dump(mode="json")
+        tree["ablations"] = {}
+        for path, value in self.ablations[name].items():
+            node: Any = tree
+            *parents, last = path.split(".")
+            for key in parents:
+                node = node[int(key)] if isinstance(node, list) else node[key]
+            if isinstance(node, list):
+                node[int(last)] = value
+            elif last in node:
+                node[last] = value
+            else:
+                raise ValueError(f"ablations.{name}: no setting {path!r}")
+        return Recipe.model_validate(tree)

@@ -1,0 +1,126 @@
+"""From a recipe to a finished run: stages, then summary.json, table and report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from macpo import __version__
+from macpo.config import Recipe
+from macpo.engine import recipe as recipes
+from macpo.engine.errors import ConfigError
+from macpo.engine.files import atomic_write, require_free, write_json
+from macpo.engine.parallel import World
+from macpo.engine.runner import Runner
+from macpo.evaluate import AgentHistory, build_summary
+from macpo.findings import table
+from macpo.iteration import Plan, build_plan
+from macpo.planning import disk_needed
+from macpo.report import write_report
+from macpo.run_folder import RunFolder
+
+GRAPH_BUILDER = "macpo.iteration:build_graph"
+
+
+def run_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    world: World | None = None,
+    rerun_stale: bool = False,
+    from_stage: str | None = None,
+) -> Path:
+    """Entry point of `macpo run` and `torchrun engine/train.py`: the recipe of a file, run to its end."""
+    return run(load(path, overrides), world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file, or the resolved recipe of a run's folder."""
+    file = path / "recipe.yaml" if path.is_dir() else path
+    if not file.exists():
+        raise ConfigError(f"there is no recipe {str(file)!r}", "name a YAML recipe or the folder of a run")
+    recipe = recipes.load(file, Recipe, overrides)
+    for arm in recipe.ablations:
+        recipe.arm(arm)
+    return recipe
+
+
+def runner_of(
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    world: World | None = None,
+    rerun_stale: bool = False,
+    from_stage: str | None = None,
+) -> Runner:
+    """The runner of a recipe's plan; also answers `macpo status`."""
+    compute = recipe.compute
+    return Runner(
+        Path(recipe.output),
+        plan.graph,
+        world=world,
+        rerun_stale=rerun_stale,
+        from_stage=from_stage,
+        jobs=compute.jobs,
+        threads=compute.threads,
+        build=(GRAPH_BUILDER, recipe.model_dump(mode="json")),
+    )
+
+
+def run(
+    recipe: Recipe, *, world: World | None = None, rerun_stale: bool = False, from_stage: str | None = None
+) -> Path:
+    """Run every stage that is not done, then write summary and report; returns the run's folder.
+
+    Raises MacpoError with the exit code of FAULTS.md; a stopped run goes on with the same call.
+    """
+    world = world or World.current()
+    if recipe.compute.threads is not None:
+        torch.set_num_threads(recipe.compute.threads)
+    plan = build_plan(recipe)
+    run_dir = Path(recipe.output)
+    needed = disk_needed(recipe, plan)
+    if needed is not None and world.is_main:
+        require_free(run_dir, needed, "the run (estimated)")
+    runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+    runner.run()
+    if world.is_main:
+        atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
+        summarise(recipe, plan, run_dir)
+        write_report(run_dir)
+    return run_dir
+
+
+def summarise(recipe: Recipe, plan: Plan, run_dir: Path) -> None:
+    """Write `summary.json` from the committed evaluations."""
+    folder = RunFolder(run_dir)
+    found = {evaluation.folder.name: evaluation.metrics() for evaluation in folder.all_evaluations}
+    histories: dict[str, dict[str, AgentHistory]] = {}
+    for point in plan.points:
+        agents = histories.setdefault(point.arm, {})
+        metrics = {k: v for k, v in found[point.evaluation].items() if k not in ("role", "iteration")}
+        agents.setdefault(point.agent, AgentHistory(point.role)).add(point.iteration, metrics)
+    arms = {arm: agents for arm, agents in histories.items() if arm}
+    stages = [
+        {"name": stage.name, "seconds": timing.get("seconds", 0.0), "tokens": timing.get("tokens", 0)}
+        for stage in folder.stages
+        if (timing := folder.timing(stage)) is not None
+    ]
+    models = {
+        agent.name: agent.model or agent.positive or f"made here, hidden size {agent.init.hidden_size}"  # type: ignore[union-attr]
+        for agent in (*recipe.teachers, recipe.student)
+    }
+    versions = {"macpo": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
+    summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models)
+    write_json(run_dir / "summary.json", summary)
+
+
+def show(run_dir: Path, write: Callable[[str], None] = print) -> None:
+    """The table of every agent's score by iteration, and where the report is."""
+    write(table(RunFolder(run_dir).summary))
+    write(f"\nreport: {run_dir / 'report.html'}")

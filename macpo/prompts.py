@@ -1,0 +1,105 @@
+"""The first stages of a run: the disjoint sets of prompts, and base models made on the spot."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from macpo import world
+from macpo.config import DataSettings
+from macpo.datasets import load_preferences, split
+from macpo.engine.chat import Chat
+from macpo.engine.config import ComputeSettings, InitSettings
+from macpo.engine.errors import DataError
+from macpo.engine.files import write_json
+from macpo.engine.objectives import sft
+from macpo.engine.pretrain import build_model, document_groups, read_corpus, save_base, train_tokenizer
+from macpo.engine.records import Example, Pair, read_records, write_records
+from macpo.engine.stages import StageContext
+from macpo.engine.trainer import train
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the recipe's data holds, by who may read it."""
+
+    teachers: dict[str, list[Pair]]
+    student: list[Pair]
+    test: list[Pair]
+    documents: dict[str, list[Example]]
+    counts: dict[str, int]
+
+
+def read_sources(settings: dict[str, Any], teachers: dict[str, str | None], seed: int) -> Sources:
+    """Build the demo world, or load and split a preference set; `teachers`: name -> data of its own or None."""
+    data = DataSettings.model_validate(settings)
+    if data.world is not None:
+        made = world.build(data.world, seed, num_teachers=len(teachers))
+        labels = dict(zip(teachers, made.teachers, strict=True))
+        return Sources(labels, made.student, made.test, made.documents, {})
+    assert data.path is not None
+    pairs, counts = load_preferences(
+        data.path, format=data.format, columns=data.columns, split=data.split, preference=data.preference
+    )
+    parts = split(pairs, teacher=data.teacher_prompts, student=data.student_prompts, test=data.test_prompts, seed=seed)
+    labels = {name: parts.teacher if own is None else load_preferences(own)[0] for name, own in teachers.items()}
+    documents = [Example(p.prompt, text) for p in parts.rest for text in (p.chosen, p.rejected)]
+    return Sources(labels, parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
+
+
+def split_prompts(ctx: StageContext) -> None:
+    """Write `teacher-NAME.jsonl` and `test.jsonl` with human answers, and `student.jsonl` with none."""
+    s = ctx.settings
+    sources = read_sources(s["data"], s["teachers"], s["seed"])
+    for name, pairs in sources.teachers.items():
+        write_records(ctx.dir / f"teacher-{name}.jsonl", pairs)
+    write_records(ctx.dir / "student.jsonl", [pair.prompt for pair in sources.student])
+    write_records(ctx.dir / "test.jsonl", sources.test)
+    for role, documents in sources.documents.items():
+        write_records(ctx.dir / f"documents-{role}.jsonl", documents)
+    sizes = {f"teacher-{name}": len(pairs) for name, pairs in sources.teachers.items()}
+    sizes |= {"student": len(sources.student), "test": len(sources.test)}
+    write_json(ctx.dir / "counts.json", {"rows": sizes, "input": sources.counts})
+
+
+def human_answers(ctx: StageContext) -> None:
+    """The student half's human answers, for the ceiling alone; no training stage of MACPO reads this folder."""
+    s = ctx.settings
+    write_records(ctx.dir / "student.jsonl", read_sources(s["data"], s["teachers"], s["seed"]).student)
+
+
+def pretrain_base(compute: ComputeSettings, ctx: StageContext) -> None:
+    """Train a tokenizer and a small Llama from scratch on documents; writes the Hugging Face folder `model/`."""
+    s = ctx.settings
+    init = InitSettings.model_validate(s["init"])
+    if init.corpus == "data":
+        documents = read_records(ctx.input("data") / f"documents-{s['role']}.jsonl", Example)
+    else:
+        documents = read_corpus(init.corpus)
+    documents = documents[: init.pretrain.max_documents]
+    if not documents:
+        raise DataError(
+            "no document is left to pretrain on: the three sets of prompts use up the data",
+            "lower data.teacher_prompts or data.student_prompts, or name a text file in init.corpus",
+            field=f"{s['role']}.init.corpus",
+        )
+    tokenizer = train_tokenizer(documents, init, s["template"])
+    chat = Chat(tokenizer, s["template"], special_text=s["special_text"])
+    model = build_model(init, tokenizer, s["seed"])
+    groups = document_groups(chat, documents, init.context)
+    result = train(
+        model,
+        groups,
+        sft(),
+        init.pretrain,
+        seed=s["seed"],
+        workdir=ctx.dir,
+        world=ctx.world,
+        should_stop=ctx.stop_requested,
+        progress=ctx.name,
+    )
+    if ctx.world.is_main:
+        save_base(model, tokenizer, ctx.dir / "model")
+        shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
+    ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)

@@ -1,0 +1,238 @@
+"""The method end to end on a tiny world: every stage, what it may read, and what the ablations change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+
+from macpo.agents import likelihoods
+from macpo.config import Recipe
+from macpo.engine.chat import Chat, load_tokenizer
+from macpo.engine.compute import model_pool
+from macpo.engine.errors import DataError
+from macpo.engine.files import read_jsonl
+from macpo.engine.model import PolicyRef
+from macpo.engine.parallel import World
+from macpo.engine.records import Pair, Prompt, read_records
+from macpo.engine.stages import folder_of
+from macpo.iteration import build_plan
+from macpo.launch import run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
+    recipe = tiny(tmp_path_factory.mktemp("method") / "run")
+    return run(recipe), recipe
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """Stage -> digest of its hashed outputs (weights, JSONL, scores; not timings and logs)."""
+    return {
+        folder.name.partition("-")[2]: json.loads((folder / "manifest.json").read_text())["digest"]
+        for folder in sorted(run_dir.iterdir())
+        if (folder / "manifest.json").exists()
+    }
+
+
+def test_every_agent_is_evaluated_at_every_iteration(finished: tuple[Path, Recipe]) -> None:
+    run_dir, recipe = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for name in ("teacher0", "teacher1", "student"):
+        scores = summary["agents"][name]["scores"]
+        assert [row["iteration"] for row in scores] == [0, 1, 2]
+        assert all(0 <= row["gold"] <= 1 and 0 <= row["preference_accuracy"] <= 1 for row in scores)
+    assert summary["agents"]["ceiling"]["role"] == "ceiling"
+    assert (run_dir / "report.html").stat().st_size > 10_000
+
+
+def test_the_three_sets_of_prompts_are_disjoint(finished: tuple[Path, Recipe]) -> None:
+    run_dir, _ = finished
+    data = folder_of(run_dir, "data")
+    student = {p.id for p in read_records(data / "student.jsonl", Prompt)}
+    test = {p.prompt.id for p in read_records(data / "test.jsonl", Pair)}
+    human = {p.prompt.id for k in (0, 1) for p in read_records(data / f"teacher-teacher{k}.jsonl", Pair)}
+    assert (len(student), len(test)) == (20, 12)
+    assert not student & test and not student & human and not test & human
+
+
+def test_positives_come_from_another_agent_and_negatives_from_oneself(finished: tuple[Path, Recipe]) -> None:
+    run_dir, _ = finished
+    for t in (1, 2):
+        for pair in read_records(folder_of(run_dir, f"iter{t}-student-select") / "pairs.jsonl", Pair):
+            assert pair.chosen_by in ("teacher0", "teacher1") and pair.rejected_by == "student"
+        for k in (0, 1):
+            for pair in read_records(folder_of(run_dir, f"iter{t}-teacher{k}-pairs") / "pairs.jsonl", Pair):
+                assert pair.chosen_by == "student" and pair.rejected_by == f"teacher{k}"
+
+
+def test_the_kept_answer_has_the_lowest_perplexity(finished: tuple[Path, Recipe]) -> None:
+    run_dir, _ = finished
+    for _, row in read_jsonl(folder_of(run_dir, "iter1-student-select") / "scores.jsonl"):
+        perplexities = [c["perplexity"] for c in row["candidates"]]
+        assert len(perplexities) == 2 and row["kept"] == perplexities.index(min(perplexities))
+
+
+def test_filter_scores_equal_recomputed_reference_logps(finished: tuple[Path, Recipe]) -> None:
+    """The scores of the perplexity filter are the DPO reference log-probs of the chosen answers."""
+    run_dir, recipe = finished
+    pairs = read_records(folder_of(run_dir, "iter2-student-select") / "pairs.jsonl", Pair)
+    reference = str(folder_of(run_dir, "iter1-student-train") / "policy")
+    chat = Chat(load_tokenizer(reference), "vicuna")
+    groups = [
+        chat.group(p.prompt.messages, [(p.chosen, p.chosen_finished)], max_tokens=64, max_prompt_tokens=52)
+        for p in pairs
+    ]
+    policy = model_pool(recipe.compute, False).policy(PolicyRef(reference))
+    recomputed = likelihoods(policy, [g for g in groups if g], recipe.compute, World())
+    kept = torch.tensor([p.ref_chosen_logp for p in pairs])
+    again = torch.tensor([scores[0].sum_logp for scores in recomputed])
+    assert torch.allclose(kept, again, rtol=1e-5, atol=1e-5)
+
+
+def test_first_preference_step_has_loss_ln2(finished: tuple[Path, Recipe]) -> None:
+    """The reference is the policy itself, whether its chosen log-probs were handed over or computed."""
+    run_dir, recipe = finished
+    for name in ("iter1-student-train", "iter1-teacher0-train", "iter2-student-train", "iter2-teacher1-train"):
+        (_, first), *_ = read_jsonl(folder_of(run_dir, name) / "metrics.jsonl")
+        sft_weight = recipe.student_training.preference.sft_weight
+        assert first["loss"] - sft_weight * first["sft_loss"] == pytest.approx(0.6931472, abs=2e-6)
+
+
+def test_poisoned_student_answers_change_nothing_but_the_ceiling(tmp_path: Path) -> None:
+    """No stage of MACPO reads the student half's human answers: replace them all and every digest stays."""
+    rows = [
+        {"prompt": f"how do i plant tree {i} ?", "chosen": f"dig a hole {i % 7} .", "rejected": f"no {i % 5} ."}
+        for i in range(90)
+    ]
+    clean, poisoned = tmp_path / "clean.jsonl", tmp_path / "poisoned.jsonl"
+    clean.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"teacher_prompts": 24, "student_prompts": 20, "test_prompts": 10}
+    first = tiny(tmp_path / "a", data=data | {"path": str(clean)}, iterations=1)
+    run(first)
+    student = {p.messages[0]["content"] for p in read_records(folder_of(tmp_path / "a", "data") / "student.jsonl", Prompt)}
+    for row in rows:
+        if row["prompt"] in student:
+            row |= {"chosen": "poison chosen", "rejected": "poison rejected"}
+    poisoned.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tiny(tmp_path / "b", data=data | {"path": str(poisoned)}, iterations=1))
+    before, after = digests(tmp_path / "a"), digests(tmp_path / "b")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"human-answers", "ceiling", "eval-ceiling-iter0"}
+
+
+def test_only_the_ceiling_may_reach_the_human_answers(tmp_path: Path) -> None:
+    stages = build_plan(tiny(tmp_path)).graph.stages
+    readers = {stage.name for stage in stages if "human-answers" in stage.inputs.values()}
+    assert readers == {"ceiling"}
+
+
+ARMS = {
+    "one-teacher": {"use_teachers": ["teacher1"]},
+    "random": {"positives.selection": "random"},
+    "worst": {"positives.selection": "max-perplexity"},
+    "own-positives": {"positives.source": "own"},
+    "weak-negatives": {"negatives.source": "other"},
+    "spin-negatives": {"negatives.source": "previous-positive"},
+    "no-mutual": {"mutual_learning": False},
+    "fresh-negatives": {"negatives.refresh": True},
+    "filtered-labels": {"initial.weak_label": "min-perplexity", "iterations": 0},
+    "one-labeller": {"initial.weak_label": "teacher1", "iterations": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def with_arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("arms") / "run"
+    evaluation = {"ceiling": False}
+    return run(tiny(folder, iterations=1, ablations=ARMS, evaluation=evaluation))
+
+
+def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) -> None:
+    summary = json.loads((with_arms / "summary.json").read_text())
+    assert set(summary["arms"]) == set(ARMS)
+    names = set(digests(with_arms))
+    assert not any("base-" in name and "." in name for name in names), "a base model was made twice"
+    assert "one-teacher.iter1-student-train" in names and "random.init-student-positive" not in names
+
+    def pairs(name: str) -> list[Pair]:
+        return read_records(folder_of(with_arms, name) / "pairs.jsonl", Pair)
+
+    assert {p.chosen_by for p in pairs("one-teacher.iter1-student-select")} == {"teacher1"}
+    assert {p.chosen_by for p in pairs("own-positives.iter1-student-select")} == {"student"}
+    assert {p.rejected_by for p in pairs("weak-negatives.iter1-student-select")} <= {"teacher0", "teacher1"}
+    assert {p.rejected_by for p in pairs("weak-negatives.iter1-teacher0-pairs")} == {"student"}
+    spin = pairs("spin-negatives.iter1-student-select")
+    own = {row["prompt_id"]: row["text"] for _, row in read_jsonl(folder_of(with_arms, "spin-negatives.init-student-answer") / "responses.jsonl")}
+    assert all(own[p.prompt.id] == p.rejected for p in spin)
+    fresh = {p.prompt.id: p.rejected for p in pairs("fresh-negatives.iter1-student-select")}
+    main = {p.prompt.id: p.rejected for p in pairs("iter1-student-select")}
+    assert any(fresh[i] != main[i] for i in fresh.keys() & main.keys())
+    worst = list(read_jsonl(folder_of(with_arms, "worst.iter1-student-select") / "scores.jsonl"))
+    for _, row in worst:
+        perplexities = [c["perplexity"] for c in row["candidates"]]
+        assert row["kept"] == perplexities.index(max(perplexities))
+    teachers = summary["arms"]["no-mutual"]["teacher0"]["scores"]
+    assert teachers[0]["gold"] == teachers[1]["gold"]
+    assert [s["iteration"] for s in summary["arms"]["filtered-labels"]["student"]["scores"]] == [0]
+
+
+def test_no_pair_left_names_the_counts(tmp_path: Path) -> None:
+    """FAULTS 38: a selection without pairs is an error of the data with counts per filter."""
+    from macpo.pairs import teacher_pairs
+
+    class Context:
+        settings = {"seed": 0}
+        name = "iter1-teacher0-pairs"
+        inputs = {"data": "", "positives:teacher0": "", "negatives:teacher0": ""}
+        dir = tmp_path / "out"
+
+        def input(self, alias: str) -> Path:
+            return tmp_path / alias.partition(":")[0]
+
+        def note(self, **_: int) -> None: ...
+
+    prompt = Prompt.of("hello")
+    from macpo.engine.records import Response, write_records
+
+    for folder in ("data", "positives", "negatives", "out"):
+        (tmp_path / folder).mkdir()
+    write_records(tmp_path / "data" / "student.jsonl", [prompt, Prompt.of("other")])
+    same = [Response(prompt.id, "teacher0", "same answer", True, 3)]
+    write_records(tmp_path / "positives" / "responses.jsonl", same)
+    write_records(tmp_path / "negatives" / "responses.jsonl", same)
+    with pytest.raises(DataError, match="identical: 1, no_positive: 1"):
+        teacher_pairs(Context())  # type: ignore[arg-type]
+
+
+def test_ready_agents_bring_their_policies(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    """A teacher given as two folders, not trained, only answers."""
+    run_dir, _ = finished
+    ready = {
+        "name": "ready",
+        "positive": str(folder_of(run_dir, "init-teacher0-positive") / "policy"),
+        "negative": str(folder_of(run_dir, "init-teacher0-negative") / "policy"),
+        "train": False,
+        "tuning": {"type": "full"},
+    }
+    base = str(folder_of(run_dir, "base-student") / "model")
+    recipe = tiny(tmp_path / "run", teachers=[ready], student={"model": base}, iterations=1)
+    out = run(recipe)
+    summary = json.loads((out / "summary.json").read_text())
+    first, last = summary["agents"]["ready"]["scores"]
+    assert first["gold"] == last["gold"]
+    trained = folder_of(out, "iter1-student-train") / "policy"
+    assert (trained / "adapter_model.safetensors").exists(), "LoRA is the default tuning"
+
+
+def test_sources_need_a_corpus(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
+    path = tmp_path / "small.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(path), "teacher_prompts": 6, "student_prompts": 4, "test_prompts": 2}
+    with pytest.raises(DataError, match="no document is left"):
+        run(tiny(tmp_path / "run", data=data))
+
