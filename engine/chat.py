@@ -104,8 +104,8 @@ class Chat:
         bos = tokenizer.bos_token
         self._bos_re = re.compile(rf"(?:\s*{re.escape(bos)})+") if bos else None
         adds_bos = bool(bos) and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-        writes_bos = self._bos_re is not None and self._bos_re.match(before) is not None
-        self.bos_id: int | None = tokenizer.bos_token_id if adds_bos or writes_bos else None
+        self._writes_bos = self._bos_re is not None and self._bos_re.match(before) is not None
+        self.bos_id: int | None = tokenizer.bos_token_id if adds_bos or self._writes_bos else None
         self.digest = self._digest()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -176,6 +176,23 @@ class Chat:
         if prompt is None:
             return None
         return PrefixGroup(prompt, [ids[: max_tokens - len(prompt)] for ids in responses])
+
+    def document_ids(self, messages: Sequence[Message], text: str, finished: bool = True) -> list[int]:
+        """A document for pretraining: prompt + answer, or without messages [BOS] + tokens(text) (+ EOS)."""
+        if messages:
+            return self.prompt_ids(messages) + self.answer_ids(text, finished)
+        start = [] if self.bos_id is None else [self.bos_id]
+        return [*start, *self._encode_data(text.strip()), *([self.eos_id] if finished else [])]
+
+    def rendered(self, messages: Sequence[Message], answer: str = "") -> str:
+        """The text of a prompt (and answer) as the template writes it; for people and tokenizer training."""
+        return self._render(messages) + (self._separator + answer if answer else "")
+
+    @property
+    def hf_template(self) -> str:
+        """The template for an exported tokenizer: Hugging Face's apply_chat_template then gives the same prompt ids."""
+        bos = self.bos_id is not None and not self._writes_bos
+        return ("{{ bos_token }}" if bos else "") + self.template
 
     def whole_ids(self, messages: Sequence[Message], answer: str) -> list[int]:
         """Prompt and answer tokenised as one text: what `boundary_mismatches` compares with; never trained on."""

@@ -1,0 +1,314 @@
+"""Human preferences -> pairs, and their three disjoint sets of prompts (METHOD.md "Data").
+
+    pairs, counts = load_preferences("hh-rlhf/harmless-base")
+    sets = split(pairs, teacher=5000, student=5000, test=2000, seed=0)
+
+Formats, told apart by the keys of the first row:
+
+    hh      {"chosen", "rejected"}: dialogues "\\n\\nHuman: …\\n\\nAssistant: …" (Anthropic HH-RLHF)
+    pku     {"prompt", "response_0", "response_1", "better_response_id", "safer_response_id"} (PKU-SafeRLHF)
+    pairs   {"prompt", "chosen", "rejected"}: text, or lists of chat messages (with or without the conversation)
+    alpaca  {"instruction", "input", "output": [chosen, rejected]}, also with "system" and "history"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from macpo.dataset_files import Row, fingerprint, read_rows
+from macpo.engine.chat import ROLES
+from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.records import Message, Pair, Prompt
+
+__all__ = ["FORMATS", "Splits", "fingerprint", "load_preferences", "split"]
+
+log = logging.getLogger("macpo.data")
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_LAST = "\n\nAssistant:"
+_DROPPED = ("empty_dropped", "identical_dropped", "prompt_mismatch_dropped", "malformed_dropped")
+
+
+class _Sides(NamedTuple):
+    """A row in one shape: the prompt as each answer has it, and the two answers."""
+
+    chosen_prompt: Sequence[Message]
+    rejected_prompt: Sequence[Message]
+    chosen: str
+    rejected: str
+
+
+def load_preferences(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    preference: str = "better",
+    empty: str = "auto",
+    max_rows: int | None = None,
+) -> tuple[list[Pair], dict[str, int]]:
+    """Pairs in the order of the rows, and what was counted on the way.
+
+    path: file, folder or Hub id (macpo/dataset_files.py). columns: {our name: name in the data}.
+    subset: one sub-folder. preference: which PKU label decides, "better" or "safer". empty: an answer of white space
+    raises ("error") or drops the row ("drop"); "auto" drops in hh and pku, whose published files hold some.
+    max_rows: read only the first rows.
+
+    Counts: `rows`, `pairs`, `prompts` (distinct), `duplicate_rows`, `duplicate_prompts` (pairs beyond a prompt's
+    first), `prefix_pairs` (one answer begins with the other), and what was dropped: `identical_dropped`,
+    `prompt_mismatch_dropped`, `malformed_dropped` (an HH dialogue without a last human turn), `empty_dropped`.
+    Raises ConfigError for settings and paths, DataError with file, line and field for rows, or if no pair is left.
+    """
+    _check(format, columns, preference, empty)
+    rows = itertools.islice(read_rows(path, split, subset), max_rows)
+    counts: Counter[str] = Counter(dict.fromkeys(("rows", *_DROPPED, "prefix_pairs"), 0))
+    pairs: list[Pair] = []
+    for row in _renamed(rows, columns or {}):
+        counts["rows"] += 1
+        if format == "auto":
+            format = _detect(row)
+        sides = FORMATS[format](row, preference)
+        dropped = "malformed_dropped" if sides is None else _why_dropped(row, sides, empty, format)
+        if sides is None or dropped:
+            counts[dropped] += 1
+            continue
+        counts["prefix_pairs"] += sides.chosen.startswith(sides.rejected) or sides.rejected.startswith(sides.chosen)
+        if sides.chosen_prompt[-1]["role"] != "user":
+            row.fail("prompt", "its last message is not the user's", "end the prompt with the user's message")
+        pairs.append(Pair(Prompt.of(sides.chosen_prompt), sides.chosen, sides.rejected))
+    if not pairs:
+        what = ", ".join(f"{name}={n}" for name, n in counts.items() if n) or "it has no rows"
+        raise DataError(f"no preference pair is left ({what})", "check the file and data.format", file=str(path))
+    prompts = Counter(pair.prompt.id for pair in pairs)
+    counts["pairs"] = len(pairs)
+    counts["prompts"] = len(prompts)
+    counts["duplicate_prompts"] = len(pairs) - len(prompts)
+    counts["duplicate_rows"] = len(pairs) - len({(p.prompt.id, p.chosen, p.rejected) for p in pairs})
+    noted = {name: counts[name] for name in (*_DROPPED, "duplicate_rows", "duplicate_prompts") if counts[name]}
+    if noted:
+        log.warning("%s: %d pairs of %d rows; %s", Path(path).name, len(pairs), counts["rows"], noted)
+    return pairs, dict(counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Sets of prompts without overlap; `teacher` and `rest` keep every pair of a prompt, the others its first."""
+
+    teacher: list[Pair]
+    student: list[Pair]
+    test: list[Pair]
+    rest: list[Pair]
+
+
+def split(pairs: Sequence[Pair], *, teacher: int, student: int, test: int, seed: int) -> Splits:
+    """Draws so many distinct prompts into each set; what is left goes to `rest`.
+
+    The draw orders prompts by a hash of seed and content, so it depends on neither the order of the rows nor other
+    prompts, and a larger teacher or student set never changes the test set.
+    Raises DataError, naming the numbers, if there are too few distinct prompts.
+    """
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt.id, []).append(pair)
+    wanted = test + student + teacher
+    if len(by_prompt) < wanted:
+        raise DataError(
+            f"{len(by_prompt)} distinct prompts (of {len(pairs)} pairs) are fewer than the {wanted} asked for: "
+            f"teacher_prompts {teacher} + student_prompts {student} + test_prompts {test}",
+            "lower these numbers or add data",
+            field="data",
+        )
+    order = iter(sorted(by_prompt, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest()))
+    first = {
+        name: [by_prompt[p][0] for p in itertools.islice(order, n)] for name, n in (("test", test), ("s", student))
+    }
+    whole = [pair for p in itertools.islice(order, teacher) for pair in by_prompt[p]]
+    return Splits(whole, first["s"], first["test"], [pair for p in order for pair in by_prompt[p]])
+
+
+def _check(format: str, columns: Mapping[str, str] | None, preference: str, empty: str) -> None:
+    known = ["auto", *FORMATS]
+    for field, got, allowed in (
+        ("data.format", format, known),
+        ("data.preference", preference, ["better", "safer"]),
+        ("data.empty", empty, ["auto", "error", "drop"]),
+        *(("data.columns", name, _COLUMNS) for name in columns or ()),
+    ):
+        if got not in allowed:
+            raise ConfigError(f"got {got!r}", f"use {', '.join(allowed)}", field=field)
+
+
+def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    for row in rows:
+        for ours, theirs in columns.items():
+            if theirs not in row.fields:
+                row.fail(theirs, f"data.columns names it for {ours!r}, but it is missing", "correct data.columns")
+        yield Row(row.file, row.line, {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}})
+
+
+def _detect(row: Row) -> str:
+    has = row.fields.keys()
+    if {"response_0", "response_1"} <= has:
+        return "pku"
+    if "instruction" in has and ("output" in has or {"chosen", "rejected"} <= has):
+        return "alpaca"
+    if {"chosen", "rejected"} <= has:
+        bare = "prompt" not in has and isinstance(row.fields["chosen"], str)
+        if not bare or _LAST in row.fields["chosen"]:
+            return "hh" if bare else "pairs"
+    missing = next((name for name in ("prompt", "chosen", "rejected") if name not in has), "prompt")
+    row.fail(missing, "missing, and the keys fit none of the formats hh, pku, pairs, alpaca")
+
+
+def _why_dropped(row: Row, sides: _Sides, empty: str, format: str) -> str:
+    """Name of the count, or "" for a row that stays."""
+    for name, answer in (("chosen", sides.chosen), ("rejected", sides.rejected)):
+        if not answer:
+            if empty == "error" or (empty == "auto" and format not in ("hh", "pku")):
+                row.fail(name, "the answer is empty or white space", "remove the row, or set data.empty to drop")
+            return "empty_dropped"
+    if list(sides.chosen_prompt) != list(sides.rejected_prompt):
+        return "prompt_mismatch_dropped"
+    return "identical_dropped" if sides.chosen == sides.rejected else ""
+
+
+def _text(row: Row, field: str) -> str:
+    if field not in row.fields:
+        row.fail(field, "the field is missing")
+    return _checked(row, field, row.fields[field])
+
+
+def _checked(row: Row, field: str, value: Any) -> str:
+    """A text without its outer white space; anything else raises."""
+    if not isinstance(value, str):
+        row.fail(field, "null" if value is None else f"not text but {type(value).__name__}: {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        row.fail(field, f"lone surrogate U+{ord(value[error.start]):04X}", "remove or pair it")
+    return value.strip()
+
+
+def _user(row: Row, field: str, text: str) -> Message:
+    if not text:
+        row.fail(field, "the prompt is empty or white space", "remove the row")
+    return {"role": "user", "content": text}
+
+
+def _hh(row: Row, preference: str) -> _Sides | None:
+    sides = [_hh_dialogue(row, field) for field in ("chosen", "rejected")]
+    prompts = [_turns(prompt) for prompt, _ in sides]
+    if any("\n\nHuman:" in answer for _, answer in sides):
+        return None  # the dialogue ends with a human turn: it has no answer to compare
+    if prompts[0] == prompts[1] and (not prompts[0] or prompts[0][-1]["role"] != "user"):
+        return None
+    return _Sides(prompts[0], prompts[1], sides[0][1].strip(), sides[1][1].strip())
+
+
+def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
+    """(prompt, answer), cut at the last assistant turn."""
+    prompt, found, answer = f"\n\n{_text(row, field)}".rpartition(_LAST)
+    if not found or not prompt.startswith("\n\nHuman:"):
+        row.fail(field, f"no dialogue of Human and Assistant turns: {prompt[:50]!r}", "set data.format to pairs")
+    return prompt, answer
+
+
+def _turns(dialogue: str) -> list[Message]:
+    """Chat messages of "\\n\\nHuman: …\\n\\nAssistant: …"; neighbouring turns of one speaker become one."""
+    parts = _TURN.split(dialogue)[1:]
+    messages: list[Message] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            content = f"{messages.pop()['content']}\n\n{content.strip()}"
+        messages.append({"role": role, "content": content.strip()})
+    return messages
+
+
+def _pku(row: Row, preference: str) -> _Sides:
+    label = f"{preference}_response_id"
+    if label not in row.fields:
+        row.fail(label, "the field is missing")
+    better = row.fields[label]
+    if better not in (0, 1) or isinstance(better, bool):
+        row.fail(label, f"must be 0 or 1, got {better!r:.40}")
+    prompt = [_user(row, "prompt", _text(row, "prompt"))]
+    return _Sides(prompt, prompt, _text(row, f"response_{better}"), _text(row, f"response_{1 - better}"))
+
+
+def _pairs(row: Row, preference: str) -> _Sides:
+    before: list[list[Message]] = []
+    answers: list[str] = []
+    given = _prompt(row) if "prompt" in row.fields or not isinstance(row.fields.get("chosen"), list) else []
+    for field in ("chosen", "rejected"):
+        if not isinstance(row.fields.get(field), list):
+            answers.append(_text(row, field))
+            before.append(given)
+            continue
+        *conversation, last = _messages(row, field)
+        if last["role"] != "assistant":
+            row.fail(field, f"the last message is from {last['role']!r}, not the assistant", "end with the answer")
+        # A list may hold the answer alone, or the conversation too, with more or less of it in `prompt`.
+        short, long = sorted((given, conversation), key=len)
+        if short not in (long[: len(short)], long[len(long) - len(short) :]):
+            row.fail(field, "its conversation is not the row's prompt", "give the same prompt in both")
+        answers.append(last["content"])
+        before.append(long)
+    if not all(before):
+        row.fail("prompt", "the field is missing and the answers hold no conversation")
+    return _Sides(before[0], before[1], answers[0], answers[1])
+
+
+def _prompt(row: Row) -> list[Message]:
+    """A user's text, an HH dialogue that waits for its answer, or chat messages."""
+    if isinstance(row.fields.get("prompt"), list):
+        return _messages(row, "prompt")
+    text = _text(row, "prompt")
+    if text.startswith("Human:") and text.endswith(_LAST):
+        return _turns(f"\n\n{text.removesuffix(_LAST)}")
+    return [_user(row, "prompt", text)]
+
+
+def _messages(row: Row, field: str) -> list[Message]:
+    messages: list[Message] = []
+    for message in row.fields[field]:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            fix = "each message is {role: system, user or assistant, content: text}"
+            row.fail(field, f"not a chat message: {message!r:.60}", fix)
+        messages.append({"role": message["role"], "content": _checked(row, field, message.get("content"))})
+    if not messages:
+        row.fail(field, "an empty list of messages", "give at least one message")
+    return messages
+
+
+def _alpaca(row: Row, preference: str) -> _Sides:
+    answers = row.fields.get("output") if "output" in row.fields else [row.fields["chosen"], row.fields["rejected"]]
+    if not isinstance(answers, list) or len(answers) < 2:
+        row.fail("output", "must be a list: [chosen, rejected]")
+    chosen, rejected = (_checked(row, "output", answer) for answer in answers[:2])
+    messages: list[Message] = []
+    if row.fields.get("system"):
+        messages.append({"role": "system", "content": _text(row, "system")})
+    for turn in row.fields.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            row.fail("history", f"must be a list of [question, answer], got {turn!r:.40}")
+        messages.append(_user(row, "history", _checked(row, "history", turn[0])))
+        messages.append({"role": "assistant", "content": _checked(row, "history", turn[1])})
+    parts = [_text(row, "instruction"), _text(row, "input") if row.fields.get("input") else ""]
+    messages.append(_user(row, "instruction", "\n".join(filter(None, parts))))
+    return _Sides(messages, messages, chosen, rejected)
+
+
+FORMATS: dict[str, Callable[[Row, str], _Sides | None]] = {"hh": _hh, "pku": _pku, "pairs": _pairs, "alpaca": _alpaca}
+_COLUMNS = ["prompt", "chosen", "rejected", "response_0", "response_1", "better_response_id", "safer_response_id"]
+_COLUMNS += ["instruction", "input", "output", "system", "history"]
