@@ -53,7 +53,7 @@ def supports_hook(model: PreTrainedModel) -> bool:
 def _probe(model: PreTrainedModel) -> str:
     """What is wrong with the hooked forward; empty where nothing is."""
     device = model.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = num_embeddings(model)
     sequences = [(torch.arange(n, device=device) * 7 + n) % vocabulary for n in PROBE_LENGTHS]
     expected = torch.stack([model(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in sequences]).float()
     lengths = [n - 1 for n in PROBE_LENGTHS]
@@ -76,6 +76,12 @@ def _probe(model: PreTrainedModel) -> str:
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
     error = float((got - expected).abs().max() / (1 + expected.abs().max()))
     return "" if error <= tolerance else f"its logits through the attention interface differ by {error:.1e}"
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Token ids that the model can read."""
+    table: Any = model.get_input_embeddings()
+    return int(table.weight.shape[0])
 
 
 class HfRunner:
@@ -118,7 +124,8 @@ class HfRunner:
             GenerationConfig(),
         )  # its filters must not apply
         try:
-            self.model.generate(
+            model: Any = self.model
+            model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 logits_processor=LogitsProcessorList([sampler]),
@@ -130,7 +137,7 @@ class HfRunner:
             self.model.generation_config = own
 
 
-class _Sampler(LogitsProcessor):  # type: ignore[misc]
+class _Sampler(LogitsProcessor):
     """Draws the token and leaves `generate` no other choice."""
 
     def __init__(
@@ -156,7 +163,7 @@ class _Sampler(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
 
 
-class _AllDone(StoppingCriteria):  # type: ignore[misc]
+class _AllDone(StoppingCriteria):
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
 

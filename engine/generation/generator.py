@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
-from macpo.engine.generation.fallback import HfRunner, supports_hook
+from macpo.engine.generation.fallback import HfRunner, num_embeddings, supports_hook
 from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.request import Output, Request, Sample, content_ids
@@ -119,7 +119,7 @@ class Generator:
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Output]:
         """As `generate`, for requests that also choose samples and attempt; raises Stopped when asked to."""
-        self._check(requests)
+        self.check(requests)
         outputs = [Output(request.id, []) for request in requests]
         found: dict[tuple[int, int], Sample] = {}
         with self._ready(), _bar(progress, sum(len(r.samples) for r in requests)) as count:
@@ -182,13 +182,13 @@ class Generator:
         blocks = -(-(len(request.prompt_ids) + self._budget(request)) // self.block_tokens)
         return blocks * self.block_tokens
 
-    def _check(self, requests: Sequence[Request]) -> None:
-        """All problems of all requests, before any work."""
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises ConfigError or DataError that names what is wrong with which requests; no work is done."""
         data: list[Problem] = []
         config: list[Problem] = []
         known = set(getattr(self._outer, "peft_config", {}))
         seen: set[tuple[str, int, int]] = set()
-        width = self.model.get_input_embeddings().weight.shape[0]
+        width = num_embeddings(self.model)
         for request in requests:
             name, length = f"request {request.id}", len(request.prompt_ids)
             if not length:
@@ -252,8 +252,9 @@ class _Count(Protocol):
 
 @contextmanager
 def _bar(progress: bool | str, total: int) -> Iterator[_Count]:
+    """A bar on the terminal; none where stderr is a file."""
     label = progress if isinstance(progress, str) else "generate"
-    with tqdm(total=total, desc=label, unit="seq", disable=not progress, leave=False) as bar:
+    with tqdm(total=total, desc=label, unit="seq", leave=False, disable=None if progress else True) as bar:
         yield bar.update
 
 

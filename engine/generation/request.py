@@ -34,7 +34,7 @@ def content_ids(prompts: Sequence[Sequence[int]]) -> list[str]:
 class Request:
     """One prompt to be answered `len(samples)` times.
 
-    The text of a sample is a function of the model, `id`, sample index, `attempt`, prompt and params alone.
+    The text of a sample is a function of the model, `purpose`, `id`, sample index, `attempt`, prompt and params alone.
     """
 
     id: str
@@ -43,10 +43,13 @@ class Request:
     samples: tuple[int, ...] = (0,)
     attempt: int = 0
     adapter: str | None = None
+    purpose: str = ""
+    """Keeps apart the noise of two askers (agents, iterations) that use the same ids and seed."""
 
     @property
     def key(self) -> int:
-        return request_key(self.id)
+        """The request's part of the noise counter."""
+        return request_key(self.purpose, self.id) if self.purpose else request_key(self.id)
 
 
 @dataclass(slots=True)

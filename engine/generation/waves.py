@@ -1,0 +1,207 @@
+"""Generation that survives a kill: requests in fixed waves, each committed to disk as one file.
+
+    folder/waves/0003.jsonl     a row an answer, in request order; the last line vouches for those above it
+
+What a wave holds is a function of its requests alone, so a resumed run, or one with another number of processes,
+writes the same bytes (on the same machine and number of threads).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from macpo.engine.errors import ConfigError, IntegrityError, Stopped
+from macpo.engine.files import atomic_write, explained
+from macpo.engine.generation.generator import Generator
+from macpo.engine.generation.params import SamplingParams
+from macpo.engine.generation.request import Request, Sample
+from macpo.engine.parallel import World
+
+log = logging.getLogger(__name__)
+
+WAVE_SCHEMA = 1
+"""Part of a wave's digest; files of another schema are written anew."""
+
+Row = dict[str, Any]
+Decode = Callable[[list[int]], str]
+
+
+def generate_waves(
+    generator: Generator,
+    requests: Sequence[tuple[str, Sequence[int]]],
+    params: SamplingParams,
+    *,
+    folder: Path,
+    wave_requests: int,
+    purpose: str = "",
+    decode: Decode | None = None,
+    world: World | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool | str = False,
+) -> list[Row]:
+    """Answers all requests wave by wave, leaving out those that `folder/waves` already holds.
+
+    Args:
+        requests: (id, prompt token ids); ids are unique. They are cut into waves in the order of their ids.
+        params: for all of them.
+        folder: shared by all ranks; a wave is assigned to a rank beforehand, longest first.
+        wave_requests: requests of a wave.
+        purpose: keeps this call's noise apart from others with the same ids and seed.
+        decode: text of an answer's token ids; default: the generator's tokenizer. Stop texts are cut by the generator.
+        should_stop: asked between decode steps; the wave under way is then dropped.
+        progress: bar, with this label where it is a text.
+
+    Returns:
+        On every rank all rows, by id and sample:
+        {"id", "sample", "attempt", "token_ids", "text", "sum_logp", "num_tokens", "finish_reason", "empty"}.
+        sum_logp: sum of the raw log-probs in nats, end token not included. text: null without tokenizer.
+        empty: no text but white space, even though it was drawn a second time (attempt 1; never when greedy).
+
+    Raises:
+        ConfigError, DataError: bad requests, before any work. Stopped: on request, what is committed stays.
+    """
+    if wave_requests < 1:
+        raise ConfigError(f"got {wave_requests}", "wave_requests must be at least 1", field="wave_requests")
+    world, asked = world or World.current(), should_stop or (lambda: False)
+    samples = tuple(range(params.n))
+    all_requests = [
+        Request(id_, tuple(prompt), params, samples, purpose=purpose)
+        for id_, prompt in sorted(requests, key=lambda item: item[0])
+    ]
+    generator.check(all_requests)
+    waves = [all_requests[start : start + wave_requests] for start in range(0, len(all_requests), wave_requests)]
+    with explained(folder):
+        (folder / "waves").mkdir(parents=True, exist_ok=True)
+    stopped = False
+    for number in _assigned(waves, world):
+        path, digest = _path(folder, number), _digest(waves[number])
+        if read_wave(path, digest) is not None:
+            continue
+        label = f"{progress} {number + 1}/{len(waves)}" if isinstance(progress, str) else progress
+        try:
+            if asked():
+                raise Stopped("stopped between two waves", "run the same command again")
+            rows = _answer(generator, waves[number], decode, asked, label)
+        except Stopped:
+            stopped = True
+            break
+        atomic_write(path, _encode(rows, digest))
+    if any(world.gather(stopped)):
+        raise Stopped("stopped while generating; the finished waves are kept", "run the same command again")
+    rows = [row for number, wave in enumerate(waves) for row in _committed(_path(folder, number), _digest(wave))]
+    world.barrier()  # nobody leaves, and removes the folder, while another still reads it
+    return rows
+
+
+def read_wave(path: Path, digest: str) -> list[Row] | None:
+    """The rows of a committed wave; None where it is missing, torn, damaged or made from other requests."""
+    if not path.exists():
+        return None
+    with explained(path):
+        raw = path.read_bytes()
+    body, seal = _split(raw)
+    expected = {"rows": body.count(b"\n"), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
+    if seal != expected:
+        why = "torn or damaged" if seal is None or seal.get("requests") == digest else "of other requests"
+        log.warning("%s is %s and is written anew", path.name, why)
+        return None
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def _committed(path: Path, digest: str) -> list[Row]:
+    rows = read_wave(path, digest)
+    if rows is None:
+        raise IntegrityError(
+            "a wave that was just written does not verify", "check the disk, run again", file=str(path)
+        )
+    return rows
+
+
+def _split(raw: bytes) -> tuple[bytes, dict[str, Any] | None]:
+    """(lines of rows, parsed last line); None where the last line is torn."""
+    at = raw.rfind(b"\n", 0, -1) + 1
+    try:
+        seal = json.loads(raw[at:]) if raw.endswith(b"\n") else None
+    except ValueError:  # bad JSON or bad UTF-8: the tail was torn
+        seal = None
+    return raw[:at], seal if isinstance(seal, dict) else None
+
+
+def _encode(rows: Sequence[Row], digest: str) -> bytes:
+    body = b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
+    seal = {"rows": len(rows), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
+    return body + json.dumps(seal).encode() + b"\n"
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / "waves" / f"{number:04d}.jsonl"
+
+
+def _digest(wave: Sequence[Request]) -> str:
+    """SHA-256 of all that the requests ask for."""
+    params = wave[0].params
+    facts = [WAVE_SCHEMA, wave[0].purpose, {name: getattr(params, name) for name in params.__slots__}]
+    asked = [[request.id, request.prompt_ids] for request in wave]
+    return hashlib.sha256(json.dumps([facts, asked]).encode()).hexdigest()
+
+
+def _assigned(waves: Sequence[Sequence[Request]], world: World) -> list[int]:
+    """This rank's waves: the longest wave first, always to the rank with the least to do."""
+    costs = [sum(len(r.prompt_ids) + r.params.max_new_tokens for r in wave) for wave in waves]
+    loads, mine = [0] * world.size, []
+    for number in sorted(range(len(waves)), key=lambda i: (-costs[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[number]
+        if rank == world.rank:
+            mine.append(number)
+    return mine
+
+
+def _answer(
+    generator: Generator,
+    wave: Sequence[Request],
+    decode: Decode | None,
+    should_stop: Callable[[], bool],
+    progress: bool | str,
+) -> list[Row]:
+    """Rows of one wave; empty answers are drawn once more."""
+    outputs = generator.run(wave, progress=progress, should_stop=should_stop)
+    rows = [
+        _row(request, index, sample, decode)
+        for request, output in zip(wave, outputs, strict=True)
+        for index, sample in zip(request.samples, output.samples, strict=True)
+    ]
+    if wave[0].params.temperature == 0 or not any(row["empty"] for row in rows):
+        return rows
+    empty = {(row["id"], row["sample"]): at for at, row in enumerate(rows) if row["empty"]}
+    again = [
+        replace(request, samples=samples, attempt=1)
+        for request in wave
+        if (samples := tuple(i for i in request.samples if (request.id, i) in empty))
+    ]
+    for request, output in zip(again, generator.run(again, should_stop=should_stop), strict=True):
+        for index, sample in zip(request.samples, output.samples, strict=True):
+            rows[empty[request.id, index]] = _row(request, index, sample, decode)
+    return rows
+
+
+def _row(request: Request, index: int, sample: Sample, decode: Decode | None) -> Row:
+    text = sample.text if decode is None or request.params.stop else decode(sample.token_ids)
+    return {
+        "id": request.id,
+        "sample": index,
+        "attempt": request.attempt,
+        "token_ids": sample.token_ids,
+        "text": text,
+        "sum_logp": math.fsum(sample.raw_logps),
+        "num_tokens": len(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "empty": not (sample.token_ids if text is None else text.strip()),
+    }
