@@ -28,11 +28,11 @@ BACKENDS: tuple[Backend, ...] = ("triton", "native", "torch")
 # Operators by the backends that they have. `native` is listed only where bench/bench_native.py shows a gain of
 # 1.3x or more over torch's own composition; `torch` is everywhere.
 IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
-    "linear_logp": ("torch",),
-    "pair_loss": ("torch",),
+    "linear_logp": ("native", "torch"),
+    "pair_loss": ("native", "torch"),
     "prefix_attention": ("torch",),
     "paged_attention": ("torch",),
-    "sample": ("torch",),
+    "sample": ("native", "torch"),
 }
 
 _forced: ContextVar[Backend | None] = ContextVar("macpo_backend", default=None)

@@ -1,6 +1,6 @@
 """linear_logp with torch's GEMMs over row chunks: logits of one chunk live at a time, and the gradient is explicit.
 
-For every loss of log-probs, d loss / d logits = g_row * (onehot - softmax): one scalar a row. So with u = one head GEMM:
+For every loss of log-probs, d loss / d logits = g_row * (onehot - softmax): one scalar a row. With u = one head GEMM:
 - nothing to differentiate: 1u, nothing kept;
 - frozen head: 2u; the forward forms dX for g = 1 and the backward scales its rows;
 - trained head, one chunk: 3u; the forward turns the logits into dlogits in place and keeps them;

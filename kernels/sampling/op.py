@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from macpo.kernels import native
 from macpo.kernels.backend import explain
 from macpo.kernels.sampling import torch_impl
 from macpo.kernels.sampling.params import SampleParams
@@ -61,9 +62,12 @@ def sample(
         raise ValueError(f"the vocabulary must have 1..{MAX_VOCAB} tokens, got {vocab}")
     if request_keys.device.type == "cpu" and batch:
         _check_keys(request_keys, positions)
-    explain("sample", logits.device, backend)
+    choice = explain("sample", logits.device, backend)
     if not batch:
         return positions.clone(), logits.new_empty(0, dtype=torch.float32), logits.new_empty(0, dtype=torch.float32)
+    # Without noise and filters torch's argmax is as fast, so only an explicit backend="native" takes greedy batches.
+    if choice.backend == "native" and (backend == "native" or not params.facts["greedy"]):
+        return native.sample(logits, params, request_keys, positions)
     return torch_impl.sample(logits, params, request_keys, positions)
 
 
