@@ -4,7 +4,7 @@ transformers calls the registered function once a layer with queries after RoPE 
 `repeat_kv`, and hands it every extra keyword of `model(...)`. So the metadata travels as one object:
 
     with attention_hook(model):
-        model.get_decoder()(input_ids=..., position_ids=..., use_cache=False, attention_context=PackedAttention(segments))
+        model.base_model(input_ids=..., position_ids=..., use_cache=False, attention_context=PackedAttention(segments))
 
 No mask function is registered under the hook's name; transformers then builds no mask, and does not read
 restarting position ids as a new document. Source: transformers 5.x `AttentionInterface`, `masking_utils`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +108,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
 
 def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for an attribute that was renamed; nothing that a user could act on
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            wrapped = get_peft_model(model, config)
     except ValueError as error:
         linears = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(

@@ -22,7 +22,15 @@ from macpo.engine import lora
 from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import DataError, ResourceError
-from macpo.engine.loading import as_dtype, check_vocab, load_causal_lm, local_folder, num_parameters, weight_files
+from macpo.engine.loading import (
+    as_dtype,
+    check_vocab,
+    load_causal_lm,
+    local_folder,
+    num_parameters,
+    quiet_transformers,
+    weight_files,
+)
 from macpo.engine.pack import PackedBatch
 from macpo.kernels import linear_logp
 
@@ -271,6 +279,7 @@ def save_policy(
     if isinstance(policy.model, PeftModel):
         lora.save_adapter(policy.model, out_dir, base_name=base_name)
     else:
-        policy.model.save_pretrained(out_dir)
+        with quiet_transformers():
+            policy.model.save_pretrained(out_dir)
     if tokenizer is not None:
         tokenizer.save_pretrained(out_dir)

@@ -12,6 +12,7 @@ T tokens of the packed row, R responses, N response tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -163,16 +164,18 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch
             target += response
             cu_rows.append(len(target))
         cu_groups.append(len(ids))
-    marks = torch.tensor([prefix_start, prefix_end, segment_start], dtype=torch.int32)
-    tokens = torch.tensor([ids, positions], dtype=torch.int64)
-    index = torch.tensor([rows, target], dtype=torch.int64)
     return PackedBatch(
-        input_ids=tokens[:1],
-        position_ids=tokens[1:],
-        segments=Segments(marks[0], marks[1], marks[2], tuple(cu_groups)),
-        rows=index[0],
-        target=index[1],
-        cu_rows=torch.tensor(cu_rows, dtype=torch.int32),
+        input_ids=_tensor("q", ids)[None],
+        position_ids=_tensor("q", positions)[None],
+        segments=Segments(*(_tensor("i", x) for x in (prefix_start, prefix_end, segment_start)), tuple(cu_groups)),
+        rows=_tensor("q", rows),
+        target=_tensor("q", target),
+        cu_rows=_tensor("i", cu_rows),
         groups=tuple(indices),
         max_length=max(groups[i].max_length for i in indices),
     )
+
+
+def _tensor(code: Literal["q", "i"], values: list[int]) -> Tensor:
+    """int64 ("q") or int32 ("i"); several times faster than torch.tensor on a list of this length."""
+    return torch.frombuffer(array(code, values), dtype=torch.int64 if code == "q" else torch.int32)

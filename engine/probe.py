@@ -76,9 +76,7 @@ def verify(policy: PolicyModule) -> None:
         separate.append(base(input_ids=whole, use_cache=False).logits[0, 2 : 2 + len(response)].float())
     wanted = torch.cat(separate)
     error = ((packed - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
-    if wanted.isfinite().all() and not error <= _TOLERANCE.get(
-        wanted.dtype if base.dtype is None else base.dtype, 1e-1
-    ):
+    if wanted.isfinite().all() and not error <= _TOLERANCE.get(base.dtype, 1e-1):
         raise ConfigError(f"{name}: packed and separate forwards differ by {error:.1e} of the largest logit", fix)
     setattr(base, _VERIFIED, True)
 

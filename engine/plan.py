@@ -1,0 +1,84 @@
+"""Which groups make which step, on which rank: functions of counts, lengths and the seed, never of time or chance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from macpo.engine.config import OptimSettings
+from macpo.engine.pack import PrefixGroup
+from macpo.engine.parallel import World
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps of a stage."""
+
+    num_groups: int
+    batch: int
+    epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last, smaller batch of an epoch counts."""
+        return -(-self.num_groups // self.batch)
+
+    @property
+    def num_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def order(self, epoch: int) -> list[int]:
+        """The groups of an epoch, shuffled by seed and epoch alone."""
+        digest = hashlib.sha256(f"order:{self.seed}:{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randperm(self.num_groups, generator=generator).tolist()
+
+    def steps(self, start: int = 0) -> Iterator[tuple[int, list[int]]]:
+        """(step, indices of its groups) from step `start` on."""
+        for epoch in range(start // self.steps_per_epoch, self.epochs):
+            order = self.order(epoch)
+            for k in range(self.steps_per_epoch):
+                step = epoch * self.steps_per_epoch + k
+                if step >= start:
+                    yield step, order[k * self.batch : (k + 1) * self.batch]
+
+
+def share(groups: Sequence[PrefixGroup], indices: Sequence[int], world: World) -> list[int]:
+    """This rank's groups of a step: longest first to the rank with the fewest tokens."""
+    if world.size == 1:
+        return list(indices)
+    shares: list[list[int]] = [[] for _ in range(world.size)]
+    loads = [0] * world.size
+    for i in sorted(indices, key=lambda i: (-groups[i].num_tokens, i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(i)
+        loads[rank] += groups[i].num_tokens
+    return shares[world.rank]
+
+
+def fingerprint(
+    groups: Sequence[PrefixGroup],
+    settings: OptimSettings,
+    objective: str,
+    seed: int,
+    shapes: Mapping[str, list[int]],
+) -> str:
+    """SHA-256 of everything that a checkpoint's future depends on, except the weights that it holds itself."""
+    # how often it is saved does not change what is trained
+    plain = settings.model_dump(mode="json", exclude={"save_every_steps"})
+    digest = hashlib.sha256(json.dumps([plain, objective, seed, dict(shapes)], sort_keys=True).encode())
+    for group in groups:
+        for ids in (group.prompt_ids, *group.responses):
+            numbers = array("q", [len(ids), *ids])
+            if sys.byteorder == "big":
+                numbers.byteswap()
+            digest.update(numbers.tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
