@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -16,12 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.files import explained
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 * 1024 * 1024
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+_HASHED = {".safetensors", ".json", ".model", ".jinja", ".txt"}
+_WHOLE_BYTES = 64 * 1024 * 1024
+_BLOCK_BYTES = 64 * 1024
 _CONVERT = "convert it once with model.save_pretrained(FOLDER, safe_serialization=True) where you trust the file"
 
 
@@ -147,6 +152,39 @@ def header(file: Path) -> dict[str, Any]:
 def num_parameters(files: Iterable[Path]) -> int:
     """Numbers stored in safetensors files, from their headers."""
     return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
+
+
+def fingerprint_model(path: str | Path) -> str:
+    """Identity of a model or adapter for stage keys: changes when its weights, config or tokenizer change.
+
+    A folder is hashed: small files whole, a weight file larger than 64 MiB by its size, header and 64 blocks spread
+    over it (training changes every block; hashing 140 GB at each start would be no help). A Hub id stands for itself,
+    downloaded or not, so that keys do not change with the state of the cache.
+
+    Raises:
+        ConfigError: neither a folder nor a Hub id.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if isinstance(path, Path) or not _HUB_ID.fullmatch(path):
+            raise ConfigError(
+                f"there is no model folder {str(path)!r}", "check the path; a Hub id looks like owner/name"
+            )
+        return f"hub:{path}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _HASHED and file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with explained(file), file.open("rb") as stream:
+                if size <= _WHOLE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                digest.update(stream.read(int.from_bytes(stream.read(8), "little") % MAX_HEADER_BYTES))
+                for block in range(64):
+                    stream.seek(block * (size - _BLOCK_BYTES) // 63)
+                    digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

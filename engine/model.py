@@ -25,6 +25,7 @@ from macpo.engine.errors import DataError, ResourceError
 from macpo.engine.loading import (
     as_dtype,
     check_vocab,
+    fingerprint_model,
     load_causal_lm,
     local_folder,
     num_parameters,
@@ -34,7 +35,16 @@ from macpo.engine.loading import (
 from macpo.engine.pack import PackedBatch
 from macpo.kernels import linear_logp
 
-__all__ = ["Head", "ModelPool", "PolicyModule", "PolicyRef", "check_vocab", "load_causal_lm", "save_policy"]
+__all__ = [
+    "Head",
+    "ModelPool",
+    "PolicyModule",
+    "PolicyRef",
+    "check_vocab",
+    "fingerprint_model",
+    "load_causal_lm",
+    "save_policy",
+]
 T_ = TypeVar("T_")
 
 
