@@ -69,6 +69,7 @@ class Chat:
         if special_text not in ("plain", "error"):
             raise ConfigError(f"got {special_text!r}", "use plain or error", field="special_text")
         self.tokenizer = tokenizer
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # None for a tokenizer written in Python
         self.special_text = special_text
         self.template = template_text(tokenizer, template)
         self._eos_text = eos_token if eos_token is not None else tokenizer.eos_token
@@ -90,7 +91,7 @@ class Chat:
         self._control_ids = frozenset(self._control.values()) - {tokenizer.unk_token_id}
         longest_first = sorted((t for t in self._control if t.strip()), key=len, reverse=True)
         self._control_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._normalizer = getattr(self._backend, "normalizer", None)
 
         own_eos = self._single_id(self._eos_text, "eos_token", "name a token of the tokenizer's vocabulary")
         separator, turn_end = self._probe_answer()
@@ -306,7 +307,17 @@ class Chat:
         return ids
 
     def _encode(self, text: str, as_data: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data, verbose=False)["input_ids"]
+        backend = self._backend
+        if backend is None:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data, verbose=False)
+            return list(encoded["input_ids"])
+        # The same as the call above, five times faster; every call of the tokenizer sets this state anew.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        backend.encode_special_tokens = as_data
+        return list(backend.encode(text, add_special_tokens=False).ids)
 
     def _encode_data(self, text: str) -> list[int]:
         """Ids of a text from data: never a special token's id, whatever the text spells."""
@@ -346,8 +357,7 @@ class Chat:
         return int(token_id)
 
     def _digest(self) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        state: Any = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
+        state: Any = json.loads(self._backend.to_str()) if self._backend is not None else self.tokenizer.get_vocab()
         for volatile in ("truncation", "padding"):  # set anew by every call, no part of the vocabulary
             state.pop(volatile, None)
         parts = [state, self.tokenizer.special_tokens_map, self.template, self.special_text, self.eos_id, self.bos_id]
