@@ -14,7 +14,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-FOLDERS = {"macpo": "macpo", "macpo.kernels": "kernels", "macpo.engine": "engine"}
+FOLDERS = {"macpo": "macpo", "macpo.kernels": "kernels", "macpo.engine": "engine", "macpo.recipes": "recipes"}
 
 
 class CMakeBuild(build_ext):

@@ -26,7 +26,7 @@ from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
 from macpo.engine.records import Example, Message, Pair, Prompt, Response, read_records, write_records
 from macpo.engine.scoring import score
-from macpo.engine.stages import StageContext
+from macpo.engine.execute import StageContext
 from macpo.engine.trainer import train
 
 TUNING: TypeAdapter[Tuning] = TypeAdapter(Tuning)

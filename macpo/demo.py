@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import yaml
+
 from macpo.claims import claims, claims_json, claims_table
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
@@ -21,7 +23,7 @@ def demo_recipe(overrides: Sequence[str] = (), *, ablations: bool = False) -> Re
     """The demo's recipe, with the ablation arms where they are asked for."""
     folder = files("macpo.recipes")
     if ablations:
-        arms = recipes.parse_yaml(folder.joinpath("demo-ablations.yaml").read_text(encoding="utf-8"))
+        arms = yaml.safe_load(folder.joinpath("demo-ablations.yaml").read_text(encoding="utf-8"))
         overrides = [f"ablations={json.dumps(arms)}", *overrides]
     with as_file(folder.joinpath("demo.yaml")) as path:
         return recipes.load(path, Recipe, overrides)

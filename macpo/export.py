@@ -17,7 +17,7 @@ from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import atomic_write, explained, fsync_dir
 from macpo.engine.loading import load_causal_lm
 from macpo.engine.model import PolicyRef, save_policy
-from macpo.engine.stages import folder_of
+from macpo.engine.run_folder import folder_of
 from macpo.iteration import Plan, build_plan
 
 MAX_LOGIT_ERROR = 1e-3

@@ -10,7 +10,7 @@ from macpo.agents import agent_chat, encode, generate_answers, likelihoods, load
 from macpo.engine.config import ComputeSettings
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.records import Pair, read_records
-from macpo.engine.stages import StageContext
+from macpo.engine.execute import StageContext
 
 SIDES = ("chosen", "rejected")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from macpo.config import AgentSettings, Recipe
 from macpo.datasets import fingerprint
 from macpo.engine.model import fingerprint_model
 from macpo.engine.stages import Graph, Stage
+
+COSTS = {prompts.pretrain_base: 30.0, agents.imitate: 3.0, agents.prefer: 4.0, heldout.evaluate_policy: 2.0}
+"""Relative durations, for the order in which parallel jobs take stages."""
 
 StageName = str
 Policies = dict[str, StageName | None]  # agent -> stage that made its policy; None = the ready one of the recipe
@@ -50,6 +54,11 @@ def build_plan(recipe: Recipe) -> Plan:
 def build_graph(config: Mapping[str, Any]) -> Graph:
     """The graph of a resolved recipe; worker processes rebuild it by this function's name."""
     return build_plan(Recipe.model_validate(config)).graph
+
+
+def derived_seed(seed: int, agent: str, purpose: str) -> int:
+    """A 31-bit seed that is a function of its arguments alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{agent}/{purpose}".encode()).digest()[:4], "big") >> 1
 
 
 class Loop:
@@ -348,4 +357,5 @@ class Loop:
         self, name: str, run: Callable[..., None], settings: Mapping[str, Any], inputs: Mapping[str, StageName]
     ) -> StageName:
         full_name = f"{self.arm}.{name}" if self.arm else name
-        return self.plan.graph.add(Stage(full_name, run, settings, inputs))
+        kind = getattr(run, "func", run)
+        return self.plan.graph.add(Stage(full_name, run, settings, inputs, COSTS.get(kind, 1.0)))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from macpo.engine.records import Example, Prompt, Response, read_records, write_records
-from macpo.engine.stages import StageContext
+from macpo.engine.execute import StageContext
 from macpo.agents import read_answers
 
 

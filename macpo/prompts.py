@@ -13,10 +13,11 @@ from macpo.engine.chat import Chat
 from macpo.engine.config import ComputeSettings, InitSettings
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
+from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.pretrain import build_model, document_groups, read_corpus, save_base, train_tokenizer
 from macpo.engine.records import Example, Pair, read_records, write_records
-from macpo.engine.stages import StageContext
+from macpo.engine.execute import StageContext
 from macpo.engine.trainer import train
 
 
@@ -89,7 +90,7 @@ def pretrain_base(compute: ComputeSettings, ctx: StageContext) -> None:
     model = build_model(init, tokenizer, s["seed"])
     groups = document_groups(chat, documents, init.context)
     result = train(
-        model,
+        PolicyModule(model),
         groups,
         sft(),
         init.pretrain,

@@ -18,7 +18,7 @@ from macpo.engine.files import read_jsonl
 from macpo.engine.model import PolicyRef
 from macpo.engine.parallel import World
 from macpo.engine.records import Pair, Prompt, read_records
-from macpo.engine.stages import folder_of
+from macpo.engine.run_folder import folder_of
 from macpo.iteration import build_plan
 from macpo.launch import run
 
