@@ -19,19 +19,20 @@ MOST_STAGES = 36
 def of_run(
     summary: Mapping[str, Any], metric: str | None, curves: Sequence[Curves], stages: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Name -> SVG (or, for training, a list of (heading, SVG)); a chart without data is None."""
+    """Name -> SVG, or None for a chart without data; `training` -> kind -> [(agent, SVG)]."""
     return {
-        "scores": _mark(by_iteration(summary, [metric])) if metric else None,
-        "final": _mark(final(summary, metric)) if metric and _compared(summary) else None,
-        "preference": _mark(by_iteration(summary, ["preference_accuracy", "reward_margin", "logp_margin"])),
-        "style": _mark(by_iteration(summary, ["mean_words", "distinct_2", "distinct_3"])),
-        "training": [(heading, Markup(svg)) for heading, svg in training(curves)],
-        "stages": _mark(stage_times(stages)),
+        "scores": svg(by_iteration(summary, [metric])) if metric else None,
+        "final": svg(final(summary, metric)) if metric and _compared(summary) else None,
+        "preference": svg(by_iteration(summary, ["preference_accuracy", "reward_margin", "logp_margin"])),
+        "style": svg(by_iteration(summary, ["mean_words", "distinct_2", "distinct_3"])),
+        "training": training(curves),
+        "stages": svg(stage_times(stages)),
     }
 
 
-def _mark(svg: str) -> Markup | None:
-    return Markup(svg) if svg else None
+def svg(chart: str) -> Markup | None:
+    """A chart as markup that templates insert unescaped; narrow screens scroll it. None for no chart."""
+    return Markup('<div class="scroll">' + chart + "</div>") if chart else None
 
 
 def _compared(summary: Mapping[str, Any]) -> bool:
@@ -71,7 +72,7 @@ def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: boo
         lines = agent_lines(summary["agents"], metric)
         if lines:
             name = LABELS.get(metric, metric)
-            panels.append((name[0].upper() + name[1:], "", lines))
+            panels.append(("", name, lines) if len(metrics) == 1 else (name[0].upper() + name[1:], "", lines))
     if not panels:
         return ""
     height = 4.1 if len(panels) == 1 else 3.2
@@ -81,7 +82,8 @@ def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: boo
 def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:
     """Last score of the student, of baselines and ceiling, and of every ablation's student, with 95% intervals."""
     _, rows = score_rows(summary, metric)
-    shown, highlight = [], {}
+    shown: list[tuple[str, float, tuple[float, float] | None, Sequence[float]]] = []
+    highlight: dict[str, str] = {}
     for row in rows:
         if row["role"] == "teacher" or not row["values"]:
             continue
@@ -101,29 +103,29 @@ def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:
     return dots(shown, xlabel=LABELS.get(metric, metric), highlight=highlight, inline=inline) if shown else ""
 
 
-def training(curves: Sequence[Curves]) -> list[tuple[str, str]]:
-    """A heading and a chart for every agent's preference stages, then for its other stages."""
-    found: dict[tuple[str, bool], list[Curves]] = {}
-    for curve in curves:
-        found.setdefault((curve.agent, curve.preference), []).append(curve)
-    charts = []
-    for (agent, preference), stages in sorted(found.items(), key=lambda item: not item[0][1]):
-        columns = ("loss", "margin", "accuracy") if preference else ("loss", "grad_norm")
-        panels = []
-        for column in columns:
-            lines = []
-            for index, stage in enumerate(stages):
-                if column in stage.columns:
-                    place, values = smooth(stage.columns[column])
-                    steps = [stage.columns["step"][0] + p for p in place]
-                    colour, _ = series_style(index)
-                    lines.append(Line(stage.folder.base, steps, values, colour, width=1.5))
-            if lines:
-                panels.append((column.replace("_", " "), "", lines))
-        what = "preference training" if preference else "supervised training"
-        chart = line_panels(panels, xlabel="step", whole_x=False, height=2.9, legend_columns=4)
-        charts.append((f"{agent or 'other'}: {what}", chart))
+def training(curves: Sequence[Curves]) -> dict[str, list[tuple[str, Markup | None]]]:
+    """For `preference` and for `supervised` stages: an agent's name and the chart of its stages."""
+    charts: dict[str, list[tuple[str, Markup | None]]] = {"preference": [], "supervised": []}
+    kinds = (("preference", ("loss", "margin", "accuracy")), ("supervised", ("loss", "grad_norm")))
+    for kind, columns in kinds:
+        ours = [curve for curve in curves if curve.preference == (kind == "preference")]
+        for agent in dict.fromkeys(curve.agent for curve in ours):
+            stages = [curve for curve in ours if curve.agent == agent]
+            panels = [(column.replace("_", " "), "", _stage_lines(stages, column)) for column in columns]
+            panels = [panel for panel in panels if panel[2]]
+            chart = line_panels(panels, xlabel="step", whole_x=False, height=2.9)
+            charts[kind].append((agent or "other stages", svg(chart)))
     return charts
+
+
+def _stage_lines(stages: Sequence[Curves], column: str) -> list[Line]:
+    lines = []
+    for index, stage in enumerate(stages):
+        if column in stage.columns:
+            place, values = smooth(stage.columns[column])
+            steps = [stage.columns["step"][0] + p for p in place]
+            lines.append(Line(stage.folder.base, steps, values, series_style(index)[0], width=1.5))
+    return lines
 
 
 def stage_times(stages: Sequence[Mapping[str, Any]]) -> str:

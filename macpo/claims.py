@@ -81,7 +81,7 @@ def claims(summaries: Sequence[Mapping[str, Any]]) -> list[Claim]:
             found.setdefault(key, []).append((summary["seed"], *values))
     order = {"teacher": 0, "naive": 1, "best-teacher": 2, "baseline": 3, "ablation": 4}
     rows = sorted(found.items(), key=lambda item: order[item[0][0]])
-    return [Claim(*key, *(tuple(column) for column in zip(*values, strict=True))) for key, values in rows]  # type: ignore[arg-type]
+    return [Claim(*key, *(tuple(column) for column in zip(*values, strict=True))) for key, values in rows]
 
 
 def shared_metric(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -99,12 +99,12 @@ def _statements(summary: Mapping[str, Any], metric: str) -> list[tuple[tuple[str
     for name, agent in of_role(agents, "teacher").items():
         ends = first_and_last(agent, metric)
         if ends and len(agent["scores"]) > 1:  # a ready teacher that does not train has no change to claim
-            rows.append((("teacher", f"{name}, last iteration", f"{name}, start"), (ends[1], ends[0])))
+            rows.append((("teacher", f"final {name}", f"initial {name}"), (ends[1], ends[0])))
     for name, agent in of_role(agents, "student").items():
         ends = first_and_last(agent, metric)
         if ends is None:
             continue
-        final = f"{name}, last iteration"
+        final = f"final {name}"
         if len(agent["scores"]) > 1:
             rows.append((("naive", final, f"naive weak-label {name}"), (ends[1], ends[0])))
         weak = best_initial_teacher(agents, metric)
@@ -113,11 +113,11 @@ def _statements(summary: Mapping[str, Any], metric: str) -> list[tuple[tuple[str
         for other, baseline in of_role(agents, "baseline").items():
             theirs = first_and_last(baseline, metric)
             if theirs:
-                rows.append((("baseline", final, other), (ends[1], theirs[1])))
+                rows.append((("baseline", final, f"baseline {other}"), (ends[1], theirs[1])))
         for arm, members in summary.get("arms", {}).items():
             theirs = first_and_last(members[name], metric) if name in members else None
             if theirs:
-                rows.append((("ablation", final, f"{arm}: {name}, last iteration"), (ends[1], theirs[1])))
+                rows.append((("ablation", final, f"ablation {arm}"), (ends[1], theirs[1])))
     return rows
 
 

@@ -46,7 +46,7 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
                 f"after {last} iteration{'s' * (last != 1)} ({label})."
             )
             noise = _noise(agent["scores"][0], agent["scores"][-1], metric)
-            findings.append(_compare(f"the {name}'s last iteration", end, "its naive weak-label start", start, noise))
+            findings.append(_compare(f"the last iteration of {name}", end, "its naive weak-label start", start, noise))
             best = max(agent["scores"], key=lambda row: row[metric])
             if best["iteration"] != last:
                 text = f"The {name}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
@@ -54,13 +54,11 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
         findings += _against_others(summary, name, agent, metric)
     recovered = gaps_recovered(summary)
     if recovered:
-        ends = [row["value"] for row in recovered["student"]]
-        if ends[-1] is None:
+        share = recovered["student"][-1]["value"]
+        if share is None:
             lead.append("PGR is not defined: the ceiling is not above the best initial teacher.")
         else:
-            lead.append(
-                f"It recovers {ends[-1]:.0%} of the gap between the best initial teacher and the ceiling (PGR)."
-            )
+            lead.append(f"It recovers {share:.0%} of the gap between the best initial teacher and the ceiling (PGR).")
     risen = {
         name: ends
         for name, agent in of_role(agents, "teacher").items()
@@ -71,7 +69,7 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
         lead.append(f"{len(up)} of {len(risen)} teachers rose.")
         for name, (start, end) in risen.items():
             noise = _noise(agents[name]["scores"][0], agents[name]["scores"][-1], metric)
-            findings.append(_compare(f"{name}'s last iteration", end, "its start", start, noise))
+            findings.append(_compare(f"the last iteration of {name}", end, "its start", start, noise))
     return " ".join(lead), findings
 
 
@@ -148,8 +146,8 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append([row["name"], row["role"], *values, change])
     recovered = gaps_recovered(summary)
     if recovered:
-        values = {row["iteration"]: row["value"] for row in recovered["student"]}
-        lines.append(["PGR", "student", *(_number(values.get(i)) for i in iterations), ""])
+        shares = {row["iteration"]: row["value"] for row in recovered["student"]}
+        lines.append(["PGR", "student", *(_number(shares.get(i)) for i in iterations), ""])
     counts = {row.get(_COUNTS.get(metric, "")) for agent in summary["agents"].values() for row in agent["scores"]}
     size = f", {counts.pop()} held-out prompts" if len(counts) == 1 and None not in counts else ""
     return "\n".join([f"{LABELS.get(metric, metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from macpo import charts
 from macpo.claims import Claim, claims_json, claims_table, shared_metric
@@ -27,7 +26,8 @@ from macpo.run_folder import Evaluation, RunFolder, sample
 __all__ = ["table", "write_report", "write_seeds_report"]
 
 NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# control characters, and those that turn the direction of the text after them
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
@@ -64,8 +64,8 @@ def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], fo
             iterations=iterations,
             rows=rows,
             per_seed=[(summary["seed"], *score_rows(summary, metric)) for summary in summaries],
-            forest=Markup(charts.forest(found, metric)),
-            scores=Markup(charts.seed_scores(summaries, metric)),
+            forest=charts.svg(charts.forest(found, metric)),
+            scores=charts.svg(charts.seed_scores(summaries, metric)),
             links={seed: f"seed-{seed}/report.html" for seed in (s["seed"] for s in summaries)},
             has_link={s["seed"]: (Path(out_dir) / f"seed-{s['seed']}" / "report.html").exists() for s in summaries},
         )
@@ -90,13 +90,14 @@ def _environment() -> Environment:
 
 
 def _write(path: Path, page: str) -> Path:
-    atomic_write(path, page.encode("utf-8", errors="replace"))
+    """One place that no text can get round: control and direction characters become U+FFFD."""
+    atomic_write(path, _CONTROL.sub("\ufffd", page).encode("utf-8", errors="replace"))
     return path
 
 
 def clip(text: Any, limit: int = MAX_CHARS) -> str:
-    """Text for a page: control characters shown as U+FFFD, and an end where it is very long. Not yet escaped."""
-    shown = _CONTROL.sub("\ufffd", str(text))
+    """Text for a page, not yet escaped; a very long one is cut."""
+    shown = str(text)
     return shown if len(shown) <= limit else f"{shown[:limit]} … ({len(shown) - limit} more characters)"
 
 
@@ -124,7 +125,7 @@ def _context(run: RunFolder, planned: Sequence[str]) -> dict[str, Any]:
         "summary": summary,
         "finished": run.finished,
         "running": run.running,
-        "missing": [name for name in planned if name not in done],
+        "missing": [name for name in planned if name not in done and name not in run.running],
         "committed": len(run.stages),
         "lead": lead,
         "findings": findings,

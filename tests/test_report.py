@@ -145,7 +145,7 @@ def make_run(
         {"macpo": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
         arms=arms,
         title=EVIL if evil else "MACPO demo",
-        models={name: EVIL if evil else "Llama, 4 layers × 128, 1.1 M parameters" for name in agents},
+        models=dict.fromkeys(agents, EVIL if evil else "Llama, 4 layers × 128, 1.1 M parameters"),
         counts={"identical pairs dropped": 3, "empty answers resampled": 7},
         warnings=[EVIL] if evil else ["12 prompts appear in two rows of the data; the first row was kept."],
         descriptions={"own-samples": "the student's own samples as positives, no mutual learning"},
@@ -188,3 +188,165 @@ def page_of(path: Path) -> Page:
     page = Page(path.read_text(encoding="utf-8"))
     assert not page.open
     return page
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run", num_test=12)
+
+
+@pytest.fixture(scope="module")
+def page(run_dir) -> Page:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return page_of(path)
+
+
+def test_report_says_what_was_found_and_what_does_not_hold(page):
+    assert "The student rose from 0.689 (naive weak-label SFT) to 0.909 after 3 iterations" in page.text
+    assert "3 of 3 teachers rose" in page.text and "(PGR)" in page.text
+    assert "The final student is below the student of the ablation filtered-sft" in page.text
+    assert "best iteration was 2 (0.919), not the last" in page.text
+    kinds = [attrs["class"] for tag, attrs in page.tags if tag == "li" and attrs.get("class") in ("good", "bad")]
+    assert kinds.count("bad") == 1 and kinds.count("good") == 8
+
+
+def test_report_shows_every_part_of_the_run(page, run_dir):
+    for part in ("Gold score by iteration", "Held-out metrics", "Answers to the same test prompts", "Training pairs"):
+        assert part in page.text
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for agent in summary["agents"].values():
+        for row in agent["scores"]:
+            for metric in ("gold", "preference_accuracy", "reward_margin", "logp_margin", "distinct_2"):
+                assert f"{row[metric]:.3f}" in page.text
+    for stage in summary["stages"]:
+        assert stage["name"] in page.text
+    assert "lowest perplexity of 3" in page.text and "kept" in page.text
+    assert "empty answers resampled" in page.text and "12 prompts appear in two rows" in page.text
+    assert "seed 200" in page.text and "torch 2.13.0" in re.sub(r"\s+", " ", page.text)
+    assert "iterations: 3" in page.text  # the recipe
+    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(charts) == 4 + 4 + 5 + 1  # scores, final, preference, style; DPO by agent; SFT by agent; time
+
+
+def test_sample_answers_are_the_same_prompts_for_every_agent(page, run_dir):
+    rows = {}
+    for path in sorted(run_dir.glob("*-eval-student-iter*/evaluation.jsonl")):
+        if "." not in path.parent.name:
+            rows = {row["prompt_id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    shown = [rows[key]["prompt"][0]["content"] for key in sorted(rows)[:6]]
+    positions = [page.text.index(text) for text in shown]
+    assert positions == sorted(positions)
+    assert page.text.count("iteration 3 · gold") == 6 * 4 and page.text.count("iteration 0 · gold") == 6 * 5
+
+
+def test_report_is_the_same_to_the_byte(run_dir):
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+    assert str(run_dir).encode() not in first  # no path of this machine
+
+
+def test_report_needs_nothing_from_elsewhere(page, run_dir):
+    text = (run_dir / "report.html").read_text()
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv"))
+    assert policy.startswith("default-src 'none'") and "script-src" not in policy and "http" not in policy
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "img", "object", "embed", "form", "base", "foreignobject"}
+    for tag, attrs in page.tags:
+        for name, value in attrs.items():
+            assert not name.startswith("on"), (tag, name)
+            assert name not in ("href", "xlink:href", "src") or str(value).startswith("#"), (tag, name, value)
+    assert not re.search(r"@import|url\((?!#)", text)
+    ids = [attrs["id"] for tag, attrs in page.tags if "id" in attrs and tag not in ("path", "clippath")]
+    assert len(ids) == len(set(ids))
+
+
+def test_text_of_models_and_data_cannot_become_markup(tmp_path):
+    run = make_run(tmp_path / "run", evil=True, num_test=6)
+    text = write_report(run).read_text(encoding="utf-8")
+    page = page_of(run / "report.html")
+    assert not {"img", "script"} & {tag for tag, _ in page.tags}
+    assert '<img src=x onerror="alert(1)">' in page.text and "{{ 7 * 7 }}" in page.text  # readable, as text
+    assert "<img" not in text and "<script" not in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text)
+    for part in ("answers", "selection", "pairs", "run"):  # the attack stood in every one of them
+        section = text.split(f'<section id="{part}">')[1].split("</section>")[0]
+        assert "&lt;img src=x onerror=" in section, part
+
+
+def test_agent_names_in_charts_are_text(tmp_path):
+    name = '<script>$\\frac{1}{0}$</script>" onload="x'
+    summary = build_summary({name: AgentHistory("student", [{"iteration": 0, "gold": 0.5}])}, [], 0, {})
+    write_json(tmp_path / "summary.json", summary)
+    page = page_of(write_report(tmp_path))
+    assert "script" not in {tag for tag, _ in page.tags} and not any("onload" in attrs for _, attrs in page.tags)
+    assert page.text.count("\\frac{1}{0}") >= 2
+
+
+def test_unfinished_run_says_what_is_missing(tmp_path):
+    run = make_run(tmp_path / "run", finished=False, gold=False, num_test=6)
+    write_report(run, planned=["iter1-student-select", "iter2-student-select", "iter2-student-train"])
+    text = page_of(run / "report.html").text
+    assert "This run is not finished." in text
+    assert "Begun: iter2-student-select." in text and "Missing: iter2-student-train." in text
+    assert "Preference accuracy by iteration" in text and "gold" not in text.lower().replace("gold labels", "")
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+    (tmp_path / "01-data").mkdir()
+    text = page_of(write_report(tmp_path)).text
+    assert "1 stages are done" in text and "answers nothing yet" in text
+
+
+def test_ready_teacher_without_ceiling_or_training(tmp_path):
+    agents = {
+        "ready": AgentHistory("teacher", [{"iteration": 0, "preference_accuracy": 0.6}]),
+        "student": AgentHistory("student", [{"iteration": t, "preference_accuracy": 0.6 - t / 10} for t in range(2)]),
+    }
+    write_json(tmp_path / "summary.json", build_summary(agents, [], 3, {}))
+    text = page_of(write_report(tmp_path)).text
+    assert "The student fell from 0.600" in text and "teachers rose" not in text and "PGR" not in text
+
+
+def test_broken_files_are_one_line_errors(tmp_path):
+    with pytest.raises(DataError, match="no such run folder"):
+        write_report(tmp_path / "none")
+    (tmp_path / "summary.json").write_text('{"agents": ')
+    with pytest.raises(DataError, match=r"summary.json:1"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(DataError, match="not a JSON object"):
+        write_report(tmp_path)
+
+
+def test_table_has_every_agent_and_iteration(run_dir):
+    lines = table(json.loads((run_dir / "summary.json").read_text())).splitlines()
+    assert lines[0] == "gold score by iteration, 12 held-out prompts, seed 200"
+    assert lines[1].split() == ["agent", "role", "it0", "it1", "it2", "it3", "change"]
+    rows = {line.split()[0]: line.split() for line in lines[3:]}
+    assert rows["student"] == ["student", "student", "0.689", "0.799", "0.919", "0.909", "+0.220"]
+    assert rows["ceiling"] == ["ceiling", "ceiling", "0.990"]
+    assert rows["own-samples:"][2:4] == ["ablation", "0.702"] and "PGR" in rows
+    assert table(build_summary({}, [], 0, {})) == "no metric was measured for every agent"
+
+
+def test_seeds_report_lists_every_claim(tmp_path, run_dir):
+    summaries = []
+    for seed in (200, 201, 202):
+        summary = json.loads((run_dir / "summary.json").read_text())
+        for row in summary["agents"]["student"]["scores"][1:]:
+            row["gold"] -= (seed - 200) * 0.05
+        summaries.append(summary | {"seed": seed})
+    found = claims(summaries)
+    page = page_of(write_seeds_report(tmp_path, summaries, found))
+    for claim in found:
+        assert claim.better in page.text and claim.worse in page.text
+    tags = [
+        attrs["class"] for tag, attrs in page.tags if tag == "span" and (attrs.get("class") or "").startswith("tag ")
+    ]
+    assert sum(tag in ("tag good", "tag mean", "tag bad") for tag in tags) == len(found) == 9
+    assert "does not hold" in page.text and "Seed 202" in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    content = json.loads((tmp_path / "claims.json").read_text())
+    assert [row["verdict"] for row in content["claims"]] == [claim.verdict for claim in found]
+    assert (tmp_path / "claims.txt").read_text().count("\n") == 3 + len(found)
