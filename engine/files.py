@@ -30,8 +30,13 @@ _GONE_MEMORY = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
 
 
+def is_expected(error: OSError) -> bool:
+    """Whether the world is to blame (full disk, no permission, no memory) and not, say, a name that code got wrong."""
+    return error.errno in _FULL | _GONE_MEMORY | {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
 def explain(error: OSError, path: str | os.PathLike[str] | None = None, needed_bytes: int | None = None) -> MacpoError:
-    """The one-line error for an OSError: disk full is a ResourceError (4), a path that cannot be used a ConfigError (2)."""
+    """The one-line error for an OSError: a full disk is a ResourceError (4), an unusable path a ConfigError (2)."""
     path = path or error.filename or ""
     where = str(path)
     if error.errno in _FULL:

@@ -1,0 +1,38 @@
+"""The end of every command: errors as one line each on stderr, and the exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from macpo.engine.errors import MacpoError, Stopped
+from macpo.engine.files import explain, is_expected
+
+
+def run_cli(command: Callable[[], Any], *, debug: bool = False) -> int:
+    """Calls the command. Returns: 0, or the exit code of what it raised, after printing it.
+
+    A MacpoError gives its lines and its code; a full disk 4, a place that cannot be written 2, Ctrl-C 75, anything
+    unexpected 1. `debug` adds the traceback. An error that rank 0 reports already is not printed again.
+    """
+    try:
+        command()
+        return 0
+    except KeyboardInterrupt:
+        error: BaseException = Stopped("aborted by Ctrl-C", "run the same command again to go on")
+    except OSError as found:
+        error = explain(found).with_traceback(found.__traceback__) if is_expected(found) else found
+    except Exception as found:
+        error = found
+    if debug:
+        traceback.print_exception(error)
+    if not isinstance(error, MacpoError):
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: unexpected {text}. Fix: rerun with --debug and report it.", file=sys.stderr)
+        return 1
+    if not getattr(error, "relayed", False):
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+    return error.code

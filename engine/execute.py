@@ -1,0 +1,264 @@
+"""One stage from start to commit: verify inputs, RUNNING marker, run, sync, hash, manifest, rename, sync.
+
+Every rank runs the stage's function; rank 0 does everything else and tells the others how it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macpo.engine import errors, files
+from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Problem, Stopped
+from macpo.engine.faults import point
+from macpo.engine.manifest import MANIFEST, RUNNING, TIMING, Manifest
+from macpo.engine.run_folder import RunFolder, read_timing
+from macpo.engine.stages import Graph, Stage, key_of
+from macpo.engine.stopping import StopFlag
+
+if TYPE_CHECKING:
+    from macpo.engine.parallel import World
+
+
+@dataclass
+class StageContext:
+    """What a stage's function gets: a folder to write into, its inputs, and ways to report.
+
+    A folder left by an interrupted attempt with the same key is handed over as it is: the function goes on from there.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    dir: Path
+    inputs: Mapping[str, Path]
+    stop: StopFlag
+    group: World | None = None
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world(self) -> World:
+        """The ranks that run this stage together (one, without torch.distributed)."""
+        if self.group is None:
+            from macpo.engine.parallel import World  # costs seconds of torch, and not every stage asks
+
+            self.group = World()
+        return self.group
+
+    def input(self, alias: str) -> Path:
+        """The committed folder of an input, verified by its hashes."""
+        return self.inputs[alias]
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop. Ranks hear it at different moments: agree before acting on it."""
+        return self.stop.requested
+
+    def check_stop(self) -> None:
+        """Raises: Stopped if this rank was asked to stop; call it where the work so far is on disk."""
+        if self.stop.requested:
+            raise stopped(self.name)
+
+    def note(self, **counts: Any) -> None:
+        """Numbers for the timing and the summary (tokens=…): those of the whole stage, taken from rank 0."""
+        self.counts.update(counts)
+
+    def log(self, message: str) -> None:
+        """A line on stderr and in stage.log, from rank 0."""
+        if _is_main(self.group):
+            print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+            with open(self.dir / "stage.log", "a", encoding="utf-8") as file:
+                file.write(message + "\n")
+
+
+def stopped(where: str) -> Stopped:
+    """The error for a stop that was asked for."""
+    return Stopped(f"stopped at {where}", "run the same command again to go on from here")
+
+
+def _is_main(world: World | None) -> bool:
+    return world is None or world.rank == 0
+
+
+def on_main(world: World | None, action: Callable[[], Any]) -> Any:
+    """Rank 0's JSON-able result on every rank; what it raises is raised on every rank (`relayed` on the others)."""
+    if world is None or world.size == 1:
+        return action()
+    answer: dict[str, Any] = {}
+    failure: BaseException | None = None
+    if world.is_main:
+        try:
+            answer = {"value": action()}
+        except MacpoError as error:
+            answer, failure = {"error": pack_error(error)}, error
+    answer = world.broadcast(answer)
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise unpack_error(answer["error"], relayed=True)
+    return answer["value"]
+
+
+def pack_error(error: MacpoError) -> dict[str, Any]:
+    """JSON for a MacpoError on its way to another process."""
+    fields = ("message", "fix", "file", "line", "field")
+    problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
+    return {"kind": type(error).__name__, "problems": problems}
+
+
+def unpack_error(packed: Mapping[str, Any], *, relayed: bool = False) -> MacpoError:
+    """The error again; `relayed` marks one that its own process reports to the user."""
+    kind = getattr(errors, packed["kind"], MacpoError)
+    error: MacpoError = kind(problems=[Problem(**problem) for problem in packed["problems"]])
+    vars(error)["relayed"] = relayed
+    return error
+
+
+@dataclass
+class Executor:
+    """Runs stages of one graph in one process (of each rank). `verified`: (name, digest) hashed in this run already."""
+
+    run: RunFolder
+    graph: Graph
+    stop: StopFlag
+    world: World | None = None
+    verified: set[tuple[str, str]] = field(default_factory=set)
+
+    def execute(self, stage: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
+        """Returns {"digest", "seconds", "counts"} on every rank. `digests`: of the input stages, by name.
+
+        Raises: what the stage raises; IntegrityError if an input no longer verifies; Stopped; PeerError.
+        """
+        plan = on_main(self.world, lambda: self._prepare(stage, digests))
+        folder, timing = Path(plan["folder"]), plan["timing"]
+        inputs = {alias: Path(path) for alias, path in plan["inputs"].items()}
+        if not plan["ready"]:
+            context = StageContext(stage.name, stage.settings, folder, inputs, self.stop, self.world)
+            context.counts.update(timing.get("counts", {}))
+            began, before = time.monotonic(), timing.get("seconds", 0.0)
+            try:
+                self._call(stage, context)
+            except BaseException:
+                with contextlib.suppress(MacpoError):  # an interrupted attempt's time counts; its error goes first
+                    self._note_time(folder, before + time.monotonic() - began, context.counts)
+                raise
+            timing = self._note_time(folder, before + time.monotonic() - began, context.counts)
+            point("stage-ran")
+        digest = on_main(self.world, lambda: self._commit(stage, folder, digests, plan["ready"]))
+        self.verified.add((stage.name, digest))
+        return {"digest": digest, **timing}
+
+    def _note_time(self, folder: Path, seconds: float, counts: Mapping[str, Any]) -> dict[str, Any]:
+        timing = {"seconds": round(seconds, 3), "counts": dict(counts)}
+        if _is_main(self.world):
+            files.write_json(folder / TIMING, timing)
+        return timing
+
+    def _prepare(self, stage: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
+        inputs = {alias: str(self._verified_input(name, digests[name])) for alias, name in stage.inputs.items()}
+        key = self._key(stage, digests)
+        folder = self.run.partial(stage.name)
+        if folder and self._is_complete(folder, key):
+            return {"folder": str(folder), "inputs": inputs, "ready": True, "timing": read_timing(folder)}
+        if folder and not _was_running(folder, key):
+            self.run.discard(stage.name, partial=True)
+            folder = None
+        if folder is None:
+            folder = self.run.path / (self.graph.folder_name(stage.name) + ".tmp")
+            folder.mkdir()
+            files.fsync_dir(self.run.path)
+            point("stage-created")
+            files.write_json(folder / RUNNING, {"key": key, "stage": stage.name})
+        files.remove_parts(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for path in folder.glob("error-rank*.log"):
+            path.unlink()
+        point("stage-started")
+        return {"folder": str(folder), "inputs": inputs, "ready": False, "timing": read_timing(folder)}
+
+    def _key(self, stage: Stage, digests: Mapping[str, str]) -> str:
+        return key_of(stage.kind, stage.settings, {alias: digests[name] for alias, name in stage.inputs.items()})
+
+    def _verified_input(self, name: str, digest: str) -> Path:
+        folder = self.run.committed(name)
+        if folder is None:
+            raise IntegrityError(f"the finished stage {name} is gone", "run the same command again to redo it")
+        if (name, digest) not in self.verified:
+            manifest = Manifest.read(folder)
+            manifest.verify(folder, full=True)
+            if manifest.digest != digest:
+                raise IntegrityError("the stage changed while the run went on", "run it again", file=str(folder))
+            self.verified.add((name, digest))
+        return folder
+
+    def _is_complete(self, folder: Path, key: str) -> bool:
+        """Killed between manifest and rename: everything is there, only the last steps are missing."""
+        try:
+            manifest = Manifest.read(folder)
+            manifest.verify(folder, full=True)
+        except (MacpoError, OSError):
+            return False
+        return manifest.key == key
+
+    def _call(self, stage: Stage, context: StageContext) -> None:
+        world = self.world if self.world is not None and self.world.size > 1 else None
+        try:
+            try:
+                stage.run(context)
+                state = "ok"
+            except Stopped:
+                if world is None:
+                    raise
+                state = "stopped"
+            if world is not None and "stopped" in world.gather(state):
+                raise stopped(stage.name)
+        except Stopped:
+            raise
+        except Exception as error:
+            error.add_note(f"in stage {stage.name}")
+            if world is None:
+                raise
+            raise self._blame(context, world.rank, error) from error
+
+    @staticmethod
+    def _blame(context: StageContext, rank: int, error: Exception) -> Exception:
+        """A rank that fails leaves its message in a file, and one that loses its peer reports what it finds there."""
+        if not isinstance(error, PeerError):
+            text = str(error) if isinstance(error, MacpoError) else f"{type(error).__name__}: {error}"
+            files.atomic_write(context.dir / f"error-rank{rank}.log", text)
+            return error
+        for path in sorted(context.dir.glob("error-rank*.log")):
+            other = path.stem.removeprefix("error-rank")
+            return PeerError(f"rank {other} failed in {context.name}: {path.read_text()}", "see that rank's message")
+        return error
+
+    def _commit(self, stage: Stage, folder: Path, digests: Mapping[str, str], ready: bool) -> str:
+        if ready:
+            manifest = Manifest.read(folder)
+        else:
+            files.remove_parts(folder)
+            inputs = {alias: digests[name] for alias, name in stage.inputs.items()}
+            with files.explained(folder):
+                manifest = Manifest.of(folder, stage.name, stage.kind, stage.settings, inputs)
+                point("stage-hashed")
+                manifest.write(folder)
+            point("stage-manifest")
+        (folder / RUNNING).unlink(missing_ok=True)
+        files.fsync_dir(folder)
+        point("stage-unmarked")
+        folder.rename(self.run.path / self.graph.folder_name(stage.name))
+        point("stage-renamed")
+        files.fsync_dir(self.run.path)
+        point("stage-committed")
+        return manifest.digest
+
+
+def _was_running(folder: Path, key: str) -> bool:
+    """Whether an interrupted attempt at exactly this work lies in the folder."""
+    try:
+        return (folder / RUNNING).is_file() and files.read_json(folder / RUNNING).get("key") == key
+    except (DataError, AttributeError):
+        return False

@@ -1,0 +1,262 @@
+"""Runs a stage graph in a folder: skips what is done, goes on with what was interrupted, refuses what is stale.
+
+Kill it anywhere and call it again: stages that were committed stay, the others go on or start anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macpo.engine import files
+from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Stopped
+from macpo.engine.execute import Executor, on_main, stopped, unpack_error
+from macpo.engine.faults import point
+from macpo.engine.locks import RunLock, holder
+from macpo.engine.manifest import Manifest
+from macpo.engine.run_folder import RunFolder, read_timing
+from macpo.engine.stages import Graph, Stage, StageStatus
+from macpo.engine.standing import code_changes, refuse_stale, survey
+from macpo.engine.stopping import StopFlag
+from macpo.engine.workers import Build, Pool, set_threads
+
+if TYPE_CHECKING:
+    from macpo.engine.parallel import World
+
+RERUN = "RERUN.json"  # a `--from` that is under way: the same command after a kill goes on instead of starting over
+
+
+class Runner:
+    """One run folder and the graph that it shall hold the results of.
+
+    `from_stage`: redo that stage and all that depend on it. `rerun_stale`: redo stages whose settings or inputs
+    changed.
+    `jobs`: stages at once, each in a worker process with `threads` CPU threads; needs `build`, from which a worker
+    makes the same graph. Neither changes the results' bits, except `threads` itself.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        graph: Graph,
+        *,
+        world: World | None = None,
+        from_stage: str | None = None,
+        rerun_stale: bool = False,
+        jobs: int = 1,
+        threads: int | None = None,
+        build: Build | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        if jobs > 1 and world is not None and world.size > 1:
+            raise ConfigError("jobs > 1 cannot be combined with several ranks", "set compute.jobs to 1", field="jobs")
+        if jobs > 1 and build is None:
+            raise ValueError('jobs > 1 needs build=("module:function", config)')
+        self.folder_of_run = RunFolder(Path(run_dir))
+        self.graph, self.world, self.jobs, self.threads, self.build = graph, world, jobs, threads, build
+        self.from_stage, self.rerun_stale = from_stage, rerun_stale
+        self.log = log or (lambda message: print(message, file=sys.stderr, flush=True))
+        self.digests: dict[str, str] = {}
+        self.redoable: set[str] = set()
+
+    def folder(self, name: str) -> Path:
+        """The committed folder of a stage. Raises: ConfigError if it is not done."""
+        found = self.folder_of_run.committed(name)
+        if found is None:
+            raise ConfigError(f"stage {name} is not done", "run it first", file=str(self.folder_of_run.path))
+        return found
+
+    def run(self) -> list[str]:
+        """Brings every stage to done. Returns: the names of those that it ran, in the order they ended.
+
+        Raises: ConfigError for a folder in use, not writable or stale; IntegrityError for a damaged stage; PeerError
+        for a dead worker; Stopped after SIGTERM or Ctrl-C; whatever a stage raises.
+        """
+        self.digests = {}
+        with StopFlag() as stop, contextlib.ExitStack() as held:
+            on_main(self.world, lambda: self._open(held))
+            executor = Executor(self.folder_of_run, self.graph, stop, self.world)
+            done = (self._run_parallel if self.jobs > 1 else self._run_in_order)(executor)
+            on_main(self.world, lambda: self._close(done))
+        return done
+
+    def _open(self, held: contextlib.ExitStack) -> None:
+        run = self.folder_of_run
+        if self.from_stage is not None:
+            self.graph.stage(self.from_stage)
+        files.probe_writable(run.path)
+        held.enter_context(RunLock(run.path, self.log))
+        with files.explained(run.path):
+            run.sweep()
+        again = self.graph.downstream([self.from_stage]) if self.from_stage is not None else []
+        under_way = bool(again) and self._is_rerun_under_way()
+        self.redoable = {stage.name for stage in self.graph.stages} if self.rerun_stale else set(again)
+        found = survey(run, self.graph, () if under_way else again)
+        for standing in found.values():
+            if standing.error is not None:
+                raise standing.error
+        refuse_stale(run, self.graph, found, self.redoable)
+        stale = [name for name, standing in found.items() if standing.state == "stale" and standing.reasons]
+        for name in stale:
+            self.log(f"{name} is redone: {found[name].why}")
+        if warning := code_changes(found):
+            self.log(warning)
+        if under_way:
+            self.log(f"goes on with the rerun from {self.from_stage}")
+        elif again:
+            self._discard(again)
+
+    def _is_rerun_under_way(self) -> bool:
+        note = self.folder_of_run.path / RERUN
+        try:
+            return note.is_file() and files.read_json(note) == {"from": self.from_stage, "discarded": True}
+        except DataError:
+            return False
+
+    def _discard(self, names: list[str]) -> None:
+        """Last stage first, so that a kill in between never leaves a result without the inputs it came from."""
+        note = self.folder_of_run.path / RERUN
+        files.write_json(note, {"from": self.from_stage, "discarded": False})
+        point("rerun-noted")
+        for name in reversed(names):
+            self.folder_of_run.discard(name)
+            self.folder_of_run.discard(name, partial=True)
+        files.write_json(note, {"from": self.from_stage, "discarded": True})
+
+    def _close(self, done: list[str]) -> None:
+        (self.folder_of_run.path / RERUN).unlink(missing_ok=True)
+        if not done:
+            self.log(f"all {len(self.graph.stages)} stages are done already, nothing to do (--from STAGE redoes some)")
+        point("run-finished")
+
+    def _settle(self, stage: Stage) -> bool:
+        """Whether the stage has to run, now that its inputs are done; a stale result is discarded or refused."""
+        folder = self.folder_of_run.committed(stage.name)
+        if folder is None:
+            return True
+        manifest = Manifest.read(folder)
+        inputs = {alias: self.digests[name] for alias, name in stage.inputs.items()}
+        if manifest.fits(stage.kind, stage.settings, inputs):
+            self.digests[stage.name] = manifest.digest
+            return False
+        if stage.name not in self.redoable:
+            refuse_stale(self.folder_of_run, self.graph, survey(self.folder_of_run, self.graph), self.redoable)
+        self.folder_of_run.discard(stage.name)
+        return True
+
+    def _run_in_order(self, executor: Executor) -> list[str]:
+        set_threads(self.threads)
+        done = []
+        for stage in self.graph.stages:
+            if not on_main(self.world, functools.partial(self._settle, stage)):
+                continue
+            if self._stop_agreed(executor.stop):
+                raise stopped(f"the start of {stage.name}")
+            self._say(stage, "…")
+            result = executor.execute(stage, self.digests)
+            self._finished(stage, result)
+            done.append(stage.name)
+        return done
+
+    def _stop_agreed(self, stop: StopFlag) -> bool:
+        if self.world is None or self.world.size == 1:
+            return stop.requested
+        return any(self.world.gather(stop.requested))
+
+    def _run_parallel(self, executor: Executor) -> list[str]:
+        assert self.build is not None
+        urgency = self.graph.urgency()
+        waiting = {stage.name: stage for stage in self.graph.stages}
+        ready: list[Stage] = []
+        done: list[str] = []
+        failure: BaseException | None = None
+        asked = False
+        with Pool(self.build, self.folder_of_run.path, self.jobs, self.threads) as pool:
+            while True:
+                halt = executor.stop.requested or failure is not None
+                if not halt:
+                    try:
+                        ready += self._newly_ready(waiting)
+                    except MacpoError as error:
+                        failure = error
+                        continue
+                    ready.sort(key=lambda stage: (-urgency[stage.name], self.graph.number(stage.name)))
+                    while ready and pool.num_free:
+                        stage = ready.pop(0)
+                        self._say(stage, "…")
+                        digests = {name: self.digests[name] for name in stage.inputs.values()}
+                        identity, verified = self.graph.identity(stage.name), sorted(executor.verified)
+                        pool.submit(stage.name, identity=identity, digests=digests, verified=verified)
+                elif not asked:
+                    pool.stop_busy()
+                    asked = True
+                if not pool.busy:
+                    break
+                for name, answer in pool.wait(0.2):
+                    if "done" in answer:
+                        executor.verified |= {(stage, digest) for stage, digest in answer["done"]["verified"]}
+                        self._finished(self.graph.stage(name), answer["done"])
+                        done.append(name)
+                    else:
+                        failure = _worse(failure, _failure(name, answer))
+        if failure is not None:
+            raise failure
+        if waiting or ready:
+            raise stopped(f"{(ready or list(waiting.values()))[0].name}")
+        return done
+
+    def _newly_ready(self, waiting: dict[str, Stage]) -> list[Stage]:
+        """Takes the stages whose inputs are done out of `waiting`; those that are done themselves need no more."""
+        found = []
+        for name in list(waiting):  # graph order, so one pass sees what earlier skips made ready
+            stage = waiting[name]
+            if all(other in self.digests for other in stage.inputs.values()):
+                if self._settle(stage):
+                    found.append(stage)
+                del waiting[name]
+        return found
+
+    def _finished(self, stage: Stage, result: dict[str, Any]) -> None:
+        self.digests[stage.name] = result["digest"]
+        tokens = result.get("counts", {}).get("tokens")
+        note = f" ({tokens:,} tokens)" if tokens is not None else ""
+        self._say(stage, f"done in {result.get('seconds', 0.0):.1f} s{note}")
+
+    def _say(self, stage: Stage, text: str) -> None:
+        if self.world is None or self.world.rank == 0:
+            width = len(str(len(self.graph.stages)))
+            self.log(f"[{self.graph.number(stage.name):0{width}d}/{len(self.graph.stages)}] {stage.name} {text}")
+
+    def status(self) -> list[StageStatus]:
+        """Where every stage stands; changes nothing, takes no lock, never raises for damage."""
+        run = self.folder_of_run
+        busy = run.path.is_dir() and holder(run.path) is not None
+        found = []
+        for name, standing in survey(run, self.graph).items():
+            state: Any = standing.state
+            if state == "pending" and busy and run.partial(name):
+                state, standing.reasons = "running", []
+            timing = read_timing(standing.folder) if standing.folder else {}
+            folder = standing.folder.name if standing.folder else ""
+            counts = timing.get("counts", {})
+            found.append(StageStatus(name, folder, state, standing.why, timing.get("seconds"), counts))
+        return found
+
+
+def _failure(name: str, answer: dict[str, Any]) -> BaseException:
+    if "error" in answer:
+        return unpack_error(answer["error"])
+    if "crash" in answer:
+        error = RuntimeError(f"{answer['crash']['text']} (in stage {name})")
+        error.add_note(answer["crash"]["trace"])
+        return error
+    return PeerError(f"stage {name}: {answer['died']}", "look at its last messages and free memory, then run again")
+
+
+def _worse(first: BaseException | None, second: BaseException) -> BaseException:
+    """The first failure counts; that others stopped because of it does not."""
+    return second if first is None or (isinstance(first, Stopped) and not isinstance(second, Stopped)) else first

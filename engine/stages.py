@@ -1,0 +1,176 @@
+"""The stage graph of a run: what each stage depends on, and the key that says whether its result still holds.
+
+A stage is a function with settings and inputs. Two stages with the same function, settings and inputs are one:
+`Graph.add` returns the one that is there, so ablation arms share what they have in common. Code is not part of a key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from macpo.engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from macpo.engine.execute import StageContext
+
+SCHEMA = 1  # of keys and manifests; raise it when either changes its meaning
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    `settings`: JSON-able; everything the outputs depend on besides the inputs (config slice, seed, file digests).
+    `inputs`: alias -> name of an earlier stage. `cost`: relative duration, a hint for scheduling only.
+    """
+
+    name: str
+    run: Callable[[StageContext], None]
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    cost: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """The run function's qualified name; part of the key. What a partial binds says where it runs, not what."""
+        function = self.run.func if isinstance(self.run, functools.partial) else self.run
+        return f"{function.__module__}.{function.__qualname__}"
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where a stage stands, for people and for `summary.json`; `counts` is what the stage noted (tokens, …)."""
+
+    name: str
+    folder: str
+    state: Literal["done", "running", "stale", "pending", "damaged"]
+    why: str = ""
+    seconds: float | None = None
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Graph:
+    """Stages in the order they were added; inputs must have been added before."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Stage] = {}
+        self._identity: dict[str, str] = {}
+        self._by_identity: dict[str, str] = {}
+
+    def add(self, stage: Stage) -> str:
+        """Adds the stage, or finds the equal one that is there. Returns: the name to use as an input.
+
+        Raises: ConfigError for a name that is not [A-Za-z0-9._-]+ or is taken by a different stage;
+        ValueError for an unknown input or settings that are not JSON.
+        """
+        name = stage.name
+        if not _NAME.fullmatch(name) or name.endswith((".tmp", ".trash")):
+            raise ConfigError(f"{name!r} cannot name a stage", "use letters, digits, '.', '_' and '-'", field="name")
+        missing = [other for other in stage.inputs.values() if other not in self._stages]
+        if missing:
+            raise ValueError(f"stage {name!r} needs {missing[0]!r}, which was not added before it")
+        inputs = {alias: self._identity[other] for alias, other in stage.inputs.items()}
+        identity = key_of(stage.kind, stage.settings, inputs)
+        if identity in self._by_identity:
+            return self._by_identity[identity]
+        if name in self._stages:
+            raise ConfigError(f"two different stages are called {name!r}", "give one another name", field="name")
+        self._stages[name] = stage
+        self._identity[name] = identity
+        self._by_identity[identity] = name
+        return name
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(self._stages.values())
+
+    def stage(self, name: str) -> Stage:
+        """Raises: ConfigError, with the nearest name, for a stage that is not in the graph."""
+        if name not in self._stages:
+            near = difflib.get_close_matches(name, self._stages, 1)
+            fix = f"did you mean {near[0]!r}" if near else f"use one of {', '.join(self._stages) or 'none'}"
+            raise ConfigError(f"there is no stage {name!r}", fix)
+        return self._stages[name]
+
+    def identity(self, name: str) -> str:
+        """Hash of everything the stage depends on, known before anything ran."""
+        return self._identity[name]
+
+    def number(self, name: str) -> int:
+        """Position in the run, from 1."""
+        return list(self._stages).index(name) + 1
+
+    def folder_name(self, name: str) -> str:
+        width = max(2, len(str(len(self._stages))))
+        return f"{self.number(name):0{width}d}-{name}"
+
+    def downstream(self, names: Iterable[str]) -> list[str]:
+        """These stages and all that depend on them, in graph order."""
+        reached = set(names)
+        for stage in self.stages:
+            if reached & set(stage.inputs.values()):
+                reached.add(stage.name)
+        return [name for name in self._stages if name in reached]
+
+    def urgency(self) -> dict[str, float]:
+        """Cost of the longest chain that begins at each stage: the order in which free workers take them."""
+        longest: dict[str, float] = {}
+        for stage in reversed(self.stages):
+            users = [longest[other.name] for other in self.stages if stage.name in other.inputs.values()]
+            longest[stage.name] = stage.cost + max(users, default=0.0)
+        return longest
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling for equal values. Raises: ValueError for what JSON cannot say exactly."""
+    try:
+        return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError(f"not JSON: keys of {dict(value)!r} are not all text")
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+def key_of(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """SHA-256 of what a stage's outputs depend on; `inputs`: alias -> digest of the input's outputs."""
+    text = canonical({"schema": SCHEMA, "kind": kind, "settings": settings, "inputs": inputs})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes(before: Any, now: Any, path: str = "") -> list[str]:
+    """`field: old -> new` for every leaf that differs between two JSON values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in dict.fromkeys([*before, *now]):
+            at = f"{path}.{key}" if path else key
+            if key not in now:
+                found.append(f"{at}: {_short(before[key])} -> removed")
+            elif key not in before:
+                found.append(f"{at}: new -> {_short(now[key])}")
+            else:
+                found += changes(before[key], now[key], at)
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [line for i, (a, b) in enumerate(zip(before, now, strict=True)) for line in changes(a, b, f"{path}.{i}")]
+    same = canonical(before) == canonical(now)
+    return [] if same else [f"{path}: {_short(before)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,127 @@
+"""A small stage graph without torch, and a command that runs it: what the stage and fault tests kill and resume.
+
+    python tests/toy_run.py RUN_DIR '{"seed": 1}' [--from STAGE] [--rerun-stale] [--jobs N] [--status]
+
+TOY_SLEEP=seconds per row, TOY_FAIL=stage:how (data, crash, exit, full), TOY_EVENTS=file of starts and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from macpo.engine.console import run_cli
+from macpo.engine.errors import DataError
+from macpo.engine.execute import StageContext
+from macpo.engine.files import Appender, atomic_write, read_jsonl, write_json, write_jsonl
+from macpo.engine.runner import Runner
+from macpo.engine.stages import Graph, Stage
+
+CALLS: list[str] = []  # a module cache: what survives between the stages of one process
+
+
+def _enter(ctx: StageContext) -> None:
+    CALLS.append(ctx.name)
+    ctx.note(calls=len(CALLS), pid=os.getpid(), omp=os.environ.get("OMP_NUM_THREADS"))
+    _event(ctx, "start")
+    stage, _, how = os.environ.get("TOY_FAIL", "").partition(":")
+    if stage == ctx.name:
+        if how == "data":
+            raise DataError("the row is no good", "mend it", file="input.jsonl", line=3)
+        if how == "crash":
+            raise ZeroDivisionError("a bug")
+        if how == "exit":
+            os._exit(9)
+        if how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+
+def _event(ctx: StageContext, what: str) -> None:
+    if "TOY_EVENTS" in os.environ:
+        with open(os.environ["TOY_EVENTS"], "a") as file:
+            file.write(f"{what} {ctx.name} {os.getpid()}\n")
+
+
+def make_data(ctx: StageContext) -> None:
+    _enter(ctx)
+    seed, count = ctx.settings["seed"], ctx.settings["num_rows"]
+    write_jsonl(ctx.dir / "rows.jsonl", ({"id": i, "text": f"row {seed} {i}"} for i in range(count)))
+    ctx.log(f"{count} rows")
+    _event(ctx, "end")
+
+
+def transform(ctx: StageContext) -> None:
+    """Row by row into an append-only file: an interrupted attempt goes on behind its last row."""
+    _enter(ctx)
+    rows = [row for alias in sorted(ctx.inputs) for _, row in read_jsonl(ctx.input(alias) / "rows.jsonl")]
+    with Appender(ctx.dir / "rows.jsonl") as log:
+        ctx.note(resumed_at=len(log.rows))
+        for row in rows[len(log.rows) :]:
+            time.sleep(float(os.environ.get("TOY_SLEEP", 0)))
+            ctx.check_stop()
+            text = hashlib.sha256(f"{ctx.settings['salt']} {row['text']}".encode()).hexdigest()
+            log.add([{"id": row["id"], "text": text, "pad": "x" * 200}])
+    (ctx.dir / "model").mkdir(exist_ok=True)
+    atomic_write(ctx.dir / "model" / "weights.bin", bytes(range(256)) * 64)
+    ctx.note(tokens=len(rows))
+    _event(ctx, "end")
+
+
+def join(ctx: StageContext) -> None:
+    _enter(ctx)
+    rows = [row for alias in sorted(ctx.inputs) for _, row in read_jsonl(ctx.input(alias) / "rows.jsonl")]
+    write_jsonl(ctx.dir / "rows.jsonl", rows[: len(rows) // 2])
+    write_json(ctx.dir / "summary.json", {"rows": len(rows)})
+    _event(ctx, "end")
+
+
+def build(config: Mapping[str, Any]) -> Graph:
+    """data -> (a1, b1) -> join1 -> (a2, b2) -> join2; `config`: seed, salt, num_rows, extra (another arm)."""
+    graph = Graph()
+    settings = {"seed": config.get("seed", 1), "num_rows": config.get("num_rows", 6)}
+    last = graph.add(Stage("data", make_data, settings))
+    if config.get("extra"):
+        graph.add(Stage("extra", transform, {"salt": "extra"}, {"data": last}))
+    for i in (1, 2):
+        arms = {arm: f"{arm}{i}" for arm in ("a", "b")}
+        salts = {"a": config.get("salt", "s"), "b": "t"}
+        for arm, name in arms.items():
+            graph.add(Stage(name, transform, {"salt": salts[arm], "i": i}, {"data": last}))
+        last = graph.add(Stage(f"join{i}", join, {"i": i}, arms))
+    return graph
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("config", type=json.loads)
+    parser.add_argument("--from", dest="from_stage")
+    parser.add_argument("--rerun-stale", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args()
+    runner = Runner(
+        options.run_dir,
+        build(options.config),
+        from_stage=options.from_stage,
+        rerun_stale=options.rerun_stale,
+        jobs=options.jobs,
+        threads=options.threads,
+        build=("toy_run:build", options.config),
+    )
+    return run_cli(runner.run, debug=options.debug)
+
+
+if __name__ == "__main__":
+    import toy_run  # by its own name, which is part of every stage's key
+
+    sys.exit(toy_run.main())
