@@ -214,7 +214,7 @@ def load_causal_lm(
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
-    read_json_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     weight_files(folder)
     try:
         with quiet_transformers():
@@ -225,13 +225,14 @@ def load_causal_lm(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
         why = " ".join(str(error).split())[:300]
-        remote = "auto_map" in why or "trust_remote_code" in why
-        fix = "set trust_remote_code where you trust its code" if remote else "use a causal LM that transformers knows"
+        remote = "auto_map" in config and not trust_remote_code
+        fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
         raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=str(path)) from error
-    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if lost:
         raise ConfigError(
             f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}",

@@ -83,6 +83,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     config.lora_dropout = 0.0
     config.init_lora_weights = True  # the weights come from the file; other values may read or change the base
     config.inference_mode = False
+    config.base_model_name_or_path = model.name_or_path  # where the base came from here; peft warns of any other name
     wrapped = _wrap(model, config)
     try:
         tensors = load_file(file)
