@@ -229,7 +229,7 @@ def best_initial_teacher(agents: Agents, metric: str) -> tuple[str, float] | Non
 
 
 def gaps_recovered(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """PGR of the student at every iteration, with the two ends of the gap; None without teachers, student or ceiling."""
+    """PGR of the student by iteration, with the two ends of the gap; None without teachers, student or ceiling."""
     agents, metric = summary["agents"], headline_metric(summary)
     if metric is None:
         return None

@@ -81,11 +81,11 @@ class RunFolder:
 
     @cached_property
     def stages(self) -> list[StageFolder]:
-        """Committed stages in order; folders still being written (`.tmp`) are not among them."""
+        """Committed stages in order; folders being written (`.tmp`) or deleted (`.trash`) are not among them."""
         found = []
         for folder in self.path.iterdir():
             match = _FOLDER.fullmatch(folder.name)
-            if match and folder.is_dir() and not folder.is_symlink() and not folder.name.endswith(".tmp"):
+            if match and folder.is_dir() and not folder.is_symlink() and folder.suffix not in (".tmp", ".trash"):
                 found.append(StageFolder(int(match[1]), match[2], folder))
         return sorted(found, key=lambda stage: (stage.number, stage.name))
 
@@ -126,15 +126,18 @@ class RunFolder:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     @cached_property
-    def evaluations(self) -> list[Evaluation]:
-        """Held-out evaluations of the main run."""
+    def all_evaluations(self) -> list[Evaluation]:
+        """Held-out evaluations of the main run and of every ablation."""
         return [
             Evaluation(match["agent"], int(match["iteration"]), stage)
             for stage in self.stages
-            if not stage.arm
-            and (match := _EVALUATION.fullmatch(stage.base))
-            and (stage.path / "evaluation.json").exists()
+            if (match := _EVALUATION.fullmatch(stage.base)) and (stage.path / "evaluation.json").exists()
         ]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Held-out evaluations of the main run."""
+        return [evaluation for evaluation in self.all_evaluations if not evaluation.folder.arm]
 
     def selections(self) -> list[tuple[int, StageFolder]]:
         """The main run's perplexity filters, by iteration."""
