@@ -197,8 +197,9 @@ class Chat:
 
     def whole_ids(self, messages: Sequence[Message], answer: str) -> list[int]:
         """Prompt and answer tokenised as one text: what `boundary_mismatches` compares with; never trained on."""
-        text = self._separator + answer.strip()
-        return self._assemble([*self._pieces(messages), Piece(text, self._spells_control(text))])
+        data = self._spells_control(answer)
+        text = (self._lead if data else self._separator) + answer.strip()
+        return self._assemble([*self._pieces(messages), Piece(text, data)])
 
     # -- rendering
 
@@ -334,9 +335,14 @@ class Chat:
         if self._control_ids.isdisjoint(ids):
             return ids
         # The model's own vocabulary holds the token (word-level, unigram), or it is an added token that is not marked
-        # special: cut each occurrence after its first character, so that no piece spells it any more.
-        cuts = [0, *(m.start() + 1 for m in self._control_re.finditer(text)), len(text)]
-        ids = [i for a, b in itertools.pairwise(cuts) for i in self._encode(text[a:b], as_data=True)]
+        # special: cut each occurrence, in the text and then as the normalizer writes it, so that no piece spells it.
+        ids = []
+        for piece in self._cut(text):
+            part = self._encode(piece, as_data=True)
+            if self._normalizer is not None and not self._control_ids.isdisjoint(part):
+                cut = self._cut(self._normalizer.normalize_str(piece))
+                part = [i for bit in cut for i in self._encode(bit, as_data=True)]
+            ids += part
         if not self._control_ids.isdisjoint(ids):
             raise DataError(
                 f"the tokenizer makes a special token of ordinary text: {text[:60]!r}",
@@ -344,6 +350,11 @@ class Chat:
                 field="special_text",
             )
         return ids
+
+    def _cut(self, text: str) -> list[str]:
+        """The text in pieces, each marker cut after its first character."""
+        cuts = [0, *(match.start() + 1 for match in self._control_re.finditer(text)), len(text)]
+        return [text[a:b] for a, b in itertools.pairwise(cuts)]
 
     def _spells_control(self, text: str) -> bool:
         if self._control_re.search(text):
