@@ -73,8 +73,10 @@ def _probe(model: PreTrainedModel) -> str:
         got = (
             model(input_ids=last, position_ids=positions[None], attention_context=decode, **keywords).logits[0].float()
         )
-    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
-    error = float((got - expected).abs().max() / (1 + expected.abs().max()))
+    if not expected.isfinite().all():
+        return ""  # generating will say so
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     return "" if error <= tolerance else f"its logits through the attention interface differ by {error:.1e}"
 
 
