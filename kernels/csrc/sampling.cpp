@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <vector>
 
 #include "philox.hpp"
@@ -11,9 +13,8 @@ namespace macpo {
 namespace {
 
 constexpr float kMinusInf = -__builtin_inff();
-constexpr int64_t kScan = 64;     // floats that one look at their maximum may skip
-constexpr int64_t kBins = 2048;   // of the nucleus histogram
-constexpr float kBinWidth = 64.0f;  // bins a nat
+constexpr int64_t kBins = 2048;      // of the nucleus histogram
+constexpr float kBinsPerNat = 64.0f;
 
 struct Candidate {
     float score;
@@ -26,9 +27,8 @@ bool ranks_before(const Candidate& a, const Candidate& b) {
 }
 
 struct Scratch {
-    std::vector<float> scores;
-    std::vector<Candidate> kept;
-    std::vector<Candidate> heap;
+    std::vector<float> scores, maxima, sorted;
+    std::vector<Candidate> kept, edge;
     std::vector<double> mass;
 };
 
@@ -56,34 +56,52 @@ MACPO_CLONES float row_max(const float* x, int64_t n) { return max_of(x, n); }
 
 MACPO_CLONES double row_sum_exp(const float* x, int64_t n, float shift) { return sum_exp(x, n, shift); }
 
-// Every token whose score is at least that of the k-th largest, by rising id.
-MACPO_CLONES void keep_top_k(const float* scores, int64_t v, int64_t k, std::vector<Candidate>& heap,
-                             std::vector<Candidate>& kept) {
-    const auto later = [](const Candidate& a, const Candidate& b) { return a.score > b.score; };
-    heap.clear();
-    float threshold = kMinusInf;  // the k-th largest so far
-    const auto push = [&](int64_t i) {
-        heap.push_back({scores[i], static_cast<int32_t>(i)});
-        if (static_cast<int64_t>(heap.size()) >= 4 * k + 64) {
-            std::nth_element(heap.begin(), heap.begin() + (k - 1), heap.end(), later);
-            heap.resize(k);
-            threshold = heap[k - 1].score;
-        }
+// Maxima of groups of kLanes scores, strided so that no vector is folded; the tail's scores are groups of one.
+MACPO_CLONES void group_maxima(const float* scores, int64_t v, std::vector<float>& maxima) {
+    const int64_t blocks = v / kBlock;
+    maxima.resize(blocks * kLanes + v % kBlock);
+    for (int64_t b = 0; b < blocks; ++b) {
+        float lanes[kLanes];
+        const float* x = scores + b * kBlock;
+        for (int j = 0; j < kLanes; ++j) lanes[j] = x[j];
+        for (int64_t i = kLanes; i < kBlock; i += kLanes)
+            for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+        for (int j = 0; j < kLanes; ++j) maxima[b * kLanes + j] = lanes[j];
+    }
+    std::copy(scores + blocks * kBlock, scores + v, maxima.begin() + blocks * kLanes);
+}
+
+// Every token whose score is at least that of the k-th largest.
+void keep_top_k(const float* scores, int64_t v, int64_t k, Scratch& memory, std::vector<Candidate>& kept) {
+    const auto kth_largest = [k](std::vector<float>& x) {
+        std::nth_element(x.begin(), x.begin() + (k - 1), x.end(), std::greater<float>());
+        return x[k - 1];
     };
-    for (int64_t start = 0; start < v; start += kScan) {
-        const int64_t stop = std::min(start + kScan, v);
-        if (threshold > kMinusInf && !(max_of(scores + start, stop - start) > threshold)) continue;
-        for (int64_t i = start; i < stop; ++i)
-            if (static_cast<int64_t>(heap.size()) < k || scores[i] > threshold) push(i);
-    }
-    std::nth_element(heap.begin(), heap.begin() + (k - 1), heap.end(), later);
-    const float kth = heap[k - 1].score;
-    for (int64_t start = 0; start < v; start += kScan) {
-        const int64_t stop = std::min(start + kScan, v);
-        if (!(max_of(scores + start, stop - start) >= kth)) continue;
-        for (int64_t i = start; i < stop; ++i)
+    std::vector<float>& maxima = memory.maxima;
+    std::vector<float>& sorted = memory.sorted;
+    group_maxima(scores, v, maxima);
+    if (static_cast<int64_t>(maxima.size()) < 2 * k) {
+        sorted.assign(scores, scores + v);
+        const float kth = kth_largest(sorted);
+        for (int64_t i = 0; i < v; ++i)
             if (scores[i] >= kth) kept.push_back({scores[i], static_cast<int32_t>(i)});
+        return;
     }
+    // k groups reach the k-th largest maximum, so the k-th largest score is no smaller: few tokens are left to look at.
+    sorted = maxima;
+    const float bound = kth_largest(sorted);
+    const int64_t grouped = v / kBlock * kLanes;
+    for (int64_t g = 0; g < static_cast<int64_t>(maxima.size()); ++g) {
+        if (!(maxima[g] >= bound)) continue;
+        const int64_t first = g < grouped ? g / kLanes * kBlock + g % kLanes : v / kBlock * kBlock + g - grouped;
+        const int64_t stop = g < grouped ? (g / kLanes + 1) * kBlock : first + 1;
+        for (int64_t i = first; i < stop; i += kLanes)
+            if (scores[i] >= bound) kept.push_back({scores[i], static_cast<int32_t>(i)});
+    }
+    sorted.clear();
+    for (const Candidate& c : kept) sorted.push_back(c.score);
+    const float kth = kth_largest(sorted);
+    kept.erase(std::remove_if(kept.begin(), kept.end(), [kth](const Candidate& c) { return c.score < kth; }), kept.end());
 }
 
 // The nucleus of `kept`: a token stays while less than top_p of the mass ranks above it. Order is not kept.
@@ -101,7 +119,7 @@ void keep_top_p(std::vector<Candidate>& kept, float top, float top_p) {
 void keep_top_p_all(const float* scores, int64_t v, float top, double total, float top_p, std::vector<double>& mass,
                     std::vector<Candidate>& kept, std::vector<Candidate>& edge) {
     const auto bin_of = [&](float score) {
-        const float at = (top - score) * kBinWidth;
+        const float at = (top - score) * kBinsPerNat;
         return at < static_cast<float>(kBins - 1) ? static_cast<int64_t>(at) : kBins - 1;
     };
     mass.assign(kBins, 0.0);
@@ -182,6 +200,8 @@ Draw sample_row(const float* logits, const bool* seen, int64_t v, const RowParam
     const auto draw = [&](int64_t id, double logp) {
         return Draw{id, static_cast<float>(logits[id] - raw_lse), static_cast<float>(logp)};
     };
+    // NaN or infinity among the logits, or nothing but -inf: there is no distribution to order or draw from.
+    if (!std::isfinite(raw_lse)) return draw(0, std::numeric_limits<double>::quiet_NaN());
     const float top = row_max(scores, v);
     if (greedy) {
         int64_t id = 0;
@@ -198,10 +218,10 @@ Draw sample_row(const float* logits, const bool* seen, int64_t v, const RowParam
     std::vector<Candidate>& kept = memory.kept;
     kept.clear();
     if (narrow) {
-        keep_top_k(scores, v, params.top_k, memory.heap, kept);
+        keep_top_k(scores, v, params.top_k, memory, kept);
         if (params.top_p < 1.0f) keep_top_p(kept, top, params.top_p);
     } else if (params.top_p < 1.0f) {
-        keep_top_p_all(scores, v, top, row_sum_exp(scores, v, top), params.top_p, memory.mass, kept, memory.heap);
+        keep_top_p_all(scores, v, top, row_sum_exp(scores, v, top), params.top_p, memory.mass, kept, memory.edge);
     } else {
         for (int64_t i = 0; i < v; ++i) kept.push_back({scores[i], static_cast<int32_t>(i)});
     }

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Below, logits / temperature may overflow; 0 is what such a small temperature means.
+MIN_TEMPERATURE = 1e-4
+
 
 @dataclass(eq=False)
 class SampleParams:
@@ -19,7 +22,7 @@ class SampleParams:
     seed: Tensor
     """int64 [B]: the run's seed, the key of the noise (any 64-bit integer)."""
     temperature: Tensor
-    """float32 [B], >= 0; 0 takes the most likely token."""
+    """float32 [B], 0 or >= 1e-4; 0 takes the most likely token."""
     top_p: Tensor
     """float32 [B] in (0, 1]: the smallest set of tokens whose probability reaches this; 1 is off."""
     top_k: Tensor
@@ -78,7 +81,8 @@ class SampleParams:
 
     def _check(self) -> None:
         bad = {
-            "temperature must be finite and not negative": ~self.temperature.isfinite() | (self.temperature < 0),
+            f"temperature must be 0 or in [{MIN_TEMPERATURE}, inf)": ~self.temperature.isfinite()
+            | ((self.temperature < MIN_TEMPERATURE) & (self.temperature != 0)),
             "top_p must be in (0, 1]": ~((self.top_p > 0) & (self.top_p <= 1)),
             "top_k must not be negative": self.top_k < 0,
             "min_p must be in [0, 1]": ~((self.min_p >= 0) & (self.min_p <= 1)),

@@ -1,0 +1,31 @@
+"""What the operators' tests share: the one table of tolerances, and the backends that exist here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from macpo.kernels import native
+
+# Largest error allowed, relative to the float64 reference in the Euclidean norm. float32: sums of up to 1e3 terms,
+# unit roundoff 6e-8. 16-bit: outputs are rounded once (half a unit: 2e-3 and 2.4e-4) and gradients go through
+# dlogits rounded to the same dtype, so twice that.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(native.module is None, reason=native.why_absent or "native extension is built")
+)
+BACKENDS = ["torch", NATIVE]
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "value", floor: float = 0.0) -> None:
+    """||actual - expected|| <= tolerance * max(||expected||, floor), in float64; absolute where that maximum is 0.
+
+    `floor` is for results that are differences of numbers of that size (1 - p of a confident row), whose rounding
+    stays when the difference vanishes.
+    """
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
+    size = max(expected.double().norm().item(), floor) or 1.0
+    error = (actual.double() - expected.double()).norm().item() / size
+    assert error <= TOLERANCE[dtype], f"{what}: relative error {error:.2e} above {TOLERANCE[dtype]:.0e}"

@@ -1,0 +1,213 @@
+"""linear_logp: values and every gradient against a float64 reference; memory; errors."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from kernel_checks import BACKENDS, TOLERANCE, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from macpo.kernels import linear_logp, sequence_sums
+from macpo.kernels.linear_logp import reference
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.25},
+    "softcap": {"softcap": 2.0},
+    "all": {"bias": True, "logit_scale": 1.5, "softcap": 3.0},
+}
+SIZES = [
+    (1, 1, 2),  # one row, the smallest head
+    (7, 16, 11),  # odd, V below one vector of the native kernel
+    (33, 24, 257),  # V one above the native kernel's block of 256
+    (5, 8, 1031),  # V prime, several blocks and a tail
+]
+
+
+def make(sizes, head, dtype, seed=0):
+    num_rows, hidden_size, vocab = sizes
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=g).to(dtype)
+    weight = torch.randn(vocab, hidden_size, generator=g).to(dtype)
+    bias = torch.randn(vocab, generator=g).to(dtype) if head.get("bias") else None
+    target = torch.randint(vocab, (num_rows,), generator=g)
+    options = {k: v for k, v in head.items() if k != "bias"}
+    return hidden, weight, bias, target, torch.randn(num_rows, generator=g), options
+
+
+def gradients(fn, hidden, weight, bias, target, grad, options, trained):
+    """logp and the gradients of the named inputs, None for the rest."""
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves = {
+        name: None if value is None else value.clone().requires_grad_(name in trained) for name, value in inputs.items()
+    }
+    logp = fn(leaves["hidden"], leaves["weight"], target, bias=leaves["bias"], **options)
+    logp.backward(grad.to(logp.dtype))
+    return logp.detach(), {name: leaves[name].grad for name in trained if leaves[name] is not None}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("chunk_rows", [None, 1, 4], ids=lambda c: f"chunk{c}")
+def test_values_and_gradients_equal_float64(backend, sizes, head, chunk_rows):
+    hidden, weight, bias, target, grad, options = make(sizes, HEADS[head], torch.float32)
+    wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
+    expected, expected_grads = gradients(
+        reference.linear_logp, *wide, target, grad, options, ("hidden", "weight", "bias")
+    )
+    chosen = {**options, "chunk_rows": chunk_rows, "backend": backend}
+    # Frozen head (the LoRA case), trained head, everything: the three routes of the backward.
+    for trained in (("hidden",), ("weight", "bias"), ("hidden", "weight", "bias")):
+        logp, grads = gradients(linear_logp, hidden, weight, bias, target, grad, chosen, trained)
+        assert logp.dtype == torch.float32
+        # A single row may be confident (here p = 0.99): its log-prob and gradient come from 1 - p.
+        floor = 1.0 if sizes[0] == 1 else 0.0
+        assert_close(logp, expected, torch.float32, "logp", floor)
+        for name, value in grads.items():
+            assert_close(value, expected_grads[name], torch.float32, f"d{name}", floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_other_dtypes(dtype, chunk_rows):
+    hidden, weight, bias, target, grad, options = make((33, 24, 257), HEADS["all"], dtype)
+    wide = [x.double() for x in (hidden, weight, bias)]
+    names = ("hidden", "weight", "bias")
+    expected, expected_grads = gradients(reference.linear_logp, *wide, target, grad, options, names)
+    options["chunk_rows"] = chunk_rows
+    logp, grads = gradients(linear_logp, hidden, weight, bias, target, grad, options, names)
+    # Log-probs of 16-bit inputs are float32 throughout: the logits are never rounded.
+    assert_close(logp, expected, torch.float64 if dtype == torch.float64 else torch.float32, "logp")
+    for name, value in grads.items():
+        assert value.dtype == dtype
+        assert_close(value, expected_grads[name], dtype, f"d{name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tied_weights_get_both_gradients(backend):
+    g = torch.Generator().manual_seed(1)
+    table, mix = torch.randn(29, 12, generator=g), torch.randn(12, 12, generator=g)
+    ids, target = torch.randint(29, (2, 9), generator=g)
+
+    def run(dtype, fn, **options):
+        leaf = table.to(dtype, copy=True).requires_grad_()
+        fn(torch.tanh(leaf[ids] @ mix.to(dtype)), leaf, target, **options).sum().backward()
+        return leaf.grad
+
+    expected = run(torch.float64, reference.linear_logp)
+    assert_close(run(torch.float32, linear_logp, backend=backend), expected, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapter_on_the_head(backend):
+    """A LoRA on the head is the adapted weight; its factors get their gradients through it."""
+    hidden, weight, _, target, grad, _ = make((7, 16, 11), {}, torch.float32)
+    g = torch.Generator().manual_seed(2)
+    factors = torch.randn(16, 3, generator=g), torch.randn(3, 11, generator=g)
+
+    def run(dtype, fn, **options):
+        a, b = (x.to(dtype, copy=True).requires_grad_() for x in factors)
+        fn(hidden.to(dtype), weight.to(dtype) + (a @ b).T, target, **options).backward(grad.to(dtype))
+        return a.grad, b.grad
+
+    pairs = zip(
+        run(torch.float32, linear_logp, backend=backend), run(torch.float64, reference.linear_logp), strict=True
+    )
+    for value, expected in pairs:
+        assert_close(value, expected, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_rows_are_exact_and_never_above_zero(backend):
+    """Target logit and logsumexp come from one float32 value: logits of 200 in bfloat16 keep their log-prob."""
+    hidden = (torch.eye(4) * 20).bfloat16()
+    weight = torch.cat([torch.eye(4) * 10, torch.eye(4) * 9.9375]).bfloat16()
+    target = torch.arange(4)
+    logp = linear_logp(hidden, weight, target, backend=backend)
+    expected = reference.linear_logp(hidden.double(), weight.double(), target)
+    assert (logp <= 0).all()
+    torch.testing.assert_close(logp.double(), expected, rtol=0, atol=2e-5)  # half a unit of float32 at 200 is 8e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_infinity_masks_a_token_and_nan_stays_nan(backend):
+    weight, bias = torch.zeros(3, 2), torch.tensor([0.0, 0.0, float("-inf")])
+    hidden, target = torch.zeros(1, 2), torch.tensor([0])
+    logp = linear_logp(hidden, weight, target, bias=bias, backend=backend)
+    assert logp.item() == pytest.approx(-torch.tensor(2.0).log().item(), rel=TOLERANCE[torch.float32])
+    assert linear_logp(hidden + float("nan"), weight, target, backend=backend).isnan().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
+def test_only_one_chunk_of_logits_lives(trained):
+    hidden, weight, bias, target, grad, _ = make((64, 8, 1000), {}, torch.float32)
+    for chunk_rows, most in ((8, 8 * 1000), (64, 64 * 1000)):
+        with LargestTensor() as seen:
+            gradients(linear_logp, hidden, weight, bias, target, grad, {"chunk_rows": chunk_rows}, trained)
+        assert seen.elements == most
+
+
+def test_no_rows():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
+    logp = linear_logp(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    logp.sum().backward()
+    assert logp.shape == (0,) and hidden.grad.shape == (0, 4) and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_is_bit_equal(backend):
+    inputs = make((33, 24, 257), HEADS["all"], torch.float32)
+    names = ("hidden", "weight", "bias")
+    runs = [
+        gradients(linear_logp, *inputs[:5], {**inputs[5], "backend": backend, "chunk_rows": 5}, names) for _ in range(2)
+    ]
+    for name in names:
+        assert torch.equal(runs[0][1][name], runs[1][1][name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, 5)}, "hidden \\[N, H\\]"),
+        ({"hidden": torch.zeros(3, 4).bfloat16()}, "one floating dtype"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, "int64 \\[3\\]"),
+        ({"target": torch.tensor([0, 1, 6])}, "ids 0..6, the head has 6 rows"),
+        ({"target": torch.tensor([0, -100, 1])}, "ids -100..1"),
+        ({"bias": torch.zeros(5)}, "bias must be"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"logit_scale": float("nan")}, "logit_scale must be finite"),
+        ({"chunk_rows": 0}, "chunk_rows must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    inputs = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "target": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        linear_logp(**(inputs | change))
+
+
+def test_sequence_sums_do_not_depend_on_the_batch():
+    logp = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 5
+    cu = torch.tensor([0, 1, 400, 400, 1000], dtype=torch.int32)
+    sums = sequence_sums(logp, cu)
+    assert_close(sums, torch.stack([logp[a:b].double().sum() for a, b in pairwise(cu)]), torch.float32)
+    alone = sequence_sums(logp[1:400], torch.tensor([0, 399], dtype=torch.int32))
+    assert torch.equal(alone, sums[1:2])
