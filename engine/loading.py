@@ -218,7 +218,7 @@ def load_causal_lm(
     weight_files(folder)
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=as_dtype(dtype),
                 use_safetensors=True,
@@ -232,6 +232,7 @@ def load_causal_lm(
         remote = "auto_map" in config and not trust_remote_code
         fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
         raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=str(path)) from error
+    model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if lost:
         raise ConfigError(
@@ -239,12 +240,20 @@ def load_causal_lm(
             "use weights that belong to this config.json",
             file=str(path),
         )
-    return model.to(device).eval()
+    ready: PreTrainedModel = model.to(device).eval()
+    return ready
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has an embedding for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
 
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError where the tokenizer can produce an id that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     if needed > rows:
         raise ConfigError(

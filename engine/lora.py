@@ -42,9 +42,10 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         ConfigError: no linear module of that name.
     """
     targets = settings.target_modules
+    alpha: Any = int(settings.alpha) if settings.alpha.is_integer() else settings.alpha  # an int where readers want one
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=alpha,
         target_modules=targets if isinstance(targets, str) else list(targets),
         lora_dropout=0.0,
         bias="none",
@@ -53,7 +54,7 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
     wrapped = _wrap(model, config)
     for name, module in wrapped.named_modules():
         if isinstance(module, LoraLinear):
-            weight = module.lora_A[_ADAPTER].weight
+            weight: Any = module.lora_A[_ADAPTER].weight
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             noise = torch.rand(weight.shape, generator=generator) * 2 - 1
@@ -126,7 +127,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> None:
     """Raises ConfigError where an adapter that is to be trained on differs from what the settings ask for."""
-    config = wrapped.peft_config[_ADAPTER]
+    config: Any = wrapped.peft_config[_ADAPTER]
     got, asked = (config.r, float(config.lora_alpha)), (settings.rank, float(settings.alpha))
     if got != asked:
         raise ConfigError(

@@ -83,7 +83,9 @@ class PolicyModule(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The Hugging Face model itself; adapters, where there are any, sit inside its layers."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        assert isinstance(inner, PreTrainedModel)
+        return inner
 
     @property
     def device(self) -> torch.device:

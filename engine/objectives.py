@@ -25,8 +25,10 @@ from macpo.kernels import pair_loss
 class Objective(Protocol):
     """A loss that the trainer can split."""
 
-    metrics: tuple[str, ...]
-    """Names of the sums that `__call__` returns; the trainer logs them divided by the step's total size."""
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the sums that `__call__` returns; the trainer logs them divided by the step's total size."""
+        ...
 
     @property
     def fingerprint(self) -> str:

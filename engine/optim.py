@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class Optimizer:
         self._max_norm = settings.max_grad_norm
         matrices = [p for p in self._list if p.dim() > 1]
         vectors = [p for p in self._list if p.dim() <= 1]
+        param_groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            param_groups,
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
@@ -79,7 +81,7 @@ class Optimizer:
     def update(self, rate: float, norm: float) -> None:
         """One AdamW step with the gradients scaled down to `max_grad_norm`; forgets them afterwards."""
         if norm > self._max_norm:
-            torch._foreach_mul_([p.grad for p in self._list], self._max_norm / (norm + 1e-6))
+            torch._foreach_mul_([p.grad for p in self._list if p.grad is not None], self._max_norm / (norm + 1e-6))
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()

@@ -164,10 +164,16 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch
             target += response
             cu_rows.append(len(target))
         cu_groups.append(len(ids))
+    segments = Segments(
+        prefix_start=_tensor("i", prefix_start),
+        prefix_end=_tensor("i", prefix_end),
+        segment_start=_tensor("i", segment_start),
+        cu_groups=tuple(cu_groups),
+    )
     return PackedBatch(
         input_ids=_tensor("q", ids)[None],
         position_ids=_tensor("q", positions)[None],
-        segments=Segments(*(_tensor("i", x) for x in (prefix_start, prefix_end, segment_start)), tuple(cu_groups)),
+        segments=segments,
         rows=_tensor("q", rows),
         target=_tensor("q", target),
         cu_rows=_tensor("i", cu_rows),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.errors import ConfigError
+from macpo.engine.loading import embedding_rows
 from macpo.engine.pack import PrefixGroup, pack
 from macpo.kernels import Segments
 
@@ -52,7 +53,8 @@ def verify(policy: PolicyModule) -> None:
     name = type(base).__name__
     fix = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
     windows = _expected_windows(base)
-    ids = [i % base.get_input_embeddings().weight.shape[0] for i in range(3, 11)]
+    rows = embedding_rows(base)
+    ids = [i % rows for i in range(3, 11)]
     group = PrefixGroup(ids[:3], [ids[3:5], ids[5:8]])
     (batch,) = pack([group], max_tokens=64)
     batch = batch.to(base.device)
@@ -66,8 +68,8 @@ def verify(policy: PolicyModule) -> None:
         raise ConfigError(f"{name} does not attend through transformers' attention interface", fix)
     if windows is not None and windows not in recorder.windows:
         raise ConfigError(f"{name} has a sliding window of {windows} but does not pass it to the attention", fix)
-    rows = out.last_hidden_state[0][batch.rows]
-    packed = torch.nn.functional.linear(rows, head.weight, head.bias).float() * head.logit_scale
+    hidden = out.last_hidden_state[0][batch.rows]
+    packed = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.softcap is not None:
         packed = head.softcap * torch.tanh(packed / head.softcap)
     separate = []

@@ -56,7 +56,10 @@ def score(
         DataError: an empty prompt or response, or one longer than the model's positions.
     """
     policy = model if isinstance(model, PolicyModule) else PolicyModule(model)
-    plain = [group if isinstance(group, PrefixGroup) else PrefixGroup(*map(list, group)) for group in groups]
+    plain = [
+        group if isinstance(group, PrefixGroup) else PrefixGroup(list(group[0]), [list(r) for r in group[1]])
+        for group in groups
+    ]
     scores: list[list[ResponseScore]] = [[] for _ in plain]
     with attention_hook(policy.base):
         for batch in pack(plain, max_tokens=max_tokens):
