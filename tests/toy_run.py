@@ -1,8 +1,9 @@
 """A small stage graph without torch, and a command that runs it: what the stage and fault tests kill and resume.
 
-    python tests/toy_run.py RUN_DIR '{"seed": 1}' [--from STAGE] [--rerun-stale] [--jobs N] [--status]
+    python tests/toy_run.py RUN_DIR '{"seed": 1}' [--from STAGE] [--rerun-stale] [--jobs N] [--ranked]
 
-TOY_SLEEP=seconds per row, TOY_FAIL=stage:how (data, crash, exit, full), TOY_EVENTS=file of starts and ends.
+TOY_SLEEP=seconds per row, TOY_FAIL=stage:how (data, crash, exit, full), TOY_EVENTS=file of starts and ends,
+TOY_MEET=stages that wait for one another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def _enter(ctx: StageContext) -> None:
     CALLS.append(ctx.name)
     ctx.note(calls=len(CALLS), pid=os.getpid(), omp=os.environ.get("OMP_NUM_THREADS"))
     _event(ctx, "start")
+    _meet(ctx)
     stage, _, how = os.environ.get("TOY_FAIL", "").partition(":")
     if stage == ctx.name:
         if how == "data":
@@ -42,6 +44,19 @@ def _enter(ctx: StageContext) -> None:
             os._exit(9)
         if how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+
+def _meet(ctx: StageContext) -> None:
+    """Waits until every stage named in TOY_MEET has begun, this one among them."""
+    names = os.environ.get("TOY_MEET", "").split()
+    limit = time.monotonic() + 30
+    while ctx.name in names:
+        lines = Path(os.environ["TOY_EVENTS"]).read_text().splitlines()
+        if {line.split()[1] for line in lines if line.startswith("start ")} >= set(names):
+            return
+        if time.monotonic() > limit:
+            raise DataError(f"{ctx.name} waited in vain for {names}", "run them side by side")
+        time.sleep(0.01)
 
 
 def _event(ctx: StageContext, what: str) -> None:
@@ -83,6 +98,23 @@ def join(ctx: StageContext) -> None:
     _event(ctx, "end")
 
 
+def shards(ctx: StageContext) -> None:
+    """Every rank writes a file of its own and says so to the others."""
+    if ctx.world.rank == 1:
+        _enter(ctx)
+    write_json(ctx.dir / f"shard-{ctx.world.rank}.json", {"rank": ctx.world.rank, "size": ctx.world.size})
+    if ctx.world.gather(ctx.world.rank) != list(range(ctx.world.size)):
+        raise DataError("the ranks do not hear each other", "check gather")
+
+
+def build_ranked(config: Mapping[str, Any]) -> Graph:
+    """shards -> more, for runs of several ranks."""
+    graph = Graph()
+    first = graph.add(Stage("shards", shards, dict(config)))
+    graph.add(Stage("more", shards, {"again": True}, {"first": first}))
+    return graph
+
+
 def build(config: Mapping[str, Any]) -> Graph:
     """data -> (a1, b1) -> join1 -> (a2, b2) -> join2; `config`: seed, salt, num_rows, extra (another arm)."""
     graph = Graph()
@@ -108,7 +140,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--ranked", action="store_true", help="several ranks, as torchrun describes them")
     options = parser.parse_args()
+    if options.ranked:
+        return _ranked(options.run_dir, options.config)
     runner = Runner(
         options.run_dir,
         build(options.config),
@@ -119,6 +154,16 @@ def main() -> int:
         build=("toy_run:build", options.config),
     )
     return run_cli(runner.run, debug=options.debug)
+
+
+def _ranked(run_dir: Path, configs: Sequence[Mapping[str, Any]]) -> int:
+    from macpo.engine.parallel import finish, init_from_env
+
+    world = init_from_env(20)
+    codes = [run_cli(Runner(run_dir, build_ranked(config), world=world).run) for config in configs]
+    if not any(codes):
+        finish()
+    return max(codes)
 
 
 if __name__ == "__main__":
