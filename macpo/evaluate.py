@@ -33,6 +33,8 @@ LABELS: dict[str, str] = {
     "distinct_1": "distinct 1-grams",
     "distinct_2": "distinct 2-grams",
     "distinct_3": "distinct 3-grams",
+    "resampled": "answers drawn again",
+    "dropped_long_prompt": "prompts too long",
 }
 """Plain names of the metrics, in the order in which tables show them."""
 

@@ -96,6 +96,7 @@ def _against_others(summary: Mapping[str, Any], name: str, agent: Mapping[str, A
 
 
 def _moved(start: float, end: float) -> str:
+    start, end = round(start, 3), round(end, 3)  # judged as it is shown
     return "rose" if end > start else "fell" if end < start else "did not move"
 
 
@@ -105,9 +106,10 @@ def _noise(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> flo
 
 
 def _compare(who: str, value: float, whom: str, other: float, noise: float) -> Finding:
+    value, other = round(value, 3), round(other, 3)  # judged as it is shown
     above = value > other
     relation = "above" if above else "below" if value < other else "equal to"
-    text = f"{who[0].upper()}{who[1:]} is {relation} {whom}: {value:.3f} against {other:.3f} ({value - other:+.3f})"
+    text = f"{who[0].upper()}{who[1:]} is {relation} {whom}: {value:.3f} against {other:.3f} ({signed(value - other)})"
     if 0 < abs(value - other) <= noise:
         return Finding("good" if above else "bad", f"{text}, inside the test set's noise of ±{noise:.3f}.")
     return Finding("good" if above else "bad", f"{text}.")
@@ -142,12 +144,14 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = [["agent", "role", *(f"it{i}" for i in iterations), "change"]]
     for row in rows:
         values = [_number(row["values"].get(i)) for i in iterations]
-        change = "" if row["change"] is None else f"{row['change']:+.3f}"
+        change = "" if row["change"] is None else signed(row["change"])
         lines.append([row["name"], row["role"], *values, change])
     recovered = gaps_recovered(summary)
     if recovered:
         shares = {row["iteration"]: row["value"] for row in recovered["student"]}
-        lines.append(["PGR", "student", *(_number(shares.get(i)) for i in iterations), ""])
+        lines.append(
+            ["PGR", "student", *(_number(shares.get(i), "none") if i in shares else "" for i in iterations), ""]
+        )
     counts = {row.get(_COUNTS.get(metric, "")) for agent in summary["agents"].values() for row in agent["scores"]}
     size = f", {counts.pop()} held-out prompts" if len(counts) == 1 and None not in counts else ""
     return "\n".join([f"{LABELS.get(metric, metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])
@@ -156,8 +160,14 @@ def table(summary: Mapping[str, Any]) -> str:
 _COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs"}
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def signed(change: float) -> str:
+    """A change with its sign; one that rounds to nothing has none."""
+    text = f"{change:+.3f}"
+    return text if float(text) else "0.000"
+
+
+def _number(value: float | None, absent: str = "") -> str:
+    return absent if value is None else f"{value:.3f}"
 
 
 def columns(lines: Sequence[Sequence[str]], num_text: int) -> list[str]:

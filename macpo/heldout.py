@@ -8,9 +8,9 @@ from typing import Any
 from macpo import evaluate, world
 from macpo.agents import agent_chat, encode, generate_answers, likelihoods, load_policy
 from macpo.engine.config import ComputeSettings
+from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.records import Pair, read_records
-from macpo.engine.execute import StageContext
 
 SIDES = ("chosen", "rejected")
 
@@ -67,6 +67,6 @@ def evaluate_policy(compute: ComputeSettings, ctx: StageContext) -> None:
         metrics |= evaluate.preference_metrics(*columns, beta=ctx.settings["beta"], **tokens)
     if ctx.world.is_main:
         about = {name: ctx.settings[name] for name in ("role", "iteration")}
-        write_json(ctx.dir / "evaluation.json", {**about, **metrics, **counts})
+        write_json(ctx.dir / "evaluation.json", {**about, **counts, **metrics})
         write_jsonl(ctx.dir / "evaluation.jsonl", rows)
         shutil.rmtree(ctx.dir / "waves")

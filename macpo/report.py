@@ -20,7 +20,7 @@ from macpo import charts
 from macpo.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluate import LABELS, headline_metric
-from macpo.findings import headline, score_rows, table
+from macpo.findings import headline, score_rows, signed, table
 from macpo.run_folder import Evaluation, RunFolder, sample
 
 __all__ = ["table", "write_report", "write_seeds_report"]
@@ -85,6 +85,7 @@ def _environment() -> Environment:
     )
     environment.filters["clip"] = clip
     environment.filters["num"] = number
+    environment.filters["signed"] = signed
     environment.globals["label"] = lambda name: LABELS.get(name, name)
     return environment
 
@@ -119,7 +120,8 @@ def _context(run: RunFolder, planned: Sequence[str]) -> dict[str, Any]:
     iterations, rows = score_rows(summary, metric) if metric else ([], [])
     done = {stage.name for stage in run.stages}
     curves = run.curves(summary["agents"])
-    stages = list(summary["stages"])
+    noted = {stage.name: run.timing(stage) for stage in run.stages}
+    stages = [{**noted.get(stage["name"], {}), **stage} for stage in summary["stages"]]
     return {
         "title": summary.get("title") or f"MACPO run {run.path.resolve().name}",
         "summary": summary,
@@ -139,6 +141,7 @@ def _context(run: RunFolder, planned: Sequence[str]) -> dict[str, Any]:
         "pairs": _pairs(run),
         "stages": stages,
         "stage_counts": _stage_counts(stages),
+        "counts": {**run.counts(), **summary.get("counts", {})},
         "recipe": run.recipe,
     }
 

@@ -115,9 +115,24 @@ class RunFolder:
         return build_summary(agents, stages, seed=0, versions={}) | {"seed": None}
 
     def timing(self, stage: StageFolder) -> dict[str, Any]:
-        """The stage's `timing.json`: seconds, tokens and counts; empty when there is none."""
+        """What `timing.json` says, flat: `seconds`, `tokens` and further counts; empty when there is none."""
         path = stage.path / "timing.json"
-        return read_object(path) if path.exists() else {}
+        found = read_object(path) if path.exists() else {}
+        return {"seconds": found.get("seconds")} | found.get("counts", {}) if found else {}
+
+    def counts(self) -> dict[str, int]:
+        """What happened to the rows: the data stage's counts, and what all stages dropped or drew again, summed."""
+        total: dict[str, int] = {}
+        for stage in self.stages:
+            path = stage.path / "counts.json"
+            if path.exists():
+                for group, found in read_object(path).items():
+                    if isinstance(found, dict):
+                        total |= {f"{stage.name}, {group}: {name}": n for name, n in found.items()}
+            for name, value in self.timing(stage).items():
+                if isinstance(value, int) and (name.startswith("dropped") or name in ("empty", "resampled")):
+                    total[f"all stages: {name}"] = total.get(f"all stages: {name}", 0) + value
+        return {name.replace("_", " "): value for name, value in total.items()}
 
     @cached_property
     def recipe(self) -> str:

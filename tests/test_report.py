@@ -49,8 +49,9 @@ def make_run(
         number += 1
         path = folder / f"{number:02d}-{name}"
         path.mkdir(parents=True)
-        write_json(path / "timing.json", {"seconds": seconds, "tokens": tokens})
-        stages.append({"name": name, "seconds": seconds, "tokens": tokens, "empty_resampled": number % 3})
+        counts = {"tokens": tokens, "resampled": number % 3}
+        write_json(path / "timing.json", {"seconds": seconds, "counts": counts})
+        stages.append({"name": name, "seconds": seconds, "tokens": tokens})
         return path
 
     def prompt(i: int) -> dict:
@@ -115,6 +116,7 @@ def make_run(
         write_jsonl(path / "scores.jsonl", scores)
         write_jsonl(path / "pairs.jsonl", pairs)
 
+    write_json(stage("data", 0.2, 0) / "counts.json", {"rows": {"student": 40}, "input": {"identical": 17}})
     agents = {name: AgentHistory("teacher") for name in TEACHERS}
     agents |= {"student": AgentHistory("student"), "ceiling": AgentHistory("ceiling")}
     arms: dict[str, dict[str, AgentHistory]] = {name: {"student": AgentHistory("student")} for name in ARMS}
@@ -222,6 +224,8 @@ def test_report_shows_every_part_of_the_run(page, run_dir):
     for stage in summary["stages"]:
         assert stage["name"] in page.text
     assert "lowest perplexity of 3" in page.text and "kept" in page.text
+    text = re.sub(r"\s+", " ", page.text)
+    assert re.search(r"data, input: identical ?17", text) and "all stages: resampled" in text
     assert "empty answers resampled" in page.text and "12 prompts appear in two rows" in page.text
     assert "seed 200" in page.text and "torch 2.13.0" in re.sub(r"\s+", " ", page.text)
     assert "iterations: 3" in page.text  # the recipe
