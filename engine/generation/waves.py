@@ -80,7 +80,7 @@ def generate_waves(
     with explained(folder):
         (folder / "waves").mkdir(parents=True, exist_ok=True)
     stopped = False
-    for number in _assigned(waves, world):
+    for number in assigned([_cost(wave) for wave in waves], world):
         path, digest = _path(folder, number), _digest(waves[number])
         if read_wave(path, digest) is not None:
             continue
@@ -152,11 +152,15 @@ def _digest(wave: Sequence[Request]) -> str:
     return hashlib.sha256(json.dumps([facts, asked]).encode()).hexdigest()
 
 
-def _assigned(waves: Sequence[Sequence[Request]], world: World) -> list[int]:
-    """This rank's waves: the longest wave first, always to the rank with the least to do."""
-    costs = [sum(len(r.prompt_ids) + r.params.max_new_tokens for r in wave) for wave in waves]
-    loads, mine = [0] * world.size, []
-    for number in sorted(range(len(waves)), key=lambda i: (-costs[i], i)):
+def _cost(wave: Sequence[Request]) -> int:
+    return sum(len(request.prompt_ids) + request.params.max_new_tokens for request in wave)
+
+
+def assigned(costs: Sequence[int], world: World) -> list[int]:
+    """This rank's waves, given what each costs: the longest first, always to the rank with the least to do."""
+    loads = [0] * world.size
+    mine: list[int] = []
+    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
         loads[rank] += costs[number]
         if rank == world.rank:
