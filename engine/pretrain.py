@@ -80,7 +80,7 @@ def build_model(settings: InitSettings, tokenizer: PreTrainedTokenizerBase, seed
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(torch.float32)
+        return LlamaForCausalLM(config).float()
 
 
 def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int) -> list[PrefixGroup]:

@@ -92,7 +92,7 @@ def within(seconds: float, call: Callable[[], str]) -> str:
     def work() -> None:
         try:
             results.append(call())
-        except BaseException as problem:  # noqa: BLE001 - raised again in the caller's thread
+        except BaseException as problem:
             errors.append(problem)
 
     thread = threading.Thread(target=work, daemon=True)

@@ -175,7 +175,7 @@ def _why_dropped(row: Row, sides: _Sides, empty: str, format: str) -> str:
     for name, answer in (("chosen", sides.chosen), ("rejected", sides.rejected)):
         if not answer:
             if empty == "error" or (empty == "auto" and format not in ("hh", "pku")):
-                row.fail(name, "the answer is empty or white space", "remove the row, or set data.empty to drop")
+                row.fail(name, "the answer is empty or white space", "remove the row")
             return "empty_dropped"
     if list(sides.chosen_prompt) != list(sides.rejected_prompt):
         return "prompt_mismatch_dropped"
