@@ -86,10 +86,9 @@ class Loop:
             bad_answers[teacher.name] = self.answer(teacher, "negative", 0, negative[teacher.name])
 
         weak, weak_negative = self.weak_labels(answers), self.weak_negative_labels(bad_answers)
-        positive[student.name] = self.imitate(student, "positive", None, (weak, "examples.jsonl"), "answer")
-        negative[student.name] = self.imitate(
-            student, "negative", positive[student.name], (weak_negative, "examples.jsonl"), "answer"
-        )
+        examples = (weak, "examples.jsonl"), (weak_negative, "examples.jsonl")
+        positive[student.name] = self.imitate(student, "positive", None, examples[0], "answer")
+        negative[student.name] = self.imitate(student, "negative", positive[student.name], examples[1], "answer")
         bad_answers[student.name] = self.answer(student, "negative", 0, negative[student.name])
         self.evaluate_all(0, positive)
 

@@ -14,13 +14,16 @@ from macpo.config import Recipe
 from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.compute import model_pool
 from macpo.engine.errors import DataError
+from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl
 from macpo.engine.model import PolicyRef
 from macpo.engine.parallel import World
-from macpo.engine.records import Pair, Prompt, read_records
+from macpo.engine.records import Pair, Prompt, Response, read_records, write_records
 from macpo.engine.run_folder import folder_of
+from macpo.engine.stopping import StopFlag
 from macpo.iteration import build_plan
 from macpo.launch import run
+from macpo.pairs import teacher_pairs
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,8 @@ def test_poisoned_student_answers_change_nothing_but_the_ceiling(tmp_path: Path)
     data = {"teacher_prompts": 24, "student_prompts": 20, "test_prompts": 10}
     first = tiny(tmp_path / "a", data=data | {"path": str(clean)}, iterations=1)
     run(first)
-    student = {p.messages[0]["content"] for p in read_records(folder_of(tmp_path / "a", "data") / "student.jsonl", Prompt)}
+    prompts = read_records(folder_of(tmp_path / "a", "data") / "student.jsonl", Prompt)
+    student = {prompt.messages[0]["content"] for prompt in prompts}
     for row in rows:
         if row["prompt"] in student:
             row |= {"chosen": "poison chosen", "rejected": "poison rejected"}
@@ -166,7 +170,8 @@ def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) 
     assert {p.rejected_by for p in pairs("weak-negatives.iter1-student-select")} <= {"teacher0", "teacher1"}
     assert {p.rejected_by for p in pairs("weak-negatives.iter1-teacher0-pairs")} == {"student"}
     spin = pairs("spin-negatives.iter1-student-select")
-    own = {row["prompt_id"]: row["text"] for _, row in read_jsonl(folder_of(with_arms, "spin-negatives.init-student-answer") / "responses.jsonl")}
+    shared = folder_of(with_arms, "own-positives.init-student-answer")  # both arms need the same samples
+    own = {row["prompt_id"]: row["text"] for _, row in read_jsonl(shared / "responses.jsonl")}
     assert all(own[p.prompt.id] == p.rejected for p in spin)
     fresh = {p.prompt.id: p.rejected for p in pairs("fresh-negatives.iter1-student-select")}
     main = {p.prompt.id: p.rejected for p in pairs("iter1-student-select")}
@@ -182,30 +187,18 @@ def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) 
 
 def test_no_pair_left_names_the_counts(tmp_path: Path) -> None:
     """FAULTS 38: a selection without pairs is an error of the data with counts per filter."""
-    from macpo.pairs import teacher_pairs
-
-    class Context:
-        settings = {"seed": 0}
-        name = "iter1-teacher0-pairs"
-        inputs = {"data": "", "positives:teacher0": "", "negatives:teacher0": ""}
-        dir = tmp_path / "out"
-
-        def input(self, alias: str) -> Path:
-            return tmp_path / alias.partition(":")[0]
-
-        def note(self, **_: int) -> None: ...
-
     prompt = Prompt.of("hello")
-    from macpo.engine.records import Response, write_records
-
     for folder in ("data", "positives", "negatives", "out"):
         (tmp_path / folder).mkdir()
     write_records(tmp_path / "data" / "student.jsonl", [prompt, Prompt.of("other")])
+    aliases = {"data": "data", "positives:teacher0": "positives", "negatives:teacher0": "negatives"}
+    inputs = {alias: tmp_path / folder for alias, folder in aliases.items()}
+    context = StageContext("iter1-teacher0-pairs", {"seed": 0}, tmp_path / "out", inputs, StopFlag())
     same = [Response(prompt.id, "teacher0", "same answer", True, 3)]
     write_records(tmp_path / "positives" / "responses.jsonl", same)
     write_records(tmp_path / "negatives" / "responses.jsonl", same)
     with pytest.raises(DataError, match="identical: 1, no_positive: 1"):
-        teacher_pairs(Context())  # type: ignore[arg-type]
+        teacher_pairs(context)
 
 
 def test_ready_agents_bring_their_policies(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
@@ -235,4 +228,3 @@ def test_sources_need_a_corpus(tmp_path: Path) -> None:
     data = {"path": str(path), "teacher_prompts": 6, "student_prompts": 4, "test_prompts": 2}
     with pytest.raises(DataError, match="no document is left"):
         run(tiny(tmp_path / "run", data=data))
-
