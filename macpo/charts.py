@@ -13,7 +13,7 @@ from macpo.findings import score_rows
 from macpo.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
 from macpo.run_folder import Curves
 
-MOST_STAGES = 36
+MOST_STAGES = 32
 
 
 def of_run(
@@ -129,13 +129,15 @@ def _stage_lines(stages: Sequence[Curves], column: str) -> list[Line]:
 
 
 def stage_times(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds by stage in the run's order; where there are many, the longest ones and the rest together."""
+    """Seconds by stage in the run's order; where there are many, the longest ones, and the others' sum in words."""
     timed = [(str(stage["name"]), float(stage["seconds"])) for stage in stages if stage.get("seconds") is not None]
+    xlabel = "seconds"
     if len(timed) > MOST_STAGES:
-        longest = sorted(range(len(timed)), key=lambda i: -timed[i][1])[: MOST_STAGES - 1]
-        rest = [seconds for i, (_, seconds) in enumerate(timed) if i not in set(longest)]
-        timed = [timed[i] for i in sorted(longest)] + [(f"{len(rest)} shorter stages", sum(rest))]
-    return bars(timed, xlabel="seconds") if timed else ""
+        longest = set(sorted(range(len(timed)), key=lambda i: -timed[i][1])[:MOST_STAGES])
+        rest = sum(seconds for i, (_, seconds) in enumerate(timed) if i not in longest)
+        xlabel = f"seconds (the {MOST_STAGES} longest of {len(timed)} stages; the others take {rest:.0f} s together)"
+        timed = [timed[i] for i in sorted(longest)]
+    return bars(timed, xlabel=xlabel) if timed else ""
 
 
 def forest(found: Sequence[Claim], metric: str, inline: bool = True) -> str:

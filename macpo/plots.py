@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "macpo",  # ids inside the SVG are hashes salted with this, not random
@@ -89,6 +90,8 @@ def line_panels(
                 ticks = sorted({x for line in lines if not line.flat for x in line.x}) or [0]
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axis.set_xlim(ticks[0] - 0.15, ticks[-1] + 0.15 + (ticks[0] == ticks[-1]) * 0.35)
+            else:  # steps are whole, too, but too many to name each
+                axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             _plain(axis)
         rows = -(-len(handles) // legend_columns)
         if handles:

@@ -244,8 +244,8 @@ def test_sample_answers_are_the_same_prompts_for_every_agent(page, run_dir):
     assert page.text.count("iteration 3 · gold") == 6 * 4 and page.text.count("iteration 0 · gold") == 6 * 5
 
 
-def test_report_is_the_same_to_the_byte(run_dir):
-    first = write_report(run_dir).read_bytes()
+def test_report_is_the_same_to_the_byte(page, run_dir):
+    first = (run_dir / "report.html").read_bytes()
     assert write_report(run_dir).read_bytes() == first
     assert str(run_dir).encode() not in first  # no path of this machine
 
