@@ -7,6 +7,7 @@ smaller). Packing into micro-batches and sharding over ranks happen inside a ste
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,8 @@ class _Stage:
         if found.state["world_size"] != self.world.size and self.world.is_main:
             print(
                 f"note: resuming a checkpoint of {found.state['world_size']} ranks with {self.world.size}: "
-                "same sample order, results equal up to rounding, not bitwise"
+                "same sample order, results equal up to rounding, not bitwise",
+                file=sys.stderr,
             )
         self.optimizer.load(found.tensors)
         self.last = found.state["last"]

@@ -277,7 +277,7 @@ def test_two_ranks_stop_together_and_one_goes_on(tmp_path: Path, capsys: pytest.
     assert ranks(2, body) == [75, 75]
     assert len(rows(tmp_path)) == 2
     policy, _ = run_sft(tmp_path, slow)
-    assert "not bitwise" in capsys.readouterr().out
+    assert "not bitwise" in capsys.readouterr().err
     whole, _ = run_sft(tmp_path / "whole", slow)
     for name, tensor in weights(policy).items():
         torch.testing.assert_close(tensor, weights(whole)[name], rtol=0, atol=1e-6)
