@@ -153,13 +153,14 @@ def test_tokens_that_tie_with_the_kth_stay():
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_backends_equal_the_reference(backend, vocab, setting):
-    inputs = make(60, vocab, setting)
+    batch = 60 if vocab < 1000 else 10  # the reference draws noise for the whole vocabulary
+    inputs = make(batch, vocab, setting)
     ids, raw, processed = sample(*inputs, backend=backend)
     wanted_ids, wanted_raw, wanted_processed = reference.sample(*inputs)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(raw, wanted_raw, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(processed, wanted_processed, rtol=1e-6, atol=2e-6)
-    assert torch.equal(inputs[0], make(60, vocab, setting)[0])  # the logits are untouched
+    assert torch.equal(inputs[0], make(batch, vocab, setting)[0])  # the logits are untouched
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -188,8 +189,8 @@ def test_mixed_rows_equal_rows_alone_in_any_order(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("setting", [{}, {"temperature": 0.7, "top_k": 6, "top_p": 0.95}], ids=str)
 def test_frequencies_follow_the_softmax(backend, setting):
-    """Chi-square over 40,000 draws: independent in position, request and sample."""
-    draws, vocab = 40_000, 10
+    """Chi-square over 20,000 draws: independent in position, request and sample."""
+    draws, vocab = 20_000, 10
     row = torch.linspace(-1.5, 1.0, vocab)[torch.randperm(vocab, generator=torch.Generator().manual_seed(1))]
     params = SampleParams(3, **setting, batch=draws)
     index = torch.arange(draws)
