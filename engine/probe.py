@@ -52,7 +52,7 @@ def verify(policy: PolicyModule) -> None:
         return
     name = type(base).__name__
     fix = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
-    windows = _expected_windows(base)
+    windows = expected_window(base)
     rows = embedding_rows(base)
     ids = [i % rows for i in range(3, 11)]
     group = PrefixGroup(ids[:3], [ids[3:5], ids[5:8]])
@@ -83,7 +83,7 @@ def verify(policy: PolicyModule) -> None:
     setattr(base, _VERIFIED, True)
 
 
-def _expected_windows(base: PreTrainedModel) -> int | None:
+def expected_window(base: PreTrainedModel) -> int | None:
     """The sliding window that some layer must ask for; refuses layer types that cannot be packed."""
     config = base.config.get_text_config()
     layers = getattr(config, "layer_types", None)

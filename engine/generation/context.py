@@ -52,16 +52,22 @@ class DecodeAttention:
         self.positions = positions
         self.columns = columns
         self.num_columns = columns.numel()
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The windows that layers have asked for."""
+        return {window for window, _, _ in self._masks}
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         n, num_kv_heads, head = k.shape[2], k.shape[1], k.shape[3]
         k_pool, v_pool = self.cache.write(
             _layer(module), k[0].transpose(0, 1), v[0].transpose(0, 1), self.rows, self.positions
         )
-        mask = self._masks.get((window, q.dtype))
+        kind = (window, q.dtype, num_kv_heads)
+        mask = self._masks.get(kind)
         if mask is None:
-            mask = self._masks[window, q.dtype] = self._mask(window, q.dtype, num_kv_heads)
+            mask = self._masks[kind] = self._mask(*kind)
         k_bch = k_pool[:n, :, : self.num_columns].flatten(0, 1)  # [n * Hkv, C, D], a view: slots are whole blocks
         v_bch = v_pool[:n, :, : self.num_columns].flatten(0, 1)
         q_bgh = q[0].transpose(0, 1).reshape(n * num_kv_heads, -1, head)  # [n * Hkv, G, D]

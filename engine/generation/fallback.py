@@ -27,6 +27,7 @@ from macpo.engine.generation.context import DecodeAttention, PrefillAttention
 from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
+from macpo.engine.probe import expected_window
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def supports_hook(model: PreTrainedModel) -> bool:
 
 def _probe(model: PreTrainedModel) -> str:
     """What is wrong with the hooked forward; empty where nothing is."""
+    window = expected_window(model)
     device = model.device
     vocabulary = num_embeddings(model)
     sequences = [(torch.arange(n, device=device) * 7 + n) % vocabulary for n in PROBE_LENGTHS]
@@ -73,6 +75,8 @@ def _probe(model: PreTrainedModel) -> str:
         got = (
             model(input_ids=last, position_ids=positions[None], attention_context=decode, **keywords).logits[0].float()
         )
+    if window is not None and window not in decode.windows:
+        return f"its sliding window of {window} does not reach the attention interface"
     if not expected.isfinite().all():
         return ""  # generating will say so
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
