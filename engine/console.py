@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,9 +20,13 @@ def run_cli(command: Callable[[], Any], *, debug: bool = False) -> int:
     """
     try:
         command()
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         error: BaseException = Stopped("aborted by Ctrl-C", "run the same command again to go on")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as found:
         error = explain(found).with_traceback(found.__traceback__) if is_expected(found) else found
     except Exception as found:

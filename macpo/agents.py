@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.compute import model_pool
 from macpo.engine.config import ComputeSettings, OptimSettings, PreferenceSettings, SamplingSettings, Tuning
+from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, generate_waves
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.objectives import preference, sft
@@ -26,7 +27,6 @@ from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
 from macpo.engine.records import Example, Message, Pair, Prompt, Response, read_records, write_records
 from macpo.engine.scoring import score
-from macpo.engine.execute import StageContext
 from macpo.engine.trainer import train
 
 TUNING: TypeAdapter[Tuning] = TypeAdapter(Tuning)

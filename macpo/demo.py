@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from macpo.claims import claims, claims_json, claims_table
+from macpo.claims import claims, claims_table
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
-from macpo.engine.files import atomic_write, write_json
+from macpo.engine.files import atomic_write
 from macpo.launch import run
 from macpo.report import write_seeds_report
 from macpo.run_folder import RunFolder
@@ -69,7 +69,6 @@ def run_seeds(
         run(recipe, rerun_stale=rerun_stale)
         summaries.append(RunFolder(folder).summary)
     found = claims(summaries)
-    write_json(out / "claims.json", claims_json(found, summaries))
     report = write_seeds_report(out, summaries, found)
     print(claims_table(found, summaries[0]["metric"]))
     print(f"\nreport: {report}")

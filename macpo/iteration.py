@@ -13,6 +13,7 @@ from macpo.config import AgentSettings, Recipe
 from macpo.datasets import fingerprint
 from macpo.engine.model import fingerprint_model
 from macpo.engine.stages import Graph, Stage
+from macpo.evaluate import Role
 
 COSTS = {prompts.pretrain_base: 30.0, agents.imitate: 3.0, agents.prefer: 4.0, heldout.evaluate_policy: 2.0}
 """Relative durations, for the order in which parallel jobs take stages."""
@@ -27,7 +28,7 @@ class Point:
 
     arm: str
     agent: str
-    role: str
+    role: Role
     iteration: int
     policy: StageName | None
     evaluation: StageName
@@ -273,7 +274,7 @@ class Loop:
         for agent in (*self.teachers, self.student):
             self.evaluate(agent, t, positive[agent.name], self.role(agent))
 
-    def evaluate(self, agent: AgentSettings, t: int, policy: StageName | None, role: str) -> None:
+    def evaluate(self, agent: AgentSettings, t: int, policy: StageName | None, role: Role) -> None:
         recipe = self.recipe
         common = self.base(agent) | {"data": self.data}
         reference_ready = agent.positive if agent.model is None and agent.init is None else None
@@ -314,7 +315,7 @@ class Loop:
 
     # --- shared ---------------------------------------------------------------------------------------------
 
-    def role(self, agent: AgentSettings) -> str:
+    def role(self, agent: AgentSettings) -> Role:
         return "student" if agent is self.student else "teacher"
 
     def training(self, agent: AgentSettings) -> Any:

@@ -87,7 +87,7 @@ def shape_of(agent: AgentSettings, recipe: Recipe) -> Shape:
             module
             for path, module in model.named_modules()
             if isinstance(module, torch.nn.Linear)
-            and (names == "all-linear" and "lm_head" not in path or path.rpartition(".")[2] in names)
+            and ((names == "all-linear" and "lm_head" not in path) or path.rpartition(".")[2] in names)
         ]
         policy = 4 * agent.tuning.rank * sum(m.in_features + m.out_features for m in linears)
     return Shape(name, num_parameters, num_parameters * size, policy)

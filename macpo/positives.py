@@ -6,9 +6,9 @@ from typing import Any
 
 from macpo.agents import agent_chat, encode, likelihoods, load_policy
 from macpo.engine.config import ComputeSettings
+from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.engine.records import Example, Prompt, Response, read_records, write_records
-from macpo.engine.execute import StageContext
 from macpo.negatives import answers_by_agent, pick_answer, random_name
 
 Candidate = dict[str, Any]  # {"by", "text", "finished", "sum_logp", "num_tokens", "perplexity"}
