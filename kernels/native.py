@@ -6,6 +6,7 @@ The functions take contiguous CPU tensors, shared without a copy.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,7 @@ from macpo.kernels.sampling.params import SampleParams
 
 module: ModuleType | None
 try:
-    from macpo.kernels import _native
-
-    module = _native
+    module = import_module("macpo.kernels._native")
     why_absent = ""
 except ImportError as error:
     module = None

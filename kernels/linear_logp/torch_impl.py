@@ -81,9 +81,7 @@ def _logits(hidden_nh: Tensor, weight_vh: Tensor, bias_v: Tensor | None, head: H
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Tensor:
         num_rows = hidden.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp_n = torch.empty(num_rows, dtype=dtype, device=hidden.device)
@@ -107,7 +105,7 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, dx_nh, saved_nv = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if dx_nh is not None:

@@ -62,8 +62,10 @@ class Segments:
                 segment_start += [at] * length
                 at += length
             cu.append(at)
-        tensors = (torch.tensor(values, dtype=torch.int32) for values in (prefix_start, prefix_end, segment_start))
-        return cls(*tensors, cu_groups=tuple(cu))
+        prefix_start_t, prefix_end_t, segment_start_t = (
+            torch.tensor(values, dtype=torch.int32) for values in (prefix_start, prefix_end, segment_start)
+        )
+        return cls(prefix_start_t, prefix_end_t, segment_start_t, tuple(cu))
 
     @property
     def num_tokens(self) -> int:

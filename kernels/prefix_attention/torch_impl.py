@@ -34,16 +34,12 @@ def prefix_attention(
     buckets: list[_Bucket] = segments.cached(
         (q.device, q.dtype, window), lambda: _plan(segments.to(q.device), window, q.dtype)
     )
-    if len(buckets) == 1 and buckets[0].full:
+    if len(buckets) == 1:  # its tokens are in packed order
         return _attend(q, k, v, buckets[0], scale)
-    outputs = [
-        _attend(*(x.index_select(0, bucket.tokens) for x in (q, k, v)), bucket, scale)
-        if len(buckets) > 1
-        else _attend(q, k, v, bucket, scale)
-        for bucket in buckets
-    ]
-    if len(buckets) == 1:
-        return outputs[0]
+    outputs = []
+    for bucket in buckets:
+        q_part, k_part, v_part = (x.index_select(0, bucket.tokens) for x in (q, k, v))
+        outputs.append(_attend(q_part, k_part, v_part, bucket, scale))
     back = segments.cached((q.device, "back"), lambda: torch.cat([b.tokens for b in buckets]).argsort())
     return torch.cat(outputs).index_select(0, back)
 

@@ -5,7 +5,7 @@ Legend: b rows, v vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -110,11 +110,14 @@ class SampleParams:
 
     def select(self, rows: Tensor) -> SampleParams:
         """The settings of the rows with these indices (int64 [B'])."""
-        names = (f.name for f in fields(self) if f.name != "facts")
-        chosen = {name: getattr(self, name) for name in names}
         return SampleParams(
-            **{name: None if value is None else value.index_select(0, rows) for name, value in chosen.items()},
-            batch=rows.numel(),
+            self.seed[rows],
+            self.temperature[rows],
+            self.top_p[rows],
+            self.top_k[rows],
+            self.min_p[rows],
+            self.repetition_penalty[rows],
+            None if self.seen is None else self.seen[rows],
         )
 
 

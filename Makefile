@@ -1,0 +1,61 @@
+# One command runs each thing:
+#   make demo    virtual environment, package with its native extension, then the whole method offline
+#   make test    the same environment plus test tools, then the tests
+#   make lint types    what CI checks besides
+# Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
+# Overrides: PYTHON=python3.12  VENV=dir  PIP_FLAGS="..."  TORCH_FLAGS="..." (pip flags for torch alone)
+#            JOBS=4 (test processes)  DEMO_FLAGS="..."  PYTEST_FLAGS="..."
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?= --quiet
+TORCH_FLAGS ?=
+JOBS ?= 2
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
+
+.PHONY: venv dev demo test lint types clean
+
+venv: $(VENV)/.stamp-package
+dev: $(VENV)/.stamp-dev
+
+# torch first and alone: nothing that follows may bring another one.
+$(VENV)/.stamp-torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11. Fix: make PYTHON=python3.12 ..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-torch $(BUILD_INPUTS)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.stamp-package
+
+demo: venv
+	$(BIN)/macpo demo $(DEMO_FLAGS)
+
+test: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not know package_dir, so it gets a tree of links in which folders lie where they are imported from.
+types: dev
+	rm -rf build/types
+	mkdir -p build/types/macpo
+	ln -s $(foreach entry,$(filter-out macpo/__pycache__,$(wildcard macpo/*)),$(CURDIR)/$(entry)) \
+	  $(CURDIR)/kernels $(CURDIR)/engine build/types/macpo/
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p macpo
+
+clean:
+	rm -rf build $(VENV) kernels/_native.*.so *.egg-info
