@@ -151,5 +151,5 @@ class ComputeSettings(Settings):
     """Sequences decoded together."""
     wave_requests: PositiveInt = 256
     """Requests that generation commits to disk together; the unit of resume."""
-    timeout_s: PositiveInt = 1800
-    """How long a rank waits for the others before the run stops."""
+    trackers: tuple[str, ...] = ()
+    """Where training metrics go besides metrics.jsonl: `tensorboard`, or `module:function` (engine/trackers.py)."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from macpo.engine.files import explained, fsync_dir
+from macpo.engine.trackers import Trackers
 
 
 class MetricsLog:
@@ -21,9 +22,19 @@ class MetricsLog:
         step: rows after this step, and a torn last line, are cut off: training goes on from there.
         progress: label of a line on standard error now and then; None is silent.
         planned: steps in all, for that line.
+        trackers: get every row too; metrics.jsonl is written first.
     """
 
-    def __init__(self, workdir: Path, *, step: int, planned: int, progress: str | None = None) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        planned: int,
+        progress: str | None = None,
+        trackers: Trackers | None = None,
+    ) -> None:
+        self._trackers = trackers
         self._planned = planned
         self._label = progress
         with explained(workdir):
@@ -45,6 +56,8 @@ class MetricsLog:
         with explained(self._folder):
             self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
             self._timing.write(json.dumps(timing) + "\n")
+        if self._trackers is not None:
+            self._trackers.log(row["step"], {k: v for k, v in row.items() if k != "step"})
         if self._label is not None and (now - self._shown > 10 or row["step"] == self._planned):
             self._shown = now
             where = f"step {row['step']}/{self._planned}"
@@ -61,6 +74,8 @@ class MetricsLog:
         with explained(self._folder):
             self._metrics.close()
             self._timing.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> Self:
         return self

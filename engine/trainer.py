@@ -25,6 +25,7 @@ from macpo.engine.objectives import Objective
 from macpo.engine.optim import Optimizer, learning_rate
 from macpo.engine.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.parallel import World
+from macpo.engine.trackers import Trackers
 from macpo.engine.plan import Plan, fingerprint, share
 
 
@@ -50,6 +51,7 @@ def train(
     world: World | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: str | None = None,
+    trackers: Trackers | None = None,
 ) -> TrainResult:
     """Train the policy's trainable parameters in place; goes on from the checkpoint in `workdir` if there is one.
 
@@ -63,6 +65,7 @@ def train(
         world: the ranks that share each step; default the current process group.
         should_stop: asked after every step; true on any rank saves a checkpoint and stops all of them.
         progress: label of the progress line on standard error; None is silent.
+        trackers: see every row of metrics.jsonl; what fails in them never stops training.
 
     Returns:
         Steps and tokens of the whole stage. On a stage that was finished before, at once, with its weights loaded.
@@ -72,7 +75,7 @@ def train(
         Stopped: after `should_stop`; the same call goes on from there.
         DataError: groups that do not fit. IntegrityError: checkpoints exist and none verifies.
     """
-    stage = _Stage(policy, groups, objective, settings, seed, workdir, ids, world or World.current())
+    stage = _Stage(policy, groups, objective, settings, seed, workdir, ids, world or World.current(), trackers)
     return stage.run(should_stop, progress)
 
 
@@ -87,6 +90,7 @@ class _Stage:
         workdir: Path,
         ids: Sequence[str] | None,
         world: World,
+        trackers: Trackers | None = None,
     ) -> None:
         if not groups:
             raise DataError("there is nothing to train on", "check the filters before this stage")
@@ -98,6 +102,7 @@ class _Stage:
         self.workdir = workdir
         self.ids = ids
         self.world = world
+        self.trackers = trackers
         self.plan = Plan(len(groups), settings.batch, settings.epochs, seed)
         self.parameters = policy.trainable_parameters()
         if not self.parameters:
@@ -193,7 +198,9 @@ class _Stage:
     def _log(self, step: int, progress: str | None) -> MetricsLog | _NoLog:
         if not self.world.is_main:
             return _NoLog()
-        return MetricsLog(self.workdir, step=step, planned=self.plan.num_steps, progress=progress)
+        return MetricsLog(
+            self.workdir, step=step, planned=self.plan.num_steps, progress=progress, trackers=self.trackers
+        )
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:
         if self.world.is_main:

@@ -27,6 +27,7 @@ from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
 from macpo.engine.records import Example, Message, Pair, Prompt, Response, read_records, write_records
 from macpo.engine.scoring import score
+from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
 
 TUNING: TypeAdapter[Tuning] = TypeAdapter(Tuning)
@@ -119,6 +120,7 @@ def _learn(
         world=ctx.world,
         should_stop=ctx.stop_requested,
         progress=ctx.name,
+        trackers=Trackers(compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
     )
     if ctx.world.is_main:
         base_name = str(ctx.settings["agent"]["model"])

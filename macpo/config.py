@@ -32,7 +32,7 @@ class DataSettings(Settings):
     """Instead of `path`: text made by the project, with an exact gold score."""
     format: Literal["auto", "hh", "pku", "pairs", "alpaca"] = "auto"
     """Layout of the rows; `auto` goes by the keys of the first row."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Other names for `prompt`, `chosen`, `rejected`: {prompt: question}."""
     preference: Literal["better", "safer"] = "better"
     """PKU-SafeRLHF only: which label decides."""
@@ -166,7 +166,7 @@ class Recipe(Settings):
     student_training: TrainingSettings = TrainingSettings()
     sampling: SamplingSettings = SamplingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    ablations: dict[Name, dict[str, Any]] = {}
+    ablations: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     """Further arms of the run: name -> overrides by dotted path; equal stages are shared with the main arm."""
     compute: ComputeSettings = ComputeSettings()
     trust_remote_code: bool = False

@@ -58,9 +58,7 @@ def copy_recipe(name: str, path: Path) -> str:
     return f"wrote {path}; next: macpo check {path}"
 
 
-def run_seeds(
-    seeds: Sequence[int], out: Path, overrides: Sequence[str] = (), *, rerun_stale: bool = False
-) -> Path:
+def run_seeds(seeds: Sequence[int], out: Path, overrides: Sequence[str] = (), *, rerun_stale: bool = False) -> Path:
     """One run with all ablation arms a seed; writes `claims.json` and the comparison's `report.html` into `out`."""
     summaries = []
     for seed in seeds:

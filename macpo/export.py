@@ -18,7 +18,8 @@ from macpo.engine.files import atomic_write, explained, fsync_dir
 from macpo.engine.loading import load_causal_lm
 from macpo.engine.model import PolicyRef, save_policy
 from macpo.engine.run_folder import folder_of
-from macpo.iteration import Plan, build_plan
+from macpo.iteration import build_plan
+from macpo.steps import Plan
 
 MAX_LOGIT_ERROR = 1e-3
 """Largest difference allowed between the exported and the original logits, in float32."""

@@ -1,361 +1,73 @@
-"""The MACPO loop as a graph of stages: Algorithm 1 of arXiv 2410.07672 is `Loop.build`."""
+"""The MACPO loop, Algorithm 1 of arXiv 2410.07672: `macpo` below adds it to a plan as stages, nothing runs yet."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-from macpo import agents, heldout, negatives, pairs, positives, prompts
-from macpo.config import AgentSettings, Recipe
-from macpo.datasets import fingerprint
-from macpo.engine.model import fingerprint_model
-from macpo.engine.stages import Graph, Stage
-from macpo.evaluate import Role
-
-COSTS = {prompts.pretrain_base: 30.0, agents.imitate: 3.0, agents.prefer: 4.0, heldout.evaluate_policy: 2.0}
-"""Relative durations, for the order in which parallel jobs take stages."""
-
-StageName = str
-Policies = dict[str, StageName | None]  # agent -> stage that made its policy; None = the ready one of the recipe
+from macpo.config import Recipe
+from macpo.engine.stages import Graph
+from macpo.steps import Plan, Policies, StageName, Steps
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One policy at one iteration, and the stage that evaluates it."""
+def macpo(steps: Steps) -> None:
+    """Initialise every agent; then, T times, the student learns from the teachers and they from the student."""
+    recipe, student, teachers = steps.recipe, steps.student, steps.teachers
+    positive: Policies = {}
+    negative: Policies = {}
+    answers: dict[str, StageName] = {}
+    bad_answers: dict[str, StageName] = {}
 
-    arm: str
-    agent: str
-    role: Role
-    iteration: int
-    policy: StageName | None
-    evaluation: StageName
+    for teacher in teachers:  # weak teachers learn from few human labels
+        human = (steps.data, f"teacher-{teacher.name}.jsonl")
+        positive[teacher.name] = steps.imitate(teacher, "positive", None, human, "chosen")
+        negative[teacher.name] = steps.imitate(teacher, "negative", positive[teacher.name], human, "rejected")
+        answers[teacher.name] = steps.answer(teacher, "positive", 0, positive[teacher.name])
+        bad_answers[teacher.name] = steps.answer(teacher, "negative", 0, negative[teacher.name])
 
+    weak, weak_negative = steps.weak_labels(answers), steps.weak_negative_labels(bad_answers)
+    examples = (weak, "examples.jsonl"), (weak_negative, "examples.jsonl")
+    positive[student.name] = steps.imitate(student, "positive", None, examples[0], "answer")
+    negative[student.name] = steps.imitate(student, "negative", positive[student.name], examples[1], "answer")
+    bad_answers[student.name] = steps.answer(student, "negative", 0, negative[student.name])
+    steps.evaluate_all(0, positive)
 
-@dataclass(slots=True)
-class Plan:
-    """A run: its stages, and where each agent's policy of each iteration is evaluated."""
+    for t in range(1, recipe.iterations + 1):
+        if student.train:  # the student learns from the teachers' best answers against its own bad habits
+            previous = steps.previous_answer(student, t, positive)
+            source = {student.name: previous} if recipe.positives.source == "own" else answers
+            scores = steps.score(student, t, positive[student.name], source)
+            bad = steps.negatives_for(student, t, negative, bad_answers, previous)
+            chosen = steps.student_pairs(t, scores, bad)
+            positive[student.name] = steps.prefer(student, t, positive[student.name], chosen)
+        if recipe.mutual_learning:  # then every teacher learns from the student's answers
+            learners = [teacher for teacher in teachers if teacher.train]
+            for teacher in learners:
+                previous = steps.previous_answer(teacher, t, positive)
+                own = recipe.positives.source == "own"
+                source = previous if own else steps.answer(student, "positive", t, positive[student.name])
+                bad = steps.negatives_for(teacher, t, negative, bad_answers, previous)
+                chosen = steps.teacher_pairs(teacher, t, source, bad)
+                positive[teacher.name] = steps.prefer(teacher, t, positive[teacher.name], chosen)
+            if t < recipe.iterations and recipe.positives.source == "mutual":
+                answers |= {k.name: steps.answer(k, "positive", t, positive[k.name]) for k in learners}
+        steps.evaluate_all(t, positive)
 
-    graph: Graph = field(default_factory=Graph)
-    points: list[Point] = field(default_factory=list)
-    negatives: dict[tuple[str, str], StageName | None] = field(default_factory=dict)
+    for name in negative:
+        steps.plan.negatives[(steps.arm, name)] = negative[name]
+    if recipe.evaluation.ceiling and not steps.arm:
+        steps.ceiling()
 
 
 def build_plan(recipe: Recipe) -> Plan:
     """The stages of the main arm and of every ablation; equal stages are shared."""
     plan = Plan()
-    Loop(recipe, plan, arm="").build()
+    macpo(Steps(recipe, plan, arm=""))
     for arm in recipe.ablations:
-        Loop(recipe.arm(arm), plan, arm).build()
+        macpo(Steps(recipe.arm(arm), plan, arm))
     return plan
 
 
 def build_graph(config: Mapping[str, Any]) -> Graph:
     """The graph of a resolved recipe; worker processes rebuild it by this function's name."""
     return build_plan(Recipe.model_validate(config)).graph
-
-
-def derived_seed(seed: int, agent: str, purpose: str) -> int:
-    """A 31-bit seed that is a function of its arguments alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{agent}/{purpose}".encode()).digest()[:4], "big") >> 1
-
-
-class Loop:
-    """Adds one arm's stages to a plan; every method adds a stage and returns its name."""
-
-    def __init__(self, recipe: Recipe, plan: Plan, arm: str) -> None:
-        self.recipe, self.plan, self.arm = recipe, plan, arm
-        self.student = recipe.student
-        self.teachers = recipe.active_teachers
-        self.data = self._data()
-
-    def build(self) -> None:
-        """Algorithm 1: initialise every agent, then T rounds in which the student and the teachers learn in turn."""
-        recipe, student, teachers = self.recipe, self.student, self.teachers
-        positive: Policies = {}
-        negative: Policies = {}
-        answers: dict[str, StageName] = {}
-        bad_answers: dict[str, StageName] = {}
-
-        for teacher in teachers:  # weak teachers learn from few human labels
-            human = (self.data, f"teacher-{teacher.name}.jsonl")
-            positive[teacher.name] = self.imitate(teacher, "positive", None, human, "chosen")
-            negative[teacher.name] = self.imitate(teacher, "negative", positive[teacher.name], human, "rejected")
-            answers[teacher.name] = self.answer(teacher, "positive", 0, positive[teacher.name])
-            bad_answers[teacher.name] = self.answer(teacher, "negative", 0, negative[teacher.name])
-
-        weak, weak_negative = self.weak_labels(answers), self.weak_negative_labels(bad_answers)
-        examples = (weak, "examples.jsonl"), (weak_negative, "examples.jsonl")
-        positive[student.name] = self.imitate(student, "positive", None, examples[0], "answer")
-        negative[student.name] = self.imitate(student, "negative", positive[student.name], examples[1], "answer")
-        bad_answers[student.name] = self.answer(student, "negative", 0, negative[student.name])
-        self.evaluate_all(0, positive)
-
-        for t in range(1, recipe.iterations + 1):
-            if student.train:  # the student learns from the teachers' best answers against its own bad habits
-                previous = self.previous_answer(student, t, positive)
-                source = {student.name: previous} if recipe.positives.source == "own" else answers
-                scores = self.score(student, t, positive[student.name], source)
-                bad = self.negatives_for(student, t, negative, bad_answers, previous)
-                chosen = self.student_pairs(t, scores, bad)
-                positive[student.name] = self.prefer(student, t, positive[student.name], chosen)
-            if recipe.mutual_learning:  # then every teacher learns from the student's answers
-                learners = [teacher for teacher in teachers if teacher.train]
-                for teacher in learners:
-                    previous = self.previous_answer(teacher, t, positive)
-                    own = recipe.positives.source == "own"
-                    source = previous if own else self.answer(student, "positive", t, positive[student.name])
-                    bad = self.negatives_for(teacher, t, negative, bad_answers, previous)
-                    chosen = self.teacher_pairs(teacher, t, source, bad)
-                    positive[teacher.name] = self.prefer(teacher, t, positive[teacher.name], chosen)
-                if t < recipe.iterations and recipe.positives.source == "mutual":
-                    answers |= {k.name: self.answer(k, "positive", t, positive[k.name]) for k in learners}
-            self.evaluate_all(t, positive)
-
-        for name in negative:
-            self.plan.negatives[(self.arm, name)] = negative[name]
-        if recipe.evaluation.ceiling and not self.arm:
-            self.ceiling()
-
-    # --- data and base models -------------------------------------------------------------------------------
-
-    def _data(self) -> StageName:
-        return self.add("data", prompts.split_prompts, self._data_settings(), {})
-
-    def _data_settings(self) -> dict[str, Any]:
-        recipe = self.recipe
-        files = {recipe.data.path} | {teacher.data for teacher in recipe.teachers}
-        return {
-            "data": recipe.data.model_dump(mode="json", exclude={"long_prompt", "special_text"}),
-            "teachers": {teacher.name: teacher.data for teacher in recipe.teachers},
-            "files": {path: fingerprint(path) for path in sorted(filter(None, files))},
-            "seed": recipe.seed,
-        }
-
-    def base(self, agent: AgentSettings) -> dict[str, StageName]:
-        """The inputs by which a stage reaches the agent's base model; none where the recipe names a folder."""
-        if agent.init is None:
-            return {}
-        settings = {
-            "init": agent.init.model_dump(mode="json"),
-            "corpus": fingerprint(agent.init.corpus) if agent.init.corpus != "data" else None,
-            "role": self.role(agent),
-            "template": self.template(agent),
-            "special_text": self.recipe.data.special_text,
-            "seed": self.seed(agent, "base"),
-        }
-        return {
-            "base": self.add(f"base-{agent.name}", self.compute(prompts.pretrain_base), settings, {"data": self.data})
-        }
-
-    # --- policies -------------------------------------------------------------------------------------------
-
-    def imitate(
-        self,
-        agent: AgentSettings,
-        policy: str,
-        start: StageName | None,
-        examples: tuple[StageName, str],
-        side: str,
-    ) -> StageName | None:
-        """SFT of an initial policy, unless the recipe brings it ready."""
-        if getattr(agent, policy) is not None:
-            return None
-        optim = getattr(self.training(agent), policy)
-        folder, file = examples
-        settings = self.policy_settings(agent, ready=agent.positive if policy == "negative" else None) | {
-            "optim": optim.model_dump(mode="json"),
-            "tuning": agent.tuning.model_dump(mode="json"),
-            "file": file,
-            "side": side,
-            "seed": self.seed(agent, policy),
-        }
-        inputs = self.base(agent) | {"examples": folder} | ({"policy": start} if start else {})
-        return self.add(f"init-{agent.name}-{policy}", self.compute(agents.imitate), settings, inputs)
-
-    def prefer(self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName) -> StageName:
-        """DPO from the previous policy, which is also the frozen reference."""
-        settings = self.policy_settings(agent, ready=agent.positive if start is None else None) | {
-            "optim": self.training(agent).preference.model_dump(mode="json"),
-            "tuning": agent.tuning.model_dump(mode="json"),
-            "seed": self.seed(agent, f"iteration {t}"),
-        }
-        inputs = self.base(agent) | {"pairs": chosen} | ({"policy": start} if start else {})
-        return self.add(f"iter{t}-{agent.name}-train", self.compute(agents.prefer), settings, inputs)
-
-    # --- generation -----------------------------------------------------------------------------------------
-
-    def answer(self, agent: AgentSettings, policy: str, t: int, start: StageName | None, draw: int = 0) -> StageName:
-        """The agent's policy answers the student half; `draw` > 0 asks for fresh noise."""
-        settings = self.policy_settings(agent, ready=getattr(agent, policy) if start is None else None) | {
-            "sampling": self.recipe.sampling.model_dump(mode="json"),
-            "policy_name": policy if draw == 0 else f"{policy}/{draw}",
-            "seed": self.recipe.seed,
-        }
-        inputs = self.base(agent) | {"data": self.data} | ({"policy": start} if start else {})
-        stage = f"init-{agent.name}" if t == 0 else f"iter{t}-{agent.name}"
-        name = f"{stage}-answer" if policy == "positive" else f"{stage}-bad-answer"
-        return self.add(name, self.compute(agents.answer), settings, inputs)
-
-    def previous_answer(self, agent: AgentSettings, t: int, positive: Policies) -> StageName | None:
-        """The agent's own positive sample of iteration t-1, where an ablation asks for it."""
-        recipe = self.recipe
-        if recipe.positives.source != "own" and recipe.negatives.source != "previous-positive":
-            return None
-        draw = 1 if recipe.positives.source == "own" and recipe.negatives.source == "previous-positive" else 0
-        return self.answer(agent, "positive", t - 1, positive[agent.name], draw=draw)
-
-    # --- selection and pairs --------------------------------------------------------------------------------
-
-    def weak_labels(self, answers: dict[str, StageName]) -> StageName:
-        rule = self.recipe.initial.weak_label
-        settings = {"weak_label": rule, "seed": self.recipe.seed}
-        inputs = {"data": self.data}
-        if rule == "min-perplexity":
-            inputs["scores"] = self.score(self.student, 0, None, answers)
-        else:
-            names = [rule] if rule in answers else list(answers)
-            inputs |= {f"answers:{name}": answers[name] for name in names}
-        return self.add("init-weak-labels", positives.weak_labels, settings, inputs)
-
-    def weak_negative_labels(self, bad_answers: dict[str, StageName]) -> StageName:
-        inputs = {"data": self.data} | {f"answers:{name}": stage for name, stage in bad_answers.items()}
-        return self.add("init-weak-negatives", negatives.weak_negative_labels, {"seed": self.recipe.seed}, inputs)
-
-    def score(
-        self, agent: AgentSettings, t: int, start: StageName | None, answers: Mapping[str, StageName]
-    ) -> StageName:
-        """Perplexity of every candidate under the agent's policy (t = 0: under its base model)."""
-        ready = agent.positive if start is None and t > 0 else None
-        inputs = self.base(agent) | {"data": self.data} | ({"policy": start} if start else {})
-        inputs |= {f"answers:{name}": stage for name, stage in answers.items()}
-        name = f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score"
-        return self.add(name, self.compute(positives.score_candidates), self.policy_settings(agent, ready), inputs)
-
-    def negatives_for(
-        self,
-        agent: AgentSettings,
-        t: int,
-        negative: Policies,
-        bad_answers: dict[str, StageName],
-        previous: StageName | None,
-    ) -> dict[str, StageName]:
-        """Where the agent's negative answers come from (`negatives.source`, `negatives.refresh`)."""
-        source, student = self.recipe.negatives.source, self.student
-        if source == "previous-positive":
-            assert previous is not None
-            return {agent.name: previous}
-        if source == "own":
-            donors = [agent]
-        else:
-            donors = list(self.teachers) if agent is student else [student]
-        if not self.recipe.negatives.refresh:
-            return {donor.name: bad_answers[donor.name] for donor in donors}
-        return {d.name: self.answer(d, "negative", t, negative[d.name], draw=t) for d in donors}
-
-    def student_pairs(self, t: int, scores: StageName, bad: dict[str, StageName]) -> StageName:
-        settings = {"selection": self.recipe.positives.selection, "seed": self.recipe.seed}
-        inputs = {"data": self.data, "scores": scores} | {f"negatives:{name}": stage for name, stage in bad.items()}
-        return self.add(f"iter{t}-{self.student.name}-select", pairs.student_pairs, settings, inputs)
-
-    def teacher_pairs(
-        self, teacher: AgentSettings, t: int, source: StageName | None, bad: dict[str, StageName]
-    ) -> StageName:
-        assert source is not None
-        inputs = {"data": self.data, f"positives:{teacher.name}": source}
-        inputs |= {f"negatives:{name}": stage for name, stage in bad.items()}
-        return self.add(f"iter{t}-{teacher.name}-pairs", pairs.teacher_pairs, {"seed": self.recipe.seed}, inputs)
-
-    # --- evaluation -----------------------------------------------------------------------------------------
-
-    def evaluate_all(self, t: int, positive: Policies) -> None:
-        for agent in (*self.teachers, self.student):
-            self.evaluate(agent, t, positive[agent.name], self.role(agent))
-
-    def evaluate(self, agent: AgentSettings, t: int, policy: StageName | None, role: Role) -> None:
-        recipe = self.recipe
-        common = self.base(agent) | {"data": self.data}
-        reference_ready = agent.positive if agent.model is None and agent.init is None else None
-        base_logps = self.add(
-            f"eval-{agent.name}-base",
-            self.compute(heldout.judge_base),
-            self.policy_settings(agent, ready=reference_ready),
-            common,
-        )
-        label = "ceiling" if role == "ceiling" else agent.name
-        settings = self.policy_settings(agent, ready=agent.positive if policy is None else None) | {
-            "sampling": (recipe.evaluation.sampling or recipe.sampling).model_dump(mode="json"),
-            "policy_name": "test",
-            "role": role,
-            "iteration": t,
-            "beta": self.training(agent).preference.beta,
-            "gold": recipe.data.world is not None,
-            "seed": recipe.seed,
-        }
-        inputs = common | {"base_logps": base_logps} | ({"policy": policy} if policy else {})
-        stage = self.add(f"eval-{label}-iter{t}", self.compute(heldout.evaluate_policy), settings, inputs)
-        self.plan.points.append(Point(self.arm, label, role, t, policy, stage))
-
-    def ceiling(self) -> None:
-        """The student trained on human answers: the one that may read the student half's."""
-        human = self.add("human-answers", prompts.human_answers, self._data_settings(), {})
-        student = self.student
-        settings = self.policy_settings(student) | {
-            "optim": self.training(student).positive.model_dump(mode="json"),
-            "tuning": student.tuning.model_dump(mode="json"),
-            "file": "student.jsonl",
-            "side": "chosen",
-            "seed": self.seed(student, "positive"),
-        }
-        inputs = self.base(student) | {"examples": human}
-        policy = self.add("ceiling", self.compute(agents.imitate), settings, inputs)
-        self.evaluate(student, 0, policy, "ceiling")
-
-    # --- shared ---------------------------------------------------------------------------------------------
-
-    def role(self, agent: AgentSettings) -> Role:
-        return "student" if agent is self.student else "teacher"
-
-    def training(self, agent: AgentSettings) -> Any:
-        return self.recipe.student_training if agent is self.student else self.recipe.teacher_training
-
-    def template(self, agent: AgentSettings) -> str:
-        return agent.template or self.recipe.template
-
-    def seed(self, agent: AgentSettings, purpose: str) -> int:
-        """A seed of its own for every agent and purpose, the same in every arm."""
-        return derived_seed(self.recipe.seed, agent.name, purpose)
-
-    def policy_settings(self, agent: AgentSettings, ready: str | None = None) -> dict[str, Any]:
-        """What every stage depends on that loads one of the agent's policies."""
-        recipe = self.recipe
-        settings: dict[str, Any] = {
-            "agent": {
-                "name": agent.name,
-                "model": agent.model or agent.positive or f"base-{agent.name}",
-                "template": self.template(agent),
-                "eos_token": agent.eos_token,
-                "special_text": recipe.data.special_text,
-                "context_tokens": recipe.context_tokens,
-                "max_prompt_tokens": recipe.context_tokens - recipe.sampling.max_new_tokens,
-                "long_prompt": recipe.data.long_prompt,
-                "trust_remote_code": recipe.trust_remote_code,
-            },
-            "dtype": recipe.compute.dtype,
-        }
-        paths = [agent.model or (agent.positive if agent.init is None else None), ready]
-        settings["weights"] = {path: fingerprint_model(path) for path in paths if path}
-        return settings | ({"ready": ready} if ready else {})
-
-    def compute(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Bind where a stage runs; not part of its key."""
-        return functools.partial(function, self.recipe.compute)
-
-    def add(
-        self, name: str, run: Callable[..., None], settings: Mapping[str, Any], inputs: Mapping[str, StageName]
-    ) -> StageName:
-        full_name = f"{self.arm}.{name}" if self.arm else name
-        kind = getattr(run, "func", run)
-        return self.plan.graph.add(Stage(full_name, run, settings, inputs, COSTS.get(kind, 1.0)))

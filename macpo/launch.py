@@ -18,10 +18,11 @@ from macpo.engine.parallel import World
 from macpo.engine.runner import Runner
 from macpo.evaluate import AgentHistory, build_summary
 from macpo.findings import table
-from macpo.iteration import Plan, build_plan
+from macpo.iteration import build_plan
 from macpo.planning import disk_needed
 from macpo.report import write_report
 from macpo.run_folder import RunFolder
+from macpo.steps import Plan
 
 GRAPH_BUILDER = "macpo.iteration:build_graph"
 

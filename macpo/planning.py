@@ -21,7 +21,8 @@ from macpo.engine.files import free_bytes
 from macpo.engine.loading import local_folder, read_json_object
 from macpo.engine.pretrain import llama_shape
 from macpo.engine.stages import Stage
-from macpo.iteration import Plan, build_plan
+from macpo.iteration import build_plan
+from macpo.steps import Plan
 
 FLOP_PER_S = {"cpu": 4.0e10, "cuda": 3.0e14}
 """Assumed useful FLOP/s of one CPU thread, and of one H100-class GPU in bfloat16 at about 40% utilisation."""

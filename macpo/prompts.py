@@ -18,6 +18,7 @@ from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.pretrain import build_model, document_groups, read_corpus, save_base, train_tokenizer
 from macpo.engine.records import Example, Pair, read_records, write_records
+from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
 
 
@@ -41,10 +42,16 @@ def read_sources(settings: dict[str, Any], teachers: dict[str, str | None], seed
         return Sources(labels, made.student, made.test, made.documents, {})
     assert data.path is not None
     pairs, counts = load_preferences(
-        data.path, format=data.format, columns=data.columns, split=data.split, preference=data.preference
+        data.path, format=data.format, columns=data.columns, split=data.split, subset=data.subset, preference=data.preference
     )
     parts = split(pairs, teacher=data.teacher_prompts, student=data.student_prompts, test=data.test_prompts, seed=seed)
-    labels = {name: parts.teacher if own is None else load_preferences(own)[0] for name, own in teachers.items()}
+    reserved = {pair.prompt.id for pair in (*parts.student, *parts.test)}
+    labels = {name: parts.teacher for name in teachers}
+    for name, own in teachers.items():
+        if own is not None:  # the teacher's own data must not overlap with prompts that are kept from it
+            theirs, _ = load_preferences(own)
+            labels[name] = [pair for pair in theirs if pair.prompt.id not in reserved]
+            counts[f"{name}_overlap_dropped"] = len(theirs) - len(labels[name])
     documents = [Example(p.prompt, text) for p in parts.rest for text in (p.chosen, p.rejected)]
     return Sources(labels, parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
 
@@ -99,6 +106,7 @@ def pretrain_base(compute: ComputeSettings, ctx: StageContext) -> None:
         world=ctx.world,
         should_stop=ctx.stop_requested,
         progress=ctx.name,
+        trackers=Trackers(compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
     )
     if ctx.world.is_main:
         save_base(model, tokenizer, ctx.dir / "model")
