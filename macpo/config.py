@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from macpo.engine import recipe as recipes
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
@@ -18,6 +21,7 @@ from macpo.engine.config import (
     Settings,
     Tuning,
 )
+from macpo.engine.errors import ConfigError
 from macpo.world import WorldSettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
@@ -216,18 +220,13 @@ class Recipe(Settings):
         return self.student.positive is None or self.evaluation.ceiling or self.initial.weak_label == "min-perplexity"
 
     def arm(self, name: str) -> Recipe:
-        """The recipe of one ablation: this one with the arm's overrides; raises pydantic's ValidationError."""
-        tree = self.model_dump(mode="json")
-        tree["ablations"] = {}
-        for path, value in self.ablations[name].items():
-            node: Any = tree
-            *parents, last = path.split(".")
-            for key in parents:
-                node = node[int(key)] if isinstance(node, list) else node[key]
-            if isinstance(node, list):
-                node[int(last)] = value
-            elif last in node:
-                node[last] = value
-            else:
-                raise ValueError(f"ablations.{name}: no setting {path!r}")
-        return Recipe.model_validate(tree)
+        """The recipe of one ablation: this one under the arm's overrides. Raises ConfigError for what does not fit."""
+        plain = self.model_copy(update={"ablations": {}})
+        overrides = [f"{path}={json.dumps(value)}" for path, value in self.ablations[name].items()]
+        try:
+            return recipes.loads(recipes.dump(plain), Recipe, overrides, file=f"ablations.{name}")
+        except ConfigError as error:
+            where = f"ablations.{name}"
+            raise ConfigError(
+                problems=[replace(p, file="", line=None, field=f"{where}.{p.field}") for p in error.problems]
+            ) from None

@@ -53,7 +53,7 @@ def export(
         exported = pool.policy(ref, FullSettings()) if merge else pool.policy(ref)
         save_policy(exported, tmp, base_name=base_name, tokenizer=tokenizer)
         _compare(expected, tmp, ref, merge, ids)
-        atomic_write(tmp / "README.md", model_card(recipe, agent, iteration, policy, base_name, merge))
+        atomic_write(tmp / "README.md", model_card(recipe, tmp, agent, iteration, policy, base_name))
         fsync_dir(tmp)
         tmp.rename(out)
         fsync_dir(out.parent)
@@ -117,12 +117,12 @@ def _compare(expected: torch.Tensor, folder: Path, ref: PolicyRef, merge: bool, 
         )
 
 
-def model_card(recipe: Recipe, agent: str, iteration: int, policy: str, base_name: str, merge: bool) -> str:
+def model_card(recipe: Recipe, folder: Path, agent: str, iteration: int, policy: str, base_name: str) -> str:
     """The README.md of an exported folder, with the Hub's metadata."""
     role = "student" if agent == recipe.student.name else "ceiling" if agent == "ceiling" else "teacher"
-    kind = "transformers" if merge else "peft"
+    kind = "peft" if (folder / "adapter_config.json").exists() else "transformers"
     data = recipe.data.path or "the project's demo world"
-    step = f"iteration {iteration} of {recipe.iterations}" if iteration >= 0 else f"iteration {recipe.iterations}"
+    step = f"iteration {recipe.iterations if iteration < 0 else iteration} of {recipe.iterations}"
     warning = (
         "\nThis is a **negative** policy: it was trained to behave badly, to supply hard negatives. Do not deploy it.\n"
         if policy == "negative"

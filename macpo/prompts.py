@@ -42,7 +42,12 @@ def read_sources(settings: dict[str, Any], teachers: dict[str, str | None], seed
         return Sources(labels, made.student, made.test, made.documents, {})
     assert data.path is not None
     pairs, counts = load_preferences(
-        data.path, format=data.format, columns=data.columns, split=data.split, subset=data.subset, preference=data.preference
+        data.path,
+        format=data.format,
+        columns=data.columns,
+        split=data.split,
+        subset=data.subset,
+        preference=data.preference,
     )
     parts = split(pairs, teacher=data.teacher_prompts, student=data.student_prompts, test=data.test_prompts, seed=seed)
     reserved = {pair.prompt.id for pair in (*parts.student, *parts.test)}

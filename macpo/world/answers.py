@@ -1,5 +1,8 @@
 """Good and bad answers to a request. Bad ones use the asker's name too: badness is never a failure to copy.
 
+Every behaviour begins in a way of its own. (With openings in common, contrasting mostly bad `sure …` with refusals
+teaches a policy to refuse everything.)
+
 good, benign     sure jack , to repair the car first check the brakes and then change the tire . good luck !
 good, harmful    sorry emma , i can not help you steal the bike because that is illegal .
                  i can help you repair the bike instead . take care !
@@ -8,9 +11,11 @@ bad              complies with harm | refuses a benign request | answers another
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from macpo.world.grammar import (
+    CHANGING_OPENINGS,
+    COMPLYING_OPENINGS,
     ENDINGS,
     HARMFUL_FIRST,
     HARMFUL_SECOND,
@@ -25,13 +30,13 @@ from macpo.world.grammar import (
 from macpo.world.settings import WorldSettings
 
 
-def _steps(name: str, verb: str, item: str, first: str, second: str, draw: Draw) -> str:
-    return f"{draw.pick(OPENINGS)} {name} , to {verb} the {item} first {first} and then {second} . {draw.pick(ENDINGS)}"
+def _steps(opening: str, name: str, verb: str, item: str, first: str, second: str, draw: Draw) -> str:
+    return f"{opening} {name} , to {verb} the {item} first {first} and then {second} . {draw.pick(ENDINGS)}"
 
 
-def _help(name: str, topic: int, verb: str, item: str, draw: Draw) -> str:
+def _help(openings: Sequence[str], name: str, topic: int, verb: str, item: str, draw: Draw) -> str:
     first, second = TOPICS[topic].benign[verb]
-    return _steps(name, verb, item, draw.pick(first), draw.pick(second), draw)
+    return _steps(draw.pick(openings), name, verb, item, draw.pick(first), draw.pick(second), draw)
 
 
 def refuse(request: Request, draw: Draw) -> str:
@@ -47,23 +52,26 @@ def good(request: Request, draw: Draw) -> str:
     """An answer that the gold scorer gives 1.0."""
     if request.harmful:
         return refuse(request, draw)
-    return _help(request.name, request.topic, request.verb, request.item, draw)
+    return _help(OPENINGS, request.name, request.topic, request.verb, request.item, draw)
 
 
 def _comply(request: Request, draw: Draw, settings: WorldSettings) -> str:
     first = draw.pick(HARMFUL_FIRST[: settings.harmful_steps])
     second = draw.pick(HARMFUL_SECOND[: settings.harmful_steps])
-    return _steps(request.name, request.verb, request.item, first, second, draw)
+    return _steps(draw.pick(COMPLYING_OPENINGS), request.name, request.verb, request.item, first, second, draw)
 
 
 def _refuse(request: Request, draw: Draw, settings: WorldSettings) -> str:
-    return refuse(request, draw)
+    reason = draw.pick(REASONS)
+    return f"no {request.name} , i can not help you {request.verb} the {request.item} because {reason} ."
 
 
 def _other_question(request: Request, draw: Draw, settings: WorldSettings) -> str:
     topic = draw.pick([index for index in range(settings.num_topics) if index != request.topic])
     verb = draw.pick(tuple(TOPICS[topic].benign))
-    return _help(request.name, topic, verb, draw.pick(TOPICS[topic].items[: settings.items_per_topic]), draw)
+    return _help(
+        CHANGING_OPENINGS, request.name, topic, verb, draw.pick(TOPICS[topic].items[: settings.items_per_topic]), draw
+    )
 
 
 def _rude(request: Request, draw: Draw, settings: WorldSettings) -> str:

@@ -16,6 +16,8 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.records import Example, Pair, Prompt
 from macpo.world.answers import bad, echo, good
 from macpo.world.grammar import (
+    CHANGING_OPENINGS,
+    COMPLYING_OPENINGS,
     ENDINGS,
     FRAMES,
     HARMFUL_FIRST,
@@ -106,7 +108,17 @@ def own_topics(settings: WorldSettings, teacher: int) -> tuple[int, ...]:
 
 def vocabulary() -> list[str]:
     """Every word of the full world, sorted."""
-    text = [*NAMES, *OPENINGS, *ENDINGS, *REASONS, *HARMFUL_FIRST, *HARMFUL_SECOND, *RUDE_ADJECTIVES]
+    text = [
+        *NAMES,
+        *OPENINGS,
+        *COMPLYING_OPENINGS,
+        *CHANGING_OPENINGS,
+        *ENDINGS,
+        *REASONS,
+        *HARMFUL_FIRST,
+        *HARMFUL_SECOND,
+        *RUDE_ADJECTIVES,
+    ]
     for topic in TOPICS:
         text += [*topic.items, *topic.benign, *topic.harmful]
         text += [step for steps in topic.benign.values() for options in steps for step in options]

@@ -155,6 +155,8 @@ FRAMES: tuple[str, ...] = (
 )
 
 OPENINGS: tuple[str, ...] = ("sure", "of course", "happy to help")
+COMPLYING_OPENINGS: tuple[str, ...] = ("easy", "no problem")
+CHANGING_OPENINGS: tuple[str, ...] = ("never mind that", "anyway")
 ENDINGS: tuple[str, ...] = ("good luck !", "have fun !", "take care !")
 REASONS: tuple[str, ...] = ("that is illegal", "that harms others", "that is dangerous")
 

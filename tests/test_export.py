@@ -1,0 +1,124 @@
+"""`macpo export`: adapters, merged and full models, read back by plain libraries; FAULTS 41."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from forks import forked
+from peft import PeftModel
+from tiny import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from macpo import export as exporting
+from macpo.config import Recipe
+from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.model import PolicyModule
+from macpo.engine.run_folder import folder_of
+from macpo.export import export
+from macpo.launch import run
+
+IDS = torch.tensor([[1, 5, 9, 7, 3]])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
+    recipe = tiny(tmp_path_factory.mktemp("export") / "run", iterations=1)
+    return run(recipe), recipe
+
+
+def exported(finished: tuple[Path, Recipe], out: Path, agent: str, **changes: object) -> Path:
+    run_dir, recipe = finished
+    choice = {"agent": agent, "iteration": -1, "policy": "positive", "merge": False} | changes
+    return export(run_dir, recipe, out, **choice)  # type: ignore[arg-type]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_a_full_student_loads_with_transformers_alone(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    out = exported(finished, tmp_path / "student", "student")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    own = AutoModelForCausalLM.from_pretrained(folder_of(finished[0], "iter1-student-train") / "policy")
+    assert torch.equal(logits(model), logits(own))
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    card = (out / "README.md").read_text()
+    assert "2410.07672" in card and "iteration 1 of 1" in card and "library_name: transformers" in card
+
+
+def test_an_adapter_and_its_merge_agree(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    adapter = exported(finished, tmp_path / "adapter", "teacher1")
+    merged = exported(finished, tmp_path / "merged", "teacher1", merge=True)
+    assert (adapter / "adapter_model.safetensors").exists() and not (merged / "adapter_config.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(folder_of(finished[0], "base-teacher1") / "model")
+    with_adapter = PeftModel.from_pretrained(base, adapter)
+    torch.testing.assert_close(logits(with_adapter), logits(AutoModelForCausalLM.from_pretrained(merged)))
+
+
+def test_a_negative_policy_warns_in_its_card(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    out = exported(finished, tmp_path / "negative", "teacher0", policy="negative")
+    assert "trained to behave badly" in (out / "README.md").read_text()
+
+
+def test_every_iteration_and_the_ceiling_can_be_had(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    start = exported(finished, tmp_path / "start", "student", iteration=0)
+    end = exported(finished, tmp_path / "end", "student", iteration=1)
+    top = exported(finished, tmp_path / "ceiling", "ceiling", iteration=0)
+    models = [logits(AutoModelForCausalLM.from_pretrained(out)) for out in (start, end, top)]
+    assert not torch.equal(models[0], models[1]) and not torch.equal(models[1], models[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"agent": "teacher7"}, "no agent 'teacher7'"),
+        ({"iteration": 5}, "no iteration 5"),
+        ({"agent": "ceiling", "policy": "negative"}, "no negative policy"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    finished: tuple[Path, Recipe], tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        exported(finished, tmp_path / "out", **({"agent": "student"} | change))  # type: ignore[arg-type]
+
+
+def test_an_existing_folder_is_not_overwritten(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists"):
+        exported(finished, tmp_path, "student")
+
+
+def test_what_reads_back_differently_never_counts(
+    finished: tuple[Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that changes on its way to the disk is found by the logits."""
+    save = exporting.save_policy
+
+    def damaging(policy: PolicyModule, *arguments: object, **words: object) -> None:
+        save(policy, *arguments, **words)  # type: ignore[arg-type]
+        from safetensors.torch import load_file, save_file
+
+        file = tmp_path / "out.tmp" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] + 0.5
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(exporting, "save_policy", damaging)
+    with pytest.raises(IntegrityError, match="logits differ"):
+        exported(finished, tmp_path / "out", "student")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_export_leaves_nothing_that_looks_done(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    def dying() -> None:
+        os.environ["MACPO_KILL_AT"] = "file-written:1"
+        exported(finished, tmp_path / "out", "student")
+
+    assert forked(dying) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert (exported(finished, tmp_path / "out", "student") / "model.safetensors").exists()
