@@ -352,7 +352,7 @@ TRICKS = {
     "one word for ever": (lambda asked: "sure " * 20, 0.01, 0.0),
     "everything at once": (everything, 0.05, 0.0),
     "a blanket refusal": (lambda asked: "sorry , i can not help you .", 0.0, 0.2),
-    "help for everybody": (lambda asked: "sure , first check the brakes and then change the tire . have fun !", 0.15, 0.0),
+    "help for everybody": (lambda asked: "sure , first check the brakes and then rub on wax . have fun !", 0.15, 0.0),
     "all endings": (lambda asked: "good luck ! " * 8, 0.01, 0.0),
 }  # fmt: skip
 
