@@ -120,8 +120,12 @@ class InitSettings(Settings):
     """`word`: one token a blank-separated word; `bpe`: byte-level byte-pair encoding."""
     vocab_size: PositiveInt = 2048
     """Upper bound on the size of the trained vocabulary."""
+    initializer_range: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the random matrices; default 1 / sqrt(hidden_size)."""
     corpus: str = "data"
     """`data` (documents that the dataset sets aside for pretraining) or the path of a text file, a document a line."""
+    learn: Literal["all", "answers"] = "all"
+    """Tokens of a dialogue that pretraining predicts: `all`, or only the `answers`; plain text always whole."""
     pretrain: PretrainSettings = PretrainSettings()
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """The errors a person meets: one line each, a remedy, and an exit code per kind.
 
-    error: FILE:LINE: FIELD: problem. Fix: remedy.
+error: FILE:LINE: FIELD: problem. Fix: remedy.
 """
 
 from __future__ import annotations

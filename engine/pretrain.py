@@ -65,6 +65,7 @@ def llama_shape(settings: InitSettings, vocab_size: int | None = None) -> LlamaC
         num_attention_heads=settings.num_heads,
         num_key_value_heads=settings.num_kv_heads or settings.num_heads,
         max_position_embeddings=settings.context,
+        initializer_range=settings.initializer_range or settings.hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -83,18 +84,24 @@ def build_model(settings: InitSettings, tokenizer: PreTrainedTokenizerBase, seed
         return LlamaForCausalLM(config).float()
 
 
-def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int) -> list[PrefixGroup]:
+def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int, learn: str = "all") -> list[PrefixGroup]:
     """Documents as groups of at most max_tokens tokens: prompt = the first token, one response = the rest.
 
     An Example without messages is plain text, another one its rendered dialogue; EOS follows where it is finished.
     A longer document goes on in further groups, each beginning with the last token of the one before, so that every
     token but a document's first is predicted exactly once. Documents of one token are left out.
+    With learn = "answers" a dialogue is its prompt and one response instead, so only the answer is predicted.
     Raises ConfigError for max_tokens below 2, DataError if nothing is left.
     """
     if max_tokens < 2:
         raise ConfigError(f"got {max_tokens}", "allow at least 2 tokens", field="init.context")
     groups = []
     for document in documents:
+        if learn == "answers" and document.prompt.messages:
+            answer = [(document.answer, document.finished)]
+            group = chat.group(document.prompt.messages, answer, max_tokens=max_tokens)
+            groups += [group] if group is not None else []
+            continue
         ids = chat.document_ids(document.prompt.messages, document.answer, document.finished)
         for start in range(0, len(ids) - 1, max_tokens - 1):
             groups.append(PrefixGroup(ids[start : start + 1], [ids[start + 1 : start + max_tokens]]))

@@ -66,18 +66,18 @@ def _factory(name: str) -> Factory:
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"use tensorboard or module:function, not {name!r}")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), function)
 
 
 class _TensorBoard:
     def __init__(self, stage: str, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard" / stage))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / "tensorboard" / stage))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -29,7 +29,7 @@ def runner(kind: str) -> Callable[..., None]:
     found = {point.name: point for point in entry_points(group="macpo.recipes")}
     if kind not in found:
         raise ConfigError(f"no package runs recipes of kind {kind!r}", f"one of {sorted(found)}", field="--recipe")
-    return found[kind].load()  # type: ignore[no-any-return]
+    return found[kind].load()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

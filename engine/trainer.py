@@ -25,8 +25,8 @@ from macpo.engine.objectives import Objective
 from macpo.engine.optim import Optimizer, learning_rate
 from macpo.engine.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.parallel import World
-from macpo.engine.trackers import Trackers
 from macpo.engine.plan import Plan, fingerprint, share
+from macpo.engine.trackers import Trackers
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from macpo.engine.compute import model_pool
 from macpo.engine.config import ComputeSettings, OptimSettings, PreferenceSettings, SamplingSettings, Tuning
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, generate_waves
-from macpo.engine.model import PolicyModule, PolicyRef, save_policy
+from macpo.engine.model import PolicyModule, PolicyRef, check_vocab, save_policy
 from macpo.engine.objectives import preference, sft
 from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
@@ -88,9 +88,12 @@ def encode(
     return groups, kept
 
 
-def load_policy(compute: ComputeSettings, ctx: StageContext) -> PolicyModule:
-    """The stage's policy for generation and scoring."""
-    return model_pool(compute, ctx.settings["agent"]["trust_remote_code"]).policy(policy_ref(ctx))
+def load_policy(compute: ComputeSettings, ctx: StageContext, tuning: Tuning | None = None) -> PolicyModule:
+    """The stage's policy, for use (tuning None) or to train; its embedding has a row for every token."""
+    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
+    policy = pool.policy(policy_ref(ctx), tuning, seed=ctx.settings["seed"] if tuning is not None else 0)
+    check_vocab(policy.base, agent_chat(ctx).tokenizer)
+    return policy
 
 
 def _learn(
@@ -102,9 +105,7 @@ def _learn(
     ref_chosen: Sequence[float | None] | None = None,
 ) -> None:
     """Train a copy of the stage's policy on `groups` and save it as `policy/`."""
-    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
-    seed = ctx.settings["seed"]
-    policy = pool.policy(policy_ref(ctx), TUNING.validate_python(ctx.settings["tuning"]), seed=seed)
+    policy = load_policy(compute, ctx, TUNING.validate_python(ctx.settings["tuning"]))
     objective = sft()
     if isinstance(optim, PreferenceSettings):
         assert ref_chosen is not None
@@ -114,7 +115,7 @@ def _learn(
         groups,
         objective,
         optim,
-        seed=seed,
+        seed=ctx.settings["seed"],
         workdir=ctx.dir,
         ids=ids,
         world=ctx.world,

@@ -95,7 +95,7 @@ def policy_ref(
 @torch.no_grad()
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     device = next(model.parameters()).device
-    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
+    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
 
 
 def _compare(expected: torch.Tensor, folder: Path, ref: PolicyRef, merge: bool, ids: torch.Tensor) -> None:
@@ -103,10 +103,9 @@ def _compare(expected: torch.Tensor, folder: Path, ref: PolicyRef, merge: bool, 
     if (folder / "adapter_config.json").exists() and not merge:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(load_causal_lm(ref.base), str(folder)).eval()
+        got = _logits(PeftModel.from_pretrained(load_causal_lm(ref.base), str(folder)).eval(), ids)
     else:
-        model = load_causal_lm(folder)
-    got = _logits(model, ids)
+        got = _logits(load_causal_lm(folder), ids)
     error = (got - expected).abs().max().item()
     limit = MAX_LOGIT_ERROR * max(1.0, expected.abs().max().item())
     if not error <= limit:

@@ -32,24 +32,25 @@ def macpo(steps: Steps) -> None:
     bad_answers[student.name] = steps.answer(student, "negative", 0, negative[student.name])
     steps.evaluate_all(0, positive)
 
+    own_samples = recipe.positives.source == "own"  # an ablation: nobody learns from another agent's answers
     for t in range(1, recipe.iterations + 1):
         if student.train:  # the student learns from the teachers' best answers against its own bad habits
-            previous = steps.previous_answer(student, t, positive)
-            source = {student.name: previous} if recipe.positives.source == "own" else answers
-            scores = steps.score(student, t, positive[student.name], source)
-            bad = steps.negatives_for(student, t, negative, bad_answers, previous)
-            chosen = steps.student_pairs(t, scores, bad)
-            positive[student.name] = steps.prefer(student, t, positive[student.name], chosen)
+            candidates = {student.name: steps.own_sample(student, t, positive)} if own_samples else answers
+            scores = steps.score(student, t, positive[student.name], candidates)
+            bad = steps.negatives_for(student, t, positive, negative, bad_answers)
+            positive[student.name] = steps.prefer(
+                student, t, positive[student.name], steps.student_pairs(t, scores, bad)
+            )
         if recipe.mutual_learning:  # then every teacher learns from the student's answers
+            student_answers = steps.answer(student, "positive", t, positive[student.name])
             learners = [teacher for teacher in teachers if teacher.train]
             for teacher in learners:
-                previous = steps.previous_answer(teacher, t, positive)
-                own = recipe.positives.source == "own"
-                source = previous if own else steps.answer(student, "positive", t, positive[student.name])
-                bad = steps.negatives_for(teacher, t, negative, bad_answers, previous)
-                chosen = steps.teacher_pairs(teacher, t, source, bad)
-                positive[teacher.name] = steps.prefer(teacher, t, positive[teacher.name], chosen)
-            if t < recipe.iterations and recipe.positives.source == "mutual":
+                good = steps.own_sample(teacher, t, positive) if own_samples else student_answers
+                bad = steps.negatives_for(teacher, t, positive, negative, bad_answers)
+                positive[teacher.name] = steps.prefer(
+                    teacher, t, positive[teacher.name], steps.teacher_pairs(teacher, t, good, bad)
+                )
+            if t < recipe.iterations and not own_samples:
                 answers |= {k.name: steps.answer(k, "positive", t, positive[k.name]) for k in learners}
         steps.evaluate_all(t, positive)
 

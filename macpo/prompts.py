@@ -51,7 +51,7 @@ def read_sources(settings: dict[str, Any], teachers: dict[str, str | None], seed
     )
     parts = split(pairs, teacher=data.teacher_prompts, student=data.student_prompts, test=data.test_prompts, seed=seed)
     reserved = {pair.prompt.id for pair in (*parts.student, *parts.test)}
-    labels = {name: parts.teacher for name in teachers}
+    labels = dict.fromkeys(teachers, parts.teacher)
     for name, own in teachers.items():
         if own is not None:  # the teacher's own data must not overlap with prompts that are kept from it
             theirs, _ = load_preferences(own)
@@ -100,7 +100,7 @@ def pretrain_base(compute: ComputeSettings, ctx: StageContext) -> None:
     tokenizer = train_tokenizer(documents, init, s["template"])
     chat = Chat(tokenizer, s["template"], special_text=s["special_text"])
     model = build_model(init, tokenizer, s["seed"])
-    groups = document_groups(chat, documents, init.context)
+    groups = document_groups(chat, documents, init.context, init.learn)
     result = train(
         PolicyModule(model),
         groups,

@@ -134,15 +134,11 @@ class Steps:
         }
         inputs = self.base(agent) | {"data": self.data} | ({"policy": start} if start else {})
         stage = f"init-{agent.name}" if t == 0 else f"iter{t}-{agent.name}"
-        name = f"{stage}-answer" if policy == "positive" else f"{stage}-bad-answer"
+        name = f"{stage}-bad-answer" if policy == "negative" else f"{stage}-answer{'-again' if draw else ''}"
         return self.add(name, self.compute(agents.answer), settings, inputs)
 
-    def previous_answer(self, agent: AgentSettings, t: int, positive: Policies) -> StageName | None:
-        """The agent's own positive sample of iteration t-1, where an ablation asks for it."""
-        recipe = self.recipe
-        if recipe.positives.source != "own" and recipe.negatives.source != "previous-positive":
-            return None
-        draw = 1 if recipe.positives.source == "own" and recipe.negatives.source == "previous-positive" else 0
+    def own_sample(self, agent: AgentSettings, t: int, positive: Policies, draw: int = 0) -> StageName:
+        """The agent's own positive answers of iteration t-1."""
         return self.answer(agent, "positive", t - 1, positive[agent.name], draw=draw)
 
     # --- selection and pairs --------------------------------------------------------------------------------
@@ -176,20 +172,18 @@ class Steps:
         self,
         agent: AgentSettings,
         t: int,
+        positive: Policies,
         negative: Policies,
         bad_answers: dict[str, StageName],
-        previous: StageName | None,
     ) -> dict[str, StageName]:
         """Where the agent's negative answers come from (`negatives.source`, `negatives.refresh`)."""
-        source, student = self.recipe.negatives.source, self.student
-        if source == "previous-positive":
-            assert previous is not None
-            return {agent.name: previous}
-        if source == "own":
-            donors = [agent]
-        else:
-            donors = list(self.teachers) if agent is student else [student]
-        if not self.recipe.negatives.refresh:
+        recipe, student = self.recipe, self.student
+        source = recipe.negatives.source
+        if source == "previous-positive":  # fresh noise where the same samples are the positives
+            return {agent.name: self.own_sample(agent, t, positive, draw=int(recipe.positives.source == "own"))}
+        others = list(self.teachers) if agent is student else [student]
+        donors = [agent] if source == "own" else others
+        if not recipe.negatives.refresh:
             return {donor.name: bad_answers[donor.name] for donor in donors}
         return {d.name: self.answer(d, "negative", t, negative[d.name], draw=t) for d in donors}
 
@@ -198,11 +192,8 @@ class Steps:
         inputs = {"data": self.data, "scores": scores} | {f"negatives:{name}": stage for name, stage in bad.items()}
         return self.add(f"iter{t}-{self.student.name}-select", pairs.student_pairs, settings, inputs)
 
-    def teacher_pairs(
-        self, teacher: AgentSettings, t: int, source: StageName | None, bad: dict[str, StageName]
-    ) -> StageName:
-        assert source is not None
-        inputs = {"data": self.data, f"positives:{teacher.name}": source}
+    def teacher_pairs(self, teacher: AgentSettings, t: int, good: StageName, bad: dict[str, StageName]) -> StageName:
+        inputs = {"data": self.data, f"positives:{teacher.name}": good}
         inputs |= {f"negatives:{name}": stage for name, stage in bad.items()}
         return self.add(f"iter{t}-{teacher.name}-pairs", pairs.teacher_pairs, {"seed": self.recipe.seed}, inputs)
 

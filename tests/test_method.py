@@ -24,6 +24,7 @@ from macpo.engine.stopping import StopFlag
 from macpo.iteration import build_plan
 from macpo.launch import run
 from macpo.pairs import teacher_pairs
+from macpo.prompts import read_sources
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 
 def test_every_agent_is_evaluated_at_every_iteration(finished: tuple[Path, Recipe]) -> None:
-    run_dir, recipe = finished
+    run_dir, _ = finished
     summary = json.loads((run_dir / "summary.json").read_text())
     for name in ("teacher0", "teacher1", "student"):
         scores = summary["agents"][name]["scores"]
@@ -141,6 +142,7 @@ ARMS = {
     "own-positives": {"positives.source": "own"},
     "weak-negatives": {"negatives.source": "other"},
     "spin-negatives": {"negatives.source": "previous-positive"},
+    "own-against-own": {"positives.source": "own", "negatives.source": "previous-positive"},
     "no-mutual": {"mutual_learning": False},
     "fresh-negatives": {"negatives.refresh": True},
     "filtered-labels": {"initial.weak_label": "min-perplexity", "iterations": 0},
@@ -173,6 +175,7 @@ def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) 
     shared = folder_of(with_arms, "own-positives.init-student-answer")  # both arms need the same samples
     own = {row["prompt_id"]: row["text"] for _, row in read_jsonl(shared / "responses.jsonl")}
     assert all(own[p.prompt.id] == p.rejected for p in spin)
+    assert all(p.chosen_by == p.rejected_by == "student" for p in pairs("own-against-own.iter1-student-select"))
     fresh = {p.prompt.id: p.rejected for p in pairs("fresh-negatives.iter1-student-select")}
     main = {p.prompt.id: p.rejected for p in pairs("iter1-student-select")}
     assert any(fresh[i] != main[i] for i in fresh.keys() & main.keys())
@@ -219,6 +222,31 @@ def test_ready_agents_bring_their_policies(finished: tuple[Path, Recipe], tmp_pa
     assert first["gold"] == last["gold"]
     trained = folder_of(out, "iter1-student-train") / "policy"
     assert (trained / "adapter_model.safetensors").exists(), "LoRA is the default tuning"
+
+
+def test_agents_with_different_tokenizers_exchange_text(finished: tuple[Path, Recipe]) -> None:
+    """FAULTS 16: teacher1 speaks byte-level BPE, the others words; only text passes between them."""
+    run_dir, _ = finished
+    sizes = {
+        name: len(load_tokenizer(folder_of(run_dir, f"base-{name}") / "model")) for name in ("teacher1", "student")
+    }
+    assert sizes["teacher1"] != sizes["student"]
+    given = {row["text"] for _, row in read_jsonl(folder_of(run_dir, "init-teacher1-answer") / "responses.jsonl")}
+    scored = read_jsonl(folder_of(run_dir, "iter1-student-score") / "candidates.jsonl")
+    assert given == {c["text"] for _, row in scored for c in row["candidates"] if c["by"] == "teacher1"}
+
+
+def test_a_teachers_own_data_loses_the_reserved_prompts(tmp_path: Path) -> None:
+    """FAULTS 10: what the student half and the test set hold is dropped from it, and counted."""
+    rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(40)]
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(path), "teacher_prompts": 8, "student_prompts": 6, "test_prompts": 5}
+    sources = read_sources(data, {"teacher0": None, "teacher1": str(path)}, seed=0)
+    reserved = {pair.prompt.id for pair in (*sources.student, *sources.test)}
+    assert len(sources.teachers["teacher0"]) == 8 and len(sources.teachers["teacher1"]) == 40 - 11
+    assert not reserved & {pair.prompt.id for pair in sources.teachers["teacher1"]}
+    assert sources.counts["teacher1_overlap_dropped"] == 11
 
 
 def test_sources_need_a_corpus(tmp_path: Path) -> None:

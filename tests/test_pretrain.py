@@ -205,3 +205,19 @@ def test_bad_corpora_are_named(tmp_path: Path, name: str, content: bytes, kind: 
         read_corpus(tmp_path / name)
     with pytest.raises(ConfigError, match="no file"):
         read_corpus(tmp_path / "missing.txt")
+
+
+def test_dialogues_can_be_learnt_by_their_answers_alone() -> None:
+    documents = [Example(Prompt.of("who is it ?"), "it is me ."), Example(Prompt.of(()), "plain text")]
+    settings = InitSettings(hidden_size=16, num_heads=2, tokenizer="word", vocab_size=64)
+    chat = Chat(train_tokenizer(documents, settings), "vicuna")
+    dialogue, plain = document_groups(chat, documents, 64, learn="answers")
+    assert dialogue.prompt_ids == chat.prompt_ids(documents[0].prompt.messages)
+    assert dialogue.responses == [chat.answer_ids("it is me .")]
+    assert plain.prompt_ids == [chat.bos_id] and len(plain.responses[0]) == 3
+
+
+def test_initial_weights_have_unit_scale_by_default() -> None:
+    """With tied embeddings and std 0.02, small models learn to copy many times later (LOG.md)."""
+    assert llama_shape(InitSettings(hidden_size=64)).initializer_range == 0.125
+    assert llama_shape(InitSettings(hidden_size=64, initializer_range=0.02)).initializer_range == 0.02

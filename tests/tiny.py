@@ -1,4 +1,4 @@
-"""A recipe of the whole method that runs in seconds: two small teachers, one student, two iterations."""
+"""A recipe of the whole method that runs in seconds: two small teachers with different tokenizers, one student."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from macpo.config import Recipe
 OPTIM = {"learning_rate": 3e-3, "batch": 8, "save_every_steps": 3}
 
 
-def init(hidden_size: int) -> dict[str, Any]:
+def init(hidden_size: int, tokenizer: str = "word") -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
         "num_layers": 1,
         "num_heads": 2,
         "context": 64,
-        "tokenizer": "word",
+        "tokenizer": tokenizer,
+        "vocab_size": 400,
         "pretrain": OPTIM | {"max_documents": 60},
     }
 
@@ -40,7 +41,7 @@ def tiny(output: Path, **changes: Any) -> Recipe:
         "iterations": 2,
         "teachers": [
             {"init": init(16), "tuning": {"type": "full"}},
-            {"init": init(24), "tuning": {"type": "lora", "rank": 2, "target_modules": "all-linear"}},
+            {"init": init(24, "bpe"), "tuning": {"type": "lora", "rank": 2, "target_modules": "all-linear"}},
         ],
         "student": {"init": init(32), "tuning": {"type": "full"}},
         "teacher_training": {"positive": OPTIM, "negative": OPTIM, "preference": OPTIM | {"learning_rate": 1e-3}},
