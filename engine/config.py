@@ -144,7 +144,7 @@ class ComputeSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 on GPUs and float32 on CPUs."""
     jobs: PositiveInt = 1
-    """Stages that may run at once, each in a process of its own (single-node CPU runs)."""
+    """Stages that may run at once, each in a process of its own; under torchrun the ranks share each stage instead."""
     threads: PositiveInt | None = None
     """CPU threads of each process; part of what makes CPU results equal to the bit."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None

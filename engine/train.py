@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from macpo.engine.console import run_cli
 from macpo.engine.errors import ConfigError
-from macpo.engine.parallel import World, init_from_env
+from macpo.engine.parallel import World, finish, init_from_env
 
 
 def runner(kind: str) -> Callable[..., None]:
@@ -46,13 +46,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace) -> None:
     world: World = init_from_env(arguments.timeout)
-    runner(arguments.recipe)(
-        arguments.config,
-        arguments.overrides,
-        world=world,
-        rerun_stale=arguments.rerun_stale,
-        from_stage=arguments.from_stage,
-    )
+    try:
+        runner(arguments.recipe)(
+            arguments.config,
+            arguments.overrides,
+            world=world,
+            rerun_stale=arguments.rerun_stale,
+            from_stage=arguments.from_stage,
+        )
+    finally:
+        finish()
 
 
 @record

@@ -12,7 +12,7 @@ import torch
 from macpo import __version__
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.parallel import World
 from macpo.engine.runner import Runner
@@ -36,7 +36,13 @@ def run_recipe(
     from_stage: str | None = None,
 ) -> Path:
     """Entry point of `macpo run` and `torchrun engine/train.py`: the recipe of a file, run to its end."""
-    return run(load(path, overrides), world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+    world = world or World.current()
+    try:
+        recipe = load(path, overrides)
+    except MacpoError as error:
+        error.relayed = not world.is_main  # type: ignore[attr-defined]  # every rank finds it, one says it
+        raise
+    return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -66,7 +72,7 @@ def runner_of(
         world=world,
         rerun_stale=rerun_stale,
         from_stage=from_stage,
-        jobs=compute.jobs,
+        jobs=compute.jobs if world is None or world.size == 1 else 1,  # ranks share every stage instead
         threads=compute.threads,
         build=(GRAPH_BUILDER, recipe.model_dump(mode="json")),
     )
