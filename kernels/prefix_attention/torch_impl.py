@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macpo.kernels.prefix_attention.segments import Segments, visible
+from macpo.kernels.prefix_attention.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,26 @@ def _plan(segments: Segments, window: int | None, dtype: torch.dtype) -> list[_B
 
 
 def _bucket(segments: Segments, spans: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> _Bucket:
+    """The rule of `segments.visible` for all groups of a bucket at once; a padding query sees itself alone."""
     device = segments.prefix_start.device
+    start_b1 = torch.tensor([start for start, _ in spans], device=device)[:, None]
+    size_b1 = torch.tensor([stop - start for start, stop in spans], device=device)[:, None]
     length = max(stop - start for start, stop in spans)
-    # A padding query sees itself alone: softmax of an empty row would be NaN.
-    allowed = torch.eye(length, dtype=torch.bool, device=device).repeat(len(spans), 1, 1)
-    for index, (start, stop) in enumerate(spans):
-        allowed[index, : stop - start, : stop - start] = visible(segments, start, stop, window)
+    place_l = torch.arange(length, device=device)
+    real_bl = place_l < size_b1
+    index_bl = (start_b1 + place_l).clamp_max(segments.num_tokens - 1)
+
+    def local(mark_t: Tensor, padding: Tensor) -> Tensor:
+        """A mark of every token, counted from its group's start: [b, l, 1]."""
+        return torch.where(real_bl, mark_t[index_bl] - start_b1, padding)[:, :, None]
+
+    never = torch.zeros_like(place_l)
+    in_prefix = (place_l >= local(segments.prefix_start, never)) & (place_l < local(segments.prefix_end, never))
+    allowed = (place_l <= place_l[:, None]) & (in_prefix | (place_l >= local(segments.segment_start, place_l)))
+    if window is not None:
+        position_bl = torch.where(real_bl, segments.positions()[index_bl], 0)
+        allowed &= position_bl[:, :, None] - position_bl[:, None, :] < window
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
-    tokens = torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
-    slots = torch.cat([torch.arange(stop - start, device=device) + i * length for i, (start, stop) in enumerate(spans)])
-    full = tokens.numel() == len(spans) * length
-    return _Bucket(tokens, slots, len(spans), length, full, mask[:, None])
+    tokens = index_bl[real_bl]
+    slots = real_bl.flatten().nonzero()[:, 0]
+    return _Bucket(tokens, slots, len(spans), length, tokens.numel() == len(spans) * length, mask[:, None])
