@@ -15,14 +15,13 @@ import pytest
 import toy_run
 
 from macpo.engine import manifest as manifests
-from macpo.engine.console import run_cli
-from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError, Stopped
-from macpo.engine.execute import StageContext, pack_error, unpack_error
+from macpo.engine.errors import ConfigError, IntegrityError, Stopped
+from macpo.engine.execute import StageContext
 from macpo.engine.locks import LOCK, Holder, RunLock, start_time
 from macpo.engine.manifest import Manifest
 from macpo.engine.run_folder import RunFolder
 from macpo.engine.runner import Runner
-from macpo.engine.stages import Graph, Stage, canonical, changes
+from macpo.engine.stages import Graph, Stage
 
 ALL = ["data", "a1", "b1", "join1", "a2", "b2", "join2"]
 
@@ -50,64 +49,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(finished: Path, tmp_path: Path) -> Path:
     """A finished run that the test may damage; time stamps survive the copy."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-# The graph
-
-
-def test_equal_stages_are_one_and_different_ones_may_not_share_a_name() -> None:
-    graph = toy_run.build({})
-    twin = Stage("arm-a1", toy_run.transform, {"i": 1, "salt": "s"}, {"data": "data"})
-    assert graph.add(twin) == "a1" and len(graph.stages) == 7
-    assert graph.add(Stage("tuple", toy_run.join, {"x": (1, 2)})) == graph.add(Stage("y", toy_run.join, {"x": [1, 2]}))
-    with pytest.raises(ConfigError, match="two different stages are called 'a1'"):
-        graph.add(Stage("a1", toy_run.transform, {"i": 9}, {"data": "data"}))
-    with pytest.raises(ValueError, match="needs 'nobody'"):
-        graph.add(Stage("c", toy_run.join, {}, {"x": "nobody"}))
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "../a", "a b", ".a", "a.tmp", "é"])
-def test_stage_names_are_safe_file_names(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a stage"):
-        Graph().add(Stage(name, toy_run.join, {}))
-
-
-def test_identity_depends_on_function_settings_and_inputs_only() -> None:
-    def identity(run: Any = toy_run.transform, seed: int = 1, alias: str = "data", name: str = "x") -> str:
-        graph = Graph()
-        graph.add(Stage("data", toy_run.make_data, {"seed": seed}))
-        return graph.identity(graph.add(Stage(name, run, {"salt": "s"}, {alias: "data"})))
-
-    assert identity() == identity(name="other")
-    assert len({identity(), identity(toy_run.join), identity(seed=2), identity(alias="rows")}) == 4
-
-
-@pytest.mark.parametrize("bad", [{"x": float("nan")}, {"x": Path("p")}, {1: 2}, {"x": {1, 2}}])
-def test_settings_must_be_json(bad: dict) -> None:
-    with pytest.raises(ValueError, match=r"JSON|range|compliant"):
-        Graph().add(Stage("x", toy_run.join, bad))
-
-
-def test_urgency_and_downstream() -> None:
-    graph = toy_run.build({"extra": True})
-    assert graph.downstream(["a2"]) == ["a2", "join2"]
-    assert graph.downstream(["join1"]) == ["join1", "a2", "b2", "join2"]
-    assert graph.urgency()["data"] == 5 and graph.urgency()["extra"] == 1 and graph.urgency()["a1"] == 4
-    with pytest.raises(ConfigError, match="did you mean 'join1'"):
-        graph.stage("joni1")
-
-
-def test_changes_name_the_leaves() -> None:
-    before = {"a": {"lr": 1e-5, "gone": 1}, "l": [1, 2], "m": [1]}
-    now = {"a": {"lr": 2e-5, "new": "x"}, "l": [1, 3], "m": [1, 2]}
-    assert changes(before, now) == [
-        "a.lr: 1e-05 -> 2e-05",
-        "a.gone: 1 -> removed",
-        'a.new: new -> "x"',
-        "l.1: 2 -> 3",
-        "m: [1] -> [1, 2]",
-    ]
-    assert changes(before, json.loads(canonical(before))) == []
 
 
 # Run and resume
@@ -411,38 +352,3 @@ def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot write into the output folder") as caught:
             run(bad)
         assert caught.value.code == 2
-
-
-# Errors and exit codes
-
-
-def test_errors_survive_the_way_between_processes() -> None:
-    for error in (ConfigError("a", "b", file="f", line=3, field="x"), ResourceError("c"), Stopped("d", "e")):
-        back = unpack_error(json.loads(json.dumps(pack_error(error))))
-        assert type(back) is type(error) and str(back) == str(error) and back.code == error.code
-
-
-def test_run_cli_codes_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(error: BaseException) -> Any:
-        def command() -> None:
-            raise error
-
-        return command
-
-    import errno
-
-    assert run_cli(lambda: None) == 0
-    full = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
-    cases: list[tuple[BaseException, int]] = [(ConfigError("c"), 2), (MacpoError("m"), 1), (full, 4)]
-    cases += [(PermissionError(errno.EACCES, "denied", "/x"), 2), (OSError(errno.EROFS, "read-only", "/x"), 2)]
-    cases += [(KeyboardInterrupt(), 75), (Stopped("s"), 75), (KeyError("bug"), 1), (FileNotFoundError(2, "gone"), 1)]
-    for error, code in cases:
-        assert run_cli(fail(error)) == code
-        text = capsys.readouterr().err
-        assert text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
-    assert run_cli(fail(KeyError("two\nlines"))) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-    assert run_cli(fail(KeyError("bug")), debug=True) == 1
-    assert "Traceback" in capsys.readouterr().err
-    two = ConfigError(problems=[*ConfigError("a").problems, *ConfigError("b").problems])
-    assert run_cli(fail(two)) == 2 and capsys.readouterr().err == "error: a.\nerror: b.\n"
