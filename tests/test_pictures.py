@@ -12,8 +12,8 @@ from macpo.evaluate import AgentHistory, build_summary
 ROOT = Path(__file__).parent.parent
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "bench" / "make_pictures.py")
+def load(name="make_pictures"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,3 +39,11 @@ def test_demo_picture_of_several_runs(tmp_path):
     labels = {"".join(node.itertext()) for node in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")}
     assert {"teacher0", "student", "ceiling", "iteration", "gold score"} <= labels
     assert "var(--" not in text and "#0102" not in text  # real colours outside a page
+
+
+def test_the_readme_shows_the_committed_result():
+    """Its numbers are those that `macpo demo --seeds` wrote, nothing is typed by hand."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    claims = (ROOT / "docs" / "demo-claims.txt").read_text(encoding="utf-8")
+    assert "95% interval" in claims
+    assert load("update_readme").replaced(readme, claims) == readme
