@@ -15,7 +15,7 @@ from pathlib import Path
 from macpo.charts import by_iteration, mean_summary
 from macpo.claims import shared_metric
 from macpo.engine.files import atomic_write
-from macpo.run_folder import RunFolder
+from macpo.run_reader import RunReader
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -94,7 +94,7 @@ def loop_svg() -> str:
 
 def demo_svg(runs: Sequence[Path]) -> str:
     """Every agent's headline score by iteration, the mean over the runs, as a standalone SVG."""
-    summaries = [RunFolder(run).summary for run in runs]
+    summaries = [RunReader(run).summary for run in runs]
     metric = shared_metric(summaries)
     summary = mean_summary(summaries, metric) if len(summaries) > 1 else summaries[0]
     return by_iteration(summary, [metric], inline=False) + "\n"

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.compute import model_pool
 from macpo.engine.config import ComputeSettings, OptimSettings, PreferenceSettings, SamplingSettings, Tuning
+from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, generate_waves
 from macpo.engine.model import PolicyModule, PolicyRef, check_vocab, save_policy
@@ -70,7 +71,7 @@ def encode(
     """(prompt, answers) -> shared-prefix groups and the indices of the items that have one.
 
     A prompt keeps the room `max_prompt_tokens` whatever its answers are, so that an answer is scored and
-    trained after the very same prompt tokens.
+    trained after the very same prompt tokens. Raises DataError (3) if no item is left.
     """
     agent = ctx.settings["agent"]
     groups, kept = [], []
@@ -85,6 +86,13 @@ def encode(
         if group is not None:
             groups.append(group)
             kept.append(index)
+    if not groups:
+        raise DataError(
+            f"none of {len(items)} prompts is left: each is longer than the {agent['max_prompt_tokens']} tokens that "
+            f"context_tokens ({agent['context_tokens']}) leaves it",
+            "raise context_tokens, or set data.long_prompt to truncate",
+            field=ctx.name,
+        )
     return groups, kept
 
 

@@ -11,7 +11,7 @@ from macpo.claims import Claim
 from macpo.evaluate import LABELS, Agents, mean_and_se, of_role
 from macpo.findings import score_rows
 from macpo.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
-from macpo.run_folder import Curves
+from macpo.run_reader import Curves
 
 MOST_STAGES = 32
 

@@ -16,7 +16,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write
 from macpo.launch import run
 from macpo.report import write_seeds_report
-from macpo.run_folder import RunFolder
+from macpo.run_reader import RunReader
 
 
 def demo_recipe(overrides: Sequence[str] = (), *, ablations: bool = False) -> Recipe:
@@ -65,7 +65,7 @@ def run_seeds(seeds: Sequence[int], out: Path, overrides: Sequence[str] = (), *,
         folder = out / f"seed-{seed}"
         recipe = demo_recipe([*overrides, f"seed={seed}", f"output={json.dumps(str(folder))}"], ablations=True)
         run(recipe, rerun_stale=rerun_stale)
-        summaries.append(RunFolder(folder).summary)
+        summaries.append(RunReader(folder).summary)
     found = claims(summaries)
     report = write_seeds_report(out, summaries, found)
     print(claims_table(found, summaries[0]["metric"]))

@@ -21,7 +21,7 @@ from macpo.findings import table
 from macpo.iteration import build_plan
 from macpo.planning import disk_needed
 from macpo.report import write_report
-from macpo.run_folder import RunFolder
+from macpo.run_reader import RunReader
 from macpo.steps import Plan
 
 GRAPH_BUILDER = "macpo.iteration:build_graph"
@@ -104,7 +104,7 @@ def run(
 
 def summarise(recipe: Recipe, plan: Plan, run_dir: Path) -> None:
     """Write `summary.json` from the committed evaluations."""
-    folder = RunFolder(run_dir)
+    folder = RunReader(run_dir)
     found = {evaluation.folder.name: evaluation.metrics() for evaluation in folder.all_evaluations}
     histories: dict[str, dict[str, AgentHistory]] = {}
     for point in plan.points:
@@ -129,5 +129,5 @@ def summarise(recipe: Recipe, plan: Plan, run_dir: Path) -> None:
 
 def show(run_dir: Path, write: Callable[[str], None] = print) -> None:
     """The table of every agent's score by iteration, and where the report is."""
-    write(table(RunFolder(run_dir).summary))
+    write(table(RunReader(run_dir).summary))
     write(f"\nreport: {run_dir / 'report.html'}")

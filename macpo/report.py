@@ -21,7 +21,7 @@ from macpo.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluate import LABELS, headline_metric
 from macpo.findings import headline, score_rows, signed, table
-from macpo.run_folder import Evaluation, RunFolder, sample
+from macpo.run_reader import Evaluation, RunReader, sample
 
 __all__ = ["table", "write_report", "write_seeds_report"]
 
@@ -38,7 +38,7 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
 
     Raises DataError for a folder that does not exist or a file in it that cannot be read.
     """
-    run = RunFolder(run_dir)
+    run = RunReader(run_dir)
     page = _environment().get_template("report.html.j2").render(_context(run, planned))
     return _write(run.path / "report.html", page)
 
@@ -113,7 +113,7 @@ def number(value: Any, name: str = "") -> str:
     return f"{value:.1f}" if name == "mean_words" else f"{value:.3f}"
 
 
-def _context(run: RunFolder, planned: Sequence[str]) -> dict[str, Any]:
+def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
     summary = run.summary
     metric = headline_metric(summary)
     lead, findings = headline(summary)
@@ -153,7 +153,7 @@ def _metric_names(summary: Mapping[str, Any]) -> list[str]:
     return [name for name in [*LABELS, *rest] if name in have and not name.endswith("_se")]
 
 
-def _answers(run: RunFolder) -> list[dict[str, Any]]:
+def _answers(run: RunReader) -> list[dict[str, Any]]:
     """Test prompts with every agent's answer at its first and at its last iteration."""
     ends: dict[str, list[Evaluation]] = {}
     for evaluation in sorted(run.evaluations, key=lambda e: e.iteration):
@@ -171,7 +171,7 @@ def _answers(run: RunFolder) -> list[dict[str, Any]]:
     return [case for _, case in sorted(cases.items())][:NUM_ANSWERS]
 
 
-def _selections(run: RunFolder) -> list[dict[str, Any]]:
+def _selections(run: RunReader) -> list[dict[str, Any]]:
     """By iteration: how often each teacher's answer was kept, and a few prompts with all candidates."""
     found = []
     for iteration, stage in run.selections():
@@ -208,7 +208,7 @@ def _prompts(path: Path, wanted: set[str]) -> dict[str, Any]:
     return {row["prompt_id"]: row["prompt"] for _, row in read_jsonl(path) if row["prompt_id"] in wanted}
 
 
-def _pairs(run: RunFolder) -> list[dict[str, Any]]:
+def _pairs(run: RunReader) -> list[dict[str, Any]]:
     """A few training pairs of every stage that wrote some, with their number."""
     found = []
     for stage in run.pair_files():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from macpo.agents import likelihoods
+from macpo.agents import agent_chat, encode, likelihoods
 from macpo.config import Recipe
 from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.compute import model_pool
@@ -247,6 +247,26 @@ def test_a_teachers_own_data_loses_the_reserved_prompts(tmp_path: Path) -> None:
     assert len(sources.teachers["teacher0"]) == 8 and len(sources.teachers["teacher1"]) == 40 - 11
     assert not reserved & {pair.prompt.id for pair in sources.teachers["teacher1"]}
     assert sources.counts["teacher1_overlap_dropped"] == 11
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    """FAULTS 11: dropped by policy with a count; an error of the data if none is left."""
+    run_dir, recipe = finished
+    settings = next(s for s in build_plan(recipe).graph.stages if s.name == "init-teacher0-positive").settings
+    prompts = [Prompt.of("short words"), Prompt.of("word " * 80)]
+    items = [(prompt, [("an answer", True)]) for prompt in prompts]
+
+    def kept(policy: str, chosen: list[tuple[Prompt, list[tuple[str, bool]]]]) -> list[int]:
+        agent = settings["agent"] | {"long_prompt": policy}
+        inputs = {"base": folder_of(run_dir, "base-teacher0")}
+        context = StageContext("init-teacher0-positive", {"agent": agent}, tmp_path, inputs, StopFlag())
+        return encode(context, agent_chat(context), chosen)[1]
+
+    assert kept("truncate", items) == [0, 1] and kept("drop", items) == [0]
+    with pytest.raises(DataError, match="none of 1 prompts is left"):
+        kept("drop", items[1:])
+    with pytest.raises(DataError, match="tokens"):
+        kept("error", items)
 
 
 def test_sources_need_a_corpus(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Curves:
         return "margin" in self.columns
 
 
-class RunFolder:
+class RunReader:
     """A run's folder as the report sees it."""
 
     def __init__(self, path: Path) -> None:
