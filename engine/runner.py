@@ -37,6 +37,7 @@ class Runner:
     changed.
     `jobs`: stages at once, each in a worker process with `threads` CPU threads; needs `build`, from which a worker
     makes the same graph. Neither changes the results' bits, except `threads` itself.
+    `began`: called once (rank 0) when the folder is held and nothing in it is refused, before the first stage.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Runner:
         threads: int | None = None,
         build: Build | None = None,
         log: Callable[[str], None] | None = None,
+        began: Callable[[], None] | None = None,
     ) -> None:
         if jobs > 1 and world is not None and world.size > 1:
             raise ConfigError("jobs > 1 cannot be combined with several ranks", "set compute.jobs to 1", field="jobs")
@@ -58,7 +60,7 @@ class Runner:
             raise ValueError('jobs > 1 needs build=("module:function", config)')
         self.folder_of_run = RunFolder(Path(run_dir))
         self.graph, self.world, self.jobs, self.threads, self.build = graph, world, jobs, threads, build
-        self.from_stage, self.rerun_stale = from_stage, rerun_stale
+        self.from_stage, self.rerun_stale, self.began = from_stage, rerun_stale, began
         self.log = log or (lambda message: print(message, file=sys.stderr, flush=True))
         self.digests: dict[str, str] = {}
         self.redoable: set[str] = set()
@@ -109,6 +111,8 @@ class Runner:
             self.log(f"goes on with the rerun from {self.from_stage}")
         elif again:
             self._discard(again)
+        if self.began is not None:
+            self.began()
 
     def _is_rerun_under_way(self) -> bool:
         note = self.folder_of_run.path / RERUN

@@ -148,9 +148,12 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from macpo import launch
+    from macpo.iteration import build_plan
     from macpo.report import write_report
 
-    print(f"report: {write_report(arguments.run)}")
+    stages = build_plan(launch.load(arguments.run)).graph.stages
+    print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages])}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

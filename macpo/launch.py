@@ -94,11 +94,12 @@ def run(
     if needed is not None and world.is_main:
         require_free(run_dir, needed, "the run (estimated)")
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+    runner.began = lambda: atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
     runner.run()
     if world.is_main:
-        atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
         summarise(recipe, plan, run_dir)
         write_report(run_dir)
+    world.barrier()
     return run_dir
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
+from forks import forked
 from tiny import tiny
 
 from macpo.cli import main
@@ -60,6 +63,21 @@ def test_from_init_to_export(recipe: Path, tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "student" / "model.safetensors").exists()
 
 
+def test_an_unfinished_run_has_status_and_report(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dying() -> None:
+        os.environ["MACPO_KILL_AT"] = "stage-committed:12"
+        macpo("run", recipe)
+
+    assert forked(dying) == -signal.SIGKILL
+    assert macpo("status", tmp_path / "run") == 0
+    states = re.findall(r"^(\w+)", capsys.readouterr().out, re.M)
+    assert states.count("done") == 12 and states.count("pending") == len(states) - 12
+    assert macpo("report", tmp_path / "run") == 0
+    assert "iter1-student-train" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_init_writes_a_commented_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert macpo("init", tmp_path / "mine.yaml", "--like", "demo") == 0
     assert (tmp_path / "mine.yaml").read_text() == (RECIPES / "demo.yaml").read_text()
@@ -103,7 +121,7 @@ def test_wrong_settings_end_with_2_before_any_model(
     ("words", "code", "said"),
     [
         (("run", "nowhere.yaml"), 2, "no recipe"),
-        (("report", "nowhere"), 3, "no such run folder"),
+        (("report", "nowhere"), 2, "no recipe"),
         (("demo", "--seeds", "5-3"), 2, "--seeds"),
     ],
 )
@@ -116,7 +134,7 @@ def test_missing_data_and_models_hint_at_being_offline(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FAULTS 5."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets at import
     assert macpo("run", recipe, "--set", "data={path: missing/file.jsonl}") == 2
     assert "missing/file.jsonl" in capsys.readouterr().err
     assert macpo("run", recipe, "--set", "student={model: nobody/no-such-model}") == 2
