@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 from macpo.config import AgentSettings, Recipe
 from macpo.engine.chat import Chat, boundary_mismatches, load_tokenizer
@@ -14,13 +14,6 @@ from macpo.engine.records import Example, Pair
 from macpo.prompts import Sources, read_sources
 
 NUM_MEASURED = 200
-
-
-@dataclass(frozen=True, slots=True)
-class _Voice:
-    agent: AgentSettings
-    chat: Chat
-    vocabulary: tuple[int, int | None]  # tokens of the tokenizer, embedding rows
 
 
 def check(recipe: Recipe, examples: int = 2) -> Iterator[str]:
@@ -36,10 +29,15 @@ def check(recipe: Recipe, examples: int = 2) -> Iterator[str]:
             yield f"data: {count:,} {name.replace('_', ' ')}"
     sample = next(iter(sources.teachers.values()))[:NUM_MEASURED]
     chats: dict[str, Chat] = {}
+    shown: dict[str, str] = {}  # digest of tokenizer and template -> the agent whose tokens were shown
     for agent in (*recipe.teachers, recipe.student):
         chat = agent_chat(agent, recipe, sources, chats)
         yield ""
         yield from _about(agent, chat, recipe, sample)
+        if chat.digest in shown:
+            yield f"  examples: the same tokens as {shown[chat.digest]}'s"
+            continue
+        shown[chat.digest] = agent.name
         for pair in sample[:examples]:
             yield from _marked(chat, pair, recipe)
 
@@ -67,7 +65,7 @@ def _used(documents: list[Example], init: InitSettings) -> list[Example]:
     return documents[: init.pretrain.max_documents]
 
 
-def _any_config(folder):  # type: ignore[no-untyped-def]
+def _any_config(folder: Path) -> Path:
     adapter = folder / "adapter_config.json"
     return adapter if adapter.exists() else folder / "config.json"
 

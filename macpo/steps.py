@@ -55,6 +55,7 @@ class Steps:
         self.recipe, self.plan, self.arm = recipe, plan, arm
         self.student = recipe.student
         self.teachers = recipe.active_teachers
+        self._fingerprints: dict[str, str] = {}
         self.data = self._data()
 
     # --- data and base models -------------------------------------------------------------------------------
@@ -275,7 +276,10 @@ class Steps:
             "dtype": recipe.compute.dtype,
         }
         paths = [agent.model or (agent.positive if agent.init is None else None), ready]
-        settings["weights"] = {path: fingerprint_model(path) for path in paths if path}
+        for path in filter(None, paths):
+            if path not in self._fingerprints:  # reading a large model once is enough
+                self._fingerprints[path] = fingerprint_model(path)
+        settings["weights"] = {path: self._fingerprints[path] for path in filter(None, paths)}
         return settings | ({"ready": ready} if ready else {})
 
     def compute(self, function: Callable[..., None]) -> Callable[..., None]:
