@@ -257,7 +257,7 @@ def test_parquet_holds_chat_messages_and_names_bad_rows(tmp_path: Path) -> None:
             b'[{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}]',
             r"x.json:1: prompt: lone surrogate U\+D800",
         ),
-        ("x.json.gz", gzip.compress(b"[]")[:-6], "damaged gzip"),
+        ("x.json.gz", gzip.compress(b"[]", mtime=0)[:-6], "damaged gzip"),
         ("x.json", b"[]", r"no preference pair is left \(it has no rows\)"),
         ("x.jsonl", b"", r"no preference pair is left \(it has no rows\)"),
         ("x.jsonl", json.dumps(PAIR | {"chosen": "bad"}).encode() + b"\n", r"is left \(rows=1, identical_dropped=1\)"),
