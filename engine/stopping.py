@@ -32,8 +32,8 @@ class StopFlag:
         self._old = {}
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        before, self.requested = self.requested, True  # first, for the next signal may come during the write
+        if before and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.requested and not self.quiet:
+        if not before and not self.quiet:
             os.write(2, b"stopping at the next safe point; Ctrl-C again aborts at once\n")  # print is not reentrant
-        self.requested = True
