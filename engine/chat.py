@@ -4,7 +4,7 @@
     group = chat.group(messages, [(chosen, True), (rejected, True)], max_tokens=1024)
 
 Every part is tokenised once, with add_special_tokens=False, and the parts are concatenated; nothing is ever tokenised
-again as a whole, so the shared prefix of a group is exactly the prompt (DESIGN.md, "shared-prefix group").
+again as a whole, so the shared prefix of a group is exactly the prompt.
 """
 
 from __future__ import annotations

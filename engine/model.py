@@ -60,7 +60,7 @@ class Head(NamedTuple):
 class PolicyModule(nn.Module):
     """A causal LM, with or without an adapter, as training and scoring use it.
 
-    It always runs in eval mode: no dropout anywhere, so that the reference is the policy itself (METHOD.md) and the
+    It always runs in eval mode: no dropout anywhere, so that the reference is the policy itself and the
     first DPO loss is ln 2.
 
     Args:

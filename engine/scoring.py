@@ -30,7 +30,7 @@ class ResponseScore:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean token NLL (METHOD.md); infinite where that overflows."""
+        """exp of the mean token NLL; infinite where that overflows."""
         mean_nll = -self.sum_logp / self.num_tokens
         return math.exp(mean_nll) if mean_nll < 700.0 else math.inf
 

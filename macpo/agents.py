@@ -199,7 +199,7 @@ def reference_logps(
     """Summed log-probs [num_groups, 2] float32 of (chosen, rejected) under the policy about to be trained.
 
     Where the scoring that chose the positive has left the chosen answer's log-prob, only the rejected one
-    is computed: the scorer was this very policy (METHOD.md "Consequences").
+    is computed: the scorer was this very policy.
     """
     jobs = [
         PrefixGroup(group.prompt_ids, group.responses if value is None else group.responses[1:])

@@ -14,7 +14,7 @@ COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "export"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, run, and exit with the code of FAULTS.md (0, 2 config, 3 data, 4 resources, 5 integrity, …)."""
+    """Parse, run, and exit with the exit code (0, 2 config, 3 data, 4 resources, 5 integrity, …)."""
     arguments = parser().parse_args(argv)
     sys.exit(run_cli(lambda: arguments.command(arguments), debug=arguments.debug))
 

@@ -28,7 +28,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=6
 
 
 class DataSettings(Settings):
-    """Preference data and its three disjoint sets of prompts (METHOD.md "Data")."""
+    """Preference data and its three disjoint sets of prompts."""
 
     path: str | None = None
     """A file, a folder in HH-RLHF's layout, or a Hub id."""

@@ -1,4 +1,4 @@
-"""Human preferences -> pairs, and their three disjoint sets of prompts (METHOD.md "Data").
+"""Human preferences -> pairs, and their three disjoint sets of prompts.
 
     pairs, counts = load_preferences("hh-rlhf/harmless-base")
     sets = split(pairs, teacher=5000, student=5000, test=2000, seed=0)

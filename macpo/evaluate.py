@@ -224,7 +224,7 @@ def of_role(agents: Agents, role: Role) -> dict[str, Mapping[str, Any]]:
 
 
 def best_initial_teacher(agents: Agents, metric: str) -> tuple[str, float] | None:
-    """Name and value of the teacher that scores best before any iteration: the `weak` of PGR (METHOD.md)."""
+    """Name and value of the teacher that scores best before any iteration: the `weak` of PGR."""
     starts = {name: first_and_last(agent, metric) for name, agent in of_role(agents, "teacher").items()}
     values = {name: value[0] for name, value in starts.items() if value is not None}
     return max(values.items(), key=lambda item: item[1]) if values else None

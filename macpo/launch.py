@@ -83,7 +83,7 @@ def run(
 ) -> Path:
     """Run every stage that is not done, then write summary and report; returns the run's folder.
 
-    Raises MacpoError with the exit code of FAULTS.md; a stopped run goes on with the same call.
+    Raises MacpoError with its exit code; a stopped run goes on with the same call.
     """
     world = world or World.current()
     if recipe.compute.threads is not None:

@@ -1,4 +1,4 @@
-"""Negative behaviour: which worse answer an agent is shown (METHOD.md "Hard negative behaviour construction")."""
+"""Negative behaviour: which worse answer an agent is shown."""
 
 from __future__ import annotations
 

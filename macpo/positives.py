@@ -1,4 +1,4 @@
-"""Positive behaviour: which better answer an agent is shown (METHOD.md "Mutual positive behaviour augmentation")."""
+"""Positive behaviour: which better answer an agent is shown."""
 
 from __future__ import annotations
 
