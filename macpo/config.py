@@ -27,6 +27,9 @@ from macpo.world import WorldSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
+_SIZES = ("teacher_prompts", "student_prompts", "test_prompts")
+
+
 class DataSettings(Settings):
     """Preference data and its three disjoint sets of prompts."""
 
@@ -59,6 +62,10 @@ class DataSettings(Settings):
     def _one_source(self) -> DataSettings:
         if (self.path is None) == (self.world is None):
             raise ValueError("give exactly one of `path` and `world`")
+        if self.world is not None:  # the world has sizes of its own
+            for name in ("format", "columns", "preference", "subset", "split", *_SIZES):
+                if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                    raise ValueError(f"{name} is for `path`; the world's settings are in `world`")
         return self
 
 
@@ -194,6 +201,10 @@ class Recipe(Settings):
         teachers = {teacher.name for teacher in self.teachers}
         if self.use_teachers is not None and (not self.use_teachers or set(self.use_teachers) - teachers):
             raise ValueError(f"use_teachers must name some of {sorted(teachers)}; got {list(self.use_teachers)}")
+        if self.student.data is not None:
+            raise ValueError("student.data is not read: the student learns from the teachers alone")
+        if self.data.world is not None and any(teacher.data is not None for teacher in self.teachers):
+            raise ValueError("teachers.data is for data.path; the world makes every teacher's labels")
         labels = {"random", "min-perplexity", *(teacher.name for teacher in self.active_teachers)}
         if self.initial.weak_label not in labels:
             raise ValueError(f"initial.weak_label must be one of {sorted(labels)}; got {self.initial.weak_label!r}")

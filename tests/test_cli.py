@@ -106,6 +106,9 @@ def test_print_config_is_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.C
         ("ablations={x: {positives.sauce: own}}", "positives.sauce"),  # 1, inside an arm
         ("compute.dtype=float8", "dtype"),  # 2
         ("teachers.0.name=student", "distinct"),  # 4
+        ("data.test_prompts=100", "test_prompts is for `path`"),  # 4: would be ignored
+        ("student.data=pairs.jsonl", "student.data is not read"),
+        ("teachers.0.data=pairs.jsonl", "teachers.data is for data.path"),
     ],
 )
 def test_wrong_settings_end_with_2_before_any_model(
