@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from macpo.kernels import native
+from macpo.kernels import native, triton_support
 
 Backend: TypeAlias = Literal["triton", "native", "torch"]
 
@@ -68,13 +68,16 @@ def explain(op: str, device: torch.device | str, backend: str | None = None) -> 
     if forced is None and os.environ.get("MACPO_BACKEND"):
         forced, source = _known(os.environ["MACPO_BACKEND"]), "MACPO_BACKEND"
     if forced is not None:
-        if forced == "triton" or forced in IMPLEMENTED[op]:
+        if forced in IMPLEMENTED[op]:
             return Choice(_checked(op, kind, forced), f"{source} forces {forced}")
         return Choice("torch", f"{source} forces {forced}, which {op} does not have")
-    if "native" not in IMPLEMENTED[op]:
-        return Choice("torch", f"{op} has no other backend")
     if kind != "cpu":
-        return Choice("torch", f"the native kernels are for CPU tensors, these are on {kind}")
+        why_not = triton_support.why_not(kind)
+        if "triton" in IMPLEMENTED[op] and not why_not:
+            return Choice("triton", f"{kind.upper()} tensors and Triton is installed")
+        return Choice("torch", why_not or f"{op} has no other backend for {kind} tensors")
+    if "native" not in IMPLEMENTED[op]:
+        return Choice("torch", f"{op} has no other backend for CPU tensors")
     if native.module is None:
         return Choice("torch", native.why_absent)
     return Choice("native", "CPU tensors and the native extension is built")
@@ -109,4 +112,6 @@ def _checked(op: str, kind: str, name: str) -> Backend:
         raise BackendError(f"{op} has no {backend!r} backend in this version; it has: {', '.join(IMPLEMENTED[op])}")
     if backend == "native" and kind != "cpu":
         raise BackendError(f"{op}: backend 'native' is for CPU tensors, these are on {kind}")
+    if backend == "triton" and (why_not := triton_support.why_not(kind)):
+        raise BackendError(f"{op}: backend 'triton' cannot be used: {why_not}")
     return backend

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from macpo.kernels import native
+from macpo.kernels import native, triton_support
 
 # Largest error allowed, relative to the float64 reference in the Euclidean norm. float32: sums of up to 1e3 terms,
 # unit roundoff 6e-8. 16-bit: outputs are rounded once (half a unit: 2e-3 and 2.4e-4) and gradients go through
@@ -17,6 +17,14 @@ NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(native.module is None, reason=native.why_absent or "native extension is built")
 )
 BACKENDS = ["torch", NATIVE]
+TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(
+        not triton_support.INSTALLED or not (torch.cuda.is_available() or triton_support.interpreted()),
+        reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
+    ),
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; the interpreter takes CPU tensors
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "value", floor: float = 0.0) -> None:
