@@ -1,0 +1,187 @@
+"""DPO loss and its gradient from hidden states and the head, beside every peer.
+
+    python -m bench.bench_pair_loss [--shapes small|issue|gpu] [--only SUBSTRING] [--repeats 15] [--json-dir DIR]
+    pytest bench/bench_pair_loss.py --benchmark-json=FILE
+
+The reference policy's log-probs are given to whoever takes them. Liger's fused DPO loss does not: it computes them
+from the reference's hidden states inside the call (4 head GEMMs where others do 3), and is timed without a reference
+besides, as its best case. Peers of one GEMM floor: a frozen head needs 2, a trainable one 3 (forward, dX, dW).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import head_peers
+from bench.cli import Spec, bench_one, run_bench
+from bench.device import gemm
+from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from bench.head_inputs import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
+from macpo.kernels import pair_loss
+
+OURS = "macpo pair_loss"
+LIGER = "Liger DPO"
+LIGER_FREE = "Liger DPO (reference-free)"
+PEERS = (OURS, *head_peers.per_token(torch.device("cpu")), LIGER, LIGER_FREE)
+
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    hidden: int
+    vocab: int
+    pairs: int
+    prompt: int = 0
+    """Prompt rows of each sequence, which Liger's loss takes (and masks) when it is called on whole sequences."""
+
+
+SHAPES: dict[str, list[tuple[Shape, torch.dtype, str, bool]]] = {
+    # (shape, dtype, kind of logits, trainable head)
+    "small": [
+        (Shape(32, 16, 97, 2, prompt=3), torch.float32, "text", False),
+        (Shape(32, 16, 97, 2), torch.bfloat16, "random", True),
+    ],
+    "issue": [
+        (Shape(1024, 512, 32000, 8), dtype, kind, trained)
+        for dtype, kind in ((torch.float32, "random"), (torch.bfloat16, "random"), (torch.float32, "text"))
+        for trained in (False, True)
+        if not (kind == "text" and trained)
+    ],
+    "gpu": [
+        *(
+            (Shape(rows, size, 128256, 16), torch.bfloat16, kind, trained)
+            for rows, size, kind, trained in (
+                *((4096, 4096, kind, trained) for kind in ("random", "text") for trained in (False, True)),
+                *((8192, 4096, "text", trained) for trained in (False, True)),
+                *((4096, 2048, "text", trained) for trained in (False, True)),
+                *((8192, 2048, "text", trained) for trained in (False, True)),
+                (2560, 2048, "text", False),
+            )
+        ),
+        # Liger called directly on 16 pairs: 200 prompt and 80 response tokens a sequence.
+        (Shape(2560, 4096, 128256, 16, prompt=200), torch.bfloat16, "text", False),
+    ],
+}
+
+
+def specs(shapes: str, device: torch.device) -> list[Spec]:
+    return [Spec(case_name(*entry), partial(make_case, *entry, device)) for entry in SHAPES[shapes]]
+
+
+def case_name(shape: Shape, dtype: torch.dtype, kind: str, trained: bool) -> str:
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    prompt = f" prompt{shape.prompt}" if shape.prompt else ""
+    head = "trainable" if trained else "frozen"
+    return f"N{shape.rows} H{shape.hidden} V{shape.vocab} {short} {kind} {head}{prompt}"
+
+
+def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device: torch.device) -> Case:
+    """The case, its float64 reference computed."""
+    inputs = head_inputs(shape.rows, shape.hidden, shape.vocab, kind, dtype, device, shape.pairs)
+    logp = reference_logp(inputs, inputs.ref_hidden)
+    ref_logps = logp.view(inputs.num_sequences, -1).sum(1).float()
+    reference = pair_reference(inputs, ref_logps)
+    free = pair_reference(inputs, None)
+    if not trained:
+        del reference["dweight"], free["dweight"]
+    inputs.hidden.requires_grad_()
+    inputs.weight.requires_grad_(trained)
+    units = 3 if trained else 2
+    unit = 2.0 * shape.rows * shape.hidden * shape.vocab
+    peers = [
+        Peer(OURS, partial(build_ours, inputs, ref_logps)),
+        *(
+            Peer(name, partial(build_per_token, inputs, ref_logps, factory))
+            for name, factory in head_peers.per_token(device).items()
+        ),
+        Peer(LIGER, partial(build_liger, inputs, shape.prompt, True), partial(unpad, inputs, shape.prompt), note="4u"),
+        Peer(LIGER_FREE, partial(build_liger, inputs, 0, False), partial(unpad, inputs, 0), free),
+    ]
+    return Case(
+        case_name(shape, dtype, kind, trained),
+        {**vars(shape), "kind": kind, "trainable": trained, **describe(inputs)},
+        dtype,
+        device,
+        peers,
+        reference,
+        flop=units * unit,
+        ceiling=gemm(inputs.hidden, inputs.weight),
+        ceiling_name="vendor GEMM, one head",
+        ceiling_work=unit,
+    )
+
+
+def gradients(inputs: HeadInputs, loss: Tensor, hidden: Tensor | None = None) -> Outputs:
+    """The loss and its gradients, made anew."""
+    leaves = [inputs.hidden if hidden is None else hidden]
+    if inputs.weight.requires_grad:
+        leaves.append(inputs.weight)
+    grads = torch.autograd.grad(loss, leaves)
+    return {"loss": loss.detach(), **dict(zip(("dhidden", "dweight"), grads, strict=False))}
+
+
+def build_ours(inputs: HeadInputs, ref_logps: Tensor) -> Run:
+    def run() -> Outputs:
+        result = pair_loss(inputs.hidden, inputs.weight, inputs.target, inputs.cu_rows, ref_logps, beta=BETA)
+        return gradients(inputs, result.loss)
+
+    return run
+
+
+def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[], head_peers.LogpFn]) -> Run:
+    logp_of = factory()
+
+    def run() -> Outputs:
+        logp = logp_of(inputs.hidden, inputs.weight, inputs.target)
+        return gradients(inputs, dpo(logp, inputs.num_sequences, ref_logps))
+
+    return run
+
+
+def padded(inputs: HeadInputs, rows: Tensor, prompt: int, fill: float) -> Tensor:
+    """Rows of c0, r0, c1, ... as [2B, prompt + response, ...], chosen sequences first, `fill` where the prompt is."""
+    by_sequence = rows.detach().view(inputs.num_sequences, -1, *rows.shape[1:])
+    by_sequence = torch.cat([by_sequence[0::2], by_sequence[1::2]])
+    front = by_sequence.new_full((inputs.num_sequences, prompt, *rows.shape[1:]), fill)
+    return torch.cat([front, by_sequence], dim=1).contiguous()
+
+
+def build_liger(inputs: HeadInputs, prompt: int, use_ref: bool) -> Run:
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        raise Unavailable(f"Liger does not import: {error}") from error
+    loss_of: Any = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=use_ref, compiled=True)
+    hidden = padded(inputs, inputs.hidden, prompt, 0.5).requires_grad_()
+    ref_hidden = padded(inputs, inputs.ref_hidden, prompt, 0.5)
+    target = padded(inputs, inputs.target, prompt, -100)
+    ref_weight = inputs.weight.detach()
+
+    def run() -> Outputs:
+        reference = (None, ref_hidden, ref_weight) if use_ref else ()
+        loss = loss_of(inputs.weight, hidden, target, *reference)[0]
+        return gradients(inputs, loss, hidden)
+
+    return run
+
+
+def unpad(inputs: HeadInputs, prompt: int, outputs: Outputs) -> Outputs:
+    """The gradient of the padded hidden states in the packed order."""
+    by_sequence = outputs["dhidden"][:, prompt:]
+    half = inputs.num_sequences // 2
+    packed = torch.stack([by_sequence[:half], by_sequence[half:]], dim=1).reshape(inputs.hidden.shape)
+    return {**outputs, "dhidden": packed}
+
+
+def test_pair_loss(benchmark: Any, spec: Spec, peer_name: str) -> None:
+    bench_one(benchmark, spec, peer_name)
+
+
+if __name__ == "__main__":
+    run_bench("pair_loss", specs, __doc__ or "")

@@ -1,0 +1,115 @@
+"""The command line and the pytest side of every benchmark script."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from bench.device import default_device, device_name
+from bench.harness import LEGEND, Case, Result, measure, prepare, save, table
+
+SHAPES = ("small", "issue", "gpu")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A case that is made when its turn comes, so that one case's tensors exist at a time."""
+
+    name: str
+    make: Callable[[], Case]
+
+
+Specs: TypeAlias = Callable[[str, torch.device], list[Spec]]
+
+
+def default_shapes(device: torch.device) -> str:
+    return "gpu" if device.type == "cuda" else "issue"
+
+
+def prepare_torch() -> None:
+    """Compiled peers see many shapes in one process: no fall back to eager after eight of them."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+
+
+def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None = None) -> Path:
+    """Parse, measure every case, print its lines, write the JSON; returns its path."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--shapes", choices=SHAPES, help="default: gpu on a GPU, else issue")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds at most")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time for all cases; those left over are named")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name holds this")
+    parser.add_argument("--peers", metavar="NAME,...", help="besides ours only peers whose name holds one of these")
+    parser.add_argument("--json-dir", type=Path, help="folder of the result; default bench/results/<device>")
+    args = parser.parse_args(argv)
+    shapes = args.shapes or default_shapes(args.device)
+    prepare_torch()
+    todo = [spec for spec in specs(shapes, args.device) if args.only in spec.name]
+    if not todo:
+        parser.error(f"no case fits --only {args.only!r}")
+    print(f"{bench}: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)
+    done: list[tuple[Case, list[Result]]] = []
+    end = time.monotonic() + args.seconds
+    skipped = []
+    for number, spec in enumerate(todo):
+        left = end - time.monotonic()
+        if left < 0:
+            skipped.append(spec.name)
+            print(f"{spec.name}: not run, --seconds {args.seconds:.0f} were over", flush=True)
+            continue
+        case = spec.make()
+        if args.peers:
+            wanted = args.peers.split(",")
+            case.peers = [p for p in case.peers if p is case.peers[0] or any(part in p.name for part in wanted)]
+        results = measure(case, args.repeats, left / (len(todo) - number) / 2)  # the rest: building and checking
+        print("\n".join(table(case, results)), flush=True)
+        # Only what is written stays: the case's tensors go.
+        bare = Case(case.name, case.shape, case.dtype, case.device, (), {}, flop=case.flop, num_bytes=case.num_bytes)
+        bare.ceiling_name = case.ceiling_name
+        done.append((bare, results))
+        del case
+        gc.collect()
+    path = save(bench, done, skipped, args.device, args.json_dir)
+    print(f"written: {path}", flush=True)
+    return path
+
+
+_current: dict[str, Case] = {}
+
+
+def bench_one(benchmark: Any, spec: Spec, peer_name: str) -> None:
+    """pytest-benchmark of one peer on one case: checked first; a wrong or absent peer is skipped, ours fails."""
+    import pytest
+
+    if spec.name not in _current:
+        _current.clear()
+        gc.collect()
+        prepare_torch()
+        _current[spec.name] = spec.make()
+    case = _current[spec.name]
+    peer = next((peer for peer in case.peers if peer.name == peer_name), None)
+    if peer is None:
+        pytest.skip(f"no {peer_name} in this case")
+    result, run = prepare(case, peer)
+    if run is None:
+        verdict = f"{peer_name}: {result.status}: {result.reason}"
+        if peer is case.peers[0]:
+            pytest.fail(verdict)
+        pytest.skip(verdict)
+    benchmark.extra_info.update(case=spec.name, shape=case.shape, errors=result.errors, status=result.status)
+    benchmark.pedantic(partial(_waited, run, case.device), warmup_rounds=1, rounds=5)
+
+
+def _waited(run: Callable[[], object], device: torch.device) -> None:
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,106 @@
+"""What a result was measured on, and the two ceilings it is compared with: the vendor's GEMM and a copy."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels"),
+    *("flash-attn", "flashinfer-python"),
+)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA H200"; for a CPU its model and the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        model = found[1] if found else model
+    threads = torch.get_num_threads()
+    return f"CPU {model}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def device_slug(device: torch.device) -> str:
+    """Folder name of a device's results: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Commit, device, versions and date, for a result file."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def _commit() -> str:
+    """Hash of the commit, "-dirty" where a tracked file outside bench/results differs from it; "" outside git."""
+    try:
+        commit = subprocess.check_output(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        )
+        status = subprocess.check_output(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    changed = [line for line in status.splitlines() if not line[3:].startswith("bench/results/")]
+    return commit.strip() + ("-dirty" if changed else "")
+
+
+def gemm(a: Tensor, b: Tensor) -> Callable[[], Mapping[str, Tensor]]:
+    """The vendor's a @ b' in the inputs' dtype: 2 * rows * columns * depth FLOP."""
+    out = torch.empty(a.shape[0], b.shape[0], dtype=a.dtype, device=a.device)
+    a, b = a.detach(), b.detach()
+
+    def run() -> Mapping[str, Tensor]:
+        torch.mm(a, b.T, out=out)
+        return {}
+
+    return run
+
+
+def copy(num_bytes: int, device: torch.device) -> Callable[[], Mapping[str, Tensor]]:
+    """A copy that moves `num_bytes` in all, half of them read and half written."""
+    source = torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+
+    def run() -> Mapping[str, Tensor]:
+        target.copy_(source)
+        return {}
+
+    return run

@@ -1,0 +1,320 @@
+"""What the benchmarks share: peers that take turns, each checked before its time counts; one table; one JSON file.
+
+A case is one input at one shape. Its first peer is ours. A peer that does not import or run is listed with the reason.
+Every other one's results are compared with a float64 reference in the same run: one that computes something else is
+shown as wrong and not timed. Timed calls wait for the device. In each round all peers run once, in an order that
+turns, so a busy machine slows all alike; ratios are medians over rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch's profiler is loaded
+
+import torch
+from torch import Tensor
+
+from bench import memory
+from bench.device import device_slug, provenance, synchronise
+
+Outputs: TypeAlias = Mapping[str, Tensor]
+Run: TypeAlias = Callable[[], Outputs]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# A result is exact up to this relative error (Euclidean norm, against float64): a few times what the project's own
+# tests allow. Up to ten times that it is called inexact (logits rounded to 16 bits, gradients filtered) and timed;
+# above, wrong.
+EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+INEXACT_FACTOR = 10
+MIN_SECONDS = 2e-3  # a timed stretch is at least this long on a CPU; shorter calls are repeated
+
+
+class Unavailable(Exception):
+    """A peer cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation. `build` is untimed (imports, padding, compilers' wrappers) and returns the timed call."""
+
+    name: str
+    build: Callable[[], Run]
+    view: Callable[[Outputs], Outputs] = lambda outputs: outputs
+    """Brings the outputs into the reference's layout; untimed."""
+    reference: Outputs | None = None
+    """Where this peer computes a variant of the case: the reference of that."""
+    note: str = ""
+
+
+@dataclass
+class Case:
+    """One input at one shape."""
+
+    name: str
+    shape: dict[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+    peers: Sequence[Peer]
+    reference: Outputs
+    """Float64; empty where `check` judges."""
+    check: Callable[[Outputs], float] | None = None
+    """Error of outputs that have no reference to be near to (samplers); judged by the same bounds."""
+    flop: float = 0.0
+    """Of the algorithm, without recomputation."""
+    num_bytes: float = 0.0
+    """That have to be read and written at least."""
+    ceiling: Run | None = None
+    """The vendor's GEMM or a copy, timed in the same rounds."""
+    ceiling_name: str = ""
+    ceiling_work: float = 0.0
+    """FLOP or bytes of `ceiling`."""
+
+
+@dataclass
+class Result:
+    """One peer on one case. Times in ms; None where it was not timed."""
+
+    peer: str
+    status: str
+    """"exact", "inexact", "wrong" or "absent"."""
+    reason: str = ""
+    note: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    median_ms: float | None = None
+    min_ms: float | None = None
+    max_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    rounds: int = 0
+    times_ours: float | None = None
+    """Median over rounds of this peer's time / ours in the same round: above 1, ours is faster."""
+    floor_units: float | None = None
+    """Median over rounds of time / time of the ceiling: for a head, how many head GEMMs."""
+    share_of_ceiling: float | None = None
+    tflop_per_s: float | None = None
+    gb_per_s: float | None = None
+    peak_extra_bytes: int | None = None
+    returned_bytes: int | None = None
+    peak_resident_bytes: int | None = None
+
+    @property
+    def error(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+
+def relative_errors(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    """||output - reference|| / ||reference|| of each; infinite where it is missing, misshapen or not finite."""
+    errors = {}
+    for name, expected in reference.items():
+        actual = outputs.get(name)
+        if actual is None or actual.shape != expected.shape:
+            errors[name] = float("inf")
+            continue
+        size = expected.double().norm().item() or 1.0
+        error = (actual.double() - expected.double()).norm().item() / size
+        errors[name] = error if error == error else float("inf")
+    return errors
+
+
+def judge(case: Case, peer: Peer, outputs: Outputs) -> Result:
+    """Status and errors of what a peer returned."""
+    if case.check is not None:
+        errors = {"check": case.check(outputs)}
+    else:
+        errors = relative_errors(peer.view(outputs), case.reference if peer.reference is None else peer.reference)
+    result = Result(peer.name, "exact", note=peer.note, errors=errors)
+    if result.error > EXACT[case.dtype] * INEXACT_FACTOR:
+        result.status, result.reason = "wrong", f"error {result.error:.1e}"
+    elif result.error > EXACT[case.dtype]:
+        result.status = "inexact"
+    return result
+
+
+def prepare(case: Case, peer: Peer) -> tuple[Result, Run | None]:
+    """Build a peer, run it once and judge it; the call is None where it shall not be timed."""
+    try:
+        run = peer.build()
+        outputs = run()
+        synchronise(case.device)
+        result = judge(case, peer, outputs)
+    except Exception as error:  # a peer may fail in any way; the table says how
+        text = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+        reason = " ".join(text.split())[:200]
+        return Result(peer.name, "absent", reason=reason, note=peer.note), None
+    return result, None if result.status == "wrong" else run
+
+
+def calls_for(run: Run, device: torch.device) -> int:
+    """How often a timed stretch calls `run`."""
+    if device.type == "cuda":
+        return 1
+    run()
+    start = time.perf_counter()
+    run()
+    return max(1, int(MIN_SECONDS / max(time.perf_counter() - start, 1e-7)))
+
+
+def measure(case: Case, repeats: int, budget_s: float) -> list[Result]:
+    """Every peer of a case; at least two rounds, then as many as `repeats` and `budget_s` allow."""
+    results: list[Result] = []
+    runs: dict[str, Run] = {}
+    for peer in case.peers:
+        result, run = prepare(case, peer)
+        results.append(result)
+        if run is not None:
+            runs[peer.name] = run
+            peak = memory.measure(run, case.device)
+            result.peak_extra_bytes, result.returned_bytes = peak.extra, peak.returned
+            result.peak_resident_bytes = peak.resident
+    timed = dict(runs)
+    if case.ceiling is not None:
+        timed["ceiling"] = case.ceiling
+    taken = rounds_of(timed, case.device, repeats, budget_s)
+    for result in results:
+        if result.peer in runs:
+            summarise(case, result, taken[result.peer], taken.get(case.peers[0].name), taken.get("ceiling"))
+    if case.ceiling is not None:
+        result = Result(f"({case.ceiling_name})", "exact", note="the ceiling")
+        summarise(case, result, taken["ceiling"], taken.get(case.peers[0].name), taken["ceiling"], case.ceiling_work)
+        results.append(result)
+    return results
+
+
+def rounds_of(runs: Mapping[str, Run], device: torch.device, repeats: int, budget_s: float) -> dict[str, list[float]]:
+    """Seconds a call of each, by round."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    num_calls = {name: calls_for(run, device) for name, run in runs.items()}
+    names = list(runs)
+    begin = time.perf_counter()
+    for number in range(repeats):
+        if number >= 2 and time.perf_counter() - begin > budget_s:
+            break
+        turn = number % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            synchronise(device)
+            start = time.perf_counter()
+            for _ in range(num_calls[name]):
+                runs[name]()
+            synchronise(device)
+            taken[name].append((time.perf_counter() - start) / num_calls[name])
+    return taken
+
+
+def summarise(
+    case: Case,
+    result: Result,
+    taken: Sequence[float],
+    ours: Sequence[float] | None,
+    ceiling: Sequence[float] | None,
+    work: float | None = None,
+) -> None:
+    """Fill in a result's times and rates; `work` is what it did where that is not the case's."""
+    median = statistics.median(taken)
+    quartiles = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else [median] * 3
+    result.median_ms, result.min_ms, result.max_ms = median * 1e3, min(taken) * 1e3, max(taken) * 1e3
+    result.quartiles_ms = (quartiles[0] * 1e3, quartiles[2] * 1e3)
+    result.rounds = len(taken)
+    if ours:
+        result.times_ours = statistics.median(a / b for a, b in zip(taken, ours, strict=True))
+    if ceiling:
+        result.floor_units = statistics.median(a / b for a, b in zip(taken, ceiling, strict=True))
+        if result.floor_units:
+            result.share_of_ceiling = (work or case.flop or case.num_bytes) / case.ceiling_work / result.floor_units
+    if case.flop:
+        result.tflop_per_s = (work or case.flop) / median / 1e12
+    if case.num_bytes:
+        result.gb_per_s = (work or case.num_bytes) / median / 1e9
+
+
+COLUMNS = ("peer", "median ms", "q1-q3 ms", "x ours", "x floor", "of ceiling", "rate", "extra MB", "error")
+
+
+def table(case: Case, results: Iterable[Result]) -> Iterator[str]:
+    """Lines of one case."""
+    yield f"{case.name}  [{case.ceiling_name or 'no ceiling'}]"
+    yield f"  {COLUMNS[0]:44}" + "".join(f"{name:>{width}}" for name, width in zip(COLUMNS[1:], WIDTHS, strict=True))
+    for result in results:
+        yield "  " + row_text(result)
+
+
+WIDTHS = (11, 17, 8, 9, 12, 13, 11, 10)
+
+
+def row_text(result: Result) -> str:
+    if result.median_ms is None or result.quartiles_ms is None:
+        return f"{result.peer:44}{result.status}: {result.reason}"
+
+    def text(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rate = "-"
+    if result.tflop_per_s is not None:
+        rate = f"{result.tflop_per_s:.3g} TF/s" if result.tflop_per_s >= 1 else f"{result.tflop_per_s * 1e3:.3g} GF/s"
+    if result.gb_per_s is not None:
+        rate = f"{result.gb_per_s:.3g} GB/s"
+    extra = None if result.peak_extra_bytes is None else result.peak_extra_bytes / 2**20
+    q1, q3 = result.quartiles_ms
+    cells = (
+        f"{result.median_ms:.3g}" if result.median_ms < 100 else f"{result.median_ms:.0f}",
+        f"{q1:.3g}-{q3:.3g}" if q3 < 100 else f"{q1:.0f}-{q3:.0f}",
+        text(result.times_ours, ".2f"),
+        text(result.floor_units, ".2f"),
+        text(result.share_of_ceiling, ".0%"),
+        rate,
+        text(extra, ".1f"),
+        text(result.error if result.errors else None, ".0e") + ("" if result.status == "exact" else "*"),
+    )
+    return f"{result.peer:44}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+LEGEND = """\
+x ours: this peer's time / ours in the same round, median over rounds (above 1, ours is faster)
+x floor: time / time of the ceiling named in [] in the same round; of ceiling: work per second / the ceiling's
+extra MB: most memory held at once beyond inputs and returned tensors; error: relative, against float64; *: inexact"""
+
+
+def save(
+    bench: str,
+    cases: Sequence[tuple[Case, list[Result]]],
+    skipped: Sequence[str],
+    device: torch.device,
+    folder: Path | None,
+) -> Path:
+    """Write bench/results/<device>/<bench>.json (or in `folder`) and return its path; `skipped` names cases not run."""
+    path = (folder or RESULTS / device_slug(device)) / f"{bench}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = {
+        "bench": bench,
+        **provenance(device),
+        "skipped": list(skipped),
+        "cases": [
+            {
+                "name": case.name,
+                "shape": case.shape,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "ceiling": case.ceiling_name,
+                "flop": case.flop,
+                "bytes": case.num_bytes,
+                "results": [finite(asdict(result)) for result in results],
+            }
+            for case, results in cases
+        ],
+    }
+    path.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: those become None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
