@@ -1,7 +1,8 @@
 """The one place that loads the C++ CPU kernels (`macpo.kernels._native`, built by CMakeLists.txt).
 
 `module` is None where the extension is missing or does not load; `why_absent` says why, and the torch backend runs.
-The functions take contiguous CPU tensors, shared without a copy.
+The functions take CPU tensors and share them without a copy where their layout is one that the kernels read.
+Legend: n rows, h hidden size, v vocabulary.
 """
 
 from __future__ import annotations
@@ -46,29 +47,145 @@ def _view(x: Tensor) -> Any:
     return x.numpy() if _HAS_NUMPY else x
 
 
+def _strided(x: Tensor) -> Any:
+    """As it lies; 16-bit floats as their bits."""
+    x = x.detach()
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.view(torch.int16)
+    return x.numpy() if _HAS_NUMPY else x
+
+
+def _optional(x: Tensor | None) -> Any:
+    return None if x is None else _view(x)
+
+
 def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= PARALLEL_ELEMENTS else 1
 
 
-def row_logp(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V] float32, target [N] int64 -> the targets' log-probs and the rows' logsumexp, [N] float32."""
-    logp, lse = torch.empty(logits.shape[0]), torch.empty(logits.shape[0])
-    _loaded().row_logp(_view(logits), _view(target), _view(logp), _view(lse), _threads(logits.numel()))
-    return logp, lse
+def _layout(z_nv: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
+    """z as the kernels address it: [n, v], or [v, n] and True where its rows lie side by side."""
+    if z_nv.dtype != torch.float32 or z_nv.dim() != 2:
+        raise ValueError(f"z must be float32 [n, v], got {z_nv.dtype} {list(z_nv.shape)}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"a gradient is float32, bfloat16 or float16, got {dtype}")
+    if z_nv.stride(1) == 1:
+        return z_nv, False
+    if z_nv.stride(0) == 1:
+        return z_nv.T, True
+    raise ValueError(f"one axis of z must be contiguous, got strides {z_nv.stride()}")
 
 
-def row_dlogits_(logits: Tensor, target: Tensor, lse: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    """logits [N, V] float32 -> scale * (onehot - softmax) * (1 - (logits / softcap) ** 2), in place.
+def _in_place(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The front of each of z's rows, as `dtype`."""
+    return z if dtype == torch.float32 else z.view(dtype)[:, : z.shape[1]]
+
+
+def row_logp(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets and logsumexps of the rows, [n] float32, from raw products z = h W'.
+
+    The logits are y = softcap * tanh(scale * (z + bias) / softcap), or scale * (z + bias) without softcap.
+
+    Args:
+        z_nv: [n, v] float32, row-major or the transposed view of [v, n]; rows may be padded.
+        target_n: [n] int64.
+        bias_v: [v] float32 or None.
 
     Raises:
-        ValueError: logits that are not contiguous; the result would be written to a copy.
+        ValueError: another dtype or layout, shapes that do not fit, targets outside the vocabulary.
     """
-    if not logits.is_contiguous():
-        raise ValueError("row_dlogits_ works in place on contiguous logits")
+    z, lanes = _layout(z_nv)
+    logp_n, lse_n = torch.empty(z_nv.shape[0]), torch.empty(z_nv.shape[0])
+    _loaded().row_logp(
+        _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0,
+        _view(target_n), _view(logp_n), _view(lse_n), _threads(z.numel()),
+    )  # fmt: skip
+    return logp_n, lse_n
+
+
+def row_logp_dlogits_(
+    z_nv: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`row_logp` and d = d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap) ** 2) * scale in `dtype`.
+
+    d takes z's place and layout; 16-bit d (rounded to nearest, ties to even) the front of each of z's rows, so that
+    its stride is 2 * z's. (Products read it as fast as a dense d, and nothing is allocated.)
+    """
+    z, lanes = _layout(z_nv, dtype)
+    d = _in_place(z, dtype)
+    logp_n, lse_n = torch.empty(z_nv.shape[0]), torch.empty(z_nv.shape[0])
+    _loaded().row_logp_dlogits(
+        _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0, _view(target_n), _view(logp_n), _view(lse_n),
+        _strided(d), dtype == torch.float16, _threads(z.numel()),
+    )  # fmt: skip
+    return logp_n, lse_n, d.T if lanes else d
+
+
+def row_dlogits_(
+    z_nv: Tensor,
+    target_n: Tensor,
+    lse_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    grad_n: Tensor | None = None,
+) -> Tensor:
+    """d of `row_logp_dlogits_` from a known logsumexp, times grad_n[:, None] (float32) where it is given."""
+    z, lanes = _layout(z_nv, dtype)
+    d = _in_place(z, dtype)
     _loaded().row_dlogits(
-        _view(logits), _view(target), _view(lse), logit_scale, softcap or 0.0, _threads(logits.numel())
-    )
-    return logits
+        _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0, _view(target_n), _view(lse_n), _optional(grad_n),
+        _strided(d), dtype == torch.float16, _threads(z.numel()),
+    )  # fmt: skip
+    return d.T if lanes else d
+
+
+def has_bf16_gemm() -> bool:
+    """Whether `bf16_logits` and `bf16_accumulate_` run here: x86-64 with AVX512-BF16."""
+    return module is not None and bool(module.has_bf16_gemm())
+
+
+def _need_bf16_gemm(name: str, *operands: Tensor) -> None:
+    if not has_bf16_gemm():
+        raise RuntimeError(f"{name} needs the native extension and a CPU with AVX512-BF16")
+    if any(x.dtype != torch.bfloat16 or x.dim() != 2 for x in operands):
+        raise ValueError(f"{name} takes bfloat16 matrices, got {[(x.dtype, list(x.shape)) for x in operands]}")
+
+
+def bf16_logits(hidden_nh: Tensor, weight_vh: Tensor) -> Tensor:
+    """hidden weight' of bfloat16 matrices, summed and returned in float32: the transposed view of a [v, n] buffer.
+
+    Sums run over 128 values of h at a time and these over h, whatever n, v and the threads are.
+
+    Raises:
+        RuntimeError: this CPU cannot (`has_bf16_gemm`). ValueError: other dtypes, or sizes that do not fit.
+    """
+    _need_bf16_gemm("bf16_logits", hidden_nh, weight_vh)
+    z_vn = torch.empty(weight_vh.shape[0], hidden_nh.shape[0])
+    weight = weight_vh if weight_vh.stride(1) == 1 else weight_vh.contiguous()
+    _loaded().bf16_gemm(_strided(weight), _strided(hidden_nh.T), _strided(z_vn), False, _threads(weight.numel()))
+    return z_vn.T
+
+
+def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor) -> Tensor:
+    """dweight += d hidden of bfloat16 matrices; d [v, n] as `row_logp_dlogits_` leaves it, transposed back.
+
+    Raises:
+        RuntimeError, ValueError: as `bf16_logits`; a d or dweight (float32) whose rows are not contiguous.
+    """
+    _need_bf16_gemm("bf16_accumulate_", d_vn, hidden_nh)
+    if dweight_vh.dtype != torch.float32:
+        raise ValueError(f"dweight must be float32, got {dweight_vh.dtype}")
+    _loaded().bf16_gemm(_strided(d_vn), _strided(hidden_nh), _strided(dweight_vh), True, _threads(dweight_vh.numel()))
+    return dweight_vh
 
 
 def sample(

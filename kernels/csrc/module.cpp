@@ -8,7 +8,9 @@
 #include <exception>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
+#include "gemm.hpp"
 #include "rows.hpp"
 #include "sampling.hpp"
 
@@ -17,6 +19,9 @@ using nb::arg;
 
 template <typename T, size_t Dims>
 using View = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Strided = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
+using Floats = std::optional<View<const float, 1>>;
 
 namespace {
 
@@ -30,22 +35,77 @@ void check_targets(const View<const int64_t, 1>& target, size_t n, size_t v) {
         need(target(i) >= 0 && target(i) < static_cast<int64_t>(v), "target outside the vocabulary");
 }
 
-void row_logp(View<const float, 2> logits, View<const int64_t, 1> target, View<float, 1> logp, View<float, 1> lse,
-              int threads) {
-    const size_t n = logits.shape(0), v = logits.shape(1);
-    check_targets(target, n, v);
-    need(logp.shape(0) == n && lse.shape(0) == n, "logp and lse must be [N]");
-    nb::gil_scoped_release unlocked;
-    macpo::row_logp(logits.data(), target.data(), n, v, logp.data(), lse.data(), threads);
+macpo::Products products(const Strided<const float>& z, bool lanes) {
+    need(z.shape(1) < 2 || z.stride(1) == 1, "one axis of z must be contiguous");
+    const int64_t rows = z.shape(lanes ? 1 : 0), vocab = z.shape(lanes ? 0 : 1);
+    return {z.data(), rows, vocab, z.stride(0), lanes};
 }
 
-void row_dlogits(View<float, 2> logits, View<const int64_t, 1> target, View<const float, 1> lse, float scale,
-                 float softcap, int threads) {
-    const size_t n = logits.shape(0), v = logits.shape(1);
-    check_targets(target, n, v);
-    need(lse.shape(0) == n, "lse must be [N]");
+macpo::Head make_head(const macpo::Products& z, const Floats& bias, float scale, float softcap) {
+    need(!bias || static_cast<int64_t>(bias->shape(0)) == z.vocab, "bias must have one entry a token");
+    return {bias ? bias->data() : nullptr, scale, softcap};
+}
+
+// d has the layout of z: float32, or 16-bit integers that hold bfloat16 or half bits.
+macpo::Gradient gradient(const macpo::Products& z, const nb::ndarray<nb::ndim<2>, nb::device::cpu>& d, bool half) {
+    const bool fits = static_cast<int64_t>(d.shape(z.lanes ? 1 : 0)) == z.rows &&
+                      static_cast<int64_t>(d.shape(z.lanes ? 0 : 1)) == z.vocab;
+    need(fits && (d.shape(1) < 2 || d.stride(1) == 1), "d must have the shape of z and contiguous rows");
+    const bool floats = d.dtype() == nb::dtype<float>();
+    need(floats || d.dtype() == nb::dtype<int16_t>(), "d must be float32, or 16 bits as int16");
+    using macpo::Format;
+    return {d.data(), d.stride(0), floats ? Format::float32 : half ? Format::half : Format::bfloat16};
+}
+
+void row_logp(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
+              View<const int64_t, 1> target, View<float, 1> logp, View<float, 1> lse, int threads) {
+    const macpo::Products from = products(z, lanes);
+    const macpo::Head head = make_head(from, bias, scale, softcap);
+    check_targets(target, from.rows, from.vocab);
+    need(logp.shape(0) == target.shape(0) && lse.shape(0) == target.shape(0), "logp and lse must be [N]");
     nb::gil_scoped_release unlocked;
-    macpo::row_dlogits(logits.data(), target.data(), lse.data(), n, v, scale, softcap, threads);
+    macpo::row_logp(from, head, target.data(), logp.data(), lse.data(), threads);
+}
+
+void row_dlogits(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
+                 View<const int64_t, 1> target, View<const float, 1> lse, Floats grad,
+                 nb::ndarray<nb::ndim<2>, nb::device::cpu> d, bool half, int threads) {
+    const macpo::Products from = products(z, lanes);
+    const macpo::Head head = make_head(from, bias, scale, softcap);
+    const macpo::Gradient to = gradient(from, d, half);
+    check_targets(target, from.rows, from.vocab);
+    need(lse.shape(0) == target.shape(0), "lse must be [N]");
+    need(!grad || grad->shape(0) == target.shape(0), "grad must be [N]");
+    nb::gil_scoped_release unlocked;
+    macpo::row_dlogits(from, head, target.data(), lse.data(), grad ? grad->data() : nullptr, to, threads);
+}
+
+void row_logp_dlogits(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
+                      View<const int64_t, 1> target, View<float, 1> logp, View<float, 1> lse,
+                      nb::ndarray<nb::ndim<2>, nb::device::cpu> d, bool half, int threads) {
+    const macpo::Products from = products(z, lanes);
+    const macpo::Head head = make_head(from, bias, scale, softcap);
+    const macpo::Gradient to = gradient(from, d, half);
+    check_targets(target, from.rows, from.vocab);
+    need(logp.shape(0) == target.shape(0) && lse.shape(0) == target.shape(0), "logp and lse must be [N]");
+    nb::gil_scoped_release unlocked;
+    macpo::row_logp_dlogits(from, head, target.data(), logp.data(), lse.data(), to, threads);
+}
+
+// c [m, n] = or += a [m, k] b [k, n]; a and b are bfloat16 bits as int16, b with any strides.
+void bf16_gemm(Strided<const int16_t> a, Strided<const int16_t> b, Strided<float> c, bool accumulate, int threads) {
+    const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1);
+    need(macpo::has_bf16_gemm(), "bf16_gemm needs a CPU with AVX512-BF16");
+    need(static_cast<int64_t>(b.shape(0)) == k && static_cast<int64_t>(c.shape(0)) == m &&
+             static_cast<int64_t>(c.shape(1)) == n,
+         "a [m, k], b [k, n] and c [m, n] do not fit");
+    need((k < 2 || a.stride(1) == 1) && (n < 2 || c.stride(1) == 1), "rows of a and c must be contiguous");
+    nb::gil_scoped_release unlocked;
+    std::vector<uint32_t> packed(static_cast<size_t>(macpo::packed_pairs(k, n)));
+    macpo::pack_pairs(reinterpret_cast<const uint16_t*>(b.data()), k, n, b.stride(0), b.stride(1), packed.data(),
+                      threads);
+    macpo::bf16_gemm(reinterpret_cast<const uint16_t*>(a.data()), a.stride(0), packed.data(), c.data(), c.stride(0), m,
+                     n, k, accumulate, threads);
 }
 
 void sample(View<const float, 2> logits, View<const int64_t, 1> seed, View<const float, 1> temperature,
@@ -97,10 +157,17 @@ void token_words(View<const int64_t, 1> seed, View<const int64_t, 2> request_key
 
 NB_MODULE(_native, m) {
     m.doc() = "C++ CPU kernels of macpo; macpo.kernels.native is the one place that loads them.";
-    m.def("row_logp", &row_logp, arg("logits").noconvert(), arg("target").noconvert(), arg("logp").noconvert(),
-          arg("lse").noconvert(), arg("threads"));
-    m.def("row_dlogits", &row_dlogits, arg("logits").noconvert(), arg("target").noconvert(), arg("lse").noconvert(),
-          arg("scale"), arg("softcap"), arg("threads"));
+    m.def("row_logp", &row_logp, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(), arg("scale"),
+          arg("softcap"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(), arg("threads"));
+    m.def("row_dlogits", &row_dlogits, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
+          arg("scale"), arg("softcap"), arg("target").noconvert(), arg("lse").noconvert(),
+          arg("grad").noconvert().none(), arg("d").noconvert(), arg("half"), arg("threads"));
+    m.def("row_logp_dlogits", &row_logp_dlogits, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
+          arg("scale"), arg("softcap"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(),
+          arg("d").noconvert(), arg("half"), arg("threads"));
+    m.def("has_bf16_gemm", &macpo::has_bf16_gemm);
+    m.def("bf16_gemm", &bf16_gemm, arg("a").noconvert(), arg("b").noconvert(), arg("c").noconvert(),
+          arg("accumulate"), arg("threads"));
     m.def("sample", &sample, arg("logits").noconvert(), arg("seed").noconvert(), arg("temperature").noconvert(),
           arg("top_p").noconvert(), arg("top_k").noconvert(), arg("min_p").noconvert(), arg("penalty").noconvert(),
           arg("seen").noconvert().none(), arg("request_keys").noconvert(), arg("positions").noconvert(),

@@ -1,43 +1,289 @@
 #include "rows.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "vecmath.hpp"
 
 namespace macpo {
+namespace {
 
-// Clones are separate functions: an OpenMP region is outlined and would lose the target attribute.
-MACPO_CLONES void logp_row(const float* x, int64_t v, int64_t target, float* logp, float* lse) {
-    const float top = max_of(x, v);
-    const float shift = top > -__builtin_inff() ? top : 0.0f;  // a row of -inf alone: no inf - inf
-    *lse = static_cast<float>(shift + std::log(sum_exp(x, v, shift)));
-    *logp = x[target] - *lse;
+constexpr int64_t kPiece = 1024;   // tokens of a row that are worked on at a time
+constexpr int64_t kWidth = 32;     // rows of a tile of lanes
+constexpr int64_t kChunk = 512;    // its tokens (64 KiB); fixed, so that the number of threads does not change a bit
+constexpr int64_t kShort = 64;     // tokens summed in floats before they go to doubles
+
+MACPO_INLINE float logit(float z, float bias, const Head& head) {
+    const float y = head.scale * (z + bias);
+    return head.softcap > 0.0f ? head.softcap * tanh_float(y / head.softcap) : y;
 }
 
-MACPO_CLONES void dlogits_row(float* x, int64_t v, int64_t target, float lse, float scale, float softcap) {
-    const float hit = x[target];
-    if (softcap > 0.0f) {
-        for (int64_t i = 0; i < v; ++i) {
-            const float t = x[i] / softcap;
-            x[i] = -exp_float(x[i] - lse) * (1.0f - t * t) * scale;
-        }
-        const float t = hit / softcap;
-        x[target] = (1.0f - exp_float(hit - lse)) * (1.0f - t * t) * scale;
+bool is_plain(const Head& head) { return head.bias == nullptr && head.scale == 1.0f && !(head.softcap > 0.0f); }
+
+float logit_at(const Products& z, const Head& head, int64_t row, int64_t token) {
+    const float value = z.data[z.lanes ? token * z.stride + row : row * z.stride + token];
+    return logit(value, head.bias == nullptr ? 0.0f : head.bias[token], head);
+}
+
+// Gradient of one row or one row of lanes, written from its logits; a loop a format, so that each is vector code.
+MACPO_INLINE void store(const float* d, int64_t count, void* out, int64_t at, Format format) {
+    if (format == Format::float32) {
+        float* to = static_cast<float*>(out) + at;
+        for (int64_t i = 0; i < count; ++i) to[i] = d[i];
+    } else if (format == Format::bfloat16) {
+        uint16_t* to = static_cast<uint16_t*>(out) + at;
+        for (int64_t i = 0; i < count; ++i) to[i] = bfloat16_bits(d[i]);
     } else {
-        for (int64_t i = 0; i < v; ++i) x[i] = -exp_float(x[i] - lse) * scale;
-        x[target] = (1.0f - exp_float(hit - lse)) * scale;
+        uint16_t* to = static_cast<uint16_t*>(out) + at;
+        for (int64_t i = 0; i < count; ++i) to[i] = half_bits(d[i]);
     }
 }
 
-void row_logp(const float* logits, const int64_t* target, int64_t n, int64_t v, float* logp, float* lse, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < n; ++i) logp_row(logits + i * v, v, target[i], logp + i, lse + i);
+MACPO_INLINE float slope(float y, const Head& head) {
+    const float t = y / head.softcap;
+    return 1.0f - t * t;
 }
 
-void row_dlogits(float* logits, const int64_t* target, const float* lse, int64_t n, int64_t v, float scale,
-                 float softcap, int threads) {
+// The gradient at the target, which is not minus a probability.
+float hit_gradient(float y, float lse, float factor, const Head& head) {
+    const float d = 1.0f - exp_float(y - lse);
+    return (head.softcap > 0.0f ? d * slope(y, head) : d) * factor;
+}
+
+// A maximum and the sum of e^(y - maximum) so far; -inf counts as a shift of 0, so that there is no inf - inf.
+struct Running {
+    float top = -kInf;
+    double sum = 0.0;
+
+    void add(float other_top, double other_sum) {
+        if (other_top > top) {
+            sum = other_sum + (top > -kInf ? sum * std::exp(static_cast<double>(top) - other_top) : sum);
+            top = other_top;
+        } else {
+            sum += other_top > -kInf && other_top < top ? other_sum * std::exp(static_cast<double>(other_top) - top)
+                                                        : other_sum;
+        }
+    }
+    float shift() const { return top > -kInf ? top : 0.0f; }
+    float logsumexp() const { return static_cast<float>(shift() + std::log(sum)); }
+};
+
+}  // namespace
+
+// Clones are separate functions: an OpenMP region is outlined and would lose the target attribute.
+
+// Logits of a run of tokens of one row.
+MACPO_CLONES void row_logits(const float* z, const float* bias, int64_t count, const Head& head, float* y) {
+    const Head own = head;
+    if (bias != nullptr && own.softcap > 0.0f) {
+        for (int64_t i = 0; i < count; ++i) y[i] = own.softcap * tanh_float(own.scale * (z[i] + bias[i]) / own.softcap);
+    } else if (own.softcap > 0.0f) {
+        for (int64_t i = 0; i < count; ++i) y[i] = own.softcap * tanh_float(own.scale * (z[i] + 0.0f) / own.softcap);
+    } else if (bias != nullptr) {
+        for (int64_t i = 0; i < count; ++i) y[i] = own.scale * (z[i] + bias[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) y[i] = own.scale * (z[i] + 0.0f);
+    }
+}
+
+// Logits of one token in `count` rows.
+MACPO_CLONES void lane_logits(const float* z, float bias, int64_t count, const Head& head, float* y) {
+    const Head own = head;
+    if (own.softcap > 0.0f) {
+        for (int64_t i = 0; i < count; ++i) y[i] = own.softcap * tanh_float(own.scale * (z[i] + bias) / own.softcap);
+    } else {
+        for (int64_t i = 0; i < count; ++i) y[i] = own.scale * (z[i] + bias);
+    }
+}
+
+MACPO_CLONES void top_and_sum(const float* y, int64_t count, float* top, double* sum) {
+    *top = max_of(y, count);
+    *sum = sum_exp(y, count, *top > -kInf ? *top : 0.0f);
+}
+
+// Gradient of a run of tokens of one row, the target's apart.
+MACPO_CLONES void row_piece(const float* y, int64_t count, float lse, float factor, const Head& head, void* out,
+                            int64_t at, Format format) {
+    float d[kPiece];
+    const float minus = -factor, softcap = head.softcap;
+    if (softcap > 0.0f) {
+        for (int64_t i = 0; i < count; ++i) {
+            const float t = y[i] / softcap;
+            d[i] = exp_float(y[i] - lse) * (1.0f - t * t) * minus;
+        }
+    } else {
+        for (int64_t i = 0; i < count; ++i) d[i] = exp_float(y[i] - lse) * minus;
+    }
+    store(d, count, out, at, format);
+}
+
+// The same for one token in `count` <= kWidth rows.
+MACPO_CLONES void lane_piece(const float* y, int64_t count, const float* lse, const float* factor, const Head& head,
+                             void* out, int64_t at, Format format) {
+    float d[kWidth];
+    const float softcap = head.softcap;
+    if (softcap > 0.0f) {
+        for (int64_t i = 0; i < count; ++i) {
+            const float t = y[i] / softcap;
+            d[i] = exp_float(y[i] - lse[i]) * (1.0f - t * t) * -factor[i];
+        }
+    } else {
+        for (int64_t i = 0; i < count; ++i) d[i] = exp_float(y[i] - lse[i]) * -factor[i];
+    }
+    store(d, count, out, at, format);
+}
+
+// Maxima and sums of a tile of lanes: y [depth, width], tokens `stride` apart.
+MACPO_INLINE void tile_sums(const float* y, int64_t stride, int64_t depth, int64_t width, float* top, double* sum) {
+    float best[kWidth], part[kWidth];
+    for (int64_t i = 0; i < width; ++i) best[i] = -kInf;
+    for (int64_t t = 0; t < depth; ++t)
+        for (int64_t i = 0; i < width; ++i) best[i] = y[t * stride + i] > best[i] ? y[t * stride + i] : best[i];
+    for (int64_t i = 0; i < width; ++i) {
+        top[i] = best[i];
+        best[i] = best[i] > -kInf ? best[i] : 0.0f;
+        sum[i] = 0.0;
+    }
+    for (int64_t from = 0; from < depth; from += kShort) {
+        const int64_t stop = from + kShort < depth ? from + kShort : depth;
+        for (int64_t i = 0; i < width; ++i) part[i] = 0.0f;
+        for (int64_t t = from; t < stop; ++t)
+            for (int64_t i = 0; i < width; ++i) part[i] += exp_float(y[t * stride + i] - best[i]);
+        for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
+    }
+}
+
+MACPO_CLONES void lane_sums(const float* y, int64_t stride, int64_t depth, int64_t width, float* top, double* sum) {
+    if (width == kWidth)
+        tile_sums(y, stride, depth, kWidth, top, sum);
+    else
+        tile_sums(y, stride, depth, width, top, sum);
+}
+
+namespace {
+
+float one_lse(const Products& z, const Head& head, int64_t row) {
+    const float* from = z.data + row * z.stride;
+    float buffer[kPiece];
+    Running all;
+    for (int64_t i = 0; i < z.vocab; i += kPiece) {
+        const int64_t count = std::min(kPiece, z.vocab - i);
+        const float* y = from + i;
+        if (!is_plain(head)) {
+            row_logits(from + i, head.bias ? head.bias + i : nullptr, count, head, buffer);
+            y = buffer;
+        }
+        float top;
+        double sum;
+        top_and_sum(y, count, &top, &sum);
+        all.add(top, sum);
+    }
+    return all.logsumexp();
+}
+
+void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t target, float lse, float grad,
+                 const Gradient& d) {
+    const float* from = z.data + row * z.stride;
+    const float hit = hit_gradient(logit_at(z, head, row, target), lse, head.scale * grad, head);
+    float buffer[kPiece];
+    for (int64_t i = 0; i < z.vocab; i += kPiece) {
+        const int64_t count = std::min(kPiece, z.vocab - i);
+        const float* y = from + i;
+        if (!is_plain(head)) {
+            row_logits(from + i, head.bias ? head.bias + i : nullptr, count, head, buffer);
+            y = buffer;
+        }
+        row_piece(y, count, lse, head.scale * grad, head, d.data, row * d.stride + i, d.format);
+    }
+    store(&hit, 1, d.data, row * d.stride + target, d.format);
+}
+
+void lanes_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse, int threads) {
+    const int64_t n = z.rows, chunks = (z.vocab + kChunk - 1) / kChunk;
+    std::vector<float> tops(static_cast<size_t>(chunks * n));
+    std::vector<double> sums(static_cast<size_t>(chunks * n));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < n; ++i) dlogits_row(logits + i * v, v, target[i], lse[i], scale, softcap);
+    for (int64_t c = 0; c < chunks; ++c) {
+        float buffer[kChunk * kWidth];
+        const int64_t first = c * kChunk, depth = std::min(kChunk, z.vocab - first);
+        for (int64_t row = 0; row < n; row += kWidth) {
+            const int64_t width = std::min(kWidth, n - row);
+            const float* y = z.data + first * z.stride + row;
+            int64_t stride = z.stride;
+            if (!is_plain(head)) {
+                for (int64_t t = 0; t < depth; ++t)
+                    lane_logits(y + t * stride, head.bias ? head.bias[first + t] : 0.0f, width, head,
+                                buffer + t * kWidth);
+                y = buffer;
+                stride = kWidth;
+            }
+            lane_sums(y, stride, depth, width, &tops[c * n + row], &sums[c * n + row]);
+        }
+    }
+    for (int64_t row = 0; row < n; ++row) {
+        Running all;
+        for (int64_t c = 0; c < chunks; ++c) all.add(tops[c * n + row], sums[c * n + row]);
+        lse[row] = all.logsumexp();
+        logp[row] = logit_at(z, head, row, target[row]) - lse[row];
+    }
+}
+
+void lanes_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
+                   const Gradient& d, int threads) {
+    const int64_t n = z.rows;
+    std::vector<float> hits(static_cast<size_t>(n)), factors(static_cast<size_t>(n));
+    for (int64_t row = 0; row < n; ++row) {
+        factors[row] = head.scale * (grad ? grad[row] : 1.0f);
+        hits[row] = hit_gradient(logit_at(z, head, row, target[row]), lse[row], factors[row], head);
+    }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < z.vocab; ++t) {
+        float buffer[kWidth];
+        for (int64_t row = 0; row < n; row += kWidth) {
+            const int64_t width = std::min(kWidth, n - row);
+            const float* y = z.data + t * z.stride + row;
+            if (!is_plain(head)) {
+                lane_logits(y, head.bias ? head.bias[t] : 0.0f, width, head, buffer);
+                y = buffer;
+            }
+            lane_piece(y, width, lse + row, factors.data() + row, head, d.data, t * d.stride + row, d.format);
+        }
+    }
+    for (int64_t row = 0; row < n; ++row) store(&hits[row], 1, d.data, target[row] * d.stride + row, d.format);
+}
+
+}  // namespace
+
+void row_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse, int threads) {
+    if (z.lanes) return lanes_logp(z, head, target, logp, lse, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < z.rows; ++row) {
+        lse[row] = one_lse(z, head, row);
+        logp[row] = logit_at(z, head, row, target[row]) - lse[row];
+    }
+}
+
+void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
+                 const Gradient& d, int threads) {
+    if (z.lanes) return lanes_dlogits(z, head, target, lse, grad, d, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < z.rows; ++row)
+        one_dlogits(z, head, row, target[row], lse[row], grad ? grad[row] : 1.0f, d);
+}
+
+void row_logp_dlogits(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse,
+                      const Gradient& d, int threads) {
+    if (z.lanes) {
+        lanes_logp(z, head, target, logp, lse, threads);
+        return lanes_dlogits(z, head, target, lse, nullptr, d, threads);
+    }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < z.rows; ++row) {
+        lse[row] = one_lse(z, head, row);
+        logp[row] = logit_at(z, head, row, target[row]) - lse[row];
+        one_dlogits(z, head, row, target[row], lse[row], 1.0f, d);
+    }
 }
 
 }  // namespace macpo

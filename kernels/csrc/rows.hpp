@@ -1,15 +1,41 @@
-// Row kernels of the head operators; contracts in linear_logp/rows.py.
+// Row kernels of the head operators; contracts in kernels/native.py and linear_logp/rows.py.
 #pragma once
 
 #include <cstdint>
 
 namespace macpo {
 
-// logits [n, v] -> logp [n] of the targets and lse [n].
-void row_logp(const float* logits, const int64_t* target, int64_t n, int64_t v, float* logp, float* lse, int threads);
+// From raw products z to logits y = softcap * tanh(scale * (z + bias) / softcap); no bias: null, no softcap: 0.
+struct Head {
+    const float* bias;
+    float scale, softcap;
+};
 
-// logits [n, v] -> scale * (onehot - softmax) * (1 - (logits / softcap)^2), in place; softcap 0 is none.
-void row_dlogits(float* logits, const int64_t* target, const float* lse, int64_t n, int64_t v, float scale,
-                 float softcap, int threads);
+// z(row, token), float32. Rows: a row's tokens lie side by side, rows are `stride` apart.
+// Lanes: the other way round, rows lie side by side and tokens are `stride` apart.
+struct Products {
+    const float* data;
+    int64_t rows, vocab, stride;
+    bool lanes;
+};
+
+// Where a gradient goes, in the layout of its products. It may lie over the front of their rows (or token rows).
+enum class Format { float32, bfloat16, half };
+struct Gradient {
+    void* data;
+    int64_t stride;
+    Format format;
+};
+
+// logp [rows] of the targets and lse [rows].
+void row_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse, int threads);
+
+// d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap)^2) * scale, times grad [rows] where it is not null.
+void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
+                 const Gradient& d, int threads);
+
+// Both; where rows are contiguous, a row's gradient follows its logsumexp while it is in cache.
+void row_logp_dlogits(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse,
+                      const Gradient& d, int threads);
 
 }  // namespace macpo

@@ -12,7 +12,7 @@
 namespace macpo {
 namespace {
 
-constexpr float kMinusInf = -__builtin_inff();
+constexpr float kMinusInf = -kInf;
 constexpr int64_t kBins = 2048;      // of the nucleus histogram
 constexpr float kBinsPerNat = 64.0f;
 

@@ -5,8 +5,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#define MACPO_INLINE __forceinline
+#else
 #define MACPO_INLINE inline __attribute__((always_inline))
+#endif
 
 // One source, compiled for three x86 levels and chosen when the library loads; plain code elsewhere.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -16,6 +21,8 @@
 #endif
 
 namespace macpo {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
 
 MACPO_INLINE int32_t float_bits(float x) {
     int32_t bits;
@@ -72,17 +79,52 @@ MACPO_INLINE float log_float(float x) {
     return f + y + n * 0.693359375f;
 }
 
+// tanh x, NaN stays NaN. Polynomial below 0.625: Cephes, tanhf.
+MACPO_INLINE float tanh_float(float x) {
+    const float size = x < 0.0f ? -x : x;
+    const float capped = size > 20.0f ? 20.0f : size;  // tanh is 1 there
+    const float far = 1.0f - 2.0f / (exp_float(2.0f * capped) + 1.0f);
+    const float z = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const float near = p * z * x + x;
+    const float signed_far = x < 0.0f ? -far : far;
+    return size < 0.625f ? near : signed_far;
+}
+
+// Nearest bfloat16, ties to even; NaN stays NaN.
+MACPO_INLINE uint16_t bfloat16_bits(float x) {
+    const uint32_t bits = static_cast<uint32_t>(float_bits(x));
+    const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<uint16_t>(x == x ? rounded : 0x7FC0u);
+}
+
+// Nearest IEEE half, ties to even, subnormals too; NaN stays NaN.
+MACPO_INLINE uint16_t half_bits(float x) {
+    const uint32_t bits = static_cast<uint32_t>(float_bits(x));
+    const uint32_t size = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
+    const uint32_t normal = (size - (112u << 23) + 0xFFFu + (size >> 13 & 1u)) >> 13;
+    // Below 2^-14 the units of 2^-24 end in the last bit of a sum with 0.5.
+    const uint32_t tiny = static_cast<uint32_t>(float_bits(bits_float(static_cast<int32_t>(size)) + 0.5f)) - 0x3F000000u;
+    const uint32_t finite = size < 0x38800000u ? tiny : normal;
+    const uint32_t capped = size >= 0x47800000u ? 0x7C00u : finite;
+    return static_cast<uint16_t>(sign | (size > 0x7F800000u ? 0x7E00u : capped));
+}
+
 constexpr int kLanes = 16;
 constexpr int64_t kBlock = 256;  // floats summed in 16 lanes before they go to a double
 
 // Largest of x[0..n); -inf for n = 0, NaNs are passed over.
 MACPO_INLINE float max_of(const float* x, int64_t n) {
     float lanes[kLanes];
-    for (int j = 0; j < kLanes; ++j) lanes[j] = -__builtin_inff();
+    for (int j = 0; j < kLanes; ++j) lanes[j] = -kInf;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
         for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-    float best = -__builtin_inff();
+    float best = -kInf;
     for (; i < n; ++i) best = x[i] > best ? x[i] : best;
     for (int j = 0; j < kLanes; ++j) best = lanes[j] > best ? lanes[j] : best;
     return best;
