@@ -87,13 +87,24 @@ MACPO_CLONES void row_logits(const float* z, const float* bias, int64_t count, c
     }
 }
 
-// Logits of one token in `count` rows.
-MACPO_CLONES void lane_logits(const float* z, float bias, int64_t count, const Head& head, float* y) {
-    const Head own = head;
-    if (own.softcap > 0.0f) {
-        for (int64_t i = 0; i < count; ++i) y[i] = own.softcap * tanh_float(own.scale * (z[i] + bias) / own.softcap);
+MACPO_INLINE void some_lanes(const float* z, float bias, int64_t count, float scale, float softcap, float* y) {
+    if (softcap > 0.0f) {
+        for (int64_t i = 0; i < count; ++i) y[i] = softcap * tanh_float(scale * (z[i] + bias) / softcap);
     } else {
-        for (int64_t i = 0; i < count; ++i) y[i] = own.scale * (z[i] + bias);
+        for (int64_t i = 0; i < count; ++i) y[i] = scale * (z[i] + bias);
+    }
+}
+
+// Logits of a tile of lanes [depth, width <= kWidth] into y [depth, kWidth]; bias [depth] or null.
+MACPO_CLONES void lane_logits(const float* z, int64_t stride, const float* bias, int64_t depth, int64_t width,
+                              const Head& head, float* y) {
+    const float scale = head.scale, softcap = head.softcap;
+    for (int64_t t = 0; t < depth; ++t) {
+        const float shift = bias ? bias[t] : 0.0f;
+        if (width == kWidth)
+            some_lanes(z + t * stride, shift, kWidth, scale, softcap, y + t * kWidth);
+        else
+            some_lanes(z + t * stride, shift, width, scale, softcap, y + t * kWidth);
     }
 }
 
@@ -118,20 +129,34 @@ MACPO_CLONES void row_piece(const float* y, int64_t count, float lse, float fact
     store(d, count, out, at, format);
 }
 
-// The same for one token in `count` <= kWidth rows.
-MACPO_CLONES void lane_piece(const float* y, int64_t count, const float* lse, const float* factor, const Head& head,
-                             void* out, int64_t at, Format format) {
-    float d[kWidth];
-    const float softcap = head.softcap;
-    if (softcap > 0.0f) {
-        for (int64_t i = 0; i < count; ++i) {
-            const float t = y[i] / softcap;
-            d[i] = exp_float(y[i] - lse[i]) * (1.0f - t * t) * -factor[i];
+// The same for `count` tokens of all rows, where rows are lanes.
+MACPO_CLONES void lane_tokens(const Products& z, const Head& head, int64_t first, int64_t count, const float* lse,
+                              const float* factor, const Gradient& to) {
+    const int64_t rows = z.rows;
+    const float scale = head.scale, softcap = head.softcap;
+    const bool plain = is_plain(head);
+    float y[kWidth], d[kWidth];
+    for (int64_t t = first; t < first + count; ++t) {
+        const float bias = head.bias ? head.bias[t] : 0.0f;
+        for (int64_t row = 0; row < rows; row += kWidth) {
+            const int64_t width = rows - row < kWidth ? rows - row : kWidth;
+            const float* from = z.data + t * z.stride + row;
+            if (plain) {
+                for (int64_t i = 0; i < width; ++i) d[i] = exp_float(from[i] - lse[row + i]) * -factor[row + i];
+            } else {
+                some_lanes(from, bias, width, scale, softcap, y);
+                for (int64_t i = 0; i < width; ++i) d[i] = exp_float(y[i] - lse[row + i]);
+                if (softcap > 0.0f) {
+                    for (int64_t i = 0; i < width; ++i) {
+                        const float slope = y[i] / softcap;
+                        d[i] *= 1.0f - slope * slope;
+                    }
+                }
+                for (int64_t i = 0; i < width; ++i) d[i] *= -factor[row + i];
+            }
+            store(d, width, to.data, t * to.stride + row, to.format);
         }
-    } else {
-        for (int64_t i = 0; i < count; ++i) d[i] = exp_float(y[i] - lse[i]) * -factor[i];
     }
-    store(d, count, out, at, format);
 }
 
 // Maxima and sums of a tile of lanes: y [depth, width], tokens `stride` apart.
@@ -212,9 +237,7 @@ void lanes_logp(const Products& z, const Head& head, const int64_t* target, floa
             const float* y = z.data + first * z.stride + row;
             int64_t stride = z.stride;
             if (!is_plain(head)) {
-                for (int64_t t = 0; t < depth; ++t)
-                    lane_logits(y + t * stride, head.bias ? head.bias[first + t] : 0.0f, width, head,
-                                buffer + t * kWidth);
+                lane_logits(y, stride, head.bias ? head.bias + first : nullptr, depth, width, head, buffer);
                 y = buffer;
                 stride = kWidth;
             }
@@ -238,18 +261,8 @@ void lanes_dlogits(const Products& z, const Head& head, const int64_t* target, c
         hits[row] = hit_gradient(logit_at(z, head, row, target[row]), lse[row], factors[row], head);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t t = 0; t < z.vocab; ++t) {
-        float buffer[kWidth];
-        for (int64_t row = 0; row < n; row += kWidth) {
-            const int64_t width = std::min(kWidth, n - row);
-            const float* y = z.data + t * z.stride + row;
-            if (!is_plain(head)) {
-                lane_logits(y, head.bias ? head.bias[t] : 0.0f, width, head, buffer);
-                y = buffer;
-            }
-            lane_piece(y, width, lse + row, factors.data() + row, head, d.data, t * d.stride + row, d.format);
-        }
-    }
+    for (int64_t t = 0; t < z.vocab; t += kShort)
+        lane_tokens(z, head, t, std::min(kShort, z.vocab - t), lse, factors.data(), d);
     for (int64_t row = 0; row < n; ++row) store(&hits[row], 1, d.data, target[row] * d.stride + row, d.format);
 }
 
