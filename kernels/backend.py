@@ -30,8 +30,8 @@ BACKENDS: tuple[Backend, ...] = ("triton", "native", "torch")
 IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
     "linear_logp": ("native", "torch"),
     "pair_loss": ("native", "torch"),
-    "prefix_attention": ("torch",),
-    "paged_attention": ("torch",),
+    "prefix_attention": ("triton", "torch"),
+    "paged_attention": ("triton", "torch"),
     "sample": ("native", "torch"),
 }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from macpo.kernels.backend import explain
-from macpo.kernels.prefix_attention import torch_impl
+from macpo.kernels.backend import BackendError, explain
+from macpo.kernels.prefix_attention import flash_impl, library, torch_impl
 from macpo.kernels.prefix_attention.segments import Segments
 
 
@@ -31,7 +32,7 @@ def prefix_attention(
         scale: factor on the scores; default D ** -0.5.
         window: a token sees at most the last `window` positions of its own sequence, itself included
             (Hugging Face's `sliding_window`); None for all.
-        backend: force one; default by device (`macpo.kernels.backend`).
+        backend: force one; see `choose`.
 
     Returns:
         [T, Hq, D], dtype of q.
@@ -52,8 +53,56 @@ def prefix_attention(
         raise ValueError(f"segments describe {segments.num_tokens} tokens, q has {q.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    explain("prefix_attention", q.device, backend)
+    name, _ = choose(q, backend)
+    if name == "triton":
+        return _triton(q, k, v, segments, scale, window)
+    if name == "flash":
+        return flash_impl.prefix_attention(q, k, v, segments, scale=scale, window=window)
+    if torch.compiler.is_compiling():
+        return library.torch_forward(q, k, v, *_integers(segments, q), scale, window)
     return torch_impl.prefix_attention(q, k, v, segments, scale=scale, window=window)
+
+
+def choose(q: Tensor, backend: str | None = None) -> tuple[str, str]:
+    """The backend that runs for q [T, Hq, D], and why: "triton", "torch", or "flash" where that is asked for.
+
+    The default follows `macpo.kernels.explain`, except that CUDA tensors which the Triton kernels do not take
+    (float64, head sizes above 256) go to torch. flash-attn copies prompts and is used with `backend="flash"` only.
+
+    Raises:
+        BackendError: the forced backend is not there, or does not take such a q.
+    """
+    if backend == "flash":
+        if why_not := flash_impl.why_not(q):
+            raise BackendError(f"prefix_attention: backend 'flash' cannot be used: {why_not}")
+        return "flash", "backend='flash' was passed to prefix_attention"
+    choice = explain("prefix_attention", q.device, backend)
+    if choice.backend == "triton" and (why_not := _not_for_triton(q)):
+        if backend is not None:
+            raise BackendError(f"prefix_attention: backend 'triton' cannot be used: {why_not}")
+        return "torch", why_not
+    return choice.backend, choice.why
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None) -> Tensor:
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        return library.make_plan(*_integers(segments, q), window, q.shape[2], q.dtype)
+
+    compiling = torch.compiler.is_compiling()
+    plan = make() if compiling else segments.cached(("triton", q.device, q.dtype, q.shape[2], window), make)
+    return library.forward(q, k, v, *plan, q.shape[2] ** -0.5 if scale is None else scale)[0]
+
+
+def _not_for_triton(q: Tensor) -> str:
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the Triton kernels are for bf16, fp16 and fp32, not {q.dtype}"
+    if q.shape[2] > 256:
+        return f"the Triton kernels hold head sizes up to 256, not {q.shape[2]}"
+    return ""
+
+
+def _integers(segments: Segments, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.to(q.device) for x in (segments.prefix_start, segments.prefix_end, segments.segment_start))
 
 
 def _shapes(*tensors: Tensor) -> str:

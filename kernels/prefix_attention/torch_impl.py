@@ -44,22 +44,59 @@ def prefix_attention(
     return torch.cat(outputs).index_select(0, back)
 
 
+def gradients(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [T, Hq, D], dk and dv [T, Hkv, D] for do [T, Hq, D], without autograd; inside in at least float32.
+
+    What a compiled graph calls: a custom operator cannot differentiate through its own forward.
+    """
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    buckets = _plan(segments.to(q.device), window, torch.promote_types(q.dtype, torch.float32))
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for bucket in buckets:
+        wide = [x.index_select(0, bucket.tokens).to(bucket.mask.dtype) for x in (do, q, k, v)]
+        do_bhld, q_bhld, k_bhld, v_bhld = (_padded(x, bucket) for x in wide)
+        # Query heads of a key/value head are rows of one product, so that sums over them need no step of their own.
+        shape = (bucket.num_groups, k.shape[1], -1, q.shape[2])
+        do_bhrd, q_bhrd = (x.reshape(shape) for x in (do_bhld, q_bhld))
+        scores = (q_bhrd @ k_bhld.mT * scale).unflatten(2, (-1, bucket.length)) + bucket.mask[:, :, None]
+        p_bhrl = scores.softmax(-1).flatten(2, 3)
+        dp_bhrl = do_bhrd @ v_bhld.mT
+        ds_bhrl = p_bhrl * (dp_bhrl - (dp_bhrl * p_bhrl).sum(-1, keepdim=True)) * scale
+        parts = ((ds_bhrl @ k_bhld).view_as(q_bhld), ds_bhrl.mT @ q_bhrd, p_bhrl.mT @ do_bhrd)
+        for grad, part in zip(grads, parts, strict=True):
+            grad.index_copy_(0, bucket.tokens, _packed(part, bucket).to(grad.dtype))
+    return grads
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, scale: float | None) -> Tensor:
     """Attention of one bucket's tokens; inputs and result are [n, H, D] in the bucket's token order."""
-
-    def padded(x: Tensor) -> Tensor:
-        if not bucket.full:
-            x = x.new_zeros(bucket.num_groups * bucket.length, *x.shape[1:]).index_copy(0, bucket.slots, x)
-        return x.view(bucket.num_groups, bucket.length, *x.shape[1:]).transpose(1, 2)
-
-    shape = q.shape
-    q_bhld, k_bhld, v_bhld = padded(q), padded(k), padded(v)
+    q_bhld, k_bhld, v_bhld = _padded(q, bucket), _padded(k, bucket), _padded(v, bucket)
     if k_bhld.shape[1] != q_bhld.shape[1]:
         repeats = q_bhld.shape[1] // k_bhld.shape[1]
         k_bhld, v_bhld = (x.repeat_interleave(repeats, dim=1) for x in (k_bhld, v_bhld))
-    out_bhld = F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=bucket.mask, scale=scale)
-    out = out_bhld.transpose(1, 2).reshape(-1, *shape[1:])
-    return out if bucket.full else out.index_select(0, bucket.slots)
+    return _packed(F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=bucket.mask, scale=scale), bucket)
+
+
+def _padded(x: Tensor, bucket: _Bucket) -> Tensor:
+    """[n, H, D] in the bucket's token order -> [b, H, l, D], padding 0."""
+    if not bucket.full:
+        x = x.new_zeros(bucket.num_groups * bucket.length, *x.shape[1:]).index_copy(0, bucket.slots, x)
+    return x.view(bucket.num_groups, bucket.length, *x.shape[1:]).transpose(1, 2)
+
+
+def _packed(x_bhld: Tensor, bucket: _Bucket) -> Tensor:
+    """The inverse of `_padded`."""
+    x = x_bhld.transpose(1, 2).flatten(0, 1)
+    return x if bucket.full else x.index_select(0, bucket.slots)
 
 
 def _plan(segments: Segments, window: int | None, dtype: torch.dtype) -> list[_Bucket]:

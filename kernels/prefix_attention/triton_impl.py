@@ -1,0 +1,201 @@
+"""prefix_attention on Triton: launches, block sizes, and the list of everything that can be launched.
+
+Legend: t tokens, h query heads, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from macpo.kernels.prefix_attention import triton_kernels as kernels
+from macpo.kernels.triton_support import AotKernel, interpreted
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Block sizes of one kernel, and how Triton builds it."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The three kernels' tiles for one padded head size and element size."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    """Has block sizes of its own; `forward` and `dq` share theirs, and so their lists of blocks."""
+
+
+# By padded head size and bytes of an element. Chosen from what the compiler reports (no spills but where `_SPILLS` says
+# so; shared memory below the device's limit), not tuned by timing.
+_FLOAT32 = {
+    (64, 4): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
+    (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+# Compute capability 9.x and 10.x: 227 KiB of shared memory a block.
+_LARGE = _FLOAT32 | {
+    (64, 2): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (256, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
+}
+# All others: 99 KiB.
+_SMALL = _FLOAT32 | {
+    (64, 2): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (128, 2): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+    (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
+}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_LOG2_E = math.log2(math.e)
+
+
+def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The tiles for q, k, v [T, H, head_dim] of this dtype on `device`."""
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).major in (9, 10)
+    return (_LARGE if large else _SMALL)[_padded(head_dim), dtype.itemsize]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, visible_3t: Tensor, key_lists: Tensor, scale: float, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """o [T, Hq, D] and lse [Hq, T] float32, the log2 of the sum of 2^(log2(e) * score).
+
+    Args:
+        q, k, v: [T, Hq, D], [T, Hkv, D] twice; any strides, though others than contiguous are copied.
+        visible_3t, key_lists: `plan.visible_keys` and `plan.block_lists` with the forward tile's block sizes.
+        scale: factor on the scores; a negative one is moved into q.
+        tiles: of `tiles_of`, or smaller ones that make a test short.
+    """
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    num_tokens, num_heads, head_dim = q.shape
+    o, lse = torch.empty_like(q), q.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    tile = tiles.forward
+    kernels.forward_kernel[num_heads, key_lists.shape[0]](
+        q, k, v, o, lse, visible_3t, key_lists, q.stride(0), k.stride(0),
+        num_tokens, head_dim, num_heads // k.shape[1], key_lists.stride(0), scale * _LOG2_E,
+        **_constants(tile, head_dim, q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    visible_3t: Tensor,
+    key_lists: Tensor,
+    query_lists: Tensor,
+    scale: float,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [T, Hq, D], dk and dv [T, Hkv, D] from do [T, Hq, D] and what `forward` took and gave.
+
+    `query_lists` are `plan.block_lists(..., by_key=True)` with the dkv tile's block sizes.
+    """
+    flip = scale < 0
+    q, scale = (-q, -scale) if flip else (q, scale)
+    q, k, v, o, do = (x.contiguous() for x in (q, k, v, o, do))
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    last = (num_tokens, head_dim, num_heads // num_kv_heads)
+    kernels.dq_kernel[num_heads, key_lists.shape[0]](
+        q, k, v, o, do, lse, delta, dq, visible_3t, key_lists, q.stride(0), k.stride(0),
+        *last, key_lists.stride(0), scale, scale * _LOG2_E,
+        **_constants(tiles.dq, head_dim, q.dtype), num_warps=tiles.dq.num_warps, num_stages=tiles.dq.num_stages,
+    )  # fmt: skip
+    for parts in _parts(tiles.dkv, head_dim, q.dtype):
+        kernels.dkv_kernel[num_kv_heads, query_lists.shape[0]](
+            q, k, v, do, lse, delta, dk, dv, visible_3t, query_lists, q.stride(0), k.stride(0),
+            *last, query_lists.stride(0), scale, scale * _LOG2_E,
+            **parts, num_warps=tiles.dkv.num_warps, num_stages=tiles.dkv.num_stages,
+        )  # fmt: skip
+    return -dq if flip else dq, dk, dv
+
+
+def _padded(head_dim: int) -> int:
+    return next(size for size in (64, 128, 256) if size >= head_dim)
+
+
+def _constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    padded = _padded(head_dim)
+    emulate = dtype == torch.bfloat16 and interpreted()
+    return {
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_D": padded,
+        "PADDED": padded != head_dim,
+        "PRECISION": "ieee" if dtype == torch.float32 else "emulate" if emulate else None,
+    }
+
+
+def _parts(tile: Tile, head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Constants of each launch of `dkv_kernel`: one, or two where dk and dv together do not fit the registers."""
+    split = _padded(head_dim) == 256 and dtype != torch.float32
+    parts = [(True, False), (False, True)] if split else [(True, True)]
+    return [_constants(tile, head_dim, dtype) | {"DK": dk, "DV": dv} for dk, dv in parts]
+
+
+# Bytes that a thread may spill: padded head size, bytes of an element, kernel.
+_SPILLS: dict[tuple[int, int, str], int] = {}
+
+
+def aot_kernels() -> list[AotKernel]:
+    """Every kernel x padded head size (exactly filled or not) x dtype x device class. A window changes no kernel."""
+    found = []
+    for table, capabilities in ((_LARGE, (90, 100)), (_SMALL, (80,))):
+        for (padded, itemsize), tiles in table.items():
+            for dtype, head_dim in product(_NAMES, (padded, padded - 16)):
+                if dtype.itemsize != itemsize:
+                    continue
+                dq, forward_ = (_constants(tile, head_dim, dtype) for tile in (tiles.dq, tiles.forward))
+                for kernel, tile, constants in (
+                    (kernels.forward_kernel, tiles.forward, forward_),
+                    (kernels.dq_kernel, tiles.dq, dq),
+                    *((kernels.dkv_kernel, tiles.dkv, parts) for parts in _parts(tiles.dkv, head_dim, dtype)),
+                ):
+                    found.append(_entry(kernel, tile, constants, dtype, capabilities))
+    return found
+
+
+def _entry(
+    kernel: Any, tile: Tile, constants: dict[str, Any], dtype: torch.dtype, capabilities: tuple[int, ...]
+) -> AotKernel:
+    padded, name = constants["BLOCK_D"], kernel.__name__.removesuffix("_kernel")
+    part = name if constants.get("DK", True) and constants.get("DV", True) else "dk" if constants["DK"] else "dv"
+    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_visible": "*i32", "p_lists": "*i32"}
+    types |= {"scale": "fp32", "scale_log2": "fp32"}
+    arguments = [argument for argument in kernel.arg_names if argument not in constants]
+    pointers = [argument for argument in arguments if argument.startswith("p_")]
+    return AotKernel(
+        name=f"prefix_attention_{part}/d{padded}{'-padded' if constants['PADDED'] else ''}/{_NAMES[dtype]}"
+        f"/{'large' if 90 in capabilities else 'small'}",
+        kernel=kernel,
+        signature={
+            argument: types.get(argument, f"*{_NAMES[dtype]}" if argument in pointers else "i32")
+            for argument in arguments
+        },
+        constexprs=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        aligned=(*pointers, "stride_q", "stride_k", "head_dim"),
+        wgmma=dtype != torch.float32 and 90 in capabilities,
+        max_spill_bytes=_SPILLS.get((padded, dtype.itemsize, name), 0),
+        capabilities=capabilities,
+    )
