@@ -18,7 +18,10 @@ import torch
 INSTALLED = find_spec("triton") is not None
 
 # The modules that hold Triton kernels; each has `aot_kernels() -> list[AotKernel]`.
-KERNEL_MODULES: tuple[str, ...] = ("macpo.kernels.prefix_attention.triton_impl",)
+KERNEL_MODULES: tuple[str, ...] = (
+    "macpo.kernels.prefix_attention.triton_impl",
+    "macpo.kernels.paged_attention.triton_impl",
+)
 
 
 def interpreted() -> bool:

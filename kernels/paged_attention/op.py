@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from macpo.kernels.backend import explain
-from macpo.kernels.paged_attention import torch_impl
+from macpo.kernels.paged_attention import library
 
 
 def paged_attention(
@@ -28,7 +27,8 @@ def paged_attention(
         q: [B, Hq, D] float.
         k_pool, v_pool: [num_blocks, block_tokens, Hkv, D], dtype of q; Hq is a multiple of Hkv.
         block_table: [B, max_blocks] int32; entries past a context are not read and may be -1.
-        context_lens: [B] int32, tokens of each context, the current one included (>= 1).
+        context_lens: [B] int32, tokens of each context, the current one included (>= 1). Checked on CPUs only, not to
+            wait for a device.
         scale: factor on the scores; default D ** -0.5.
         window: only the last `window` tokens of the context; None for all.
         backend: force one; default by device (`macpo.kernels.backend`).
@@ -37,7 +37,8 @@ def paged_attention(
         [B, Hq, D], dtype of q.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit together.
+        ValueError: shapes, dtypes or values that do not fit together; on backend "triton" also head sizes other than
+            64, 80, 96, 128, 256, block_tokens other than 16, 32, 64 and dtypes other than bf16, fp16, fp32.
         BackendError: the forced backend is not there.
 
     Source: PagedAttention, arXiv 2309.06180.
@@ -56,35 +57,36 @@ def paged_attention(
         raise ValueError(f"block_table must be int32 [{batch}, max_blocks], got {list(block_table.shape)}")
     if context_lens.shape != (batch,) or context_lens.dtype != torch.int32:
         raise ValueError(f"context_lens must be int32 [{batch}], got {context_lens.dtype} {list(context_lens.shape)}")
-    if context_lens.device.type == "cpu" and batch:
-        low, high = (int(value) for value in context_lens.aminmax())
-        capacity = block_table.shape[1] * k_pool.shape[1]
-        if low < 1 or high > capacity:
-            raise ValueError(f"context_lens must be in 1..{capacity} (the block table's tokens), got {low}..{high}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    explain("paged_attention", q.device, backend)
-    if not batch:
-        return torch.empty_like(q)
-    return torch_impl.paged_attention(q, k_pool, v_pool, block_table, context_lens, scale=scale, window=window)
+    run = torch.ops.macpo.paged_attention if torch.compiler.is_compiling() else library.run_paged_attention
+    return run(q, k_pool, v_pool, block_table, context_lens, scale, window, backend)
 
 
-def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
+def write_kv(
+    k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, *, backend: str | None = None
+) -> None:
     """Write tokens' keys and values into the pools, in place.
 
     Args:
         k, v: [T, Hkv, D], dtype of the pools.
         k_pool, v_pool: [num_blocks, block_tokens, Hkv, D], contiguous.
-        slots: [T] int64, all different: block * block_tokens + offset of each token.
+        slots: [T] int64: block * block_tokens + offset of each token, or -1 for a padding row, which is not written.
+            The others are all different. Slots past the pool raise on CPUs and are not checked on a device.
+        backend: force one; default by device (`macpo.kernels.backend`).
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
+        IndexError: (CPU only) a slot past the pool or below -1.
+        BackendError: the forced backend is not there.
     """
     if k.shape != v.shape or k.shape[1:] != k_pool.shape[2:] or k_pool.shape != v_pool.shape:
         raise ValueError(f"k, v and the pools do not fit: {list(k.shape)}, {list(v.shape)}, {list(k_pool.shape)}")
+    if not k.dtype == v.dtype == k_pool.dtype == v_pool.dtype:
+        raise ValueError(f"k, v and the pools must have one dtype, got {k.dtype}, {v.dtype}, {k_pool.dtype}")
     if slots.dtype != torch.int64 or slots.shape != k.shape[:1]:
         raise ValueError(f"slots must be int64 [{k.shape[0]}], got {slots.dtype} {list(slots.shape)}")
     if not (k_pool.is_contiguous() and v_pool.is_contiguous()):
         raise ValueError("the pools must be contiguous")
-    for x, pool in ((k, k_pool), (v, v_pool)):
-        pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, x)
+    run = torch.ops.macpo.write_kv if torch.compiler.is_compiling() else library.run_write_kv
+    run(k, v, k_pool, v_pool, slots, backend)

@@ -1,4 +1,4 @@
-"""paged_attention with torch: gather the blocks of every sequence, then one masked attention call.
+"""paged_attention with torch: gather the blocks of every sequence, then one masked attention call; write_kv.
 
 Legend: b sequences, l longest context rounded up to whole blocks, h heads, d head size.
 """
@@ -37,3 +37,25 @@ def paged_attention(
     q_bhgd = q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)  # a kv head's queries as rows
     out = F.scaled_dot_product_attention(q_bhgd, k_bhld, v_bhld, attn_mask=mask_bl[:, None, None], scale=scale)
     return out.reshape(q.shape)
+
+
+def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] to their slots; see `op.write_kv`."""
+    if not slots.numel():
+        return
+    pools = [pool.view(-1, *pool.shape[2:]) for pool in (k_pool, v_pool)]
+    if slots.device.type != "cpu" or bool((slots < 0).any()):
+        # Padding rows repeat the first real row's write, or write what lies in slot 0 where there is no real row:
+        # equal writes to one place need neither an order nor a look at the values from the host.
+        real = slots >= 0
+        first = real.int().argmax()
+        target = torch.where(real[first], slots[first], 0)
+        slots_ = torch.where(real, slots, target)
+        k, v = (
+            torch.where(real[:, None, None], x, torch.where(real[first], x[first], pool[0]))
+            for x, pool in zip((k, v), pools, strict=True)
+        )
+    else:
+        slots_ = slots
+    for x, pool in zip((k, v), pools, strict=True):
+        pool.index_copy_(0, slots_, x)
