@@ -99,6 +99,7 @@ def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
         ceiling=gemm(inputs.hidden, inputs.weight),
         ceiling_name="vendor GEMM, one head",
         ceiling_work=unit,
+        unit_work=unit,
     )
 
 

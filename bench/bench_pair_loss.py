@@ -114,6 +114,7 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
         ceiling=gemm(inputs.hidden, inputs.weight),
         ceiling_name="vendor GEMM, one head",
         ceiling_work=unit,
+        unit_work=unit,
     )
 
 

@@ -76,6 +76,8 @@ class Case:
     ceiling_name: str = ""
     ceiling_work: float = 0.0
     """FLOP or bytes of `ceiling`."""
+    unit_work: float = 0.0
+    """Work that counts as 1 in `floor_units`: one head GEMM for a head; 0 for all of the case's own work."""
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Result:
     times_ours: float | None = None
     """Median over rounds of this peer's time / ours in the same round: above 1, ours is faster."""
     floor_units: float | None = None
-    """Median over rounds of time / time of the ceiling: for a head, how many head GEMMs."""
+    """Median over rounds of time / time that the ceiling needs for `unit_work`: for a head, how many head GEMMs."""
     share_of_ceiling: float | None = None
     tflop_per_s: float | None = None
     gb_per_s: float | None = None
@@ -126,7 +128,7 @@ def relative_errors(outputs: Outputs, reference: Outputs) -> dict[str, float]:
 def judge(case: Case, peer: Peer, outputs: Outputs) -> Result:
     """Status and errors of what a peer returned."""
     if case.check is not None:
-        errors = {"check": case.check(outputs)}
+        errors = {"check": case.check(peer.view(outputs))}
     else:
         errors = relative_errors(peer.view(outputs), case.reference if peer.reference is None else peer.reference)
     result = Result(peer.name, "exact", note=peer.note, errors=errors)
@@ -224,27 +226,31 @@ def summarise(
     if ours:
         result.times_ours = statistics.median(a / b for a, b in zip(taken, ours, strict=True))
     if ceiling:
-        result.floor_units = statistics.median(a / b for a, b in zip(taken, ceiling, strict=True))
-        if result.floor_units:
-            result.share_of_ceiling = (work or case.flop or case.num_bytes) / case.ceiling_work / result.floor_units
+        times_ceiling = statistics.median(a / b for a, b in zip(taken, ceiling, strict=True))
+        done = work or case.flop or case.num_bytes
+        result.floor_units = times_ceiling * case.ceiling_work / (case.unit_work or done)
+        result.share_of_ceiling = done / case.ceiling_work / times_ceiling
     if case.flop:
         result.tflop_per_s = (work or case.flop) / median / 1e12
     if case.num_bytes:
         result.gb_per_s = (work or case.num_bytes) / median / 1e9
 
 
-COLUMNS = ("peer", "median ms", "q1-q3 ms", "x ours", "x floor", "of ceiling", "rate", "extra MB", "error")
+COLUMNS = ("median ms", "q1-q3 ms", "x ours", "x floor", "of ceiling", "rate", "extra MB", "error")
+WIDTHS = (11, 17, 8, 9, 12, 13, 11, 10)
 
 
 def table(case: Case, results: Iterable[Result]) -> Iterator[str]:
     """Lines of one case."""
     yield f"{case.name}  [{case.ceiling_name or 'no ceiling'}]"
-    yield f"  {COLUMNS[0]:44}" + "".join(f"{name:>{width}}" for name, width in zip(COLUMNS[1:], WIDTHS, strict=True))
+    yield header()
     for result in results:
         yield "  " + row_text(result)
 
 
-WIDTHS = (11, 17, 8, 9, 12, 13, 11, 10)
+def header() -> str:
+    """The line above the results of a case."""
+    return f"  {'peer':44}" + "".join(f"{name:>{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True))
 
 
 def row_text(result: Result) -> str:
@@ -276,7 +282,8 @@ def row_text(result: Result) -> str:
 
 LEGEND = """\
 x ours: this peer's time / ours in the same round, median over rounds (above 1, ours is faster)
-x floor: time / time of the ceiling named in [] in the same round; of ceiling: work per second / the ceiling's
+x floor: time / time that the ceiling named in [] needs in the same round for the same work (heads: for one GEMM)
+of ceiling: work per second / that of the ceiling, recomputed work not counted
 extra MB: most memory held at once beyond inputs and returned tensors; error: relative, against float64; *: inexact"""
 
 

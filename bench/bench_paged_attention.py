@@ -1,0 +1,193 @@
+"""One decode step's attention over a paged KV pool, beside every peer.
+
+    python -m bench.bench_paged_attention [--shapes small|issue|gpu] [--only SUBSTRING] [--json-dir DIR]
+    pytest bench/bench_paged_attention.py --benchmark-json=FILE
+
+The floor is memory: every key and value of every context is read once. Contexts differ by up to a quarter around the
+stated length, and blocks lie in random order. "contiguous SDPA" has no paging at all: what paging costs can be seen.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cli import Spec, bench_one, run_bench
+from bench.device import copy
+from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from macpo.kernels import paged_attention
+from macpo.kernels.paged_attention import reference
+
+OURS, OURS_TORCH = "macpo paged_attention", "macpo, torch backend"
+GATHER, CONTIGUOUS = "torch gather + SDPA", "contiguous SDPA (no paging)"
+VARLEN, FLASH, FLASHINFER = "torch varlen_attn (paged)", "flash-attn (paged)", "flashinfer"
+PEERS = (OURS, OURS_TORCH, GATHER, CONTIGUOUS, VARLEN, FLASH, FLASHINFER)
+
+# Batch, context, query heads, key heads, head size, tokens a block, dtype.
+Entry = tuple[int, int, int, int, int, int, torch.dtype]
+SHAPES: dict[str, list[Entry]] = {
+    "small": [(3, 21, 4, 2, 16, 16, torch.float32)],
+    "issue": [
+        (16, 300, 8, 2, 64, 32, torch.float32),
+        (64, 300, 8, 2, 64, 32, torch.float32),
+        (16, 2048, 8, 2, 64, 32, torch.float32),
+    ],
+    "gpu": [(batch, context, 32, 8, 128, 32, torch.bfloat16) for context in (300, 4096) for batch in (32, 256, 512)],
+}
+
+
+def specs(shapes: str, device: torch.device) -> list[Spec]:
+    return [Spec(case_name(*entry), partial(make_case, *entry, device)) for entry in SHAPES[shapes]]
+
+
+def case_name(
+    batch: int, context: int, heads: int, kv_heads: int, size: int, block_tokens: int, dtype: torch.dtype
+) -> str:
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return f"B{batch} context{context} heads{heads}/{kv_heads} d{size} block{block_tokens} {short}"
+
+
+def make_case(
+    batch: int,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    """The case, its float64 reference computed."""
+    g = torch.Generator().manual_seed(3)
+    lens = (context * (0.75 + 0.5 * torch.rand(batch, generator=g))).int().clamp(min=1)
+    per_row = -(-int(lens.max()) // block_tokens)
+    table = torch.randperm(batch * per_row, generator=g).int().view(batch, per_row)
+    torch.manual_seed(3)
+    pools = [torch.randn(batch * per_row, block_tokens, kv_heads, size, device=device).to(dtype) for _ in range(2)]
+    q = torch.randn(batch, heads, size, device=device).to(dtype)
+    lens, table = lens.to(device), table.to(device)
+    inputs = (q, *pools, table, lens)
+    expected = torch.cat(
+        [
+            reference.paged_attention(q[b : b + 1].double(), *few, lens[b : b + 1])
+            for b in range(batch)
+            for few in [_row_pools(pools, table[b])]
+        ]
+    )
+    read = int(lens.sum()) * kv_heads * size * 2 * q.element_size()
+    num_bytes = float(read + 2 * q.nbytes)
+    moved = max(int(num_bytes), 2**28 if device.type == "cuda" else 2**25)
+    peers = [
+        Peer(OURS, lambda: lambda: {"out": paged_attention(*inputs)}),
+        Peer(OURS_TORCH, lambda: lambda: {"out": paged_attention(*inputs, backend="torch")}),
+        Peer(GATHER, partial(build_gather, *inputs)),
+        Peer(CONTIGUOUS, partial(build_contiguous, *inputs)),
+        Peer(VARLEN, partial(build_varlen, *inputs)),
+        Peer(FLASH, partial(build_flash, *inputs)),
+        Peer(FLASHINFER, partial(build_flashinfer, *inputs)),
+    ]
+    return Case(
+        case_name(batch, context, heads, kv_heads, size, block_tokens, dtype),
+        {
+            "batch": batch,
+            "context": context,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": size,
+            "block_tokens": block_tokens,
+        },
+        dtype,
+        device,
+        peers,
+        {"out": expected},
+        num_bytes=num_bytes,
+        ceiling=copy(moved, device),
+        ceiling_name=f"copy of {moved / 2**20:.0f} MB",
+        ceiling_work=float(moved),
+    )
+
+
+def _row_pools(pools: list[Tensor], blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A row's own blocks in float64, and its block table into them."""
+    k, v = (pool[blocks.long()].double() for pool in pools)
+    return k, v, torch.arange(blocks.numel(), dtype=torch.int32, device=blocks.device)[None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
+    """q [B, Hq, D], k and v [B, L, Hkv, D] -> [B, Hq, D]; positions past a length are masked."""
+    mask = torch.arange(k.shape[1], device=q.device) < lens[:, None]
+    out = F.scaled_dot_product_attention(
+        q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None], enable_gqa=True
+    )
+    return out[:, :, 0]
+
+
+def build_gather(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
+    def run() -> Outputs:
+        k, v = (pool[table.long()].flatten(1, 2) for pool in (k_pool, v_pool))
+        return {"out": _attend(q, k, v, lens)}
+
+    return run
+
+
+def build_contiguous(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
+    k, v = (pool[table.long()].flatten(1, 2).contiguous() for pool in (k_pool, v_pool))
+    return lambda: {"out": _attend(q, k, v, lens)}
+
+
+def build_varlen(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
+    if q.device.type != "cuda":
+        raise Unavailable("its kernels are for CUDA tensors")
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise Unavailable(f"this torch has no varlen_attn: {error}") from error
+    cu_q = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+    longest = table.shape[1] * k_pool.shape[1]
+    return lambda: {
+        "out": varlen_attn(
+            *(q, k_pool, v_pool, cu_q, None, 1, longest), enable_gqa=True, seqused_k=lens, block_table=table
+        )
+    }
+
+
+def build_flash(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError as error:
+        raise Unavailable(f"flash-attn does not import: {error}") from error
+    return lambda: {
+        "out": flash_attn_with_kvcache(q[:, None], k_pool, v_pool, cache_seqlens=lens, block_table=table)[:, 0]
+    }
+
+
+def build_flashinfer(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
+    try:
+        import flashinfer
+    except ImportError as error:
+        raise Unavailable(f"flashinfer does not import: {error}") from error
+    block_tokens, kv_heads, size = k_pool.shape[1:]
+    used = (lens + block_tokens - 1) // block_tokens
+    indptr = F.pad(used.cumsum(0), (1, 0)).int()
+    real = torch.arange(table.shape[1], device=q.device) < used[:, None]
+    last = (lens - (used - 1) * block_tokens).int()
+    workspace = torch.empty(2**27, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        *(indptr, table[real], last, q.shape[1], kv_heads, size, block_tokens),
+        q_data_type=q.dtype,
+        kv_data_type=q.dtype,
+    )
+    return lambda: {"out": wrapper.run(q, (k_pool, v_pool))}
+
+
+def test_paged_attention(benchmark: Any, spec: Spec, peer_name: str) -> None:
+    bench_one(benchmark, spec, peer_name)
+
+
+if __name__ == "__main__":
+    run_bench("paged_attention", specs, __doc__ or "")
