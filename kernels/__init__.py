@@ -5,10 +5,10 @@ Each operator is a folder: `reference.py` the definition, `torch_impl.py` the po
 
 from macpo.kernels.backend import BackendError, Choice, explain, use_backend
 from macpo.kernels.linear_logp.op import linear_logp
-from macpo.kernels.linear_logp.rows import sequence_sums
 from macpo.kernels.paged_attention.op import paged_attention, write_kv
 from macpo.kernels.pair_loss.op import pair_loss
 from macpo.kernels.pair_loss.result import PairLoss
+from macpo.kernels.pair_loss.sequences import sequence_sums
 from macpo.kernels.prefix_attention.op import prefix_attention
 from macpo.kernels.prefix_attention.segments import Segments
 from macpo.kernels.sampling.op import sample

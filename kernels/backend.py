@@ -28,8 +28,8 @@ BACKENDS: tuple[Backend, ...] = ("triton", "native", "torch")
 # Operators by the backends that they have. `native` is listed only where bench/bench_native.py shows a gain of
 # 1.3x or more over torch's own composition; `torch` is everywhere.
 IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
-    "linear_logp": ("native", "torch"),
-    "pair_loss": ("native", "torch"),
+    "linear_logp": ("triton", "native", "torch"),
+    "pair_loss": ("triton", "native", "torch"),
     "prefix_attention": ("triton", "torch"),
     "paged_attention": ("triton", "torch"),
     "sample": ("native", "torch"),

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from macpo.kernels.backend import explain
-from macpo.kernels.linear_logp import torch_impl
+from macpo.kernels.linear_logp import library
+from macpo.kernels.linear_logp.head import default_chunk_rows
+
+
+class Lora(NamedTuple):
+    """A low-rank update of the head: W' = W + scaling * b a. A plain tuple of the three does as well."""
+
+    a: Tensor
+    """[r, H], dtype of the weight."""
+    b: Tensor
+    """[V, r], dtype of the weight."""
+    scaling: float
+
+
+LoraLike: TypeAlias = Lora | tuple[Tensor, Tensor, float]
 
 
 def linear_logp(
@@ -19,13 +34,14 @@ def linear_logp(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    lora: LoraLike | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """log softmax(head(hidden))[target], row by row; differentiable in hidden, weight and bias.
+    """log softmax(head(hidden))[target], row by row; differentiable in hidden, weight, bias and the LoRA's factors.
 
     head(h) = softcap * tanh(logit_scale * (h W' + b) / softcap); without softcap, logit_scale * (h W' + b).
-    A LoRA on the head is supported by passing the adapted weight, through which autograd goes on.
+    Only inputs that take gradient cost one; logits exist for one chunk of rows at a time. Once differentiable.
 
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64.
@@ -34,7 +50,8 @@ def linear_logp(
         bias: [V], dtype of hidden.
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: Gemma's `final_logit_softcapping`.
-        chunk_rows: rows whose logits exist at once; default as many as fit 128 MiB.
+        lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
+        chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU.
         backend: force one; default by device (`macpo.kernels.backend`).
 
     Returns:
@@ -43,25 +60,51 @@ def linear_logp(
     Raises:
         ValueError: shapes, dtypes or values that do not fit together, a target outside the vocabulary.
         BackendError: the forced backend is not there.
+        RuntimeError: a backward with create_graph=True.
     """
-    check_head(hidden, weight, target, bias, logit_scale, softcap)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    choice = explain("linear_logp", hidden.device, backend)
-    return torch_impl.linear_logp(
+    check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
+    a, b, scaling = (None, None, 1.0) if lora is None else lora
+    logp: Tensor = library.linear_logp(
         hidden,
         weight,
+        bias,
+        a,
+        b,
         target,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        chunk_rows=chunk_rows,
-        native=choice.backend == "native",
-    )
+        float(scaling),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        rows_of_chunk(chunk_rows, weight),
+        backend_of("linear_logp", hidden.device.type, backend),
+        takes_grad(hidden, weight, bias, a, b),
+    )[0]
+    return logp
+
+
+@torch.compiler.assume_constant_result
+def backend_of(op: str, device: str, backend: str | None) -> str:
+    """`explain`'s choice; a compiled graph keeps the one of its compilation."""
+    return explain(op, device, backend).backend
+
+
+def rows_of_chunk(chunk_rows: int | None, weight: Tensor) -> int:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    return chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type)
+
+
+def takes_grad(*inputs: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    lora: LoraLike | None = None,
 ) -> None:
     """Raise ValueError where the inputs of a head operator do not fit together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -76,8 +119,17 @@ def check_head(
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive, got {softcap}")
-    # On other devices the check would wait for the device; gather asserts there by itself.
-    if target.device.type == "cpu" and target.numel():
-        low, high = (int(value) for value in target.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"target holds ids {low}..{high}, the head has {weight.shape[0]} rows")
+    if lora is not None:
+        _check_lora(weight, *lora)
+
+
+def _check_lora(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    vocab, hidden_size = weight.shape
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != hidden_size or b.shape != (vocab, a.shape[0]):
+        raise ValueError(
+            f"lora must be a [r, {hidden_size}] and b [{vocab}, r], got {list(a.shape)} and {list(b.shape)}"
+        )
+    if a.dtype != weight.dtype or b.dtype != weight.dtype:
+        raise ValueError(f"lora's a and b must be {weight.dtype}, got {a.dtype} and {b.dtype}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"lora's scaling must be finite, got {scaling}")

@@ -29,7 +29,11 @@ def linear_logp(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """hidden [N, H], weight [V, H], target [N] -> [N]; see `op.linear_logp`. Differentiable by autograd."""
+    if lora is not None:
+        a, b, scaling = lora
+        weight = weight + scaling * (b @ a)
     logp_nv = head_logits(hidden, weight, bias, logit_scale, softcap).log_softmax(dim=-1)
     return logp_nv.gather(1, target[:, None]).squeeze(1)

@@ -1,60 +1,75 @@
-"""What happens to one row of logits: its log-prob and its gradient. Target and logsumexp read the same values.
+"""What happens to a row of a head's product: log-prob, logsumexp, gradient, all from the same float32 values.
 
-Legend: n rows, v vocabulary.
+z is the raw product h W' (plus the LoRA's) in float32, float64 for checks; the logits are
+y = softcap * tanh(scale * (z + bias) / softcap), without softcap scale * (z + bias), and
+
+    d = d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap) ** 2) * scale.
+
+`z` may be row-major or the transposed view of a [V, N] buffer; d has z's layout.
+Legend: n rows, h hidden size, v vocabulary.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from macpo.kernels import native as native_kernels
+from macpo.kernels import native
+from macpo.kernels.linear_logp import rows_torch
 
 
-def logp(logits_nv: Tensor, target_n: Tensor, *, native: bool) -> tuple[Tensor, Tensor]:
-    """Log-prob of each row's target and the row's logsumexp, both [N], from float32 or float64 logits.
+def logp(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, *, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each row's target and the row's logsumexp, both [N] of z's dtype; z is unchanged.
 
-    The logsumexp is at least the row's maximum, so no log-prob is above 0.
+    No log-prob is above 0.
     """
-    return (native_kernels.row_logp if _fits(logits_nv, native) else torch_logp)(logits_nv, target_n)
+    kernels = _kernels(z_nv, backend)
+    return cast(tuple[Tensor, Tensor], kernels.row_logp(z_nv, target_n, bias_v, scale, softcap))
+
+
+def logp_dlogits_(
+    z_nv: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    *,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`logp` and d [N, V] in `dtype`; z's storage is consumed, and d may lie in it."""
+    kernels = _kernels(z_nv, backend)
+    return cast(tuple[Tensor, Tensor, Tensor], kernels.row_logp_dlogits_(z_nv, target_n, bias_v, scale, softcap, dtype))
 
 
 def dlogits_(
-    logits_nv: Tensor, target_n: Tensor, lse_n: Tensor, logit_scale: float, softcap: float | None, *, native: bool
+    z_nv: Tensor,
+    target_n: Tensor,
+    lse_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    grad_n: Tensor | None,
+    *,
+    backend: str,
 ) -> Tensor:
-    """d logp / d (h W' + b), in place of the logits: (onehot - softmax), through softcap and scale."""
-    kernel = native_kernels.row_dlogits_ if _fits(logits_nv, native) else torch_dlogits_
-    return kernel(logits_nv, target_n, lse_n, logit_scale, softcap)
+    """d [N, V] in `dtype`, times grad_n[:, None] where given; z's storage is consumed, and d may lie in it."""
+    kernels = _kernels(z_nv, backend)
+    return cast(Tensor, kernels.row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, grad_n))
 
 
-def _fits(logits_nv: Tensor, native: bool) -> bool:
-    """The native kernels are float32; float64 is for checks, and torch's."""
-    return native and logits_nv.dtype == torch.float32 and logits_nv.is_contiguous()
+def _kernels(z_nv: Tensor, backend: str) -> ModuleType:
+    """The module with `row_logp`, `row_logp_dlogits_` and `row_dlogits_`; float64 is for checks, and torch's."""
+    if backend == "torch" or z_nv.dtype == torch.float64:
+        return rows_torch
+    if backend == "native":
+        return native
+    from macpo.kernels.linear_logp import triton_impl
 
-
-def torch_logp(logits_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-    """`logp` by torch's own operators."""
-    lse_n = torch.logsumexp(logits_nv, dim=-1)
-    return logits_nv.gather(1, target_n[:, None]).squeeze(1) - lse_n, lse_n
-
-
-def torch_dlogits_(
-    logits_nv: Tensor, target_n: Tensor, lse_n: Tensor, logit_scale: float, softcap: float | None
-) -> Tensor:
-    """`dlogits_` by torch's own operators."""
-    factor_nv = None if softcap is None else 1 - (logits_nv / softcap).square()
-    logits_nv.sub_(lse_n[:, None]).exp_().neg_()
-    index_n = torch.arange(logits_nv.shape[0], device=logits_nv.device)
-    logits_nv[index_n, target_n] += 1.0
-    if factor_nv is not None:
-        logits_nv *= factor_nv
-    return logits_nv if logit_scale == 1.0 else logits_nv.mul_(logit_scale)
-
-
-def sequence_sums(logp_n: Tensor, cu_rows: Tensor) -> Tensor:
-    """Sums of consecutive runs of rows: [N] float, cu_rows [S + 1] int32 -> [S], dtype of logp_n.
-
-    Summed in float64 and rounded once, so that a sequence's sum does not depend on what is batched with it.
-    """
-    lengths = cu_rows.diff().to(device=logp_n.device, dtype=torch.int64)
-    return torch.segment_reduce(logp_n.double(), "sum", lengths=lengths, unsafe=True).to(logp_n.dtype)
+    return triton_impl

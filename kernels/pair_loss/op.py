@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-from macpo.kernels.backend import explain
-from macpo.kernels.linear_logp.op import check_head
-from macpo.kernels.pair_loss import torch_impl
-from macpo.kernels.pair_loss.losses import check_loss
+from macpo.kernels.linear_logp.op import LoraLike, backend_of, check_head, rows_of_chunk, takes_grad
+from macpo.kernels.pair_loss import library
+from macpo.kernels.pair_loss.losses import LossSettings, check_loss
 from macpo.kernels.pair_loss.result import PairLoss
 
 
@@ -24,71 +21,112 @@ def pair_loss(
     loss: str = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    sft_weight: float = 0.0,
+    gamma: float | None = None,
+    ld_alpha: float | None = None,
+    sft_weight: float | None = None,
     num_pairs: int | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    lora: LoraLike | None = None,
+    filter_eps: float | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> PairLoss:
-    """Contrastive loss of B pairs; differentiable in hidden, weight and bias.
+    """Contrastive loss of B pairs; differentiable in hidden, weight, bias and the LoRA's factors.
+
+    Gradients of the inputs that take some are formed in the forward (`chunked.py` counts the GEMMs); the backward
+    multiplies them by the upstream gradient. Once differentiable.
 
     Args:
         hidden: [N, H] float: the rows that predict response tokens, of sequences c0, r0, c1, r1, ...
-        weight: [V, H], dtype of hidden. For a LoRA on the head pass the adapted weight.
+        weight: [V, H], dtype of hidden.
         target: [N] int64: the token that each row predicts.
         cu_rows: [2B + 1] int32 on the CPU: where each sequence's rows begin, from 0 to N; none is empty.
         ref_logps: [2B] float32: summed log-probs of the same sequences under the reference policy, best from
-            the same operator; None is reference-free (a uniform reference: the log-ratio is the log-prob).
-        loss: "sigmoid" (DPO), "ipo", "hinge" or "robust"; formulas and sources in `losses.py`.
-        beta: strength of the pull towards the reference; for IPO its tau.
+            the same operator (`sequence_sums`, with the same ld_alpha); None is reference-free (a uniform reference:
+            the log-ratio is the log-prob).
+        loss: "sigmoid" (DPO), "sigmoid_norm" (length-normalised DPO), "ipo", "hinge", "robust", "simpo" or "orpo";
+            formulas and sources in `losses.py`.
+        beta: strength of the pull towards the reference; for IPO its tau, for ORPO its lambda.
         label_smoothing: assumed share of swapped pairs, for "sigmoid" (then cDPO) and "robust".
-        sft_weight: adds this times the NLL of the chosen response (token mean per pair, then mean over pairs).
+        gamma: target margin of "simpo", which needs it.
+        ld_alpha: weight of the tokens beyond the shorter response's length (LD-DPO), for losses of summed log-ratios:
+            "sigmoid", "robust" and "hinge".
+        sft_weight: adds this times the NLL of the chosen response (token mean per pair, then mean over pairs);
+            default 0, for "orpo" 1.
         num_pairs: pairs of the global batch, by which sums are divided; default B.
-        bias, logit_scale, softcap, chunk_rows, backend: as in `linear_logp`.
+        filter_eps: leave blocks of the vocabulary out of the gradient GEMMs where |d log-prob / d logit| is below this
+            in every row of a chunk; `skipped_mass` bounds the error. The loss stays exact. Not for torch's backend on a
+            GPU.
+        bias, logit_scale, softcap, lora, chunk_rows, backend: as in `linear_logp`.
 
     Returns:
         PairLoss; only its `loss` carries gradient.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit together.
+        ValueError: shapes, dtypes or values that do not fit together, a setting that the loss has no use for.
         BackendError: the forced backend is not there.
+        RuntimeError: a backward with create_graph=True.
     """
-    check_head(hidden, weight, target, bias, logit_scale, softcap)
-    check_loss(loss, beta, label_smoothing)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
+    if sft_weight is None:
+        sft_weight = 1.0 if loss == "orpo" else 0.0
+    check_loss(LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight), ref_logps is not None)
     if cu_rows.device.type != "cpu" or cu_rows.dtype != torch.int32 or cu_rows.dim() != 1:
         raise ValueError(f"cu_rows must be int32 [2B + 1] on the CPU, got {cu_rows.dtype} on {cu_rows.device}")
-    bounds = cu_rows.tolist()
-    if len(bounds) < 3 or len(bounds) % 2 == 0:
-        raise ValueError(f"cu_rows must have 2B + 1 entries with B >= 1, got {len(bounds)}")
-    empty = any(a >= b for a, b in pairwise(bounds))
-    if bounds[0] != 0 or bounds[-1] != hidden.shape[0] or empty:
-        raise ValueError(f"cu_rows must grow strictly from 0 to N = {hidden.shape[0]}, got {bounds}")
-    batch = len(bounds) // 2
+    if cu_rows.shape[0] < 3 or cu_rows.shape[0] % 2 == 0:
+        raise ValueError(f"cu_rows must have 2B + 1 entries with B >= 1, got {cu_rows.shape[0]}")
+    batch = cu_rows.shape[0] // 2
     if ref_logps is not None and (ref_logps.shape != (2 * batch,) or not ref_logps.is_floating_point()):
         raise ValueError(f"ref_logps must be float [{2 * batch}], got {ref_logps.dtype} {list(ref_logps.shape)}")
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
-    if sft_weight < 0:
-        raise ValueError(f"sft_weight must not be negative, got {sft_weight}")
-    choice = explain("pair_loss", hidden.device, backend)
-    return torch_impl.pair_loss(
+    chosen_backend = backend_of("pair_loss", hidden.device.type, backend)
+    check_filter(filter_eps, chosen_backend, hidden.device.type)
+    a, b, scaling = (None, None, 1.0) if lora is None else lora
+    total, sft_loss, logps, rewards, skipped_mass, *_ = library.pair_loss(
         hidden,
         weight,
+        bias,
+        a,
+        b,
         target,
         cu_rows,
         None if ref_logps is None else ref_logps.detach(),
-        loss=loss,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        sft_weight=sft_weight,
-        num_pairs=num_pairs or batch,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        chunk_rows=chunk_rows,
-        native=choice.backend == "native",
+        loss,
+        float(beta),
+        float(label_smoothing),
+        None if gamma is None else float(gamma),
+        None if ld_alpha is None else float(ld_alpha),
+        float(sft_weight),
+        num_pairs or batch,
+        float(scaling),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        None if filter_eps is None else float(filter_eps),
+        rows_of_chunk(chunk_rows, weight),
+        chosen_backend,
+        takes_grad(hidden, weight, bias, a, b),
     )
+    margin = rewards[0::2] - rewards[1::2]
+    return PairLoss(
+        loss=total,
+        chosen_logps=logps[0::2],
+        rejected_logps=logps[1::2],
+        chosen_rewards=rewards[0::2],
+        rejected_rewards=rewards[1::2],
+        accuracy=(margin > 0).to(torch.float32).mean(),
+        margin=margin.mean(),
+        sft_loss=sft_loss,
+        skipped_mass=skipped_mass,
+    )
+
+
+def check_filter(filter_eps: float | None, backend: str, device: str) -> None:
+    if filter_eps is None:
+        return
+    if not filter_eps > 0:
+        raise ValueError(f"filter_eps must be positive, got {filter_eps}")
+    if backend == "torch" and device != "cpu":
+        raise ValueError(f"filter_eps: the torch backend would wait for the {device} device; it has none of this")

@@ -21,12 +21,16 @@ class PairLoss(NamedTuple):
     rejected_logps: Tensor
     """[B]: summed log-probs of the rejected responses."""
     chosen_rewards: Tensor
-    """[B]: beta * (chosen_logps - reference)."""
+    """[B]: beta * log-ratio of the chosen responses, with ld_alpha's weights where given; for simpo and orpo, which
+    have no reference, beta * log-prob per token."""
     rejected_rewards: Tensor
-    """[B]: beta * (rejected_logps - reference)."""
+    """[B]: the same of the rejected responses."""
     accuracy: Tensor
     """Scalar: share of pairs whose chosen reward is the larger one."""
     margin: Tensor
     """Scalar: mean of chosen minus rejected reward."""
     sft_loss: Tensor
     """Scalar: token mean of the chosen NLL per pair, summed over pairs / num_pairs."""
+    skipped_mass: Tensor
+    """Scalar: with filter_eps, the largest sum of |d log-prob / d logit| over a row's entries that were skipped; 0
+    without. A row's error in d loss / d hidden is at most |d loss / d log-prob| * skipped_mass * max ||W_v||."""

@@ -1,0 +1,76 @@
+"""linear_logp over row chunks: logits of one chunk live at a time, and the gradient is explicit. For every backend.
+
+With u = one head GEMM over all rows, given that the user's loss is only known after the forward:
+- nothing to differentiate: 1u, nothing kept;
+- frozen head: 2u; the forward forms d W and the backward scales its rows;
+- trained head, one chunk: 3u; the forward turns the logits into d and keeps it;
+- trained head, several chunks: 4u; the backward computes each chunk's logits again.
+Where W is frozen and its LoRA or bias is trained, the GEMM for dW falls away: 2u and 3u.
+Legend: n rows of a chunk, h hidden size, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from macpo.kernels.linear_logp.head import Gradients, Head, Needs
+
+
+def chunks(begin: int, end: int, chunk_rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk_rows, end)) for start in range(begin, end, chunk_rows))
+
+
+def forward(
+    head: Head, hidden: Tensor, target: Tensor, chunk_rows: int, *, keep_dx: bool, keep_d: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Log-probs and logsumexps [N]; d W [N, H] if keep_dx; d [N, V] if keep_d, where all rows are one chunk."""
+    num_rows = hidden.shape[0]
+    logp_n, lse_n = (hidden.new_empty(num_rows, dtype=head.dtype) for _ in range(2))
+    buffer = head.buffer(min(chunk_rows, num_rows))
+    grads = Gradients(head, hidden, Needs(keep_dx, False, False, False, False))
+    d_nv = None
+    for part in chunks(0, num_rows, chunk_rows):
+        z_nv = head.logits(hidden[part], buffer)
+        if keep_dx or keep_d:
+            logp_n[part], lse_n[part], d_nv = head.logp_dlogits_(z_nv, target[part])
+            grads.add(part, d_nv)
+        else:
+            logp_n[part], lse_n[part] = head.logp(z_nv, target[part])
+    return logp_n, lse_n, grads.hidden, d_nv if keep_d else None
+
+
+def backward(
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    lse_n: Tensor,
+    d_nv: Tensor | None,
+    grad_n: Tensor,
+    needs: Needs,
+    chunk_rows: int,
+) -> Gradients:
+    """Gradients from grad_n [N] = d loss / d logp; d_nv is all rows' d where it was kept."""
+    num_rows = hidden.shape[0]
+    grads = Gradients(head, hidden, needs)
+    if d_nv is not None:
+        grads.add(slice(0, num_rows), d_nv, grad_n)
+    else:
+        buffer = head.buffer(min(chunk_rows, num_rows))
+        for part in chunks(0, num_rows, chunk_rows):
+            z_nv = head.logits(hidden[part], buffer)
+            grads.add(part, head.dlogits_(z_nv, target[part], lse_n[part]), grad_n[part])
+    if grads.hidden is not None:
+        scale_rows_(grads.hidden, grad_n)
+    return grads
+
+
+def scale_rows(dx_nh: Tensor, grad_n: Tensor) -> Tensor:
+    """dX = g (d W), by rows, in dX's dtype: one rounding."""
+    return (dx_nh * grad_n[:, None]).to(dx_nh.dtype)
+
+
+def scale_rows_(dx_nh: Tensor, grad_n: Tensor) -> Tensor:
+    return torch.mul(dx_nh, grad_n[:, None], out=dx_nh)

@@ -1,0 +1,234 @@
+"""The GEMMs of a head, shared by linear_logp and pair_loss: logits of a chunk, gradients of the inputs.
+
+For every loss of log-probs, d loss / d z = g_row * d with d = d logp / d z: one scalar a row. d goes into the GEMMs
+as it is, and g scales the small operands: dX = g (d W) by rows, dW = d' (g h). So d never waits for g, and no pass
+over [n, V] is spent on it.
+
+Precision: products that become logits, and everything summed over chunks, are float32 (float64 for float64). With
+16-bit inputs d and g h are rounded to that dtype before a gradient GEMM, and dX is rounded once after it.
+Legend: n rows of a chunk, h hidden size, v vocabulary, r rank of the LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from macpo.kernels import native
+from macpo.kernels.linear_logp import rows
+from macpo.kernels.linear_logp.filtering import make_filter
+
+# Float32 logits of a default chunk. On a GPU 256 MiB are 512 rows of a vocabulary of 128 Ki: the GEMMs are at full
+# speed, and with dX in bfloat16 4,096 rows of 4,096 need less than 0.30 GB in all.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+ROW_MULTIPLE = 128
+TRANSPOSE_ROWS = 128
+# Converted at a time where a 16-bit GEMM with float32 output is missing.
+CONVERT_ELEMENTS = 2**21
+
+
+def default_chunk_rows(vocab: int, device: str) -> int:
+    """Rows whose logits fit `CHUNK_BYTES`, a multiple of 128 where there are so many; at least 1."""
+    fit = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab)
+    return max(1, fit // ROW_MULTIPLE * ROW_MULTIPLE or fit)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which inputs take gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+    @property
+    def head(self) -> bool:
+        """Whether anything takes gradient whose GEMM sums over rows, and so needs g of every row."""
+        return self.weight or self.bias or self.lora_a or self.lora_b
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.head
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Weights and scalars of a head, and what computes its rows."""
+
+    weight_vh: Tensor
+    bias_v: Tensor | None
+    lora_a_rh: Tensor | None
+    lora_b_vr: Tensor | None
+    lora_scaling: float
+    scale: float
+    softcap: float | None
+    backend: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which logits, log-probs and sums are."""
+        return torch.promote_types(self.weight_vh.dtype, torch.float32)
+
+    @property
+    def native_gemm(self) -> bool:
+        """Whether 16-bit products with float32 output are the native extension's."""
+        return self.backend == "native" and self.weight_vh.dtype == torch.bfloat16 and native.has_bf16_gemm()
+
+    def transposed(self, num_rows: int) -> bool:
+        """Whether a chunk's z is the transposed view of a [V, n] buffer.
+
+        The native row kernels take both. MKL's float32 product of a wide chunk is faster so; for a few rows its
+        rounding then depends on their number more often, and the native 16-bit product comes so.
+        """
+        wide = self.weight_vh.dtype == torch.float32 and num_rows >= TRANSPOSE_ROWS
+        return self.backend == "native" and (wide or self.native_gemm)
+
+    @property
+    def row_bias(self) -> Tensor | None:
+        return None if self.bias_v is None else self.bias_v.to(self.dtype)
+
+    def buffer(self, num_rows: int) -> Tensor:
+        """Memory for the logits of one chunk, used by all."""
+        return self.weight_vh.new_empty(num_rows * self.weight_vh.shape[0], dtype=self.dtype)
+
+    def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
+        """z = h W' + s (h A') B' [n, V], in the buffer's memory or, by a kernel that brings its own, outside of it."""
+        vocab, num_rows = self.weight_vh.shape[0], hidden_nh.shape[0]
+        flat = buffer[: num_rows * vocab]
+        z_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
+        if self.native_gemm:
+            z_nv = native.bf16_logits(hidden_nh, self.weight_vh)
+        else:
+            product_(hidden_nh, self.weight_vh, z_nv)
+        if self.lora_b_vr is not None:
+            # The rank is small: float32, so that nothing of the product is rounded to 16 bits.
+            z_nv.addmm_(self.lora_rows(hidden_nh), self.lora_b_vr.to(z_nv.dtype).T)
+        return z_nv
+
+    def lora_rows(self, hidden_nh: Tensor) -> Tensor:
+        """s h A' [n, r] in float32."""
+        assert self.lora_a_rh is not None
+        return (hidden_nh.to(self.dtype) @ self.lora_a_rh.to(self.dtype).T).mul_(self.lora_scaling)
+
+    def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
+
+    def logp_dlogits_(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = self.weight_vh.dtype
+        return rows.logp_dlogits_(z_nv, target_n, self.row_bias, self.scale, self.softcap, dtype, backend=self.backend)
+
+    def dlogits_(self, z_nv: Tensor, target_n: Tensor, lse_n: Tensor) -> Tensor:
+        dtype = self.weight_vh.dtype
+        return rows.dlogits_(
+            z_nv, target_n, lse_n, self.row_bias, self.scale, self.softcap, dtype, None, backend=self.backend
+        )
+
+
+class Gradients:
+    """What the inputs get, summed over chunks.
+
+    Args:
+        head: the head.
+        hidden: [N, H]: all rows.
+        needs: only these are computed.
+        filter_eps: leave negligible blocks of the vocabulary out of the GEMMs with W and for dW (`filtering.py`).
+
+    Attributes:
+        hidden: [N, H] in hidden's dtype: d W per row, before g; the backward multiplies by it.
+        weight, bias, lora_a, lora_b: float32 sums of g d ..., in the shapes of these inputs.
+        skipped_mass: scalar: most that filtering left out of a row, as a sum of |d|.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, needs: Needs, filter_eps: float | None = None) -> None:
+        self.head, self.rows, self.needs, self.filter_eps = head, hidden, needs, filter_eps
+        self.skipped_mass = hidden.new_zeros((), dtype=head.dtype)
+        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+        self.weight = self._zeros(head.weight_vh) if needs.weight else None
+        self.bias = self._zeros(head.bias_v) if needs.bias else None
+        self.lora_a = self._zeros(head.lora_a_rh) if needs.lora_a else None
+        self.lora_b = self._zeros(head.lora_b_vr) if needs.lora_b else None
+
+    def _zeros(self, like: Tensor | None) -> Tensor:
+        assert like is not None
+        return torch.zeros(like.shape, dtype=self.head.dtype, device=like.device)
+
+    def add(self, part: slice, d_nv: Tensor, grad_n: Tensor | None = None) -> None:
+        """Take in the rows `part`: d [n, V]; grad_n [n], needed where the head takes gradient.
+
+        hidden[part] = d W + s (d B) A; weight += d' (g h), bias += d' g, lora_b += d' (g u) with u = s h A',
+        lora_a += s (g d B)' h.
+        """
+        head, hidden_nh = self.head, self.rows[part]
+        kept = None if self.filter_eps is None else make_filter(d_nv, self.filter_eps, head.backend)
+        if kept is not None:
+            self.skipped_mass = torch.maximum(self.skipped_mass, kept.mass.to(head.dtype))
+        through_nr = self._through_lora(d_nv) if head.lora_b_vr is not None else None
+        if self.hidden is not None:
+            dx_nh = self.hidden[part]
+            if kept is None:
+                torch.mm(d_nv, head.weight_vh, out=dx_nh)
+            else:
+                kept.product_(d_nv, head.weight_vh, dx_nh)
+            if through_nr is not None and head.lora_a_rh is not None:
+                dx_nh.copy_((through_nr @ head.lora_a_rh.to(head.dtype)).add_(dx_nh))
+        if not self.needs.head:
+            return
+        assert grad_n is not None
+        grad_n1 = grad_n[:, None]
+        if self.weight is not None and kept is None:
+            add_product_(self.weight, d_nv, hidden_nh * grad_n1, head.backend)
+        elif self.weight is not None and kept is not None:
+            kept.add_(self.weight, d_nv, hidden_nh * grad_n1)
+        if self.bias is not None:
+            add_product_(self.bias[:, None], d_nv, grad_n1)
+        if self.lora_b is not None:
+            add_product_(self.lora_b, d_nv, head.lora_rows(hidden_nh) * grad_n1, head.backend)
+        if self.lora_a is not None and through_nr is not None:
+            self.lora_a.addmm_((through_nr * grad_n1).T, hidden_nh.to(head.dtype))
+
+    def _through_lora(self, d_nv: Tensor) -> Tensor:
+        """s d B [n, r] in float32."""
+        assert self.head.lora_b_vr is not None
+        b_vr = self.head.lora_b_vr
+        out_nr = torch.zeros(d_nv.shape[0], b_vr.shape[1], dtype=self.head.dtype, device=d_nv.device)
+        add_product_(out_nr, d_nv.T, b_vr)
+        return out_nr.mul_(self.head.lora_scaling)
+
+
+def product_(a_nh: Tensor, b_vh: Tensor, out_nv: Tensor) -> None:
+    """out = a b', accumulated in float32 (float64 for float64)."""
+    if a_nh.dtype == out_nv.dtype and out_nv.is_contiguous():
+        torch.mm(a_nh, b_vh.T, out=out_nv)
+    elif a_nh.dtype == out_nv.dtype:
+        torch.mm(b_vh, a_nh.T, out=out_nv.T)
+    elif a_nh.is_cuda:
+        torch.mm(a_nh, b_vh.T, out_dtype=out_nv.dtype, out=out_nv)
+    else:
+        a_nh = a_nh.to(out_nv.dtype)
+        for part in _convert_blocks(b_vh):
+            out_nv[:, part] = a_nh @ b_vh[part].to(out_nv.dtype).T
+
+
+def add_product_(out_vk: Tensor, d_nv: Tensor, x_nk: Tensor, backend: str = "torch") -> None:
+    """out += d' x, accumulated in float32; x is rounded to d's dtype first, which is exact where d is float32."""
+    x_nk, d_vn = x_nk.to(d_nv.dtype), d_nv.T
+    if d_nv.dtype == out_vk.dtype:
+        out_vk.addmm_(d_vn, x_nk)
+    elif d_nv.is_cuda:
+        torch.addmm(out_vk, d_vn, x_nk, out_dtype=out_vk.dtype, out=out_vk)
+    elif backend == "native" and d_nv.dtype == torch.bfloat16 and native.has_bf16_gemm() and d_vn.stride(1) == 1:
+        native.bf16_accumulate_(out_vk, d_vn, x_nk)
+    else:
+        x_nk = x_nk.to(out_vk.dtype)
+        for part in _convert_blocks(d_vn):
+            out_vk[part].addmm_(d_vn[part].to(out_vk.dtype), x_nk)
+
+
+def _convert_blocks(x_vk: Tensor) -> Iterator[slice]:
+    step = max(1, CONVERT_ELEMENTS // max(1, x_vk.shape[1]))
+    return (slice(start, start + step) for start in range(0, x_vk.shape[0], step))

@@ -1,0 +1,141 @@
+"""pair_loss as a torch custom operator: its gradients are formed in the forward, and the backward scales them.
+
+Custom operators return tensors only: what is not there is a tensor without elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from macpo.kernels.linear_logp.chunked import scale_rows
+from macpo.kernels.linear_logp.head import Head, Needs
+from macpo.kernels.linear_logp.library import (
+    as_outputs,
+    check_target,
+    fake_gradients,
+    or_empty,
+    or_none,
+    refuse_double_backward,
+)
+from macpo.kernels.pair_loss import chunked
+from macpo.kernels.pair_loss.losses import LossSettings
+
+# loss, sft_loss, logps, rewards, skipped mass; g of the rows, size of one unit in the head's gradients; gradients of
+# hidden, weight, bias and the LoRA's factors.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("macpo::pair_loss", mutates_args=())
+def pair_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    target: Tensor,
+    cu_rows: Tensor,
+    ref_logps: Tensor | None,
+    loss: str,
+    beta: float,
+    label_smoothing: float,
+    gamma: float | None,
+    ld_alpha: float | None,
+    sft_weight: float,
+    num_pairs: int,
+    lora_scaling: float,
+    scale: float,
+    softcap: float | None,
+    filter_eps: float | None,
+    chunk_rows: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `Outputs` and `chunked.Result`.
+
+    Raises:
+        ValueError: cu_rows that do not grow from 0 to N, or a target outside the vocabulary, on the CPU.
+    """
+    bounds = chunked.check_bounds(cu_rows, hidden.shape[0])
+    check_target(target, weight.shape[0])
+    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
+    settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
+    pairs = chunked.Pairs(bounds, ref_logps, settings, num_pairs, hidden.new_empty(0, dtype=head.dtype))
+    out = chunked.pair_loss(head, hidden, target, pairs, Needs(*needs), chunk_rows, filter_eps)
+    unit = out.loss.new_full((), 1 / out.grad_scale)
+    grads = as_outputs(out.grads, hidden)
+    skipped = out.grads.skipped_mass
+    return (out.loss, out.sft_loss, out.logps, out.rewards, skipped, or_empty(out.grad_n, out.loss), unit, *grads)
+
+
+@pair_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    target: Tensor,
+    cu_rows: Tensor,
+    ref_logps: Tensor | None,
+    loss: str,
+    beta: float,
+    label_smoothing: float,
+    gamma: float | None,
+    ld_alpha: float | None,
+    sft_weight: float,
+    num_pairs: int,
+    lora_scaling: float,
+    scale: float,
+    softcap: float | None,
+    filter_eps: float | None,
+    chunk_rows: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> Outputs:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scalars = (hidden.new_empty((), dtype=dtype) for _ in range(2))
+    sums = (hidden.new_empty(cu_rows.shape[0] - 1, dtype=dtype) for _ in range(2))
+    skipped, unit = (hidden.new_empty((), dtype=dtype) for _ in range(2))
+    grad_n = hidden.new_empty(hidden.shape[0] if Needs(*needs).any else 0, dtype=dtype)
+    grads = fake_gradients((hidden, weight, bias, lora_a, lora_b), needs)
+    return (*scalars, *sums, skipped, grad_n, unit, *grads)  # type: ignore[return-value]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.needs = list(inputs[-1])
+    ctx.save_for_backward(*output[5:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("pair_loss")
+    rest = [None] * 17
+    if grad is None:
+        return (None,) * 5 + tuple(rest)
+    grad_n, unit, hidden, *sums = ctx.saved_tensors
+    dhidden = scale_rows(hidden, grad_n * grad) if ctx.needs[0] else None
+    return (dhidden, *or_none([_scaled(x, grad * unit) for x in sums], ctx.needs[1:]), *rest)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor in x's dtype, rounded once; in x itself where this is the only backward, so that dW exists once."""
+    factor = factor.reshape((1,) * max(1, x.dim()))  # with a dimension it takes part in type promotion
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept():
+        return torch.mul(x, factor, out=x)
+    return (x * factor).to(x.dtype)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward was called with retain_graph=True, so that what it saved must stay as it is."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:  # not a public function
+        return True
+
+
+pair_loss.register_autograd(_backward, setup_context=_setup)
