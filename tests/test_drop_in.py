@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +82,27 @@ def test_the_split_of_a_step_does_not_change_it(tmp_path, size, accumulation, ch
 def dpo_step_loss(model: LlamaForCausalLM, rows: list[dict[str, Any]]) -> float:
     with torch.enable_grad():
         return dpo_step(copy.deepcopy(model), rows, 0.0)
+
+
+def test_two_ranks_train_as_one_process_does(tmp_path):
+    """DDP, two micro-batches of 2 a rank: FusedDPOTrainer logs what TRL logs; PreferenceTrainer steps as the loop."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("pair_ranks.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name in ("loss", "eval_loss", "rewards/margins", "rewards/accuracies", "logps/rejected", "num_tokens"):
+        expected, got = (logged(found[kind], name) for kind in ("DPOTrainer", "FusedDPOTrainer"))
+        assert len(got) >= 1 and got == pytest.approx(expected, rel=1e-4, abs=1e-4), name
+
+    rows, expected = with_reference_logps(llama(1), id_rows(16)), llama(0)
+    losses = [dpo_step(expected, part, 0.02) for part in (rows[:8], rows[8:], rows[:8])]
+    assert logged(found["PreferenceTrainer"], "loss") == pytest.approx(losses, abs=2e-5)
+    for values, parameter in zip(found["weights"], expected.parameters(), strict=True):
+        assert values == pytest.approx(parameter.detach().flatten().tolist(), abs=2e-5)
 
 
 def test_what_the_preference_trainer_refuses(tmp_path):
