@@ -62,11 +62,13 @@ def size(entry: AotKernel) -> int:
     return math.prod(abs(value) or 1 for value in entry.constexprs.values() if type(value) is int)
 
 
-def jobs_of(modules: Sequence[str], targets: Sequence[int], only: str, largest: bool) -> list[tuple[str, int, int]]:
+def jobs_of(
+    modules: Sequence[str], targets: Sequence[int], only: str, largest: bool, shard: str
+) -> list[tuple[str, int, int]]:
     """(module, place in its list, target) of every row to make.
 
     `largest` leaves one configuration of each kernel function and target: the first of the largest `size`, the
-    likeliest to run out of registers or shared memory.
+    likeliest to run out of registers or shared memory. `shard` "K/N" then takes every N-th, beginning with the K-th.
 
     Raises:
         ValueError: two entries share a name.
@@ -86,7 +88,8 @@ def jobs_of(modules: Sequence[str], targets: Sequence[int], only: str, largest: 
                     kept = best.setdefault((f"{module}.{entry.kernel.__name__}", target), found[-1])
                     if size(entry) > size(entries[kept[1]]):
                         best[f"{module}.{entry.kernel.__name__}", target] = found[-1]
-    return [job for job in found if job in best.values()] if largest else found
+    first, step = (int(part) for part in shard.split("/"))
+    return [job for job in found if not largest or job in best.values()][first - 1 :: step]
 
 
 def unlisted() -> list[str]:
@@ -208,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS), help="compute capabilities")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="entries whose name holds this")
     parser.add_argument("--largest", action="store_true", help="one configuration of each kernel, the largest")
+    parser.add_argument("--shard", default="1/1", metavar="K/N", help="every N-th row, beginning with the K-th")
     parser.add_argument("--module", nargs="+", help="modules with aot_kernels(); default the project's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--json", type=Path, help="write the rows there")
@@ -225,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return subprocess.run(command, env=environment(cache), check=False).returncode
 
     modules = args.module or triton_support.KERNEL_MODULES
-    jobs = jobs_of(modules, args.target, args.only, args.largest)
+    jobs = jobs_of(modules, args.target, args.only, args.largest, args.shard)
     if not jobs:
         print(f"error: no kernel of {', '.join(modules) or 'no module'} fits --only {args.only!r}", file=sys.stderr)
         return 2

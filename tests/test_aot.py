@@ -74,9 +74,11 @@ def passes(done: subprocess.CompletedProcess) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
+# In parts, so that parallel test processes share one module's configurations.
+@pytest.mark.parametrize("shard", ["1/3", "2/3", "3/3"])
 @pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
-def test_every_configuration_compiles_for_sm_90(module, tmp_path):
-    done, rows = report(tmp_path, "--target", "90", "--module", module)
+def test_every_configuration_compiles_for_sm_90(module, shard, tmp_path):
+    done, rows = report(tmp_path, "--target", "90", "--module", module, "--shard", shard)
     passes(done)
     assert rows
 
@@ -105,29 +107,43 @@ def test_the_check_sees_spills_and_missing_wgmma(tmp_path):
     assert "8 compiled, 5 failed" not in done.stdout and "7 compiled, 4 failed" in done.stdout
 
 
-def test_largest_and_only_choose(tmp_path):
-    (tmp_path / "toy_kernels.py").write_text(TOYS)
-    done, rows = report(tmp_path, "--target", "80", "90", "--module", "toy_kernels", "--only", "gemm/", "--largest")
-    assert set(rows) == {("gemm/64", 80), ("gemm/256", 90)}, done.stderr
-    done, _ = report(tmp_path, "--module", "toy_kernels", "--only", "nothing")
-    assert done.returncode == 2 and "no kernel" in done.stderr
-
-
+CHOICE = """
+from bench.compile_report import ISOLATED, jobs_of, main
+import os
+module = "toy_kernels"
+every = jobs_of([module], [80, 90], "gemm/", False, "1/1")
+assert every == [(module, 0, 80), (module, 0, 90), (module, 1, 80), (module, 2, 90)], every
+assert jobs_of([module], [80, 90], "gemm/", True, "1/1") == [(module, 0, 80), (module, 2, 90)]
+shards = [jobs_of([module], [80, 90], "gemm/", False, shard) for shard in ("1/3", "2/3", "3/3")]
+assert sorted(sum(shards, [])) == sorted(every) and len(shards[0]) == 2, shards
+os.environ[ISOLATED] = "1"
+assert main(["--module", module, "--only", "nothing"]) == 2
+"""
 INVENTORY = """
 from bench.compile_report import unlisted
 from macpo.kernels import triton_support
 forgotten = unlisted()
 assert not forgotten, forgotten
 modules = triton_support.KERNEL_MODULES
-if modules:
-    triton_support.KERNEL_MODULES = ()
-    assert len(unlisted()) >= len(modules), unlisted()  # with nothing listed, every module's kernels are missed
+triton_support.KERNEL_MODULES = ()
+assert len(unlisted()) >= len(modules) > 0, unlisted()  # with nothing listed, every module's kernels are missed
 """
 
 
-def test_every_kernel_is_listed():
+def python(code: str, folder: Path) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", INVENTORY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_largest_only_and_shard_choose(tmp_path):
+    (tmp_path / "toy_kernels.py").write_text(TOYS)
+    done = python(CHOICE, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "no kernel of toy_kernels fits" in done.stderr
+
+
+def test_every_kernel_is_listed(tmp_path):
+    done = python(INVENTORY, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
