@@ -89,15 +89,16 @@ def test_twenty_steps_equal_trl(tmp_path):
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.2
 
 
-MIX = {"loss_type": ["sigmoid", "robust", "hinge", "sft"], "loss_weights": [0.5, 1.0, 0.2, 0.3]}
+MIX = {"loss_type": ["ipo", "robust", "hinge", "sft"], "loss_weights": [0.1, 1.0, 0.2, 0.3]}
 CASES: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": ["ipo"]},
-    "hinge": {"loss_type": "hinge", "beta": 0.3},
+    "sigmoid_norm": {"loss_type": "sigmoid_norm", "beta": 2.0},
     "robust, weighted": {"loss_type": ["robust"], "loss_weights": [0.7], "label_smoothing": 0.2, "max_length": 9},
     "list, ld_alpha": {**MIX, "label_smoothing": 0.1, "ld_alpha": 0.4},
+    "hinge, ld_alpha": {"loss_type": "hinge", "ld_alpha": 0.0, "dataloader_num_workers": 1},
     "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "keep_end": {"truncation_mode": "keep_end", "max_length": 10, "gradient_checkpointing": False},
-    "dispatched": {"accelerator_config": {"dispatch_batches": True}, "dataloader_num_workers": 1},
+    "dispatched": {"accelerator_config": {"dispatch_batches": True}},
 }
 
 

@@ -133,7 +133,7 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
             )
         return reduce(*_head_inputs(out.last_hidden_state[0][packed.rows], policy.head()), packed)
 
-    base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
+    base.forward = types.MethodType(forward, base)
     setattr(base, _MARK, True)
     return base
 
@@ -187,8 +187,8 @@ class _MixedPrecisionAttention:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         dtype = _autocast_dtype(q.device) or q.dtype
         with no_autocast(q):
-            inputs = (x.to(dtype) for x in (q, k, v))
-            return PackedAttention(self.segments.to(q.device)).attend(module, *inputs, scale, window)
+            packed = PackedAttention(self.segments.to(q.device))
+            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), scale, window)
 
 
 def _check_adapters(model: PreTrainedModel | PeftModel) -> None:

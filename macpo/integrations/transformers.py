@@ -120,6 +120,9 @@ class PreferenceTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    model: Any  # PreTrainedModel or PeftModel
+    args: Any  # TrainingArguments, its settings resolved
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -195,7 +198,7 @@ class PreferenceTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Sum of the pairs' losses / `num_items_in_batch` pairs; without it, their mean."""
         batch: PackedBatch = inputs["packed"]

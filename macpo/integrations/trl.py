@@ -88,6 +88,9 @@ class FusedDPOTrainer(DPOTrainer):
         ConfigError: at construction, one line naming the setting, for everything else.
     """
 
+    args: Any  # a DPOConfig
+    model: Any  # PreTrainedModel or PeftModel
+
     def __init__(self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any) -> None:
         if args is not None:
             _check_config(args)
