@@ -6,6 +6,7 @@ Each operator is a folder: `reference.py` the definition, `torch_impl.py` the po
 from macpo.kernels.backend import BackendError, Choice, explain, use_backend
 from macpo.kernels.linear_logp.op import linear_logp
 from macpo.kernels.paged_attention.op import paged_attention, write_kv
+from macpo.kernels.paged_attention.slots import slot_attention
 from macpo.kernels.pair_loss.op import pair_loss
 from macpo.kernels.pair_loss.result import PairLoss
 from macpo.kernels.pair_loss.sequences import sequence_sums
@@ -27,6 +28,7 @@ __all__ = [
     "prefix_attention",
     "sample",
     "sequence_sums",
+    "slot_attention",
     "use_backend",
     "write_kv",
 ]

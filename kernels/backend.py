@@ -32,7 +32,8 @@ IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
     "pair_loss": ("triton", "native", "torch"),
     "prefix_attention": ("triton", "torch"),
     "paged_attention": ("triton", "torch"),
-    "sample": ("native", "torch"),
+    "slot_attention": ("native", "torch"),
+    "sample": ("triton", "native", "torch"),
 }
 
 _forced: ContextVar[Backend | None] = ContextVar("macpo_backend", default=None)

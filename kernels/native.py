@@ -188,6 +188,28 @@ def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor) -> Ten
     return dweight_vh
 
 
+def fits_slot_attention(q: Tensor) -> bool:
+    """Whether `slot_attention` takes these queries [b, heads, size]: float32, and a head size from 16 to 128."""
+    return q.dtype == torch.float32 and 16 <= q.shape[2] <= 128 and bool(_loaded().has_slot_attention())
+
+
+def slot_attention(
+    q: Tensor, k_slots: Tensor, v_slots: Tensor, lens: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """One query token a sequence over its slot, float32; see `paged_attention/slots.py`. Last axes are contiguous.
+
+    Raises:
+        ValueError: sizes that do not fit together, a length outside the slot.
+    """
+    out = torch.empty(q.shape)
+    elements = 2 * q.shape[0] * k_slots.shape[1] * k_slots.shape[2] * q.shape[2]
+    _loaded().slot_attention(
+        _strided(q), _strided(k_slots), _strided(v_slots), _view(lens), scale, window or 0, _view(out),
+        _threads(elements),
+    )  # fmt: skip
+    return out
+
+
 def sample(
     logits: Tensor, params: SampleParams, request_keys: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from macpo.kernels import (
     pair_loss,
     prefix_attention,
     sample,
+    slot_attention,
     triton_support,
     use_backend,
 )
@@ -46,6 +47,7 @@ def calls() -> dict[str, object]:
         "paged_attention": lambda b: paged_attention(
             one, pool, pool, torch.zeros(1, 1, dtype=int32), torch.ones(1, dtype=int32), backend=b
         ),
+        "slot_attention": lambda b: slot_attention(one, pool, pool, torch.ones(1, dtype=torch.int64), backend=b),
         "sample": lambda b: sample(
             torch.zeros(1, 3), SampleParams(0, batch=1), torch.zeros(1, 3).long(), torch.zeros(1).long(), backend=b
         ),

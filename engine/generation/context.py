@@ -1,7 +1,7 @@
 """The two attention contexts of generation: prompts that fill the cache, and one token a sequence that reads it.
 
-Legend: T packed tokens, W cache writes, n sequences, Hq query heads, Hkv key-value heads, G = Hq / Hkv,
-C columns of the cache that are read, D head size.
+Legend: T packed tokens, W cache writes, n sequences, Hq query heads, Hkv key-value heads, C columns of the cache
+that are read, D head size.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation.kv_cache import SlotCache
-from macpo.kernels import Segments, prefix_attention
+from macpo.kernels import Segments, prefix_attention, slot_attention
+from macpo.kernels.paged_attention.slots import masked_slot_attention, runs_native, slot_mask
 
 
 class PrefillAttention:
@@ -51,44 +51,23 @@ class DecodeAttention:
         self.rows = rows
         self.positions = positions
         self.columns = columns
-        self.num_columns = columns.numel()
+        self.lens = positions + 1
+        self.windows: set[int | None] = set()  # those that layers have asked for
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
 
-    @property
-    def windows(self) -> set[int | None]:
-        """The windows that layers have asked for."""
-        return {window for window, _, _ in self._masks}
-
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        n, num_kv_heads, head = k.shape[2], k.shape[1], k.shape[3]
         k_pool, v_pool = self.cache.write(
             _layer(module), k[0].transpose(0, 1), v[0].transpose(0, 1), self.rows, self.positions
         )
-        kind = (window, q.dtype, num_kv_heads)
+        q_bhd = q[0].transpose(0, 1)  # [n, Hq, D]
+        self.windows.add(window)
+        if k_pool.shape == v_pool.shape and runs_native(q_bhd):
+            return slot_attention(q_bhd, k_pool, v_pool, self.lens, scale=scale, window=window)[None]
+        kind = (window, q.dtype, k_pool.shape[1])
         mask = self._masks.get(kind)
         if mask is None:
-            mask = self._masks[kind] = self._mask(*kind)
-        k_bch = k_pool[:n, :, : self.num_columns].flatten(0, 1)  # [n * Hkv, C, D], a view: slots are whole blocks
-        v_bch = v_pool[:n, :, : self.num_columns].flatten(0, 1)
-        q_bgh = q[0].transpose(0, 1).reshape(n * num_kv_heads, -1, head)  # [n * Hkv, G, D]
-        if q.dtype == torch.float32:
-            weights = torch.baddbmm(mask, q_bgh, k_bch.transpose(1, 2), alpha=scale).softmax(-1)
-            out = torch.bmm(weights, v_bch)
-        else:  # the fused call accumulates half-precision products in float32
-            out = F.scaled_dot_product_attention(
-                q_bgh.unflatten(0, (n, -1)), k_bch.unflatten(0, (n, -1)), v_bch.unflatten(0, (n, -1)),
-                attn_mask=mask.view(n, num_kv_heads, 1, -1), scale=scale,
-            ).flatten(0, 1)  # fmt: skip
-        return out.view(1, n, -1, v_bch.shape[-1])
-
-    def _mask(self, window: int | None, dtype: torch.dtype, num_kv_heads: int) -> Tensor:
-        """[n * Hkv, 1, C], 0 or -inf."""
-        last = self.positions[:, None]
-        hidden = self.columns > last
-        if window is not None:
-            hidden |= self.columns <= last - window
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-        return mask.repeat_interleave(num_kv_heads, 0)[:, None]
+            mask = self._masks[kind] = slot_mask(self.lens, self.columns, *kind)
+        return masked_slot_attention(q_bhd, k_pool, v_pool, mask, scale)[None]
 
 
 def _layer(module: nn.Module) -> int:

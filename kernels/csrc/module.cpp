@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "attention.hpp"
 #include "gemm.hpp"
 #include "rows.hpp"
 #include "sampling.hpp"
@@ -108,6 +109,29 @@ void bf16_gemm(Strided<const int16_t> a, Strided<const int16_t> b, Strided<float
                      n, k, accumulate, threads);
 }
 
+void slot_attention(nb::ndarray<const float, nb::ndim<3>, nb::device::cpu> q,
+                    nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> k,
+                    nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
+                    int64_t window, View<float, 3> out, int threads) {
+    const int64_t rows = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), size = q.shape(2);
+    need(macpo::kMinHead <= size && size <= macpo::kMaxHead, "head size out of range");
+    need(kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of the key-value heads");
+    for (size_t axis = 0; axis < 4; ++axis) need(k.shape(axis) == v.shape(axis), "k and v must have one shape");
+    need(static_cast<int64_t>(k.shape(3)) == size && static_cast<int64_t>(k.shape(0)) >= rows,
+         "the caches must have a slot a row and the head size of q");
+    need(q.stride(2) == 1 && k.stride(3) == 1 && v.stride(3) == 1, "head vectors must be contiguous");
+    for (size_t axis = 0; axis < 3; ++axis) need(out.shape(axis) == q.shape(axis), "out must have the shape of q");
+    need(static_cast<int64_t>(lens.shape(0)) == rows && window >= 0, "lens must have one length a row");
+    for (int64_t i = 0; i < rows; ++i)
+        need(lens.data()[i] >= 1 && lens.data()[i] <= static_cast<int64_t>(k.shape(2)), "a length outside the slot");
+    const macpo::SlotAttention call{q.data(),    k.data(),    v.data(),    q.stride(0), q.stride(1), k.stride(0),
+                                    k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), lens.data(),
+                                    out.data(),  rows,        heads,       kv_heads,    size,        scale,
+                                    window};
+    nb::gil_scoped_release unlocked;
+    macpo::slot_attention(call, threads);
+}
+
 void sample(View<const float, 2> logits, View<const int64_t, 1> seed, View<const float, 1> temperature,
             View<const float, 1> top_p, View<const int64_t, 1> top_k, View<const float, 1> min_p,
             View<const float, 1> penalty, std::optional<View<const bool, 2>> seen, View<const int64_t, 2> request_keys,
@@ -168,6 +192,9 @@ NB_MODULE(_native, m) {
     m.def("has_bf16_gemm", &macpo::has_bf16_gemm);
     m.def("bf16_gemm", &bf16_gemm, arg("a").noconvert(), arg("b").noconvert(), arg("c").noconvert(),
           arg("accumulate"), arg("threads"));
+    m.def("has_slot_attention", &macpo::has_slot_attention);
+    m.def("slot_attention", &slot_attention, arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
+          arg("lens").noconvert(), arg("scale"), arg("window"), arg("out").noconvert(), arg("threads"));
     m.def("sample", &sample, arg("logits").noconvert(), arg("seed").noconvert(), arg("temperature").noconvert(),
           arg("top_p").noconvert(), arg("top_k").noconvert(), arg("min_p").noconvert(), arg("penalty").noconvert(),
           arg("seen").noconvert().none(), arg("request_keys").noconvert(), arg("positions").noconvert(),
