@@ -2,9 +2,10 @@
 #   make demo    virtual environment, package with its native extension, then the whole method offline
 #   make test    the same environment plus test tools, then the tests
 #   make lint types    what CI checks besides
+#   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
 # Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
 # Overrides: PYTHON=python3.12  VENV=dir  PIP_FLAGS="..."  TORCH_FLAGS="..." (pip flags for torch alone)
-#            JOBS=4 (test processes)  DEMO_FLAGS="..."  PYTEST_FLAGS="..."
+#            JOBS=4 (test processes)  DEMO_FLAGS="..."  PYTEST_FLAGS="..."  BENCH_FLAGS="--minutes 4"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,12 +14,13 @@ TORCH_FLAGS ?=
 JOBS ?= 2
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test lint types clean
+.PHONY: venv dev demo test bench lint types clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -39,11 +41,19 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.stamp-package
 
+# flash-attn, quack-kernels and flashinfer-python take part where they are installed by hand.
+$(VENV)/.stamp-bench: $(VENV)/.stamp-torch $(BUILD_INPUTS)
+	$(PIP) -e '.[bench]'
+	@touch $@ $(VENV)/.stamp-package
+
 demo: venv
 	$(BIN)/macpo demo $(DEMO_FLAGS)
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python -m bench.run_all $(BENCH_FLAGS)
 
 lint: dev
 	$(BIN)/ruff check .
