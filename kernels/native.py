@@ -160,16 +160,17 @@ def _need_bf16_gemm(name: str, *operands: Tensor) -> None:
         raise ValueError(f"{name} takes bfloat16 matrices, got {[(x.dtype, list(x.shape)) for x in operands]}")
 
 
-def bf16_logits(hidden_nh: Tensor, weight_vh: Tensor) -> Tensor:
+def bf16_logits(hidden_nh: Tensor, weight_vh: Tensor, out_vn: Tensor | None = None) -> Tensor:
     """hidden weight' of bfloat16 matrices, summed and returned in float32: the transposed view of a [v, n] buffer.
 
-    Sums run over 128 values of h at a time and these over h, whatever n, v and the threads are.
+    Sums run over 128 values of h at a time and these over h, whatever n, v and the threads are. The buffer is `out_vn`
+    where that is given.
 
     Raises:
         RuntimeError: this CPU cannot (`has_bf16_gemm`). ValueError: other dtypes, or sizes that do not fit.
     """
     _need_bf16_gemm("bf16_logits", hidden_nh, weight_vh)
-    z_vn = torch.empty(weight_vh.shape[0], hidden_nh.shape[0])
+    z_vn = torch.empty(weight_vh.shape[0], hidden_nh.shape[0]) if out_vn is None else out_vn
     weight = weight_vh if weight_vh.stride(1) == 1 else weight_vh.contiguous()
     _loaded().bf16_gemm(_strided(weight), _strided(hidden_nh.T), _strided(z_vn), False, _threads(weight.numel()))
     return z_vn.T

@@ -97,12 +97,12 @@ class Head:
         return self.weight_vh.new_empty(num_rows * self.weight_vh.shape[0], dtype=self.dtype)
 
     def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
-        """z = h W' + s (h A') B' [n, V], in the buffer's memory or, by a kernel that brings its own, outside of it."""
+        """z = h W' + s (h A') B' [n, V], in the buffer's memory."""
         vocab, num_rows = self.weight_vh.shape[0], hidden_nh.shape[0]
         flat = buffer[: num_rows * vocab]
         z_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
         if self.native_gemm:
-            z_nv = native.bf16_logits(hidden_nh, self.weight_vh)
+            native.bf16_logits(hidden_nh, self.weight_vh, z_nv.T)
         else:
             product_(hidden_nh, self.weight_vh, z_nv)
         if self.lora_b_vr is not None:

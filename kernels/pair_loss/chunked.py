@@ -133,8 +133,9 @@ def pair_loss(
     """Loss and gradients; see `op.pair_loss`, and `library.py` for the way back."""
     logp_n = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
     grads = Gradients(head, hidden, needs, filter_eps)
-    # g is about beta / num_pairs, times rows of hidden too small for float16. A power of two changes no other bit.
-    grad_scale = 2.0 ** round(math.log2(pairs.num_pairs / pairs.settings.beta))
+    # g is about beta / num_pairs, which times hidden may be too small for float16. A power of two rounds nothing.
+    narrow = head.weight_vh.dtype == torch.float16
+    grad_scale = 2.0 ** round(math.log2(pairs.num_pairs / pairs.settings.beta)) if narrow else 1.0
     grad_n = None
     if needs.head:
         grad_n = torch.empty_like(logp_n)

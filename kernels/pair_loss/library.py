@@ -124,10 +124,17 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor in x's dtype, rounded once; in x itself where this is the only backward, so that dW exists once."""
-    factor = factor.reshape((1,) * max(1, x.dim()))  # with a dimension it takes part in type promotion
-    if type(x) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept():
-        return torch.mul(x, factor, out=x)
-    return (x * factor).to(x.dtype)
+    if type(x) is not Tensor or torch.compiler.is_compiling() or _graph_is_kept():
+        return (x * _with_dimension(factor, x)).to(x.dtype)
+    if x.device.type != "cpu":
+        return torch.mul(x, _with_dimension(factor, x), out=x)
+    value = float(factor)
+    return x if value == 1.0 else x.mul_(value)
+
+
+def _with_dimension(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor that takes part in type promotion, so that it is not rounded to x's dtype."""
+    return factor.reshape((1,) * max(1, x.dim()))
 
 
 def _graph_is_kept() -> bool:
