@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "vecmath.hpp"
@@ -35,10 +36,24 @@ MACPO_INLINE int64_t offset(int vector, int64_t size) {
     return vector + 1 < Vectors ? vector * kLanes : size - kLanes;
 }
 
+// Keys or values that are read next, a vector for every one that is read now: the CPU's own prefetcher loses its way
+// where a short run in one cache is followed by one in the other.
+struct Ahead {
+    const float* from;
+    int64_t token, count;
+};
+
+template <int Vectors>
+MACPO_INLINE void fetch(const Ahead& next, int64_t key) {
+    if (key >= next.count) return;
+#pragma GCC unroll 16
+    for (int i = 0; i < Vectors; ++i) __builtin_prefetch(next.from + key * next.token + i * kLanes, 0, 2);
+}
+
 // scores[key] = q . k[key]; q holds whole vectors, scores are written up to a multiple of kKeys.
 template <int Vectors>
 MACPO_INLINE void score_keys(const float* q, const float* k, int64_t k_token, int64_t size, int64_t count,
-                             float* scores) {
+                             const Ahead& next, float* scores) {
     Vec x[kKeys], part, q_part;
     int64_t first = 0;
     for (; first < count; first += kKeys) {
@@ -46,6 +61,7 @@ MACPO_INLINE void score_keys(const float* q, const float* k, int64_t k_token, in
         for (int key = 0; key < kKeys; ++key) {
             // The last key is read again where fewer than kKeys are left.
             const float* from = k + (first + key < count ? first + key : count - 1) * k_token;
+            fetch<Vectors>(next, first + key);
             load(from + offset<Vectors>(0, size), part);
             load(q, q_part);
             x[key] = q_part * part;
@@ -67,11 +83,12 @@ MACPO_INLINE void score_keys(const float* q, const float* k, int64_t k_token, in
 // out += sum over keys of weights[key] * v[key]; out holds whole vectors.
 template <int Vectors>
 MACPO_INLINE void mix_values(const float* weights, const float* v, int64_t v_token, int64_t size, int64_t count,
-                             float* out) {
+                             const Ahead& next, float* out) {
     Vec sum[Vectors], part;
 #pragma GCC unroll 16
     for (int i = 0; i < Vectors; ++i) load(out + i * kLanes, sum[i]);
     for (int64_t key = 0; key < count; ++key) {
+        fetch<Vectors>(next, key);
 #pragma GCC unroll 16
         for (int i = 0; i < Vectors; ++i) {
             load(v + key * v_token + offset<Vectors>(i, size), part);
@@ -99,13 +116,13 @@ MACPO_INLINE void mix_values(const float* weights, const float* v, int64_t v_tok
     }
 
 MACPO_CLONES void span_scores(const float* q, const float* k, int64_t k_token, int64_t size, int64_t count,
-                              float* scores) {
-    MACPO_BY_VECTORS(score_keys, q, k, k_token, size, count, scores)
+                              const Ahead& next, float* scores) {
+    MACPO_BY_VECTORS(score_keys, q, k, k_token, size, count, next, scores)
 }
 
 MACPO_CLONES void span_values(const float* weights, const float* v, int64_t v_token, int64_t size, int64_t count,
-                              float* out) {
-    MACPO_BY_VECTORS(mix_values, weights, v, v_token, size, count, out)
+                              const Ahead& next, float* out) {
+    MACPO_BY_VECTORS(mix_values, weights, v, v_token, size, count, next, out)
 }
 
 // x -> e^(x - max); returns their sum.
@@ -129,14 +146,32 @@ struct Scratch {
     int64_t pitch, width;
 };
 
-// All heads that share the keys and values of one slot and head.
-void attend(const SlotAttention& call, int64_t row, int64_t kv_head, const Scratch& memory) {
-    const int64_t group = call.heads / call.kv_heads, size = call.size, width = memory.width;
+// The tokens that a row sees: where they begin, and how many.
+std::pair<int64_t, int64_t> seen(const SlotAttention& call, int64_t row) {
     const int64_t first = call.window > 0 ? std::max<int64_t>(0, call.lens[row] - call.window) : 0;
-    const int64_t count = call.lens[row] - first;
+    return {first, call.lens[row] - first};
+}
+
+Ahead keys_of(const SlotAttention& call, int64_t item) {
+    const int64_t row = item / call.kv_heads, kv_head = item % call.kv_heads;
+    if (row >= call.rows) return {call.k, 0, 0};
+    const auto [first, count] = seen(call, row);
+    return {call.k + row * call.k_slot + kv_head * call.k_head + first * call.k_token, call.k_token, count};
+}
+
+Ahead rest(const Ahead& all, int64_t key, int64_t g) {  // the first head of a group fetches for all
+    return {all.from + key * all.token, all.token, g == 0 ? all.count - key : 0};
+}
+
+// All heads that share the keys and values of one slot and head; items go by row, then by key-value head.
+void attend(const SlotAttention& call, int64_t item, const Scratch& memory) {
+    const int64_t row = item / call.kv_heads, kv_head = item % call.kv_heads;
+    const int64_t group = call.heads / call.kv_heads, size = call.size, width = memory.width;
     const int64_t whole = width - kLanes;  // where the last vector of the copies begins
-    const float* k = call.k + row * call.k_slot + kv_head * call.k_head + first * call.k_token;
+    const auto [first, count] = seen(call, row);
+    const float* k = keys_of(call, item).from;
     const float* v = call.v + row * call.v_slot + kv_head * call.v_head + first * call.v_token;
+    const Ahead values{v, call.v_token, count}, next_keys = keys_of(call, item + 1);
     std::fill(memory.q, memory.q + group * width, 0.0f);
     std::fill(memory.out, memory.out + group * width, 0.0f);
     for (int64_t g = 0; g < group; ++g) {
@@ -148,13 +183,13 @@ void attend(const SlotAttention& call, int64_t row, int64_t kv_head, const Scrat
     for (int64_t key = 0; key < count; key += kSpan)
         for (int64_t g = 0; g < group; ++g)
             span_scores(memory.q + g * width, k + key * call.k_token, call.k_token, size, std::min(kSpan, count - key),
-                        memory.scores + g * memory.pitch + key);
+                        rest(values, key, g), memory.scores + g * memory.pitch + key);
     float* sums = memory.q;  // q has been read
     for (int64_t g = 0; g < group; ++g) sums[g] = exp_scores(memory.scores + g * memory.pitch, count);
     for (int64_t key = 0; key < count; key += kSpan)
         for (int64_t g = 0; g < group; ++g)
             span_values(memory.scores + g * memory.pitch + key, v + key * call.v_token, call.v_token, size,
-                        std::min(kSpan, count - key), memory.out + g * width);
+                        std::min(kSpan, count - key), rest(next_keys, key, g), memory.out + g * width);
     for (int64_t g = 0; g < group; ++g) {
         const float* from = memory.out + g * width;
         float* to = call.out + (row * call.heads + kv_head * group + g) * size;
@@ -179,7 +214,7 @@ void slot_attention(const SlotAttention& call, int threads) {
         float* own = memory.data() + part * share;
         const Scratch scratch{own, own + group * pitch, own + group * (pitch + width), pitch, width};
         for (int64_t item = items * part / threads; item < items * (part + 1) / threads; ++item)
-            attend(call, item / call.kv_heads, item % call.kv_heads, scratch);
+            attend(call, item, scratch);
     }
 }
 
