@@ -21,6 +21,7 @@ INSTALLED = find_spec("triton") is not None
 KERNEL_MODULES: tuple[str, ...] = (
     "macpo.kernels.prefix_attention.triton_impl",
     "macpo.kernels.paged_attention.triton_impl",
+    "macpo.kernels.sampling.triton_impl",
 )
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from macpo.kernels import SampleParams, native, sample
-from macpo.kernels.sampling import op, reference
+from macpo.kernels.sampling import library, op, reference
 from macpo.kernels.sampling.philox import gumbel, philox, token_words, uniform
 
 SETTINGS = [
@@ -99,9 +99,9 @@ def test_native_noise_is_bit_equal(backend):
     g = torch.Generator().manual_seed(0)
     batch, count = 37, 45
     keys = torch.stack([torch.randint(0, 2**62, (batch,), generator=g), torch.arange(batch), torch.arange(batch)], 1)
-    keys[0, 0], keys[1] = 2**63 - 1, torch.tensor([2**63 - 1, op.MAX_SAMPLE, op.MAX_ATTEMPT])
+    keys[0, 0], keys[1] = 2**63 - 1, torch.tensor([2**63 - 1, library.MAX_SAMPLE, library.MAX_ATTEMPT])
     seed = torch.randint(-(2**62), 2**62, (batch,), generator=g)
-    positions = torch.randint(0, op.MAX_POSITION + 1, (batch,), generator=g)
+    positions = torch.randint(0, library.MAX_POSITION + 1, (batch,), generator=g)
     tokens = torch.randint(0, op.MAX_VOCAB, (batch, count), generator=g)
     assert torch.equal(native.token_words(seed, keys, positions, tokens), token_words(seed, keys, positions, tokens))
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from macpo.kernels import native
-from macpo.kernels.backend import explain
-from macpo.kernels.sampling import torch_impl
+from macpo.kernels.sampling import library
 from macpo.kernels.sampling.params import SampleParams
-from macpo.kernels.sampling.philox import ATTEMPT_BITS, BLOCK_BITS, POSITION_BITS, SAMPLE_BITS
+from macpo.kernels.sampling.philox import BLOCK_BITS
 
-MAX_POSITION, MAX_ATTEMPT, MAX_SAMPLE = 2**POSITION_BITS - 1, 2**ATTEMPT_BITS - 1, 2**SAMPLE_BITS - 1
 MAX_VOCAB = 4 * 2**BLOCK_BITS
 
 
@@ -61,24 +58,26 @@ def sample(
         raise ValueError(f"positions must be int64 [{batch}], got {positions.dtype} {list(positions.shape)}")
     if not 0 < vocab <= MAX_VOCAB:
         raise ValueError(f"the vocabulary must have 1..{MAX_VOCAB} tokens, got {vocab}")
-    if request_keys.device.type == "cpu" and batch:
-        _check_keys(request_keys, positions)
-    choice = explain("sample", logits.device, backend)
-    if not batch:
-        return positions.clone(), logits.new_empty(0, dtype=torch.float32), logits.new_empty(0, dtype=torch.float32)
-    # Without noise and filters torch's argmax is as fast, so only an explicit backend="native" takes greedy batches.
-    if choice.backend == "native" and (backend == "native" or not params.facts["greedy"]):
-        return native.sample(logits, params, request_keys, positions)
-    return torch_impl.sample(logits, params, request_keys, positions)
-
-
-def _check_keys(request_keys: Tensor, positions: Tensor) -> None:
-    """Counter fields must not spill into one another: that would repeat noise."""
-    highest = (2**63 - 1, MAX_SAMPLE, MAX_ATTEMPT)
-    low, high = request_keys.amin(0).tolist(), request_keys.amax(0).tolist()
-    for name, smallest, largest, limit in zip(("request id", "sample", "attempt"), low, high, highest, strict=True):
-        if smallest < 0 or largest > limit:
-            raise ValueError(f"{name} must be in 0..{limit}, got {smallest}..{largest}")
-    first, last = (int(value) for value in positions.aminmax())
-    if first < 0 or last > MAX_POSITION:
-        raise ValueError(f"positions must be in 0..{MAX_POSITION}, got {first}..{last}")
+    if torch.compiler.is_compiling():
+        facts = params.facts
+        ids, raw, processed = torch.ops.macpo.sample(
+            logits,
+            params.seed,
+            params.temperature,
+            params.top_p,
+            params.top_k,
+            params.min_p,
+            params.repetition_penalty,
+            params.seen,
+            request_keys,
+            positions,
+            facts["penalised"],
+            facts["greedy"],
+            facts["any_greedy"],
+            list(facts["top_ks"]),
+            facts["top_p"],
+            facts["min_p"],
+            backend,
+        )
+        return ids, raw, processed
+    return library.run_sample(logits, params, request_keys, positions, backend)

@@ -108,6 +108,24 @@ class SampleParams:
     def __len__(self) -> int:
         return self.seed.numel()
 
+    @classmethod
+    def of_checked(
+        cls,
+        seed: Tensor,
+        temperature: Tensor,
+        top_p: Tensor,
+        top_k: Tensor,
+        min_p: Tensor,
+        repetition_penalty: Tensor,
+        seen: Tensor | None,
+        facts: dict[str, Any],
+    ) -> SampleParams:
+        """Settings and facts of another SampleParams, which has checked them: no value is looked at again."""
+        made = cls.__new__(cls)
+        made.seed, made.temperature, made.top_p, made.top_k = seed, temperature, top_p, top_k
+        made.min_p, made.repetition_penalty, made.seen, made.facts = min_p, repetition_penalty, seen, facts
+        return made
+
     def select(self, rows: Tensor) -> SampleParams:
         """The settings of the rows with these indices (int64 [B'])."""
         return SampleParams(
