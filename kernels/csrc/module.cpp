@@ -37,7 +37,7 @@ void check_targets(const View<const int64_t, 1>& target, size_t n, size_t v) {
 }
 
 macpo::Products products(const Strided<const float>& z, bool lanes) {
-    need(z.shape(1) < 2 || z.stride(1) == 1, "one axis of z must be contiguous");
+    need(z.size() == 0 || z.shape(1) < 2 || z.stride(1) == 1, "one axis of z must be contiguous");
     const int64_t rows = z.shape(lanes ? 1 : 0), vocab = z.shape(lanes ? 0 : 1);
     return {z.data(), rows, vocab, z.stride(0), lanes};
 }
@@ -51,7 +51,7 @@ macpo::Head make_head(const macpo::Products& z, const Floats& bias, float scale,
 macpo::Gradient gradient(const macpo::Products& z, const nb::ndarray<nb::ndim<2>, nb::device::cpu>& d, bool half) {
     const bool fits = static_cast<int64_t>(d.shape(z.lanes ? 1 : 0)) == z.rows &&
                       static_cast<int64_t>(d.shape(z.lanes ? 0 : 1)) == z.vocab;
-    need(fits && (d.shape(1) < 2 || d.stride(1) == 1), "d must have the shape of z and contiguous rows");
+    need(fits && (d.size() == 0 || d.shape(1) < 2 || d.stride(1) == 1), "d must have the shape of z and contiguous rows");
     const bool floats = d.dtype() == nb::dtype<float>();
     need(floats || d.dtype() == nb::dtype<int16_t>(), "d must be float32, or 16 bits as int16");
     using macpo::Format;
@@ -100,7 +100,7 @@ void bf16_gemm(Strided<const int16_t> a, Strided<const int16_t> b, Strided<float
     need(static_cast<int64_t>(b.shape(0)) == k && static_cast<int64_t>(c.shape(0)) == m &&
              static_cast<int64_t>(c.shape(1)) == n,
          "a [m, k], b [k, n] and c [m, n] do not fit");
-    need((k < 2 || a.stride(1) == 1) && (n < 2 || c.stride(1) == 1), "rows of a and c must be contiguous");
+    need((a.size() == 0 || k < 2 || a.stride(1) == 1) && (c.size() == 0 || n < 2 || c.stride(1) == 1), "rows of a and c must be contiguous");
     nb::gil_scoped_release unlocked;
     std::vector<uint32_t> packed(static_cast<size_t>(macpo::packed_pairs(k, n)));
     macpo::pack_pairs(reinterpret_cast<const uint16_t*>(b.data()), k, n, b.stride(0), b.stride(1), packed.data(),

@@ -56,11 +56,13 @@ def slot_attention(
         raise ValueError(f"lens must be int64 [{batch}], got {lens.dtype} {list(lens.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if not batch:
+        return torch.empty_like(q)
     scale = head**-0.5 if scale is None else scale
     if runs_native(q, backend):
         return native.slot_attention(q, k_slots, v_slots, lens, scale, window)
     num_columns = k_slots.shape[2]
-    if q.device.type == "cpu" and batch:
+    if q.device.type == "cpu":
         low, high = (int(value) for value in lens.aminmax())
         if low < 1 or high > num_columns:
             raise ValueError(f"lens must be in 1..{num_columns} (a slot's tokens), got {low}..{high}")
