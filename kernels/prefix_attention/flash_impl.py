@@ -34,18 +34,16 @@ class Runs:
     max_keys: int
 
 
-def why_not(q: Tensor) -> str:
-    """Why flash-attn cannot take this q [T, Hq, D]; empty where it can."""
+def why_not(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Why flash-attn cannot take q, k, v like these; empty where it can."""
     if find_spec("flash_attn") is None:
         return "flash-attn is not installed; `pip install flash-attn`"
-    if q.device.type != "cuda":
-        return f"flash-attn is for CUDA tensors, these are on {q.device.type}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn is for bf16 and fp16, not {q.dtype}"
-    if q.shape[2] > 256 or q.shape[2] % 8:
-        return f"flash-attn takes head sizes that are multiples of 8 up to 256, not {q.shape[2]}"
-    if torch.compiler.is_compiling():
-        return "its sequences are listed on the host, which a compiled graph cannot; use triton there"
+    if device != "cuda":
+        return f"flash-attn is for CUDA tensors, these are on {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn is for bf16 and fp16, not {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"flash-attn takes head sizes that are multiples of 8 up to 256, not {head_dim}"
     return ""
 
 

@@ -28,7 +28,8 @@ def make_plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """visible_3t, key_lists, query_lists, int32 (see `plan`): the segments as the kernels for these q, k, v want them.
 
-    It does not take q itself, so that torch.compile merges the calls of a model's layers into one.
+    It does not take q itself, so that torch.compile merges the calls of a model's layers into one (where it also
+    differentiates; a graph for inference makes one a layer).
     """
     from macpo.kernels.prefix_attention.triton_impl import tiles_of
 

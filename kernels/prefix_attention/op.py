@@ -57,6 +57,8 @@ def prefix_attention(
     if name == "triton":
         return _triton(q, k, v, segments, scale, window)
     if name == "flash":
+        if torch.compiler.is_compiling():
+            raise BackendError("backend 'flash' lists its sequences on the host, which a compiled graph cannot do")
         return flash_impl.prefix_attention(q, k, v, segments, scale=scale, window=window)
     if torch.compiler.is_compiling():
         return library.torch_forward(q, k, v, *_integers(segments, q), scale, window)
@@ -72,12 +74,18 @@ def choose(q: Tensor, backend: str | None = None) -> tuple[str, str]:
     Raises:
         BackendError: the forced backend is not there, or does not take such a q.
     """
+    return _choose(q.device.type, q.dtype, q.shape[2], backend)
+
+
+@torch.compiler.assume_constant_result
+def _choose(device: str, dtype: torch.dtype, head_dim: int, backend: str | None) -> tuple[str, str]:
+    """`choose`; a compiled graph keeps the choice of its compilation."""
     if backend == "flash":
-        if why_not := flash_impl.why_not(q):
+        if why_not := flash_impl.why_not(device, dtype, head_dim):
             raise BackendError(f"prefix_attention: backend 'flash' cannot be used: {why_not}")
         return "flash", "backend='flash' was passed to prefix_attention"
-    choice = explain("prefix_attention", q.device, backend)
-    if choice.backend == "triton" and (why_not := _not_for_triton(q)):
+    choice = explain("prefix_attention", device, backend)
+    if choice.backend == "triton" and (why_not := _not_for_triton(dtype, head_dim)):
         if backend is not None:
             raise BackendError(f"prefix_attention: backend 'triton' cannot be used: {why_not}")
         return "torch", why_not
@@ -88,21 +96,22 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         return library.make_plan(*_integers(segments, q), window, q.shape[2], q.dtype)
 
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()  # a graph cannot keep anything on the Segments object
     plan = make() if compiling else segments.cached(("triton", q.device, q.dtype, q.shape[2], window), make)
     return library.forward(q, k, v, *plan, q.shape[2] ** -0.5 if scale is None else scale)[0]
 
 
-def _not_for_triton(q: Tensor) -> str:
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the Triton kernels are for bf16, fp16 and fp32, not {q.dtype}"
-    if q.shape[2] > 256:
-        return f"the Triton kernels hold head sizes up to 256, not {q.shape[2]}"
+def _not_for_triton(dtype: torch.dtype, head_dim: int) -> str:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the Triton kernels are for bf16, fp16 and fp32, not {dtype}"
+    if head_dim > 256:
+        return f"the Triton kernels hold head sizes up to 256, not {head_dim}"
     return ""
 
 
 def _integers(segments: Segments, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.to(q.device) for x in (segments.prefix_start, segments.prefix_end, segments.segment_start))
+    device = q.device
+    return segments.prefix_start.to(device), segments.prefix_end.to(device), segments.segment_start.to(device)
 
 
 def _shapes(*tensors: Tensor) -> str:

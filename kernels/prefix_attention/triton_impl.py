@@ -6,6 +6,7 @@ Legend: t tokens, h query heads, d head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -41,13 +42,13 @@ class Tiles:
 # so; shared memory below the device's limit), not tuned by timing.
 _FLOAT32 = {
     (64, 4): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
-    (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (128, 4): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 16, 1)),
+    (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
 }
 # Compute capability 9.x and 10.x: 227 KiB of shared memory a block.
 _LARGE = _FLOAT32 | {
-    (64, 2): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)),
     (256, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
 }
 # All others: 99 KiB.
@@ -80,7 +81,8 @@ def forward(
     q, scale = (-q, -scale) if scale < 0 else (q, scale)
     q, k, v = (x.contiguous() for x in (q, k, v))
     num_tokens, num_heads, head_dim = q.shape
-    o, lse = torch.empty_like(q), q.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    o = _empty(q.shape, q.dtype, q.device)
+    lse = _empty((num_heads, num_tokens), torch.float32, q.device)
     tile = tiles.forward
     kernels.forward_kernel[num_heads, key_lists.shape[0]](
         q, k, v, o, lse, visible_3t, key_lists, q.stride(0), k.stride(0),
@@ -112,8 +114,7 @@ def backward(
     q, k, v, o, do = (x.contiguous() for x in (q, k, v, o, do))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    delta = torch.empty_like(lse)
+    dq, dk, dv, delta = (_empty(x.shape, x.dtype, x.device) for x in (q, k, v, lse))
     last = (num_tokens, head_dim, num_heads // num_kv_heads)
     kernels.dq_kernel[num_heads, key_lists.shape[0]](
         q, k, v, o, do, lse, delta, dq, visible_3t, key_lists, q.stride(0), k.stride(0),
@@ -127,6 +128,10 @@ def backward(
             **parts, num_warps=tiles.dkv.num_warps, num_stages=tiles.dkv.num_stages,
         )  # fmt: skip
     return -dq if flip else dq, dk, dv
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def _padded(head_dim: int) -> int:

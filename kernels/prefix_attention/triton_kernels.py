@@ -155,12 +155,13 @@ def _dq_blocks(dq, q, do, lse, delta, p_k, p_v, p_list, begin, end, lo, hi, own,
         k = _tile(p_k, start, stride_k, num_tokens, head_dim, BLOCK_K, BLOCK_D, PADDED, MASKED)
         v = _tile(p_v, start, stride_k, num_tokens, head_dim, BLOCK_K, BLOCK_D, PADDED, MASKED)
         s = _dot(q, tl.trans(k), None, PRECISION)
-        p = tl.exp2(s * scale_log2 - lse[:, None])
+        s = s * scale_log2 - lse[:, None]
         if MASKED:
             key = start + tl.arange(0, BLOCK_K)
             seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
             seen = seen | ((key[None, :] >= own[:, None]) & (key[None, :] <= token[:, None]))
-            p = tl.where(seen, p, 0.0)
+            s = tl.where(seen, s, _HIDDEN)
+        p = tl.exp2(s)
         dp = _dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         dq = _dot(_narrow(ds, k.dtype, PRECISION), k, dq, PRECISION)
@@ -184,7 +185,7 @@ def dq_kernel(
     o = _tile(p_o + head * head_dim, start, stride_q, num_tokens, head_dim, BLOCK_Q, BLOCK_D, PADDED, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(p_delta + head * num_tokens + token, delta, mask=m_token)
-    lse = tl.load(p_lse + head * num_tokens + token, mask=m_token, other=float("inf"))
+    lse = tl.load(p_lse + head * num_tokens + token, mask=m_token, other=0.0)
     lo, hi, own = _bounds(p_visible, token, num_tokens)
     p_list = p_lists + block.to(tl.int64) * list_width
     num_full = tl.load(p_list + _FULL)
