@@ -37,10 +37,10 @@ SHAPES: dict[str, list[Entry]] = {
         (24, 16, 97, torch.float32, "random", "sum"),
     ],
     "issue": [
-        (1024, 512, 32000, torch.float32, "text", "score"),
-        (1024, 512, 32000, torch.bfloat16, "text", "score"),
-        (1024, 512, 32000, torch.float32, "text", "trainable"),
-        (1024, 512, 32000, torch.float32, "text", "sum"),
+        (512, 512, 32000, torch.float32, "text", "score"),
+        (512, 512, 32000, torch.bfloat16, "text", "score"),
+        (512, 512, 32000, torch.float32, "text", "trainable"),
+        (512, 512, 32000, torch.float32, "text", "sum"),
     ],
     "gpu": [
         *(

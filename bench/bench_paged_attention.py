@@ -4,7 +4,8 @@
     pytest bench/bench_paged_attention.py --benchmark-json=FILE
 
 The floor is memory: every key and value of every context is read once. Contexts differ by up to a quarter around the
-stated length, and blocks lie in random order. "contiguous SDPA" has no paging at all: what paging costs can be seen.
+stated length, and blocks lie in random order. Two have no paging at all, so that its cost can be seen: SDPA over
+contiguous keys, and `slot_attention`, which generation uses on CPUs.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from bench.device import copy
 from bench.harness import Case, Outputs, Peer, Run, Unavailable
 from macpo.kernels import paged_attention
 from macpo.kernels.paged_attention import reference
+from macpo.kernels.paged_attention.slots import slot_attention
 
 OURS, OURS_TORCH = "macpo paged_attention", "macpo, torch backend"
+OURS_SLOTS = "macpo slot_attention (no paging)"
 GATHER, CONTIGUOUS = "torch gather + SDPA", "contiguous SDPA (no paging)"
 VARLEN, FLASH, FLASHINFER = "torch varlen_attn (paged)", "flash-attn (paged)", "flashinfer"
-PEERS = (OURS, OURS_TORCH, GATHER, CONTIGUOUS, VARLEN, FLASH, FLASHINFER)
+PEERS = (OURS, OURS_TORCH, OURS_SLOTS, GATHER, CONTIGUOUS, VARLEN, FLASH, FLASHINFER)
 
 # Batch, context, query heads, key heads, head size, tokens a block, dtype.
 Entry = tuple[int, int, int, int, int, int, torch.dtype]
@@ -84,6 +87,7 @@ def make_case(
     peers = [
         Peer(OURS, lambda: lambda: {"out": paged_attention(*inputs)}),
         Peer(OURS_TORCH, lambda: lambda: {"out": paged_attention(*inputs, backend="torch")}),
+        Peer(OURS_SLOTS, partial(build_slots, *inputs)),
         Peer(GATHER, partial(build_gather, *inputs)),
         Peer(CONTIGUOUS, partial(build_contiguous, *inputs)),
         Peer(VARLEN, partial(build_varlen, *inputs)),
@@ -137,6 +141,13 @@ def build_gather(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens:
 def build_contiguous(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
     k, v = (pool[table.long()].flatten(1, 2).contiguous() for pool in (k_pool, v_pool))
     return lambda: {"out": _attend(q, k, v, lens)}
+
+
+def build_slots(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
+    """Each sequence's keys in one piece, the layout of generation on CPUs."""
+    k, v = (pool[table.long()].flatten(1, 2).transpose(1, 2).contiguous() for pool in (k_pool, v_pool))
+    lens_64 = lens.long()
+    return lambda: {"out": slot_attention(q, k, v, lens_64)}
 
 
 def build_varlen(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:

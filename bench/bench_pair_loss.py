@@ -10,6 +10,7 @@ besides, as its best case. Peers of one GEMM floor: a frozen head needs 2, a tra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,10 +49,11 @@ SHAPES: dict[str, list[tuple[Shape, torch.dtype, str, bool]]] = {
         (Shape(32, 16, 97, 2), torch.bfloat16, "random", True),
     ],
     "issue": [
-        (Shape(1024, 512, 32000, 8), dtype, kind, trained)
-        for dtype, kind in ((torch.float32, "random"), (torch.bfloat16, "random"), (torch.float32, "text"))
-        for trained in (False, True)
-        if not (kind == "text" and trained)
+        (Shape(1024, 512, 32000, 8), torch.float32, "random", False),
+        (Shape(1024, 512, 32000, 8), torch.float32, "random", True),
+        (Shape(1024, 512, 32000, 8), torch.bfloat16, "random", False),
+        (Shape(1024, 512, 32000, 8), torch.bfloat16, "random", True),
+        (Shape(256, 512, 32000, 4), torch.float32, "text", False),
     ],
     "gpu": [
         *(
@@ -83,13 +85,9 @@ def case_name(shape: Shape, dtype: torch.dtype, kind: str, trained: bool) -> str
 
 def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device: torch.device) -> Case:
     """The case, its float64 reference computed."""
-    inputs = head_inputs(shape.rows, shape.hidden, shape.vocab, kind, dtype, device, shape.pairs)
-    logp = reference_logp(inputs, inputs.ref_hidden)
-    ref_logps = logp.view(inputs.num_sequences, -1).sum(1).float()
-    reference = pair_reference(inputs, ref_logps)
-    free = pair_reference(inputs, None)
-    if not trained:
-        del reference["dweight"], free["dweight"]
+    inputs, ref_logps, *references = materials(shape, dtype, kind, device)
+    wanted = ("loss", "dhidden", "dweight") if trained else ("loss", "dhidden")
+    reference, free = ({name: found[name] for name in wanted} for found in references)
     inputs.hidden.requires_grad_()
     inputs.weight.requires_grad_(trained)
     units = 3 if trained else 2
@@ -116,6 +114,17 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
         ceiling_work=unit,
         unit_work=unit,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def materials(
+    shape: Shape, dtype: torch.dtype, kind: str, device: torch.device
+) -> tuple[HeadInputs, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs, the reference policy's log-probs, and the float64 results with and without them."""
+    inputs = head_inputs(shape.rows, shape.hidden, shape.vocab, kind, dtype, device, shape.pairs)
+    logp = reference_logp(inputs, inputs.ref_hidden)
+    ref_logps = logp.view(inputs.num_sequences, -1).sum(1).float()
+    return inputs, ref_logps, pair_reference(inputs, ref_logps), pair_reference(inputs, None)
 
 
 def gradients(inputs: HeadInputs, loss: Tensor, hidden: Tensor | None = None) -> Outputs:

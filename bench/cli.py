@@ -70,7 +70,8 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
         if args.peers:
             wanted = args.peers.split(",")
             case.peers = [p for p in case.peers if p is case.peers[0] or any(part in p.name for part in wanted)]
-        results = measure(case, args.repeats, left / (len(todo) - number) / 2)  # the rest: building and checking
+        made = end - time.monotonic()  # what its reference took is spent
+        results = measure(case, args.repeats, left / (len(todo) - number) - (left - made))
         print("\n".join(table(case, results)), flush=True)
         # Only what is written stays: the case's tensors go.
         bare = Case(case.name, case.shape, case.dtype, case.device, (), {}, flop=case.flop, num_bytes=case.num_bytes)
@@ -78,6 +79,7 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
         done.append((bare, results))
         del case
         gc.collect()
+        save(bench, done, [spec.name for spec in todo[number + 1 :]], args.device, args.json_dir)  # if it is stopped
     path = save(bench, done, skipped, args.device, args.json_dir)
     print(f"written: {path}", flush=True)
     return path

@@ -3,7 +3,7 @@
 A case is one input at one shape. Its first peer is ours. A peer that does not import or run is listed with the reason.
 Every other one's results are compared with a float64 reference in the same run: one that computes something else is
 shown as wrong and not timed. Timed calls wait for the device. In each round all peers run once, in an order that
-turns, so a busy machine slows all alike; ratios are medians over rounds.
+turns, so a busy machine slows all alike; ratios are medians over rounds. A peer that is far behind has two rounds.
 """
 
 from __future__ import annotations
@@ -153,32 +153,45 @@ def prepare(case: Case, peer: Peer) -> tuple[Result, Run | None]:
     return result, None if result.status == "wrong" else run
 
 
-def calls_for(run: Run, device: torch.device) -> int:
-    """How often a timed stretch calls `run`."""
-    if device.type == "cuda":
+def calls_for(run: Run, device: torch.device, seconds: float) -> int:
+    """How often a timed stretch calls `run`, which took about `seconds`."""
+    if device.type == "cuda" or seconds > 10 * MIN_SECONDS:
         return 1
-    run()
     start = time.perf_counter()
     run()
     return max(1, int(MIN_SECONDS / max(time.perf_counter() - start, 1e-7)))
 
 
 def measure(case: Case, repeats: int, budget_s: float) -> list[Result]:
-    """Every peer of a case; at least two rounds, then as many as `repeats` and `budget_s` allow."""
+    """Every peer of a case.
+
+    Checking takes at most half of `budget_s`: peers that are not reached by then are listed as absent. Then come at
+    least two rounds, and as many as `repeats` and the rest of the time allow.
+    """
+    begin = time.perf_counter()
     results: list[Result] = []
     runs: dict[str, Run] = {}
+    num_calls: dict[str, int] = {}
     for peer in case.peers:
+        if runs and time.perf_counter() - begin > budget_s / 2:
+            results.append(Result(peer.name, "absent", reason="not reached in the time of this case", note=peer.note))
+            continue
         result, run = prepare(case, peer)
         results.append(result)
-        if run is not None:
-            runs[peer.name] = run
-            peak = memory.measure(run, case.device)
-            result.peak_extra_bytes, result.returned_bytes = peak.extra, peak.returned
-            result.peak_resident_bytes = peak.resident
-    timed = dict(runs)
+        if run is None:
+            continue
+        runs[peer.name] = run
+        start = time.perf_counter()
+        peak = memory.measure(run, case.device, resident=peer is case.peers[0])
+        num_calls[peer.name] = calls_for(run, case.device, time.perf_counter() - start)
+        result.peak_extra_bytes, result.returned_bytes = peak.extra, peak.returned
+        result.peak_resident_bytes = peak.resident
     if case.ceiling is not None:
-        timed["ceiling"] = case.ceiling
-    taken = rounds_of(timed, case.device, repeats, budget_s)
+        runs["ceiling"] = case.ceiling
+        case.ceiling()
+        num_calls["ceiling"] = calls_for(case.ceiling, case.device, 0.0)
+    left = budget_s - (time.perf_counter() - begin)
+    taken = rounds_of(runs, num_calls, case.device, repeats, left, case.peers[0].name)
     for result in results:
         if result.peer in runs:
             summarise(case, result, taken[result.peer], taken.get(case.peers[0].name), taken.get("ceiling"))
@@ -189,15 +202,26 @@ def measure(case: Case, repeats: int, budget_s: float) -> list[Result]:
     return results
 
 
-def rounds_of(runs: Mapping[str, Run], device: torch.device, repeats: int, budget_s: float) -> dict[str, list[float]]:
-    """Seconds a call of each, by round."""
+SLOW = 2.5  # a peer this many times slower than ours has two rounds
+
+
+def rounds_of(
+    runs: Mapping[str, Run],
+    num_calls: Mapping[str, int],
+    device: torch.device,
+    repeats: int,
+    budget_s: float,
+    ours: str,
+) -> dict[str, list[float]]:
+    """Seconds a call of each, by round; a peer that is far behind leaves after the second one."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    num_calls = {name: calls_for(run, device) for name, run in runs.items()}
     names = list(runs)
     begin = time.perf_counter()
     for number in range(repeats):
         if number >= 2 and time.perf_counter() - begin > budget_s:
             break
+        if number == 2 and ours in taken:
+            names = [name for name in names if min(taken[name]) < SLOW * min(taken[ours])]
         turn = number % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
             synchronise(device)
@@ -224,9 +248,9 @@ def summarise(
     result.quartiles_ms = (quartiles[0] * 1e3, quartiles[2] * 1e3)
     result.rounds = len(taken)
     if ours:
-        result.times_ours = statistics.median(a / b for a, b in zip(taken, ours, strict=True))
+        result.times_ours = statistics.median(a / b for a, b in zip(taken, ours, strict=False))  # the rounds of both
     if ceiling:
-        times_ceiling = statistics.median(a / b for a, b in zip(taken, ceiling, strict=True))
+        times_ceiling = statistics.median(a / b for a, b in zip(taken, ceiling, strict=False))
         done = work or case.flop or case.num_bytes
         result.floor_units = times_ceiling * case.ceiling_work / (case.unit_work or done)
         result.share_of_ceiling = done / case.ceiling_work / times_ceiling

@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes; `resident` is None where the system does not report it."""
+    """Bytes; `resident` is None where it was not asked for or the system does not report it."""
 
     extra: int
     """Most bytes of the allocator held at once, returned tensors left out."""
@@ -33,14 +33,14 @@ class Peak:
     """Growth of the peak resident size, less the returned bytes; whole pages, so small calls are dominated by noise."""
 
 
-def measure(run: Callable[[], Mapping[str, Tensor]], device: torch.device) -> Peak:
-    """The peak of one call of `run`, which has run before."""
+def measure(run: Callable[[], Mapping[str, Tensor]], device: torch.device, resident: bool = True) -> Peak:
+    """The peak of a call of `run`, which has run before; `resident` costs a second call."""
     gc.collect()
     if device.type == "cuda":
         return _cuda(run, device)
     extra, returned = _traced(run)
     gc.collect()
-    grown = _resident_growth(run)
+    grown = _resident_growth(run) if resident else None
     return Peak(extra, returned, None if grown is None else max(0, grown - returned))
 
 

@@ -51,7 +51,8 @@ def summary(folder: Path, problems: dict[str, str]) -> Iterator[str]:
     for name in PARTS:
         path = folder / f"{name}.json"
         if name in problems or not path.exists():
-            yield f"\n{name}: no result: {problems.get(name, 'no file')}"
+            yield f"\n{name}: {problems.get(name, 'no result')}"
+        if not path.exists():
             continue
         body = json.loads(path.read_text(encoding="utf-8"))
         for case in body["cases"]:
@@ -66,7 +67,7 @@ def summary(folder: Path, problems: dict[str, str]) -> Iterator[str]:
             for reason, peers in absent.items():
                 yield f"  not here: {', '.join(peers)}: {reason}"
         for skipped in body["skipped"]:
-            yield f"\n{name}: {skipped}: not run, out of time"
+            yield f"\n{name}: {skipped}: not run"
 
 
 def result_of(fields: dict[str, Any]) -> Result:
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("shapes", "peers"):
         if getattr(args, name):
             options += [f"--{name}", getattr(args, name)]
+    for name in PARTS:
+        (folder / f"{name}.json").unlink(missing_ok=True)  # the table is this run's
     start = time.monotonic()
     problems = run_scripts(args.minutes * 60 - 10, options)
     print(f"\n==== {device_name(args.device)}, torch {torch.__version__}, {time.monotonic() - start:.0f} s")
