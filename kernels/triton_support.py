@@ -19,6 +19,7 @@ INSTALLED = find_spec("triton") is not None
 
 # The modules that hold Triton kernels; each has `aot_kernels() -> list[AotKernel]`.
 KERNEL_MODULES: tuple[str, ...] = (
+    "macpo.kernels.linear_logp.triton_impl",
     "macpo.kernels.prefix_attention.triton_impl",
     "macpo.kernels.paged_attention.triton_impl",
     "macpo.kernels.sampling.triton_impl",

@@ -1,0 +1,310 @@
+"""The head's product with an epilogue of its own in Triton: log-probs without logits in memory.
+
+A persistent grid walks tiles of [BLOCK_N rows, BLOCK_V tokens]. Each tile ends in one maximum and one sum a row, and
+in the target's logit where the tile holds it; a second kernel joins the tiles of a row in a fixed order. Results do
+not depend on the number of programs, so neither on the device's size.
+bfloat16 and float16 products are exact with float32 accumulators; float32 inputs are multiplied as IEEE float32
+(input_precision="ieee"), not TF32: exact, and without tensor cores.
+Legend: n rows, h hidden size, v vocabulary, t vocabulary tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finite_or_zero
+from macpo.kernels.linear_logp.triton_rows import combine
+from macpo.kernels.triton_support import AotKernel
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """Tile sizes and launch options of the product."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    group_n: int
+    """Row blocks that are walked before the next vocabulary block, so that both stay in the cache."""
+
+
+# Capability 9 and 10 have the shared memory for the first two, "older" fits 99 KiB. Not measured on a GPU yet: chosen
+# so that no register spills, and by the bytes that a tile draws from the cache for each product.
+LARGE = GemmConfig(256, 128, 64, 8, 3, 8)
+MEDIUM = GemmConfig(128, 128, 64, 8, 4, 16)
+FEW = GemmConfig(64, 128, 64, 4, 4, 1)
+OLDER = GemmConfig(128, 128, 32, 8, 3, 16)
+IEEE = GemmConfig(64, 64, 16, 4, 2, 16)
+FEW_ROWS = 64
+
+
+@triton.jit
+def load_block(
+    operand, row, col, num_rows, num_cols, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr
+):
+    """[BLOCK_R, BLOCK_C] of a row-major matrix from (row, col) on, 0 beyond its columns; by descriptor or pointer."""
+    if TMA:
+        block_rc = operand.load([row, col])
+    else:
+        # Rows beyond the end read the last row again: they are masked where results are stored, so only columns,
+        # over which the product sums, need a mask here.
+        row_r = tl.minimum(row + tl.arange(0, BLOCK_R), num_rows - 1).to(tl.int64)
+        col_c = col + tl.arange(0, BLOCK_C)
+        block_rc = tl.load(
+            operand + row_r[:, None] * stride + col_c[None, :], mask=(col_c < num_cols)[None, :], other=0.0
+        )
+    return block_rc
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_programs", "has_bias", "capped"])
+def gemm_logp_kernel(
+    hidden,
+    weight,
+    p_target,
+    p_bias,
+    p_m,
+    p_rest,
+    p_y,
+    p_z,
+    stride_hidden,
+    stride_weight,
+    num_rows,
+    vocab,
+    width,
+    num_programs,
+    has_bias,
+    capped,
+    scale,
+    softcap,
+    TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and the products [N, V] where p_z is."""
+    num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
+    num_blocks_v = tl.cdiv(vocab, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs):
+        group = tile // (GROUP_N * num_blocks_v)
+        within = tile % (GROUP_N * num_blocks_v)
+        size = tl.minimum(num_blocks_n - group * GROUP_N, GROUP_N)
+        block_n = group * GROUP_N + within % size
+        block_v = within // size
+        start_n, start_v = block_n * BLOCK_N, block_v * BLOCK_V
+
+        z_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for start_h in range(0, width, BLOCK_H):
+            h_nh = load_block(hidden, start_n, start_h, num_rows, width, stride_hidden, BLOCK_N, BLOCK_H, TMA)
+            w_vh = load_block(weight, start_v, start_h, vocab, width, stride_weight, BLOCK_V, BLOCK_H, TMA)
+            z_nv = dot(h_nh, w_vh.T, z_nv)
+
+        row_n = start_n + tl.arange(0, BLOCK_N)
+        col_v = start_v + tl.arange(0, BLOCK_V)
+        m_n, m_v = row_n < num_rows, col_v < vocab
+        if p_z is not None:
+            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
+            tl.store(p_z + at_nv, z_nv, mask=m_n[:, None] & m_v[None, :])
+        if has_bias != 0:
+            z_nv += tl.load(p_bias + col_v, mask=m_v, other=0.0)[None, :]
+        if capped != 0:  # noqa: SIM108
+            y_nv = softcap * cap(z_nv * scale / softcap)[0]
+        else:
+            y_nv = z_nv * scale
+        y_nv = tl.where(m_v[None, :], y_nv, float("-inf"))
+        # The target first: its sum and that of the exponentials are then never in registers together.
+        target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
+        here_nv = (target_n - start_v).to(tl.int32)[:, None] == tl.arange(0, BLOCK_V)[None, :]
+        owned_n = (target_n >= start_v) & (target_n < tl.minimum(start_v + BLOCK_V, vocab))
+        tl.store(p_y + row_n, tl.sum(tl.where(here_nv, y_nv, 0.0), axis=1), mask=m_n & owned_n)
+        max_n = tl.max(y_nv, axis=1)
+        at_n = block_v.to(tl.int64) * num_rows + row_n
+        tl.store(p_m + at_n, max_n, mask=m_n)
+        y_nv = tl.where(here_nv, float("-inf"), y_nv)
+        e_nv = tl.exp(y_nv - finite_or_zero(max_n)[:, None])
+        tl.store(p_rest + at_n, tl.sum(e_nv, axis=1), mask=m_n)
+
+
+def gemm_logp(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each row's target and the row's logsumexp, straight from hidden states and the head.
+
+    Args:
+        hidden_nh: [N, H] float32, bfloat16 or float16; columns contiguous.
+        weight_vh: [V, H], dtype of hidden; columns contiguous.
+        target_n: [N] int64; outside [0, V) the row's log-prob is NaN.
+        bias_v: [V] or None.
+        scale, softcap: logits are softcap * tanh(scale * (z + bias) / softcap), without softcap scale * (z + bias).
+
+    Returns:
+        (logp [N] float32, never above 0; lse [N] float32, never below the row's largest logit).
+
+    Raises:
+        ValueError: another dtype, or columns that are not contiguous.
+    """
+    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, None)
+
+
+def gemm_logp_keep(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gemm_logp`, and the products z [N, V] float32, so that `row_dlogits_` needs one pass over them and no more."""
+    num_rows, vocab = hidden_nh.shape[0], weight_vh.shape[0]
+    z_nv = torch.empty(num_rows, vocab, dtype=torch.float32, device=hidden_nh.device)
+    return *_gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, z_nv), z_nv
+
+
+def _gemm_logp(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    z_nv: Tensor | None,
+    tma: bool = True,
+) -> tuple[Tensor, Tensor]:
+    (num_rows, width), vocab, device = hidden_nh.shape, weight_vh.shape[0], hidden_nh.device
+    if hidden_nh.dtype not in TRITON_NAMES or hidden_nh.stride(1) != 1 or weight_vh.stride(1) != 1:
+        raise ValueError(
+            f"need float32, bfloat16 or float16 with contiguous columns, got {hidden_nh.dtype}, "
+            f"strides {hidden_nh.stride()} and {weight_vh.stride()}"
+        )
+    logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    if num_rows == 0:
+        return logp_n, lse_n
+    major, num_processors = _device(device)
+    config = choose(hidden_nh.dtype, num_rows, major, keep=z_nv is not None)
+    tma = tma and major >= 9 and config is not IEEE and _describable(hidden_nh) and _describable(weight_vh)
+    num_parts = triton.cdiv(vocab, config.block_v)
+    m_tn, rest_tn = (torch.empty(num_parts, num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    y_n = torch.full((num_rows,), float("nan"), device=device)  # stays where the target is no token
+    num_programs = min(triton.cdiv(num_rows, config.block_n) * num_parts, num_processors * (8 // config.num_warps))
+    blocks = [config.block_n, config.block_h], [config.block_v, config.block_h]
+    gemm_logp_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(hidden_nh, blocks[0]) if tma else hidden_nh,
+        TensorDescriptor.from_tensor(weight_vh, blocks[1]) if tma else weight_vh,
+        target_n.contiguous(),
+        m_tn if bias_v is None else bias_v.to(torch.float32).contiguous(),
+        m_tn,
+        rest_tn,
+        y_n,
+        z_nv,
+        hidden_nh.stride(0),
+        weight_vh.stride(0),
+        num_rows,
+        vocab,
+        width,
+        num_programs,
+        int(bias_v is not None),
+        int(softcap is not None),
+        scale,
+        softcap or 1.0,
+        **_meta(config, tma),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    combine(m_tn, rest_tn, y_n, logp_n, lse_n)
+    return logp_n, lse_n
+
+
+def choose(dtype: torch.dtype, num_rows: int, major: int, *, keep: bool) -> GemmConfig:
+    """The configuration for inputs of `dtype` on a device of compute capability `major`."""
+    if dtype == torch.float32:
+        return IEEE
+    if num_rows <= FEW_ROWS:
+        return FEW
+    if major not in (9, 10):
+        return OLDER
+    return LARGE if major == 9 and not keep else MEDIUM  # LARGE spills with the store of z, and on capability 10
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """(compute capability, multiprocessors); the interpreter is taken for a small device of capability 9."""
+    if device.type != "cuda":
+        return 9, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor-map of the hardware can describe it: 16-byte steps from a 16-byte address."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
+
+
+def _meta(config: GemmConfig, tma: bool) -> dict[str, int | bool]:
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
+    return {"TMA": tma, **blocks, "GROUP_N": config.group_n}
+
+
+def aot_kernels() -> list[AotKernel]:
+    """The product in every configuration that the launcher chooses."""
+    integers = ("num_rows", "vocab", "width", "num_programs", "has_bias", "capped")
+    common = {
+        "p_target": "*i64",
+        **dict.fromkeys(("p_bias", "p_m", "p_rest", "p_y"), "*fp32"),
+        **dict.fromkeys(("stride_hidden", "stride_weight"), "i64"),
+        **dict.fromkeys(integers, "i32"),
+        **dict.fromkeys(("scale", "softcap"), "fp32"),
+    }
+    cases = [  # configuration, its name, whether with z, capabilities
+        (LARGE, "large", (False,), (90,)),
+        (MEDIUM, "medium", (False,), (100,)),
+        (MEDIUM, "medium", (True,), (90, 100)),
+        (OLDER, "older", (False, True), (80,)),
+        (FEW, "few", (False, True), (80, 90, 100)),
+        (IEEE, "ieee", (False, True), (80, 90, 100)),
+    ]
+    kernels = []
+    for dtype, name in TRITON_NAMES.items():
+        for config, size, keeps, capabilities in cases:
+            if (config is IEEE) != (dtype == torch.float32):
+                continue
+            for keep, tma in product(keeps, (False, True)):
+                able = tuple(capability for capability in capabilities if capability >= 90 or not tma)
+                if not able or (tma and config is IEEE):
+                    continue
+                signature: dict[str, str] = dict(common)
+                constexprs: dict[str, Any] = _meta(config, tma)
+                if keep:
+                    signature["p_z"] = "*fp32"
+                else:
+                    constexprs["p_z"] = None
+                for operand, rows in (("hidden", config.block_n), ("weight", config.block_v)):
+                    signature[operand] = f"tensordesc<{name}[{rows}, {config.block_h}]>" if tma else f"*{name}"
+                aligned = [argument for argument, kind in signature.items() if kind.startswith("*") or kind == "i64"]
+                kernels.append(
+                    AotKernel(
+                        f"linear_logp_gemm/{name}/{size}" + "/tma" * tma + "/keep" * keep,
+                        gemm_logp_kernel,
+                        signature,
+                        constexprs,
+                        config.num_warps,
+                        config.num_stages,
+                        aligned=(*aligned, "vocab", "width"),
+                        wgmma=config is not IEEE,
+                        capabilities=able,
+                    )
+                )
+    return kernels

@@ -1,0 +1,347 @@
+"""The head's Triton kernels against the float64 definition: rows, the product with its own epilogue, filtering.
+
+On a GPU where there is one, else under Triton's interpreter, which is slow: sizes are as small as the tiles allow.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, TOLERANCE, TRITON, assert_close
+
+from macpo.kernels.linear_logp import reference
+
+pytestmark = pytest.mark.parametrize("backend", [TRITON])
+
+HEADS = {"plain": (False, 1.0, None), "scale": (False, -0.5, None), "all": (True, 1.5, 3.0)}  # bias, scale, softcap
+LOW = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """torch.empty gives NaN, so that a result nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rows():
+    from macpo.kernels.linear_logp import triton_impl
+
+    return triton_impl
+
+
+@pytest.fixture
+def gemm():
+    from macpo.kernels.linear_logp import triton_gemm
+
+    return triton_gemm
+
+
+@pytest.fixture
+def filtering():
+    from macpo.kernels.linear_logp import triton_filter
+
+    return triton_filter
+
+
+def poisoned(inner, value, pad=3):
+    """`inner` as a view into a larger buffer full of `value`, and a function that says whether the rest still is."""
+    shape = [size + 2 * pad for size in inner.shape]
+    buffer = torch.full(shape, value, dtype=inner.dtype, device=DEVICE)
+    place = tuple(slice(pad, -pad) for _ in shape)
+    buffer[place] = inner
+    outside = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+    outside[place] = False
+    before = buffer[outside].clone()
+    return buffer[place], lambda: torch.equal(buffer[outside].view(torch.uint8), before.view(torch.uint8))
+
+
+def make_rows(num_rows, vocab, head, seed=0):
+    with_bias, scale, softcap = HEADS[head]
+    g = torch.Generator().manual_seed(seed)
+    z = (torch.randn(num_rows, vocab, generator=g) * 2).to(DEVICE)
+    bias = torch.randn(vocab, generator=g).to(DEVICE) if with_bias else None
+    return z, torch.randint(vocab, (num_rows,), generator=g).to(DEVICE), bias, scale, softcap
+
+
+def exact(z, target, bias, scale, softcap):
+    """log-prob, logsumexp and d logp / d z in float64."""
+    z = z.double().detach().requires_grad_()
+    y = (z if bias is None else z + bias.double()) * scale
+    y = y if softcap is None else softcap * torch.tanh(y / softcap)
+    logp = y.log_softmax(dim=1).gather(1, target[:, None]).squeeze(1)
+    logp.sum().backward()
+    return logp.detach(), y.detach().logsumexp(dim=1), z.grad
+
+
+# One row in one tile; ragged rows of two tiles; two tiles and a tail that splits in three.
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 11), (3, 8199), (2, 16500)])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_rows_equal_float64(backend, rows, monkeypatch, num_rows, vocab, head, split):
+    if not split:
+        monkeypatch.setattr(rows, "FEW_ROWS", 0)
+    z, target, bias, scale, softcap = make_rows(num_rows, vocab, head)
+    logp, lse, d = exact(z, target, bias, scale, softcap)
+    # A single row's gradient is that of its target's 1 - p and of p, which need not be small.
+    kept = z.clone()
+    got = rows.row_logp(z, target, bias, scale, softcap)
+    assert torch.equal(z, kept)
+    assert_close(got[0], logp, torch.float32, "logp")
+    assert_close(got[1], lse, torch.float32, "lse")
+    grad = torch.linspace(-1, 2, num_rows, device=DEVICE)
+    for dtype in (torch.float32, *LOW):
+        again, lse_again, fused = rows.row_logp_dlogits_(z.clone(), target, bias, scale, softcap, dtype)
+        assert torch.equal(again, got[0]) and torch.equal(lse_again, got[1])
+        assert fused.dtype == dtype and fused.shape == z.shape
+        assert_close(fused, d, dtype, "fused d")
+        known = rows.row_dlogits_(z.clone(), target, got[1], bias, scale, softcap, dtype, None)
+        assert_close(known, d, dtype, "d from lse")
+        scaled = rows.row_dlogits_(z.clone(), target, got[1], bias, scale, softcap, dtype, grad)
+        assert_close(scaled, d * grad[:, None], dtype, "scaled d")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("vocab", [8195, 8208])  # rows that start at any address, and at multiples of 16 bytes
+def test_nothing_outside_the_rows_is_read_or_written(backend, rows, monkeypatch, poison, vocab):
+    pad = 3 if vocab % 16 else 8
+    z, target, bias, scale, softcap = make_rows(2, vocab, "all")
+    logp, _, d = exact(z, target, bias, scale, softcap)
+    bias, bias_intact = poisoned(bias, poison)
+    target, target_intact = poisoned(target, 2**62)
+    for few_rows in (0, 132):
+        monkeypatch.setattr(rows, "FEW_ROWS", few_rows)
+        for dtype in (torch.float32, *LOW):
+            inner, intact = poisoned(z, poison, pad)
+            got, lse, fused = rows.row_logp_dlogits_(inner, target, bias, scale, softcap, dtype)
+            assert_close(got, logp, torch.float32, "logp")
+            assert_close(fused, d, dtype, "fused d")
+            inner.copy_(z)
+            assert_close(rows.row_logp(inner, target, bias, scale, softcap)[0], logp, torch.float32, "logp")
+            known = rows.row_dlogits_(inner, target, lse, bias, scale, softcap, dtype, None)
+            assert_close(known, d, dtype, "d from lse")
+            in_place = dtype == torch.float32 or few_rows == 0
+            assert in_place == (known.untyped_storage().data_ptr() == inner.untyped_storage().data_ptr())
+            assert intact() and bias_intact() and target_intact()
+
+
+def test_16_bits_over_their_own_float32_row_lose_nothing(backend, rows, monkeypatch):
+    """In place equals the float32 gradient rounded: three tiles and a tail, each overwriting what was just read."""
+    monkeypatch.setattr(rows, "FEW_ROWS", 0)
+    z, target, _, scale, softcap = make_rows(2, 3 * 8192 + 77, "plain")
+    _, lse, wide = rows.row_logp_dlogits_(z.clone(), target, None, scale, softcap, torch.float32)
+    for dtype in LOW:
+        _, _, low = rows.row_logp_dlogits_(z.clone(), target, None, scale, softcap, dtype)
+        assert low.stride() == (2 * z.shape[1], 1)
+        assert torch.equal(low, wide.to(dtype))
+        known = rows.row_dlogits_(z.clone(), target, lse, None, scale, softcap, dtype, None)
+        assert_close(known, wide, dtype)
+
+
+def peculiar_rows():
+    """Rows of 40 logits: all equal; one of 1e4, as target and not; -inf but two; confident at 200; tiny tail."""
+    z = torch.zeros(7, 40)
+    z[1, 7] = z[2, 7] = 1e4
+    z[3] = float("-inf")
+    z[3, [4, 9]] = torch.tensor([0.5, -0.5])
+    z[4] = 199.0 - torch.arange(40) * 0.25
+    z[4, 20] = 210.0  # p = 1 - 7.5e-5
+    z[5] = -torch.arange(40.0) - 16
+    z[5, 39] = 0.0  # p = 1 - 1.8e-7: three units of float32 below 1
+    z[6, 0] = float("-inf")  # the target itself
+    return z.to(DEVICE), torch.tensor([3, 7, 8, 4, 20, 39, 0], device=DEVICE)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_peculiar_rows(backend, rows, monkeypatch, split):
+    if split:
+        monkeypatch.setattr(rows, "TILE", 16)  # tiles of 16 entries, so that 40 logits split in three
+        monkeypatch.setattr(rows, "TILE_META", {"BLOCK_R": 2, "BLOCK_C": 8, "num_warps": 1})
+    else:
+        monkeypatch.setattr(rows, "FEW_ROWS", 0)
+    z, target = peculiar_rows()
+    logp, lse, d = exact(z, target, None, 1.0, None)
+    got, got_lse, fused = rows.row_logp_dlogits_(z.clone(), target, None, 1.0, None, torch.float32)
+    known = rows.row_dlogits_(z.clone(), target, got_lse, None, 1.0, None, torch.float32, None)
+    assert (got <= 0).all() and (got_lse >= z.max(dim=1).values).all()
+    assert got[6] == float("-inf")
+    torch.testing.assert_close(got_lse.double(), lse, rtol=TOLERANCE[torch.float32], atol=0)
+    # Each log-prob to the tolerance by itself: 1 - p of the confident rows is summed, not subtracted.
+    torch.testing.assert_close(got[:6].double(), logp[:6], rtol=TOLERANCE[torch.float32], atol=0)
+    at_target = range(7), target.tolist()
+    if not split:  # the fused kernel still has 1 - p
+        torch.testing.assert_close(fused[at_target].double(), d[at_target], rtol=TOLERANCE[torch.float32], atol=1e-30)
+    # From a rounded logsumexp: half a unit of float32 at 210 is 7.6e-6, which is then the relative error of every p.
+    for value, atol in ((fused, 1e-30 if not split else 1e-5), (known, 1e-5)):
+        torch.testing.assert_close(value.double(), d, rtol=1e-5, atol=atol)
+
+
+def test_softcap_of_saturated_and_tiny_logits(backend, rows):
+    """tanh and its slope by value and by entry: 1 - tanh**2 of a saturated logit is no difference of ones."""
+    z = torch.tensor([[-40.0, -9.0, -0.36, -0.34, -1e-3, 0.0, 1e-6, 0.2, 0.36, 3.0, 9.0, 12.0]], device=DEVICE)
+    target = torch.tensor([9], device=DEVICE)
+    logp, lse, d = exact(z, target, None, 1.0, 1.0)
+    got, got_lse, fused = rows.row_logp_dlogits_(z.clone(), target, None, 1.0, 1.0, torch.float32)
+    assert_close(got, logp, torch.float32)
+    assert_close(got_lse, lse, torch.float32)
+    torch.testing.assert_close(fused.double(), d, rtol=1e-5, atol=1e-12)  # exp(-2 * 12) to 24 units of 6e-8 and more
+
+
+def test_no_token_as_target_gives_nan(backend, rows, gemm):
+    z = torch.zeros(3, 20, device=DEVICE)
+    target = torch.tensor([-100, 20, 2**32 + 1], device=DEVICE)
+    logp, _, d = rows.row_logp_dlogits_(z.clone(), target, None, 1.0, None, torch.float32)
+    assert logp.isnan().all() and d.isnan().all()
+    logp, _ = gemm.gemm_logp(
+        torch.zeros(3, 16, device=DEVICE), torch.zeros(20, 16, device=DEVICE), target, None, 1.0, None
+    )
+    assert logp.isnan().all()
+
+
+def test_nan_stays_nan_in_its_row(backend, rows, gemm):
+    z = torch.zeros(2, 20, device=DEVICE)
+    z[0, 5] = float("nan")
+    target = torch.tensor([3, 3], device=DEVICE)
+    logp, lse = rows.row_logp(z, target, None, 1.0, None)
+    assert logp.isnan().tolist() == lse.isnan().tolist() == [True, False]
+    hidden = torch.zeros(2, 16, device=DEVICE)
+    hidden[0] = float("nan")
+    logp, lse = gemm.gemm_logp(hidden, torch.zeros(20, 16, device=DEVICE), target, None, 1.0, None)
+    assert logp.isnan().tolist() == lse.isnan().tolist() == [True, False]
+
+
+def test_no_rows_and_wrong_inputs(backend, rows, gemm):
+    z, none = torch.zeros(0, 20, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    assert rows.row_logp(z, none, None, 1.0, None)[0].shape == (0,)
+    assert rows.row_logp_dlogits_(z, none, None, 1.0, None, torch.bfloat16)[2].shape == (0, 20)
+    assert gemm.gemm_logp(z, z, none, None, 1.0, None)[0].shape == (0,)
+    target = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="contiguous columns"):
+        rows.row_logp(torch.zeros(20, 3, device=DEVICE).T, target, None, 1.0, None)
+    with pytest.raises(ValueError, match="float32 products"):
+        rows.row_logp(torch.zeros(3, 20, device=DEVICE).double(), target, None, 1.0, None)
+    with pytest.raises(ValueError, match="bfloat16 or float16, not"):
+        rows.row_logp_dlogits_(torch.zeros(3, 20, device=DEVICE), target, None, 1.0, None, torch.float64)
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        gemm.gemm_logp(*torch.zeros(2, 3, 4, device=DEVICE).double(), target, None, 1.0, None)
+
+
+# One row, V below a block; ragged rows over several blocks and groups, V and H no multiples; H below a step.
+GEMM_SIZES = [(1, 11, 40), (70, 300, 72), (261, 140, 24)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("sizes", GEMM_SIZES, ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_own_epilogue_equals_float64(backend, gemm, rows, dtype, sizes, head):
+    num_rows, vocab, width = sizes
+    with_bias, scale, softcap = HEADS[head]
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(size, width, generator=g).mul(0.6).to(DEVICE, dtype) for size in (num_rows, vocab))
+    bias = torch.randn(vocab, generator=g).to(DEVICE, dtype) if with_bias else None
+    target = torch.randint(vocab, (num_rows,), generator=g).to(DEVICE)
+    target[1::3] = target[0]  # duplicates
+    wide = hidden.double(), weight.double(), None if bias is None else bias.double()
+    expected = reference.linear_logp(*wide[:2], target, bias=wide[2], logit_scale=scale, softcap=softcap)
+    lse = reference.head_logits(*wide, scale, softcap).logsumexp(dim=1)
+    options = bias, scale, softcap
+    logp, got_lse = gemm.gemm_logp(hidden, weight, target, *options)
+    # float32 sums of `width` products against float64; 16-bit products are exact in float32.
+    assert_close(logp, expected, torch.float32, "logp")
+    assert_close(got_lse, lse, torch.float32, "lse")
+    assert (logp <= 0).all()
+    assert all(map(torch.equal, gemm.gemm_logp(hidden, weight, target, *options), (logp, got_lse)))
+    kept, kept_lse, z = gemm.gemm_logp_keep(hidden, weight, target, *options)
+    assert_close(z, wide[0] @ wide[1].T, torch.float32, "z")
+    assert_close(kept, expected, torch.float32, "logp, z kept")
+    d = rows.row_dlogits_(z.clone()[:4], target[:4], kept_lse[:4], *options, dtype, None)
+    assert_close(d, exact(wide[0] @ wide[1].T, target, *options)[2][:4], dtype, "d")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("major", [8, 9, 10])  # other tiles on older devices; descriptors from 9 on
+@pytest.mark.parametrize("pad", [3, 8])  # 8 keeps the addresses that descriptors need
+def test_own_epilogue_reads_nothing_outside(backend, gemm, monkeypatch, poison, major, pad):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(gemm, "_device", lambda device: (major, 3))
+    g = torch.Generator().manual_seed(2)
+    clean = [torch.randn(size, 40, generator=g).half().to(DEVICE) for size in (67, 131)]
+    target = torch.randint(131, (67,), generator=g).to(DEVICE)
+    (hidden, hidden_intact), (weight, weight_intact) = (poisoned(x, poison, pad) for x in clean)
+    inner, target_intact = poisoned(target, 2**62)
+    logp, _, z = gemm.gemm_logp_keep(hidden, weight, inner, None, 1.0, None)
+    assert_close(logp, reference.linear_logp(*(x.double() for x in clean), target), torch.float32)
+    assert_close(z, clean[0].double() @ clean[1].double().T, torch.float32)
+    assert_close(gemm.gemm_logp(hidden, weight, inner, None, 1.0, None)[0], logp, torch.float32)
+    assert hidden_intact() and weight_intact() and target_intact()
+
+
+def test_own_epilogue_on_confident_rows(backend, gemm):
+    """Logits of 200 in bfloat16 and a runner-up 1.25 below or 12 below: each log-prob to the tolerance by itself."""
+    hidden = (torch.eye(4) * 20).bfloat16().to(DEVICE)
+    for second in (9.9375, 9.375):
+        weight = torch.cat([torch.eye(4) * 10, torch.eye(4) * second]).bfloat16().to(DEVICE)
+        target = torch.arange(4, device=DEVICE)
+        logp, _ = gemm.gemm_logp(hidden, weight, target, None, 1.0, None)
+        expected = reference.linear_logp(hidden.double(), weight.double(), target)
+        torch.testing.assert_close(logp.double(), expected, rtol=TOLERANCE[torch.float32], atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+def test_filtered_products(backend, filtering, dtype):
+    """Tiles of 128 x 128: some kept, some not, in rows and tokens that end inside one; d is a strided view in NaN."""
+    g = torch.Generator().manual_seed(3)
+    num_rows, vocab, width = 140, 300, 20
+    d = torch.randn(num_rows, vocab, generator=g) * 1e-4
+    d[5, 130], d[139, 299] = 0.5, -0.25  # tiles (0, 1) and (1, 2) are kept
+    d, intact = poisoned(d.to(DEVICE, dtype), float("nan"))
+    weight, x = (torch.randn(size, width, generator=g).to(DEVICE, dtype) for size in (vocab, num_rows))
+    keep, mass = filtering.tile_flags(d, 0.01)
+    assert keep.tolist() == [[False, True, False], [False, False, True]]
+    mask = keep.repeat_interleave(128, 0)[:num_rows].repeat_interleave(128, 1)[:, :vocab]
+    wide = d.double()
+    assert_close(mass, (wide.abs() * ~mask).sum(dim=1), torch.float32, "skipped mass")
+
+    product = filtering.filtered_matmul(d, weight, keep)
+    assert product.dtype == dtype
+    assert_close(product, (wide * mask) @ weight.double(), dtype, "d W")
+    error = (filtering.filtered_matmul(d, weight, keep, torch.float32).double() - wide @ weight.double()).abs()
+    assert (error <= mass[:, None] * weight.double().abs().amax() + 1e-6).all()
+    total = torch.ones(vocab, width, device=DEVICE)
+    filtering.filtered_add_(total, d, x, keep)
+    assert_close(total, 1 + (wide * mask).T @ x.double(), torch.float32, "1 + d' x")
+    again = torch.ones(vocab, width, device=DEVICE)
+    filtering.filtered_add_(again, d, x, keep)
+    assert torch.equal(again, total) and torch.equal(filtering.filtered_matmul(d, weight, keep), product)
+    assert intact()
+
+
+def test_filter_keeps_all_at_zero_and_what_is_nan(backend, filtering):
+    d = torch.zeros(3, 200, device=DEVICE)
+    assert filtering.tile_flags(d, 0.0)[0].all()
+    d[1, 150] = float("nan")
+    keep, mass = filtering.tile_flags(d, 1.0)
+    assert keep.tolist() == [[False, True]] and mass.tolist() == [0.0, 0.0, 0.0]
+    empty = torch.zeros_like(keep)
+    assert (filtering.filtered_matmul(d, torch.ones(200, 5, device=DEVICE), empty) == 0).all()
+
+
+def test_filter_refuses_what_does_not_fit(backend, filtering):
+    d, weight = torch.zeros(3, 20, device=DEVICE), torch.zeros(20, 4, device=DEVICE)
+    keep = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(ValueError, match="contiguous columns"):
+        filtering.tile_flags(d.T, 0.1)
+    with pytest.raises(ValueError, match="with contiguous columns, got"):
+        filtering.filtered_matmul(d, weight.half(), keep)
+    with pytest.raises(ValueError, match="sums over chunks are float32"):
+        filtering.filtered_add_(weight.half(), d, torch.zeros(3, 4, device=DEVICE), keep)
+
+
+def test_rows_twice_are_bit_equal(backend, rows, monkeypatch):
+    for few_rows in (0, 132):
+        monkeypatch.setattr(rows, "FEW_ROWS", few_rows)
+        z, *rest = make_rows(2, 8300, "all")
+        runs = [rows.row_logp_dlogits_(z.clone(), *rest, torch.bfloat16) for _ in range(2)]
+        assert all(map(torch.equal, *runs))
