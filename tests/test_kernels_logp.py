@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_checks import BACKENDS, TOLERANCE, assert_close
+from kernel_checks import BACKENDS, DEVICE, TOLERANCE, TRITON, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from macpo.kernels import linear_logp, sequence_sums
 from macpo.kernels.linear_logp import chunked, reference
-from macpo.kernels.linear_logp.head import Head, Needs
+from macpo.kernels.linear_logp.head import Head, Needs, default_chunk_rows
 
 HEADS = {
     "plain": {},
@@ -72,14 +72,15 @@ def test_values_and_gradients_equal_float64(backend, sizes, head, chunk_rows):
             assert_close(value, expected_grads[name], torch.float32, f"d{name}", floor)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk_rows", [None, 4])
-def test_other_dtypes(dtype, chunk_rows):
+def test_other_dtypes(backend, dtype, chunk_rows):
     hidden, weight, bias, target, grad, options = make((33, 24, 257), HEADS["all"], dtype)
     wide = [x.double() for x in (hidden, weight, bias)]
     names = ("hidden", "weight", "bias")
     expected, expected_grads = gradients(reference.linear_logp, *wide, target, grad, options, names)
-    options["chunk_rows"] = chunk_rows
+    options |= {"chunk_rows": chunk_rows, "backend": backend}
     logp, grads = gradients(linear_logp, hidden, weight, bias, target, grad, options, names)
     # Log-probs of 16-bit inputs are float32 throughout: the logits are never rounded.
     assert_close(logp, expected, torch.float64 if dtype == torch.float64 else torch.float32, "logp")
@@ -120,6 +121,59 @@ def test_adapter_on_the_head(backend):
     )
     for value, expected in pairs:
         assert_close(value, expected, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [(), ("a",), ("b",), ("weight", "a", "b")], ids=str)
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_without_the_adapted_weight(backend, trained, chunk_rows, dtype):
+    """lora=(a, b, scaling) equals the head W + scaling * b a, with every gradient, also for frozen W."""
+    hidden, weight, bias, target, grad, options = make((33, 24, 257), HEADS["all"], dtype)
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.randn(5, 24, generator=g).to(dtype), torch.randn(257, 5, generator=g).to(dtype)
+
+    def run(fn, dtype, **more):
+        inputs = {"hidden": hidden, "weight": weight, "a": a, "b": b}
+        leaves = {k: x.to(dtype, copy=True).requires_grad_(k in ("hidden", *trained)) for k, x in inputs.items()}
+        lora = leaves["a"], leaves["b"], 0.3
+        logp = fn(leaves["hidden"], leaves["weight"], target, bias=bias.to(dtype), lora=lora, **options, **more)
+        logp.backward(grad.to(logp.dtype))
+        return [logp.detach()], [leaves[k].grad for k in ("hidden", *trained)]
+
+    logp, grads = run(linear_logp, dtype, backend=backend, chunk_rows=chunk_rows)
+    expected, expected_grads = run(reference.linear_logp, torch.float64)
+    assert_close(logp[0], expected[0], torch.float32)
+    for value, exact in zip(grads, expected_grads, strict=True):
+        assert_close(value, exact, dtype)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
+@pytest.mark.parametrize("vocab", [1031, 256])  # a tail after the kernels' blocks, and none
+def test_16_bit_inputs_lose_nothing_but_their_gradients(backend, vocab):
+    """bfloat16 inputs, rows from hopeless to certain: the log-probs are as good as float32 logits make them."""
+    device = DEVICE if backend == "triton" else "cpu"
+    g = torch.Generator().manual_seed(5)
+    num_rows = 256  # enough that the errors' norms are about those of their distributions
+    hidden = torch.randn(num_rows, 64, generator=g) * torch.logspace(-1, 1, num_rows)[:, None]
+    weight = torch.randn(vocab, 64, generator=g)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    logits = hidden.double() @ weight.double().T
+    drawn = torch.randint(vocab, (num_rows,), generator=g)
+    target = torch.where(torch.arange(num_rows) % 3 == 0, drawn, logits.argmax(1))
+    exact = reference.linear_logp(hidden.double(), weight.double(), target)
+    assert (exact.exp() > 0.999).sum() >= 30 and (exact < -20).any()
+    eager = torch.log_softmax(hidden.float() @ weight.float().T, -1).gather(1, target[:, None]).squeeze(1)
+    leaves = [x.to(device, copy=True).requires_grad_() for x in (hidden, weight)]
+    logp = linear_logp(*leaves, target.to(device), backend=backend)
+    assert logp.max() <= 1e-6
+    error, eager_error = logp.detach().cpu().double() - exact, eager.double() - exact
+    assert error.norm() <= 1.1 * eager_error.norm()
+    logp.sum().backward()
+    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    reference.linear_logp(*wide, target).sum().backward()
+    for leaf, expected in zip(leaves, wide, strict=True):
+        assert_close(leaf.grad.cpu(), expected.grad, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,13 +234,13 @@ def test_no_rows():
     assert logp.shape == (0,) and hidden.grad.shape == (0, 4) and (weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_twice_is_bit_equal(backend):
-    inputs = make((33, 24, 257), HEADS["all"], torch.float32)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_twice_is_bit_equal(backend, dtype):
+    *inputs, options = make((33, 24, 257), HEADS["all"], dtype)
+    inputs = [x.to(DEVICE if backend == "triton" else "cpu") for x in inputs]
     names = ("hidden", "weight", "bias")
-    runs = [
-        gradients(linear_logp, *inputs[:5], {**inputs[5], "backend": backend, "chunk_rows": 5}, names) for _ in range(2)
-    ]
+    runs = [gradients(linear_logp, *inputs, {**options, "backend": backend, "chunk_rows": 15}, names) for _ in range(2)]
     for name in names:
         assert torch.equal(runs[0][1][name], runs[1][1][name])
 
@@ -209,6 +263,42 @@ def test_bad_input_is_named(change, message):
     inputs = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "target": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         linear_logp(**(inputs | change))
+
+
+def test_double_backward_is_refused():
+    hidden, weight, _, target, _, _ = make((3, 4, 6), {}, torch.float32)
+    logp = linear_logp(hidden.requires_grad_(), weight, target)
+    with pytest.raises(RuntimeError, match="linear_logp has no second derivative"):
+        torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("names", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
+@pytest.mark.parametrize("num_rows", [5, 200])  # 200 rows: the layout of wide chunks, kept for the backward
+def test_compiles_whole(compiler, names, num_rows):
+    *inputs, options = make((num_rows, 8, 40), HEADS["all"], torch.float32)
+    expected, expected_grads = gradients(linear_logp, *inputs, options, names)
+    torch.compiler.reset()
+    logp, grads = gradients(torch.compile(linear_logp, fullgraph=True, backend=compiler), *inputs, options, names)
+    assert_close(logp, expected, torch.float32)
+    for name, grad in grads.items():
+        assert_close(grad, expected_grads[name], torch.float32)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False, False, False), (True,) * 5, (False,) * 5], ids=str)
+@pytest.mark.parametrize("chunk_rows", [3, 8])
+def test_the_custom_operator_is_what_it_declares(needs, chunk_rows):
+    hidden, weight, bias, target, _, _ = make((5, 4, 9), HEADS["all"], torch.float32)
+    leaves = [x.requires_grad_(n) for x, n in zip(
+        (hidden, weight, bias, torch.randn(2, 4), torch.randn(9, 2)), needs, strict=True)]  # fmt: skip
+    args = (*leaves, target, 0.5, 1.0, None, chunk_rows, "torch", list(needs))
+    torch.library.opcheck(torch.ops.macpo.linear_logp.default, args)
+
+
+def test_default_chunks_are_whole_tiles_within_the_budget():
+    assert default_chunk_rows(128_256, "cuda") == 512 and 4 * 512 * 128_256 + 2 * 4096 * 4096 < 0.30e9
+    assert default_chunk_rows(32_000, "cpu") == 256 and default_chunk_rows(10**9, "cpu") == 1
+    assert default_chunk_rows(100_000, "cpu") == 83
 
 
 def test_sequence_sums_do_not_depend_on_the_batch():

@@ -1,138 +1,33 @@
-"""pair_loss: values and every gradient against float64, and against the published losses (TRL's own code)."""
+"""The preference losses: slopes, formulas written out, TRL's own code, refusals."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
-from kernel_checks import BACKENDS, assert_close
+from kernel_checks import BACKENDS
+from pair_checks import LOSS_CASES, make
 
 from macpo.kernels import linear_logp, pair_loss, sequence_sums
-from macpo.kernels.pair_loss import reference
-from macpo.kernels.pair_loss.losses import LOSSES, LossSettings, PairScores
-
-# (loss, label_smoothing): every loss, and smoothing where it means something.
-LOSS_CASES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.0), ("robust", 0.2)]
-HEADS = {"plain": {}, "all": {"bias": True, "logit_scale": 1.5, "softcap": 3.0}}
-# One pair of single tokens; ragged pairs, one of which has a single token.
-LENGTHS = [(1, 1), (3, 7, 1, 4, 6, 2)]
+from macpo.kernels.pair_loss.losses import LOSSES, LossSettings, PairScores, sft
 
 
-def make(lengths, head, dtype=torch.float32, hidden_size=6, vocab=19):
-    g = torch.Generator().manual_seed(0)
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    num_rows = int(cu[-1])
-    tensors = {
-        "hidden": torch.randn(num_rows, hidden_size, generator=g),
-        "weight": torch.randn(vocab, hidden_size, generator=g),
-    }
-    if head.get("bias"):
-        tensors["bias"] = torch.randn(vocab, generator=g)
-    target = torch.randint(vocab, (num_rows,), generator=g)
-    options = {k: v for k, v in head.items() if k != "bias"}
-    logp = linear_logp(target=target, **tensors, **options)
-    ratios = torch.tensor([-0.8, 0.5, 2.0, -1.0, -3.0, 1.5])  # of either sign; IPO's target, 1.7 at beta 0.3, is none
-    ref_logps = sequence_sums(logp, cu) - ratios[: len(lengths)]
-    return {name: x.to(dtype) for name, x in tensors.items()}, target, cu, ref_logps, options
-
-
-def run(fn, tensors, *args, trained, **options):
-    leaves = {name: x.clone().requires_grad_(name in trained) for name, x in tensors.items()}
-    out = fn(leaves["hidden"], leaves["weight"], *args, bias=leaves.get("bias"), **options)
-    loss = out if isinstance(out, torch.Tensor) else out.loss
-    loss.backward()
-    return loss.detach(), {name: leaves[name].grad for name in leaves if name in trained}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("loss", "smoothing"), LOSS_CASES)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("sft_weight", [0.0, 0.2])
-def test_values_and_gradients_equal_float64(backend, loss, smoothing, lengths, head, sft_weight):
-    tensors, target, cu, ref_logps, options = make(lengths, HEADS[head])
-    options |= {"loss": loss, "label_smoothing": smoothing, "sft_weight": sft_weight, "beta": 0.3}
-    wide = {name: x.double() for name, x in tensors.items()}
-    expected, expected_grads = run(reference.pair_loss, wide, target, cu, ref_logps, trained=tensors, **options)
-    floor = 0.1  # a met hinge has no gradient; the log-ratios are such that no other loss is near its minimum
-    for trained in (("hidden",), ("weight", "bias"), tuple(tensors)):
-        for chunk_rows in (None, 4):
-            chosen = {**options, "backend": backend, "chunk_rows": chunk_rows}
-            value, grads = run(pair_loss, tensors, target, cu, ref_logps, trained=trained, **chosen)
-            assert_close(value, expected, torch.float32, "loss", floor)
-            for name, grad in grads.items():
-                assert_close(grad, expected_grads[name], torch.float32, f"d{name}", floor)
-
-
-def test_reference_free_tied_and_adapted_weights():
-    tensors, target, cu, _, _ = make((3, 2, 4, 1), {})
-    ids = torch.randint(19, target.shape, generator=torch.Generator().manual_seed(1))
-
-    def tied(fn, dtype):
-        table = tensors["weight"].to(dtype, copy=True).requires_grad_()
-        a, b = (torch.randn(*s, generator=torch.Generator().manual_seed(2)).to(dtype) for s in ((19, 2), (2, 6)))
-        a.requires_grad_()
-        out = fn(torch.tanh(table[ids]), table + a @ b, target, cu, None, beta=0.2)
-        (out if isinstance(out, torch.Tensor) else out.loss).backward()
-        return table.grad, a.grad
-
-    for value, expected in zip(tied(pair_loss, torch.float32), tied(reference.pair_loss, torch.float64), strict=True):
-        assert_close(value, expected, torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("loss", "smoothing"), LOSS_CASES)
-def test_micro_batches_sum_to_the_big_batch(backend, loss, smoothing):
-    lengths = (3, 7, 1, 4, 6, 2)
-    tensors, target, cu, ref_logps, _ = make(lengths, {})
-    options = {"loss": loss, "label_smoothing": smoothing, "sft_weight": 0.2, "backend": backend}
-    whole, whole_grads = run(pair_loss, tensors, target, cu, ref_logps, trained=tensors, **options)
-    total, grads = 0.0, {"hidden": [], "weight": []}
-    for first in (0, 2, 4):
-        rows = slice(int(cu[first]), int(cu[first + 2]))
-        part = {"hidden": tensors["hidden"][rows], "weight": tensors["weight"]}
-        args = (target[rows], cu[first : first + 3] - cu[first], ref_logps[first : first + 2])
-        value, part_grads = run(pair_loss, part, *args, trained=part, num_pairs=3, **options)
-        total = total + value
-        for name, grad in part_grads.items():
-            grads[name].append(grad)
-    assert_close(total, whole, torch.float32)
-    assert_close(torch.cat(grads["hidden"]), whole_grads["hidden"], torch.float32)
-    assert_close(sum(grads["weight"]), whole_grads["weight"], torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_first_step_of_dpo_gives_ln_2(backend):
-    """Reference and policy through the same operator: the log-ratio is exactly 0, whatever the log-probs' size."""
-    tensors, target, cu, _, _ = make((400, 300, 1, 200), {}, vocab=997)
-    hidden = tensors["hidden"] * 4
-    with torch.no_grad():
-        ref = sequence_sums(linear_logp(hidden, tensors["weight"], target, backend=backend), cu)
-    assert ref.abs().max() > 1000
-    out = pair_loss(hidden.requires_grad_(), tensors["weight"], target, cu, ref, backend=backend)
-    assert abs(out.loss.item() - math.log(2)) < 1e-6
-    assert out.margin.item() == 0.0 and (out.chosen_rewards == 0).all()
-
-
-def test_only_the_loss_carries_gradient_and_metrics_are_what_they_say():
-    tensors, target, cu, ref_logps, _ = make((3, 7, 1, 4, 6, 2), {})
-    out = pair_loss(
-        tensors["hidden"].requires_grad_(), tensors["weight"], target, cu, ref_logps, beta=0.5, sft_weight=2.0
+@pytest.mark.parametrize("case", LOSS_CASES)
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_slopes_are_the_derivatives(case, beta):
+    """Against autograd in float64; margins of either sign, near 0 and large, log-probs of confident responses."""
+    settings = LossSettings(beta=beta, **LOSS_CASES[case])
+    chosen, rejected = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True)
+        for x in ([-0.4, -60.0, -3.0, -1e-3, -7.0, -20.0], [-0.9, -2.0, -3.1, -40.0, -6.9, -1e-3])
     )
-    assert [name for name, value in out._asdict().items() if value.requires_grad] == ["loss"]
-    logp = linear_logp(tensors["hidden"], tensors["weight"], target).detach()
-    sums = sequence_sums(logp, cu)
-    assert torch.equal(out.chosen_logps, sums[0::2]) and torch.equal(out.rejected_logps, sums[1::2])
-    assert torch.equal(out.chosen_rewards, 0.5 * (sums - ref_logps)[0::2])
-    assert torch.equal(out.rejected_rewards, 0.5 * (sums - ref_logps)[1::2])
-    margin = out.chosen_rewards - out.rejected_rewards
-    assert out.accuracy.item() == pytest.approx((margin > 0).float().mean().item())
-    assert out.margin.item() == pytest.approx(margin.mean().item())
-    chosen_means = [logp[cu[i] : cu[i + 1]].mean() for i in (0, 2, 4)]
-    assert out.sft_loss.item() == pytest.approx(-sum(chosen_means).item() / 3, rel=1e-6)
-    assert out.loss.item() == pytest.approx((-F.logsigmoid(margin).mean() + 2.0 * out.sft_loss).item(), rel=1e-6)
+    tokens = torch.tensor([1.0, 8.0, 3.0, 5.0, 4.0, 9.0]), torch.tensor([2.0, 6.0, 3.0, 1.0, 10.0, 4.0])
+    loss, dchosen, drejected = LOSSES[settings.loss](PairScores(chosen, rejected, *tokens), settings)
+    expected = torch.autograd.grad(loss.sum(), (chosen, rejected))
+    for value, grad in zip((dchosen, drejected), expected, strict=True):
+        torch.testing.assert_close(value, grad, rtol=1e-10, atol=1e-12)
 
 
 def test_conservative_dpo_is_its_formula():
@@ -149,11 +44,58 @@ def test_conservative_dpo_is_its_formula():
     assert abs(out.loss.item() - total / 3) < 1e-5
 
 
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("case", ["ld_dpo", "sigmoid_norm", "simpo", "orpo"])
+def test_formulas_written_out(case):
+    """Each paper's equation in plain Python floats, from float64 log-probs of single tokens."""
+    settings = LOSS_CASES[case]
+    tensors, target, cu, ref_logps, _ = make((3, 7, 1, 4, 6, 2), {}, loss=settings["loss"])
+    logp = torch.log_softmax(tensors["hidden"].double() @ tensors["weight"].double().T, -1)
+    logp = logp.gather(1, target[:, None]).squeeze(1)
+    beta, total, nll = 0.7, 0.0, 0.0
+    for pair in range(3):
+        chosen, rejected = (logp[cu[2 * pair + j] : cu[2 * pair + j + 1]].tolist() for j in (0, 1))
+        c, r = sum(chosen) / len(chosen), sum(rejected) / len(rejected)
+        nll -= c / 3
+        if case == "simpo":  # eq. 6
+            total += -math.log(sigma(beta * c - beta * r - settings["gamma"])) / 3
+        elif case == "orpo":  # eq. 6 and 7
+            odds = [math.exp(x) / (1 - math.exp(x)) for x in (c, r)]
+            total += (-c + beta * -math.log(sigma(math.log(odds[0] / odds[1])))) / 3
+        elif case == "sigmoid_norm":
+            ratios = [sum(x) - ref_logps[2 * pair + j].item() for j, x in enumerate((chosen, rejected))]
+            total += -math.log(sigma(beta * ratios[0] / len(chosen) - beta * ratios[1] / len(rejected))) / 3
+        else:
+            shared, alpha = min(len(chosen), len(rejected)), settings["ld_alpha"]
+            ratios = [
+                sum(x[:shared]) + alpha * sum(x[shared:]) - ref_logps[2 * pair + j].item()
+                for j, x in enumerate((chosen, rejected))
+            ]
+            total += -math.log(sigma(beta * (ratios[0] - ratios[1]))) / 3
+    out = pair_loss(tensors["hidden"], tensors["weight"], target, cu, ref_logps, beta=beta, **settings)
+    assert out.loss.item() == pytest.approx(total, rel=1e-5)
+    assert out.sft_loss.item() == pytest.approx(nll, rel=1e-5)
+
+
+def test_reference_sums_of_ld_dpo_have_the_weights_of_the_loss():
+    tensors, target, cu, _, _ = make((3, 7, 1, 4, 6, 2), {})
+    logp = linear_logp(tensors["hidden"], tensors["weight"], target)
+    ref = sequence_sums(logp, cu, ld_alpha=0.4)
+    out = pair_loss(tensors["hidden"], tensors["weight"], target, cu, ref, ld_alpha=0.4)
+    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-6) and (out.chosen_rewards == 0).all()
+    assert torch.equal(out.chosen_logps, sequence_sums(logp, cu)[0::2])
+    with pytest.raises(ValueError, match="two responses of a pair"):
+        sequence_sums(logp, cu[:-1], ld_alpha=0.4)
+
+
 def test_losses_stay_finite_at_large_margins():
-    far = torch.tensor([1e4, -1e4])
-    scores = PairScores(far, -far, torch.ones(2), torch.ones(2))
-    for name, smoothing in LOSS_CASES:
-        assert all(x.isfinite().all() for x in LOSSES[name](scores, LossSettings(name, 0.1, smoothing)))
+    far = torch.tensor([0.0, -1e4])
+    scores = PairScores(far, far.flip(0), torch.ones(2), torch.ones(2))
+    for case in LOSS_CASES.values():
+        assert all(x.isfinite().all() for x in LOSSES[case["loss"]](scores, LossSettings(**case)))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +106,17 @@ def test_losses_stay_finite_at_large_margins():
         ({"label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "'hinge' has no label_smoothing"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "'ipo' has no label_smoothing"),
+        ({"loss": "sigmoid_norm", "label_smoothing": 0.1}, "'sigmoid_norm' has no label_smoothing"),
+        ({"gamma": 0.5}, "'sigmoid' has no gamma; it belongs to simpo"),
+        ({"loss": "simpo", "ref_logps": None}, "'simpo' needs gamma"),
+        ({"loss": "simpo", "gamma": 0.5}, "'simpo' has no reference, but ref_logps were given"),
+        ({"loss": "orpo"}, "'orpo' has no reference"),
+        ({"loss": "ipo", "ld_alpha": 0.5}, "'ipo' has no ld_alpha"),
+        ({"ld_alpha": 1.5}, "ld_alpha must be in \\[0, 1\\]"),
         ({"sft_weight": -1.0}, "sft_weight"),
+        ({"filter_eps": 0.0}, "filter_eps must be positive"),
+        ({"lora": (torch.zeros(2, 5), torch.zeros(19, 2), 1.0)}, "lora must be a \\[r, 6\\] and b \\[19, r\\]"),
+        ({"lora": (torch.zeros(2, 6).double(), torch.zeros(19, 2), 1.0)}, "a and b must be torch.float32"),
         ({"num_pairs": 0}, "num_pairs"),
         ({"ref_logps": torch.zeros(3)}, "ref_logps must be float \\[2\\]"),
         ({"cu_rows": torch.tensor([0, 2, 5])}, "int32"),
@@ -213,10 +165,17 @@ def trl_parts(tmp_path_factory):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("loss", "smoothing", "beta"),
-    [("sigmoid", 0.0, 0.1), ("ipo", 0.0, 0.1), ("hinge", 0.0, 0.1), ("robust", 0.1, 0.3)],
+    ("loss", "smoothing", "beta", "ld_alpha"),
+    [
+        ("sigmoid", 0.0, 0.1, None),
+        ("sigmoid", 0.0, 0.1, 0.3),
+        ("sigmoid_norm", 0.0, 2.0, None),
+        ("ipo", 0.0, 0.1, None),
+        ("hinge", 0.0, 0.1, None),
+        ("robust", 0.1, 0.3, None),
+    ],
 )
-def test_loss_and_gradients_equal_trl(trl_parts, backend, loss, smoothing, beta):
+def test_loss_and_gradients_equal_trl(trl_parts, backend, loss, smoothing, beta, ld_alpha):
     """The loss that TRL 1.16's DPOTrainer computes on a padded batch, and its gradient of every parameter."""
     import datasets
     from trl import DPOConfig, DPOTrainer
@@ -224,6 +183,7 @@ def test_loss_and_gradients_equal_trl(trl_parts, backend, loss, smoothing, beta)
     policy, ref, tokenizer, rows, out_dir = trl_parts
     args = DPOConfig(
         output_dir=str(out_dir), beta=beta, loss_type=[loss], label_smoothing=smoothing, per_device_train_batch_size=4,
+        ld_alpha=ld_alpha,
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_dropout=True, save_strategy="no",
     )  # fmt: skip
     trainer = DPOTrainer(
@@ -247,13 +207,59 @@ def test_loss_and_gradients_equal_trl(trl_parts, backend, loss, smoothing, beta)
         return states.last_hidden_state[:, :-1][mask]
 
     with torch.no_grad():
-        ref_logps = sequence_sums(linear_logp(hidden(ref), ref.lm_head.weight, target, backend=backend), cu)
+        logp = linear_logp(hidden(ref), ref.lm_head.weight, target, backend=backend)
+        ref_logps = sequence_sums(logp, cu, ld_alpha=ld_alpha)
     ours = pair_loss(
         hidden(policy), policy.lm_head.weight, target, cu, ref_logps,
-        loss=loss, beta=beta, label_smoothing=smoothing, backend=backend,
+        loss=loss, beta=beta, label_smoothing=smoothing, ld_alpha=ld_alpha, backend=backend,
     )  # fmt: skip
     assert ours.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
     ours.loss.backward()
     for name, parameter in policy.named_parameters():
         error = (parameter.grad - expected_grads[name]).norm() / expected_grads[name].norm().clamp(min=1e-3)
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", ["simpo", "orpo"])
+def test_loss_and_gradients_equal_trl_without_reference(case):
+    """TRL 1.16's own loss functions of log-probs per token: CPOTrainer's SimPO and ORPOTrainer's odds ratio."""
+    from types import SimpleNamespace
+
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    settings = LOSS_CASES[case]
+    tensors, target, cu, _, _ = make((3, 7, 1, 4, 6, 2), {})
+    hidden = tensors["hidden"].requires_grad_()
+    logits = hidden @ tensors["weight"].T
+    means = [
+        # TRL shifts by one: a row of logits before each label, and a first label that nothing predicts.
+        CPOTrainer.get_batch_logps(
+            torch.cat([logits[a:b], logits[:1]])[None],
+            torch.cat([target[:1], target[a:b]])[None],
+            average_log_prob=True,
+        )
+        for a, b in pairwise(cu)
+    ]
+    trainer = SimpleNamespace(
+        loss_type="simpo", alpha=0.0, beta=0.7, simpo_gamma=settings.get("gamma"), label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    pair = torch.cat(means[0::2]), torch.cat(means[1::2])
+    if case == "simpo":
+        expected, chosen_rewards, rejected_rewards = CPOTrainer.cpo_loss(trainer, *pair)
+        expected = expected.mean()
+    else:
+        gain, chosen_rewards, rejected_rewards, _, _ = ORPOTrainer.odds_ratio_loss(trainer, *pair)
+        expected = -gain.mean() - pair[0].mean()  # its NLL, of the responses and a mean a pair, as ours
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    out = pair_loss(hidden, tensors["weight"], target, cu, beta=0.7, **settings)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(out.chosen_rewards, chosen_rewards, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.rejected_rewards, rejected_rewards, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert (grad - expected_grad).norm() / expected_grad.norm() < 1e-5
+
+
+def test_sft_is_the_nll_per_token():
+    assert torch.equal(sft(torch.tensor([-6.0, -1.0]), torch.tensor([3.0, 2.0])), torch.tensor([2.0, 0.5]))

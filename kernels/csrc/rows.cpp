@@ -66,7 +66,7 @@ struct Running {
         }
     }
     float shift() const { return top > -kInf ? top : 0.0f; }
-    float logsumexp() const { return static_cast<float>(shift() + std::log(sum)); }
+    double logsumexp() const { return shift() + std::log(sum); }
 };
 
 }  // namespace
@@ -188,7 +188,14 @@ MACPO_CLONES void lane_sums(const float* y, int64_t stride, int64_t depth, int64
 
 namespace {
 
-float one_lse(const Products& z, const Head& head, int64_t row) {
+// The log-prob is rounded once, at its own size: that of a confident row has digits that a float logsumexp has not.
+void store_logp(const Products& z, const Head& head, int64_t row, int64_t target, double exact, float* logp,
+                float* lse) {
+    lse[row] = static_cast<float>(exact);
+    logp[row] = static_cast<float>(logit_at(z, head, row, target) - exact);
+}
+
+double one_lse(const Products& z, const Head& head, int64_t row) {
     const float* from = z.data + row * z.stride;
     float buffer[kPiece];
     Running all;
@@ -224,7 +231,8 @@ void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t targe
     store(&hit, 1, d.data, row * d.stride + target, d.format);
 }
 
-void lanes_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse, int threads) {
+void lanes_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse,
+                [[maybe_unused]] int threads) {
     const int64_t n = z.rows, chunks = (z.vocab + kChunk - 1) / kChunk;
     std::vector<float> tops(static_cast<size_t>(chunks * n));
     std::vector<double> sums(static_cast<size_t>(chunks * n));
@@ -247,13 +255,12 @@ void lanes_logp(const Products& z, const Head& head, const int64_t* target, floa
     for (int64_t row = 0; row < n; ++row) {
         Running all;
         for (int64_t c = 0; c < chunks; ++c) all.add(tops[c * n + row], sums[c * n + row]);
-        lse[row] = all.logsumexp();
-        logp[row] = logit_at(z, head, row, target[row]) - lse[row];
+        store_logp(z, head, row, target[row], all.logsumexp(), logp, lse);
     }
 }
 
 void lanes_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
-                   const Gradient& d, int threads) {
+                   const Gradient& d, [[maybe_unused]] int threads) {
     const int64_t n = z.rows;
     std::vector<float> hits(static_cast<size_t>(n)), factors(static_cast<size_t>(n));
     for (int64_t row = 0; row < n; ++row) {
@@ -272,8 +279,7 @@ void row_logp(const Products& z, const Head& head, const int64_t* target, float*
     if (z.lanes) return lanes_logp(z, head, target, logp, lse, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < z.rows; ++row) {
-        lse[row] = one_lse(z, head, row);
-        logp[row] = logit_at(z, head, row, target[row]) - lse[row];
+        store_logp(z, head, row, target[row], one_lse(z, head, row), logp, lse);
     }
 }
 
@@ -293,8 +299,7 @@ void row_logp_dlogits(const Products& z, const Head& head, const int64_t* target
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < z.rows; ++row) {
-        lse[row] = one_lse(z, head, row);
-        logp[row] = logit_at(z, head, row, target[row]) - lse[row];
+        store_logp(z, head, row, target[row], one_lse(z, head, row), logp, lse);
         one_dlogits(z, head, row, target[row], lse[row], 1.0f, d);
     }
 }
