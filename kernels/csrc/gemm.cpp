@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
 #define MACPO_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #include <immintrin.h>
 #endif
@@ -15,7 +15,7 @@ namespace macpo {
 int64_t packed_pairs(int64_t k, int64_t n) { return (k + 1) / 2 * ((n + kPanel - 1) / kPanel) * kPanel; }
 
 void pack_pairs(const uint16_t* b, int64_t k, int64_t n, int64_t k_stride, int64_t column_stride, uint32_t* packed,
-                int threads) {
+                [[maybe_unused]] int threads) {
     const int64_t pairs = (k + 1) / 2, panels = (n + kPanel - 1) / kPanel;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t panel = 0; panel < panels; ++panel) {
