@@ -54,8 +54,8 @@ class Pair:
 
     name: str
     size: str
-    native: Call
-    torch: Call
+    kernel: Call
+    composition: Call
     expected: Results | None
     """Float64; None where both must return equal integers first (samplers)."""
     dtype: torch.dtype = torch.float32
@@ -212,7 +212,7 @@ class Row:
 def check(pair: Pair) -> float:
     """Largest relative error of the kernel; SystemExit where kernel or composition is wrong."""
     pair.before()
-    ours, theirs = pair.native(), pair.torch()
+    ours, theirs = pair.kernel(), pair.composition()
     if pair.expected is None:
         if not torch.equal(ours[0], theirs[0]):
             raise SystemExit(f"error: {pair.name}, {pair.size}: kernel and composition draw different tokens")
@@ -233,7 +233,7 @@ def measure(pair: Pair, threads: int, rounds: int) -> Row:
     error = check(pair)
     taken: dict[str, list[float]] = {"native": [], "torch": []}
     for _ in range(pair.rounds or rounds):
-        for name, call in (("native", pair.native), ("torch", pair.torch)):
+        for name, call in (("native", pair.kernel), ("torch", pair.composition)):
             pair.before()
             start = time.perf_counter()
             call()

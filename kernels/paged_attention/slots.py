@@ -105,11 +105,8 @@ def masked_slot_attention(q_bhd: Tensor, k_skld: Tensor, v_skld: Tensor, mask: T
     if q.dtype in (torch.float32, torch.float64):
         out = torch.bmm(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1), v)
     else:  # the fused call accumulates half-precision products in float32
-        out = F.scaled_dot_product_attention(
-            *(x.unflatten(0, (batch, -1)) for x in (q, k, v)),
-            attn_mask=mask.view(batch, num_kv_heads, 1, -1),
-            scale=scale,
-        )
+        q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.view(batch, num_kv_heads, 1, -1), scale=scale)
     return out.reshape(batch, -1, v.shape[-1])
 
 
