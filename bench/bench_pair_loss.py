@@ -88,7 +88,7 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
     inputs, ref_logps, *references = materials(shape, dtype, kind, device)
     wanted = ("loss", "dhidden", "dweight") if trained else ("loss", "dhidden")
     reference, free = ({name: found[name] for name in wanted} for found in references)
-    inputs.hidden.requires_grad_()
+    inputs.hidden.requires_grad_(True)
     inputs.weight.requires_grad_(trained)
     units = 3 if trained else 2
     unit = 2.0 * shape.rows * shape.hidden * shape.vocab

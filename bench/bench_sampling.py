@@ -57,7 +57,7 @@ def make_case(batch: int, vocab: int, name: str, device: torch.device) -> Case:
     """Float32 logits [B, V] and what may be drawn from them."""
     rows = batch + batch % 2
     made = head_inputs(rows, 256, vocab, "text", torch.float32, device, num_pairs=rows // 2)
-    logits = (made.hidden @ made.weight.T)[:batch].contiguous()
+    logits = (made.hidden.detach() @ made.weight.detach().T)[:batch].contiguous()
     setting = SETTINGS[name]
     params = SampleParams(7, **setting, batch=batch, device=device)  # type: ignore[arg-type]
     index = torch.arange(batch, device=device)

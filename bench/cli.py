@@ -71,7 +71,7 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
             wanted = args.peers.split(",")
             case.peers = [p for p in case.peers if p is case.peers[0] or any(part in p.name for part in wanted)]
         made = end - time.monotonic()  # what its reference took is spent
-        results = measure(case, args.repeats, left / (len(todo) - number) - (left - made))
+        results = measure(case, args.repeats, left / (len(todo) - number) - (left - made), check_s=made / 4)
         print("\n".join(table(case, results)), flush=True)
         # Only what is written stays: the case's tensors go.
         bare = Case(case.name, case.shape, case.dtype, case.device, (), {}, flop=case.flop, num_bytes=case.num_bytes)

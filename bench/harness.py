@@ -162,18 +162,19 @@ def calls_for(run: Run, device: torch.device, seconds: float) -> int:
     return max(1, int(MIN_SECONDS / max(time.perf_counter() - start, 1e-7)))
 
 
-def measure(case: Case, repeats: int, budget_s: float) -> list[Result]:
+def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> list[Result]:
     """Every peer of a case.
 
-    Checking takes at most half of `budget_s`: peers that are not reached by then are listed as absent. Then come at
-    least two rounds, and as many as `repeats` and the rest of the time allow.
+    Building and checking takes at most half of `budget_s`, or `check_s` where that is more (compilers work in the
+    first case): peers that are not reached by then are listed as absent. Then come at least two rounds, and as many
+    as `repeats` and the rest of the time allow.
     """
     begin = time.perf_counter()
     results: list[Result] = []
     runs: dict[str, Run] = {}
     num_calls: dict[str, int] = {}
     for peer in case.peers:
-        if runs and time.perf_counter() - begin > budget_s / 2:
+        if runs and time.perf_counter() - begin > max(budget_s / 2, check_s):
             results.append(Result(peer.name, "absent", reason="not reached in the time of this case", note=peer.note))
             continue
         result, run = prepare(case, peer)

@@ -15,6 +15,7 @@ Legend: n rows, h hidden size, v vocabulary.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -48,51 +49,55 @@ class HeadInputs:
         return self.hidden.shape[0]
 
 
+@functools.lru_cache(maxsize=1)
 def head_inputs(
     num_rows: int, hidden_size: int, vocab: int, kind: str, dtype: torch.dtype, device: torch.device, num_pairs: int
 ) -> HeadInputs:
-    """Inputs of `kind`; the same on every device up to rounding, because they are drawn on the CPU in float32.
+    """Inputs of `kind`, drawn on the device in float32. Cases that follow each other share them; whether they take
+    gradient is the case's to set.
 
     Raises:
         ValueError: an unknown kind, or rows that do not make pairs of equal sequences.
     """
     if num_rows % (2 * num_pairs):
         raise ValueError(f"{num_rows} rows do not make {num_pairs} pairs of equal sequences")
-    g = torch.Generator().manual_seed(20261122)
+    g = torch.Generator(device).manual_seed(20261122)
     if kind == "random":
-        hidden = torch.randn(num_rows, hidden_size, generator=g)
-        weight = torch.randn(vocab, hidden_size, generator=g).div_(hidden_size**0.5)
-        target = torch.randint(vocab, (num_rows,), generator=g)
+        hidden = torch.randn(num_rows, hidden_size, generator=g, device=device)
+        weight = torch.randn(vocab, hidden_size, generator=g, device=device).div_(hidden_size**0.5)
+        target = torch.randint(vocab, (num_rows,), generator=g, device=device)
     elif kind == "text":
         hidden, weight, target = _text(num_rows, hidden_size, vocab, g)
     else:
         raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
-    ref_hidden = hidden + 0.01 * hidden.std() * torch.randn(hidden.shape, generator=g)
+    ref_hidden = hidden + 0.01 * hidden.std() * torch.randn(hidden.shape, generator=g, device=device)
     length = num_rows // (2 * num_pairs)
     return HeadInputs(
-        hidden.to(device, dtype),
-        weight.to(device, dtype),
-        target.to(device),
+        hidden.to(dtype),
+        weight.to(dtype),
+        target,
         torch.arange(0, num_rows + 1, length, dtype=torch.int32),
-        ref_hidden.to(device, dtype),
+        ref_hidden.to(dtype),
         kind,
     )
 
 
 def _text(num_rows: int, hidden_size: int, vocab: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, weight and target of the text-like kind; see the file's top."""
-    frequency = 1 / (torch.arange(vocab, dtype=torch.float64) + 1 + 2.7) ** 1.05
-    frequency = (frequency / frequency.sum())[torch.randperm(vocab, generator=g)]
+    device = g.device
+    frequency = 1 / (torch.arange(vocab, dtype=torch.float64, device=device) + 1 + 2.7) ** 1.05
+    frequency = (frequency / frequency.sum())[torch.randperm(vocab, generator=g, device=device)]
     log_v = frequency.log().float()
-    weight = F.normalize(torch.randn(vocab, hidden_size, generator=g), dim=-1)
-    common = torch.zeros(hidden_size)
+    weight = torch.randn(vocab, hidden_size, generator=g, device=device)
+    weight[:, 0] = 0.0  # the common direction is the first axis
+    weight = F.normalize(weight, dim=-1)
+    weight[:, 0] = log_v
+    common = torch.zeros(hidden_size, device=device)
     common[0] = 1.0
-    weight[:, 0] = 0.0  # the common direction is exact
-    weight = F.normalize(weight, dim=-1) + log_v[:, None] * common
 
     tokens = torch.multinomial(frequency, 5 * num_rows, replacement=True, generator=g).view(num_rows, 5)
-    p = torch.sigmoid(0.5 + 3 * torch.randn(num_rows, generator=g)).clamp(1e-4, 0.9995)
-    mass = torch.cat([p[:, None], (1 - p)[:, None] * torch.tensor(SHARES)], dim=1)
+    p = torch.sigmoid(0.5 + 3 * torch.randn(num_rows, generator=g, device=device)).clamp(1e-4, 0.9995)
+    mass = torch.cat([p[:, None], (1 - p)[:, None] * torch.tensor(SHARES, device=device)], dim=1)
     wanted = mass.log() - (0.2 * (1 - p)).log()[:, None] - log_v[tokens]  # logit above the base distribution
     wanted = wanted + (wanted.square().sum(1, keepdim=True) / (2 * hidden_size)).clamp(max=2.0)
     directions = weight[tokens].clone()
