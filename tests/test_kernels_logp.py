@@ -154,15 +154,15 @@ def test_16_bit_inputs_lose_nothing_but_their_gradients(backend, vocab):
     """bfloat16 inputs, rows from hopeless to certain: the log-probs are as good as float32 logits make them."""
     device = DEVICE if backend == "triton" else "cpu"
     g = torch.Generator().manual_seed(5)
-    num_rows = 256  # enough that the errors' norms are about those of their distributions
-    hidden = torch.randn(num_rows, 64, generator=g) * torch.logspace(-1, 1, num_rows)[:, None]
+    num_rows = 256  # of equal scale, so that the errors' norms are those of their distributions, not of a few rows
+    hidden = torch.randn(num_rows, 64, generator=g) * 2
     weight = torch.randn(vocab, 64, generator=g)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     logits = hidden.double() @ weight.double().T
     drawn = torch.randint(vocab, (num_rows,), generator=g)
     target = torch.where(torch.arange(num_rows) % 3 == 0, drawn, logits.argmax(1))
     exact = reference.linear_logp(hidden.double(), weight.double(), target)
-    assert (exact.exp() > 0.999).sum() >= 30 and (exact < -20).any()
+    assert (exact.exp() > 0.999).sum() >= 20 and (exact < -20).any()
     eager = torch.log_softmax(hidden.float() @ weight.float().T, -1).gather(1, target[:, None]).squeeze(1)
     leaves = [x.to(device, copy=True).requires_grad_() for x in (hidden, weight)]
     logp = linear_logp(*leaves, target.to(device), backend=backend)
