@@ -29,16 +29,17 @@ def forward(
     """Log-probs and logsumexps [N]; d W [N, H] if keep_dx; d [N, V] if keep_d, where all rows are one chunk."""
     num_rows = hidden.shape[0]
     logp_n, lse_n = (hidden.new_empty(num_rows, dtype=head.dtype) for _ in range(2))
-    buffer = head.buffer(min(chunk_rows, num_rows))
+    if not (keep_dx or keep_d):
+        chunk_rows = head.score_rows(chunk_rows)
+    buffer = head.buffer(min(chunk_rows, num_rows) if keep_dx or keep_d or head.route == "vendor" else 0)
     grads = Gradients(head, hidden, Needs(keep_dx, False, False, False, False))
     d_nv = None
     for part in chunks(0, num_rows, chunk_rows):
-        z_nv = head.logits(hidden[part], buffer)
         if keep_dx or keep_d:
-            logp_n[part], lse_n[part], d_nv = head.logp_dlogits_(z_nv, target[part])
+            logp_n[part], lse_n[part], d_nv = head.differentiate(hidden[part], target[part], buffer)
             grads.add(part, d_nv)
         else:
-            logp_n[part], lse_n[part] = head.logp(z_nv, target[part])
+            logp_n[part], lse_n[part] = head.score(hidden[part], target[part], buffer)
     return logp_n, lse_n, grads.hidden, d_nv if keep_d else None
 
 

@@ -44,7 +44,8 @@ def make_filter(d_nv: Tensor, eps: float, backend: str) -> Filter | None:
 class _Columns:
     def __init__(self, d_nv: Tensor, columns: Tensor, mass: Tensor) -> None:
         self.columns, self.mass = columns, mass
-        self.d_nk = d_nv.index_select(1, columns)
+        side_by_side = d_nv.stride(0) == 1  # whole rows of the [V, n] buffer, rather than a column at a time
+        self.d_nk = d_nv.T.index_select(0, columns).T if side_by_side else d_nv.index_select(1, columns)
 
     def product_(self, d_nv: Tensor, weight_vh: Tensor, out_nh: Tensor) -> None:
         torch.mm(self.d_nk, weight_vh.index_select(0, self.columns), out=out_nh)

@@ -68,6 +68,7 @@ class Head:
     scale: float
     softcap: float | None
     backend: str
+    route: str = "vendor"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,6 +115,30 @@ class Head:
         """s h A' [n, r] in float32."""
         assert self.lora_a_rh is not None
         return (hidden_nh.to(self.dtype) @ self.lora_a_rh.to(self.dtype).T).mul_(self.lora_scaling)
+
+    def score_rows(self, chunk_rows: int) -> int:
+        """Rows to score at once: with no logits in memory, as many as have partial sums the size of a chunk of them."""
+        return 64 * chunk_rows if self.route == "epilogue" else chunk_rows
+
+    def score(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-prob and logsumexp [n]; the epilogue route leaves the buffer alone."""
+        if self.route != "epilogue":
+            return self.logp(self.logits(hidden_nh, buffer), target_n)
+        from macpo.kernels.linear_logp.triton_gemm import gemm_logp
+
+        return gemm_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, self.softcap)
+
+    def differentiate(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob, logsumexp [n] and d [n, V], which may lie in the buffer's memory."""
+        if self.route != "epilogue":
+            return self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n)
+        from macpo.kernels.linear_logp.triton_gemm import gemm_logp_keep
+
+        z_nv = buffer[: hidden_nh.shape[0] * self.weight_vh.shape[0]].view(hidden_nh.shape[0], -1)
+        logp_n, lse_n = gemm_logp_keep(
+            hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, self.softcap, z_nv
+        )
+        return logp_n, lse_n, self.dlogits_(z_nv, target_n, lse_n)
 
     def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
         return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)

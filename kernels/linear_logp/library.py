@@ -29,6 +29,7 @@ def linear_logp(
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
+    route: str = "vendor",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs [N], and for the backward: logsumexps [N], d W [N, H], d [N, V] ([V, N] where z is transposed).
 
@@ -36,7 +37,7 @@ def linear_logp(
         ValueError: a target outside the vocabulary, on the CPU.
     """
     check_target(target, weight.shape[0])
-    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
+    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     keep_dx, keep_d = _kept(needs, hidden.shape[0], chunk_rows)
     logp_n, lse_n, dx_nh, d_nv = chunked.forward(head, hidden, target, chunk_rows, keep_dx=keep_dx, keep_d=keep_d)
     kept = None if d_nv is None else (d_nv.T if head.transposed(hidden.shape[0]) else d_nv).contiguous()
@@ -57,6 +58,7 @@ def _(
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
+    route: str = "vendor",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
@@ -168,7 +170,7 @@ def refuse_double_backward(op: str) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, lora_a, lora_b, target, *ctx.scalars, needs = inputs
+    hidden, weight, bias, lora_a, lora_b, target, *ctx.scalars, needs, _ = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
@@ -178,7 +180,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     refuse_double_backward("linear_logp")
-    rest = [None] * 7
+    rest = [None] * 8
     if grad is None:
         return (None,) * 5 + tuple(rest)
     grads = linear_logp_backward(grad, *ctx.saved_tensors, *ctx.scalars, ctx.needs)

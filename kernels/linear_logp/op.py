@@ -11,6 +11,7 @@ from torch import Tensor
 from macpo.kernels.backend import explain
 from macpo.kernels.linear_logp import library
 from macpo.kernels.linear_logp.head import default_chunk_rows
+from macpo.kernels.linear_logp.tuning import route_of
 
 
 class Lora(NamedTuple):
@@ -37,6 +38,7 @@ def linear_logp(
     lora: LoraLike | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    route: str | None = None,
 ) -> Tensor:
     """log softmax(head(hidden))[target], row by row; differentiable in hidden, weight, bias and the LoRA's factors.
 
@@ -53,6 +55,7 @@ def linear_logp(
         lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
         chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU.
         backend: force one; default by device (`macpo.kernels.backend`).
+        route: "vendor" or "epilogue" (`tuning.py`), for measurements; default what was measured faster on this device.
 
     Returns:
         [N] float32 (float64 for float64 inputs), never above 0.
@@ -64,6 +67,8 @@ def linear_logp(
     """
     check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
+    chosen_backend = backend_of("linear_logp", hidden.device.type, backend)
+    needs = takes_grad(hidden, weight, bias, a, b)
     logp: Tensor = library.linear_logp(
         hidden,
         weight,
@@ -75,8 +80,9 @@ def linear_logp(
         float(logit_scale),
         None if softcap is None else float(softcap),
         rows_of_chunk(chunk_rows, weight),
-        backend_of("linear_logp", hidden.device.type, backend),
-        takes_grad(hidden, weight, bias, a, b),
+        chosen_backend,
+        needs,
+        route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, not any(needs)),
     )[0]
     return logp
 

@@ -168,11 +168,20 @@ def gemm_logp_keep(
     bias_v: Tensor | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`gemm_logp`, and the products z [N, V] float32, so that `row_dlogits_` needs one pass over them and no more."""
-    num_rows, vocab = hidden_nh.shape[0], weight_vh.shape[0]
-    z_nv = torch.empty(num_rows, vocab, dtype=torch.float32, device=hidden_nh.device)
-    return *_gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, z_nv), z_nv
+    z_nv: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`gemm_logp`, and the products into z [N, V], so that `row_dlogits_` needs one pass over them and no more.
+
+    Raises:
+        ValueError: as `gemm_logp`; z is not float32, contiguous, of that shape.
+    """
+    if (
+        z_nv.shape != (hidden_nh.shape[0], weight_vh.shape[0])
+        or z_nv.dtype != torch.float32
+        or not z_nv.is_contiguous()
+    ):
+        raise ValueError(f"z must be float32 [N, V] and contiguous, got {z_nv.dtype} {list(z_nv.shape)}")
+    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, z_nv)
 
 
 def _gemm_logp(

@@ -143,21 +143,21 @@ def pair_loss(
         for first, last in pairs.groups(chunk_rows):
             part = pairs.rows(first, last)
             if part.stop - part.start <= chunk_rows:
-                z_nv = head.logits(hidden[part], buffer)
-                logp_n[part], _, d_nv = head.logp_dlogits_(z_nv, target[part])
+                logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer)
                 grad_n[part] = pairs.row_grads(logp_n, first, last)
                 grads.add(part, d_nv, grad_n[part] * grad_scale)
             else:
                 _long_pair(head, hidden, target, pairs, first, chunk_rows, buffer, logp_n, grad_n, grads, grad_scale)
     else:
-        buffer = head.buffer(min(hidden.shape[0], chunk_rows))
+        if not needs.hidden:
+            chunk_rows = head.score_rows(chunk_rows)
+        buffer = head.buffer(min(hidden.shape[0], chunk_rows) if needs.hidden or head.route == "vendor" else 0)
         for part in chunks(0, hidden.shape[0], chunk_rows):
-            z_nv = head.logits(hidden[part], buffer)
             if needs.hidden:
-                logp_n[part], _, d_nv = head.logp_dlogits_(z_nv, target[part])
+                logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer)
                 grads.add(part, d_nv)
             else:
-                logp_n[part], _ = head.logp(z_nv, target[part])
+                logp_n[part], _ = head.score(hidden[part], target[part], buffer)
         if needs.hidden:
             grad_n = pairs.row_grads(logp_n, 0, len(pairs))
     plain_s, weighted_s = pairs.sums(logp_n, 0, len(pairs))

@@ -53,6 +53,7 @@ def pair_loss(
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
+    route: str = "vendor",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `Outputs` and `chunked.Result`.
 
@@ -61,7 +62,7 @@ def pair_loss(
     """
     bounds = chunked.check_bounds(cu_rows, hidden.shape[0])
     check_target(target, weight.shape[0])
-    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
+    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
     pairs = chunked.Pairs(bounds, ref_logps, settings, num_pairs, hidden.new_empty(0, dtype=head.dtype))
     out = chunked.pair_loss(head, hidden, target, pairs, Needs(*needs), chunk_rows, filter_eps)
@@ -95,6 +96,7 @@ def _(
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
+    route: str = "vendor",
 ) -> Outputs:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     scalars = (hidden.new_empty((), dtype=dtype) for _ in range(2))
@@ -108,13 +110,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.needs = list(inputs[-1])
+    ctx.needs = list(inputs[-2])
     ctx.save_for_backward(*output[5:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     refuse_double_backward("pair_loss")
-    rest = [None] * 17
+    rest = [None] * 18
     if grad is None:
         return (None,) * 5 + tuple(rest)
     grad_n, unit, hidden, *sums = ctx.saved_tensors

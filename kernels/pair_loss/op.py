@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from macpo.kernels.linear_logp.op import LoraLike, backend_of, check_head, rows_of_chunk, takes_grad
+from macpo.kernels.linear_logp.tuning import route_of
 from macpo.kernels.pair_loss import library
 from macpo.kernels.pair_loss.losses import LossSettings, check_loss
 from macpo.kernels.pair_loss.result import PairLoss
@@ -32,6 +33,7 @@ def pair_loss(
     filter_eps: float | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    route: str | None = None,
 ) -> PairLoss:
     """Contrastive loss of B pairs; differentiable in hidden, weight, bias and the LoRA's factors.
 
@@ -59,7 +61,7 @@ def pair_loss(
         filter_eps: leave blocks of the vocabulary out of the gradient GEMMs where |d log-prob / d logit| is below this
             in every row of a chunk; `skipped_mass` bounds the error. The loss stays exact. Not for torch's backend on a
             GPU.
-        bias, logit_scale, softcap, lora, chunk_rows, backend: as in `linear_logp`.
+        bias, logit_scale, softcap, lora, chunk_rows, backend, route: as in `linear_logp`.
 
     Returns:
         PairLoss; only its `loss` carries gradient.
@@ -85,6 +87,7 @@ def pair_loss(
     chosen_backend = backend_of("pair_loss", hidden.device.type, backend)
     check_filter(filter_eps, chosen_backend, hidden.device.type)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
+    needs = takes_grad(hidden, weight, bias, a, b)
     total, sft_loss, logps, rewards, skipped_mass, *_ = library.pair_loss(
         hidden,
         weight,
@@ -107,7 +110,8 @@ def pair_loss(
         None if filter_eps is None else float(filter_eps),
         rows_of_chunk(chunk_rows, weight),
         chosen_backend,
-        takes_grad(hidden, weight, bias, a, b),
+        needs,
+        route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, not any(needs)),
     )
     margin = rewards[0::2] - rewards[1::2]
     return PairLoss(
