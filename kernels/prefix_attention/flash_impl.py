@@ -87,7 +87,7 @@ def prefix_attention(
 
     Source: the layout is that of flash-preference, a DPO trainer on flash-attn.
     """
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_varlen_func
 
     plan: Runs = segments.cached((q.device, "flash"), lambda: runs(segments.to(q.device)))
     # Indexed with brackets: the gradient of that sums a prompt's copies in a fixed order, index_select's does not.
