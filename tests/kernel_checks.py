@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,3 +39,15 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str
     size = max(expected.double().norm().item(), floor) or 1.0
     error = (actual.double() - expected.double()).norm().item() / size
     assert error <= TOLERANCE[dtype], f"{what}: relative error {error:.2e} above {TOLERANCE[dtype]:.0e}"
+
+
+def poisoned(inner: Tensor, value: float, pad: int = 3) -> tuple[Tensor, Callable[[], bool]]:
+    """`inner` as a view into a larger buffer full of `value`, and a function that says whether the rest still is."""
+    shape = [size + 2 * pad for size in inner.shape]
+    buffer = torch.full(shape, value, dtype=inner.dtype, device=DEVICE)
+    place = tuple(slice(pad, -pad) for _ in shape)
+    buffer[place] = inner
+    outside = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+    outside[place] = False
+    before = buffer[outside].clone()
+    return buffer[place], lambda: torch.equal(buffer[outside].view(torch.uint8), before.view(torch.uint8))

@@ -1,4 +1,4 @@
-"""The head's Triton kernels against the float64 definition: rows, the product with its own epilogue, filtering.
+"""The head's Triton kernels against the float64 definition: rows, and the product with its own epilogue.
 
 On a GPU where there is one, else under Triton's interpreter, which is slow: sizes are as small as the tiles allow.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DEVICE, TOLERANCE, TRITON, assert_close
+from kernel_checks import DEVICE, TOLERANCE, TRITON, assert_close, poisoned
 
 from macpo.kernels.linear_logp import reference
 
@@ -37,25 +37,6 @@ def gemm():
     from macpo.kernels.linear_logp import triton_gemm
 
     return triton_gemm
-
-
-@pytest.fixture
-def filtering():
-    from macpo.kernels.linear_logp import triton_filter
-
-    return triton_filter
-
-
-def poisoned(inner, value, pad=3):
-    """`inner` as a view into a larger buffer full of `value`, and a function that says whether the rest still is."""
-    shape = [size + 2 * pad for size in inner.shape]
-    buffer = torch.full(shape, value, dtype=inner.dtype, device=DEVICE)
-    place = tuple(slice(pad, -pad) for _ in shape)
-    buffer[place] = inner
-    outside = torch.ones(shape, dtype=torch.bool, device=DEVICE)
-    outside[place] = False
-    before = buffer[outside].clone()
-    return buffer[place], lambda: torch.equal(buffer[outside].view(torch.uint8), before.view(torch.uint8))
 
 
 def make_rows(num_rows, vocab, head, seed=0):
@@ -253,7 +234,8 @@ def test_own_epilogue_equals_float64(backend, gemm, rows, dtype, sizes, head):
     assert_close(got_lse, lse, torch.float32, "lse")
     assert (logp <= 0).all()
     assert all(map(torch.equal, gemm.gemm_logp(hidden, weight, target, *options), (logp, got_lse)))
-    kept, kept_lse, z = gemm.gemm_logp_keep(hidden, weight, target, *options)
+    z = torch.empty(num_rows, vocab, device=DEVICE)
+    kept, kept_lse = gemm.gemm_logp_keep(hidden, weight, target, *options, z)
     assert_close(z, wide[0] @ wide[1].T, torch.float32, "z")
     assert_close(kept, expected, torch.float32, "logp, z kept")
     d = rows.row_dlogits_(z.clone()[:4], target[:4], kept_lse[:4], *options, dtype, None)
@@ -271,7 +253,8 @@ def test_own_epilogue_reads_nothing_outside(backend, gemm, monkeypatch, poison, 
     target = torch.randint(131, (67,), generator=g).to(DEVICE)
     (hidden, hidden_intact), (weight, weight_intact) = (poisoned(x, poison, pad) for x in clean)
     inner, target_intact = poisoned(target, 2**62)
-    logp, _, z = gemm.gemm_logp_keep(hidden, weight, inner, None, 1.0, None)
+    z = torch.empty(67, 131, device=DEVICE)
+    logp, _ = gemm.gemm_logp_keep(hidden, weight, inner, None, 1.0, None, z)
     assert_close(logp, reference.linear_logp(*(x.double() for x in clean), target), torch.float32)
     assert_close(z, clean[0].double() @ clean[1].double().T, torch.float32)
     assert_close(gemm.gemm_logp(hidden, weight, inner, None, 1.0, None)[0], logp, torch.float32)
@@ -287,56 +270,6 @@ def test_own_epilogue_on_confident_rows(backend, gemm):
         logp, _ = gemm.gemm_logp(hidden, weight, target, None, 1.0, None)
         expected = reference.linear_logp(hidden.double(), weight.double(), target)
         torch.testing.assert_close(logp.double(), expected, rtol=TOLERANCE[torch.float32], atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-def test_filtered_products(backend, filtering, dtype):
-    """Tiles of 128 x 128: some kept, some not, in rows and tokens that end inside one; d is a strided view in NaN."""
-    g = torch.Generator().manual_seed(3)
-    num_rows, vocab, width = 140, 300, 20
-    d = torch.randn(num_rows, vocab, generator=g) * 1e-4
-    d[5, 130], d[139, 299] = 0.5, -0.25  # tiles (0, 1) and (1, 2) are kept
-    d, intact = poisoned(d.to(DEVICE, dtype), float("nan"))
-    weight, x = (torch.randn(size, width, generator=g).to(DEVICE, dtype) for size in (vocab, num_rows))
-    keep, mass = filtering.tile_flags(d, 0.01)
-    assert keep.tolist() == [[False, True, False], [False, False, True]]
-    mask = keep.repeat_interleave(128, 0)[:num_rows].repeat_interleave(128, 1)[:, :vocab]
-    wide = d.double()
-    assert_close(mass, (wide.abs() * ~mask).sum(dim=1), torch.float32, "skipped mass")
-
-    product = filtering.filtered_matmul(d, weight, keep)
-    assert product.dtype == dtype
-    assert_close(product, (wide * mask) @ weight.double(), dtype, "d W")
-    error = (filtering.filtered_matmul(d, weight, keep, torch.float32).double() - wide @ weight.double()).abs()
-    assert (error <= mass[:, None] * weight.double().abs().amax() + 1e-6).all()
-    total = torch.ones(vocab, width, device=DEVICE)
-    filtering.filtered_add_(total, d, x, keep)
-    assert_close(total, 1 + (wide * mask).T @ x.double(), torch.float32, "1 + d' x")
-    again = torch.ones(vocab, width, device=DEVICE)
-    filtering.filtered_add_(again, d, x, keep)
-    assert torch.equal(again, total) and torch.equal(filtering.filtered_matmul(d, weight, keep), product)
-    assert intact()
-
-
-def test_filter_keeps_all_at_zero_and_what_is_nan(backend, filtering):
-    d = torch.zeros(3, 200, device=DEVICE)
-    assert filtering.tile_flags(d, 0.0)[0].all()
-    d[1, 150] = float("nan")
-    keep, mass = filtering.tile_flags(d, 1.0)
-    assert keep.tolist() == [[False, True]] and mass.tolist() == [0.0, 0.0, 0.0]
-    empty = torch.zeros_like(keep)
-    assert (filtering.filtered_matmul(d, torch.ones(200, 5, device=DEVICE), empty) == 0).all()
-
-
-def test_filter_refuses_what_does_not_fit(backend, filtering):
-    d, weight = torch.zeros(3, 20, device=DEVICE), torch.zeros(20, 4, device=DEVICE)
-    keep = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
-    with pytest.raises(ValueError, match="contiguous columns"):
-        filtering.tile_flags(d.T, 0.1)
-    with pytest.raises(ValueError, match="with contiguous columns, got"):
-        filtering.filtered_matmul(d, weight.half(), keep)
-    with pytest.raises(ValueError, match="sums over chunks are float32"):
-        filtering.filtered_add_(weight.half(), d, torch.zeros(3, 4, device=DEVICE), keep)
 
 
 def test_rows_twice_are_bit_equal(backend, rows, monkeypatch):

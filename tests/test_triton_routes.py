@@ -1,0 +1,147 @@
+"""Gradient filtering by Triton's tiles, and the head operators over both of their products ("routes")."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, TRITON, assert_close, poisoned
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from macpo.kernels import linear_logp, pair_loss
+from macpo.kernels.linear_logp import chunked, reference
+from macpo.kernels.linear_logp.head import Head
+from macpo.kernels.linear_logp.tuning import FASTER, route_of
+
+pytestmark = pytest.mark.parametrize("backend", [TRITON])
+
+
+@pytest.fixture
+def filtering():
+    from macpo.kernels.linear_logp import triton_filter
+
+    return triton_filter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_filtered_products(backend, filtering, dtype):
+    """Tiles of 128 x 128: some kept, some not, in rows and tokens that end inside one; d is a strided view in NaN."""
+    g = torch.Generator().manual_seed(3)
+    num_rows, vocab, width = 140, 300, 20
+    d = torch.randn(num_rows, vocab, generator=g) * 1e-4
+    d[5, 130], d[139, 299] = 0.5, -0.25  # tiles (0, 1) and (1, 2) are kept
+    d, intact = poisoned(d.to(DEVICE, dtype), float("nan"))
+    weight, x = (torch.randn(size, width, generator=g).to(DEVICE, dtype) for size in (vocab, num_rows))
+    keep, mass = filtering.tile_flags(d, 0.01)
+    assert keep.tolist() == [[False, True, False], [False, False, True]]
+    mask = keep.repeat_interleave(128, 0)[:num_rows].repeat_interleave(128, 1)[:, :vocab]
+    wide = d.double()
+    assert_close(mass, (wide.abs() * ~mask).sum(dim=1), torch.float32, "skipped mass")
+
+    product = filtering.filtered_matmul(d, weight, keep)
+    assert product.dtype == dtype
+    assert_close(product, (wide * mask) @ weight.double(), dtype, "d W")
+    error = (filtering.filtered_matmul(d, weight, keep, torch.float32).double() - wide @ weight.double()).abs()
+    assert (error <= mass[:, None] * weight.double().abs().amax() + 1e-6).all()
+    total = torch.ones(vocab, width, device=DEVICE)
+    filtering.filtered_add_(total, d, x, keep)
+    assert_close(total, 1 + (wide * mask).T @ x.double(), torch.float32, "1 + d' x")
+    again = torch.ones(vocab, width, device=DEVICE)
+    filtering.filtered_add_(again, d, x, keep)
+    assert torch.equal(again, total) and torch.equal(filtering.filtered_matmul(d, weight, keep), product)
+    assert intact()
+
+
+def test_filter_keeps_all_at_zero_and_what_is_nan(backend, filtering):
+    d = torch.zeros(3, 200, device=DEVICE)
+    assert filtering.tile_flags(d, 0.0)[0].all()
+    d[1, 150] = float("nan")
+    keep, mass = filtering.tile_flags(d, 1.0)
+    assert keep.tolist() == [[False, True]] and mass.tolist() == [0.0, 0.0, 0.0]
+    empty = torch.zeros_like(keep)
+    assert (filtering.filtered_matmul(d, torch.ones(200, 5, device=DEVICE), empty) == 0).all()
+
+
+def test_filter_refuses_what_does_not_fit(backend, filtering):
+    d, weight = torch.zeros(3, 20, device=DEVICE), torch.zeros(20, 4, device=DEVICE)
+    keep = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(ValueError, match="contiguous columns"):
+        filtering.tile_flags(d.T, 0.1)
+    with pytest.raises(ValueError, match="with contiguous columns, got"):
+        filtering.filtered_matmul(d, weight.half(), keep)
+    with pytest.raises(ValueError, match="sums over chunks are float32"):
+        filtering.filtered_add_(weight.half(), d, torch.zeros(3, 4, device=DEVICE), keep)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("route", ["vendor", "epilogue"])
+def test_both_routes_of_the_operators(backend, route, compiled):
+    """Scoring, a frozen head and a trained one in chunks of 4 rows; the vendor's product or our own."""
+    g = torch.Generator().manual_seed(4)
+    tensors = [torch.randn(size, 16, generator=g).to(DEVICE) for size in (6, 40)]
+    target, grad = torch.randint(40, (6,), generator=g).to(DEVICE), torch.randn(6, generator=g).to(DEVICE)
+    options = {"logit_scale": 0.5, "softcap": 4.0}
+
+    def run(fn, inputs, trained, **more):
+        leaves = [x.clone().requires_grad_(index in trained) for index, x in enumerate(inputs)]
+        logp = fn(*leaves, target, **options, **more)
+        if trained:
+            logp.backward(grad.to(logp.dtype))
+        return [logp.detach(), *(leaves[index].grad for index in trained)]
+
+    fn = torch.compile(linear_logp, fullgraph=True, backend="aot_eager") if compiled else linear_logp
+    for trained in ((), (0,), (0, 1)):
+        expected = run(reference.linear_logp, [x.double() for x in tensors], trained)
+        got = run(fn, tensors, trained, backend=backend, route=route, chunk_rows=4)
+        for value, right in zip(got, expected, strict=True):
+            assert_close(value, right, torch.float32)
+    cu_rows, refs = torch.tensor([0, 2, 3, 5, 6], dtype=torch.int32), torch.zeros(4)
+    losses = []
+    for chosen in (route, "vendor"):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = pair_loss(*leaves, target, cu_rows, refs, backend=backend, route=chosen, chunk_rows=4)
+        out.loss.backward()
+        losses.append([out.loss.detach(), *(x.grad for x in leaves)])
+    for value, right in zip(*losses, strict=True):
+        assert_close(value, right, torch.float32)
+
+
+def test_the_epilogue_keeps_no_logits(backend):
+    """Bytes of the largest tensor that any operator returns while scoring."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.size = max(self.size, result.numel() * result.element_size())
+            return result
+
+    hidden, weight = torch.ones(70, 4, device=DEVICE).bfloat16(), torch.ones(300, 4, device=DEVICE).bfloat16()
+    target = torch.zeros(70, dtype=torch.int64, device=DEVICE)
+    sizes = []
+    for route in ("epilogue", "vendor"):
+        head = Head(weight, None, None, None, 1.0, 1.0, None, backend, route)
+        with Largest() as seen:
+            chunked.forward(head, hidden, target, 35, keep_dx=False, keep_d=False)
+        sizes.append(seen.size)
+    # The interpreter copies its arguments, so that the weight is the largest; the logits of a chunk are larger.
+    assert sizes[0] <= 300 * 4 * 2 < 35 * 300 * 4 <= sizes[1]
+
+
+def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    for route, at, dtype, has_lora, message in (
+        ("best", "triton", bf16, False, "unknown route 'best'"),
+        ("epilogue", "torch", bf16, False, "belongs to the triton backend"),
+        ("epilogue", "triton", torch.float64, False, "the inputs float64"),
+        ("epilogue", "triton", bf16, True, "a LoRA is added"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            route_of(route, at, cuda, dtype, has_lora, True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some device")
+    assert route_of(None, "triton", cuda, bf16, False, True) == "vendor"
+    monkeypatch.setitem(FASTER, ("some device", "score"), "epilogue")
+    assert route_of(None, "triton", cuda, bf16, False, True) == "epilogue"
+    assert route_of(None, "triton", cuda, bf16, False, False) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, True, True) == "vendor"
