@@ -60,7 +60,7 @@ def gradients(
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
     buckets = _plan(segments.to(q.device), window, torch.promote_types(q.dtype, torch.float32))
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for bucket in buckets:
         wide = [x.index_select(0, bucket.tokens).to(bucket.mask.dtype) for x in (do, q, k, v)]
         do_bhld, q_bhld, k_bhld, v_bhld = (_padded(x, bucket) for x in wide)
@@ -72,9 +72,9 @@ def gradients(
         dp_bhrl = do_bhrd @ v_bhld.mT
         ds_bhrl = p_bhrl * (dp_bhrl - (dp_bhrl * p_bhrl).sum(-1, keepdim=True)) * scale
         parts = ((ds_bhrl @ k_bhld).view_as(q_bhld), ds_bhrl.mT @ q_bhrd, p_bhrl.mT @ do_bhrd)
-        for grad, part in zip(grads, parts, strict=True):
+        for grad, part in zip((dq, dk, dv), parts, strict=True):
             grad.index_copy_(0, bucket.tokens, _packed(part, bucket).to(grad.dtype))
-    return grads
+    return dq, dk, dv
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, scale: float | None) -> Tensor:

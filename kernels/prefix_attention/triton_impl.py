@@ -41,7 +41,7 @@ class Tiles:
 # By padded head size and bytes of an element. Chosen from what the compiler reports (no spills but where `_SPILLS` says
 # so; shared memory below the device's limit), not tuned by timing.
 _FLOAT32 = {
-    (64, 4): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (64, 4): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 16, 1)),
     (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
 }
@@ -157,8 +157,21 @@ def _parts(tile: Tile, head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]
     return [_constants(tile, head_dim, dtype) | {"DK": dk, "DV": dv} for dk, dv in parts]
 
 
-# Bytes that a thread may spill: padded head size, bytes of an element, kernel.
-_SPILLS: dict[tuple[int, int, str], int] = {}
+# Bytes of registers that a thread may spill, the most that Triton 3.6 and 3.9 report; 0 for all that are not here.
+_SPILLS = {
+    "forward/d64/32-bit/large": 8,
+    "forward/d64-padded/32-bit/large": 8,
+    "forward/d128/32-bit/large": 8,
+    "forward/d256/16-bit/large": 40,
+    "forward/d256-padded/16-bit/large": 40,
+    "dq/d128/16-bit/large": 8,
+    "dq/d128-padded/32-bit/small": 8,
+    "dq/d256/32-bit/small": 8,
+    "dkv/d128-padded/16-bit/large": 16,
+    "dkv/d64-padded/16-bit/small": 8,
+    "dkv/d128/16-bit/small": 8,
+    "dkv/d128-padded/16-bit/small": 56,
+}
 
 
 def aot_kernels() -> list[AotKernel]:
@@ -183,14 +196,15 @@ def _entry(
     kernel: Any, tile: Tile, constants: dict[str, Any], dtype: torch.dtype, capabilities: tuple[int, ...]
 ) -> AotKernel:
     padded, name = constants["BLOCK_D"], kernel.__name__.removesuffix("_kernel")
+    size = f"d{padded}-padded" if constants["PADDED"] else f"d{padded}"
+    kind = "large" if 90 in capabilities else "small"
     part = name if constants.get("DK", True) and constants.get("DV", True) else "dk" if constants["DK"] else "dv"
     types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_visible": "*i32", "p_lists": "*i32"}
     types |= {"scale": "fp32", "scale_log2": "fp32"}
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
     pointers = [argument for argument in arguments if argument.startswith("p_")]
     return AotKernel(
-        name=f"prefix_attention_{part}/d{padded}{'-padded' if constants['PADDED'] else ''}/{_NAMES[dtype]}"
-        f"/{'large' if 90 in capabilities else 'small'}",
+        name=f"prefix_attention_{part}/{size}/{_NAMES[dtype]}/{kind}",
         kernel=kernel,
         signature={
             argument: types.get(argument, f"*{_NAMES[dtype]}" if argument in pointers else "i32")
@@ -201,6 +215,6 @@ def _entry(
         num_stages=tile.num_stages,
         aligned=(*pointers, "stride_q", "stride_k", "head_dim"),
         wgmma=dtype != torch.float32 and 90 in capabilities,
-        max_spill_bytes=_SPILLS.get((padded, dtype.itemsize, name), 0),
+        max_spill_bytes=_SPILLS.get(f"{part}/{size}/{8 * dtype.itemsize}-bit/{kind}", 0),
         capabilities=capabilities,
     )
