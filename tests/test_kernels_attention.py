@@ -202,3 +202,42 @@ def test_paged_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             paged_attention(*args)
+
+
+def test_write_kv_skips_padding_and_names_slots_outside():
+    k, v = torch.arange(24.0).view(6, 1, 4), -torch.arange(24.0).view(6, 1, 4)
+    for slots in ([3, -1, 0, -1, 7, 5], [-1] * 6, [-1, 1, 2, 3, 4, 5]):
+        pools, index = [torch.full((2, 4, 1, 4), 9.0) for _ in range(2)], torch.tensor(slots)
+        write_kv(k, v, *pools, index)
+        for x, pool in zip((k, v), pools, strict=True):
+            expected = torch.full((8, 1, 4), 9.0)
+            expected[index[index >= 0]] = x[index >= 0]
+            assert torch.equal(pool.view(8, 1, 4), expected)
+    for slot in (-2, 8):
+        with pytest.raises(IndexError, match=r"slots must be in -1\.\.7"):
+            write_kv(k[:1], v[:1], *pools, torch.tensor([slot]))
+    with pytest.raises(ValueError, match="one dtype"):
+        write_kv(k.double(), v.double(), *pools, torch.arange(6))
+
+
+def decode_step(q, k, v, k_pool, v_pool, slots, table, context):
+    write_kv(k, v, k_pool, v_pool, slots)
+    return paged_attention(q, k_pool, v_pool, table, context, window=6) + 1
+
+
+def test_paged_operators_compile_whole():
+    """The write is seen by the read in one graph, and both operators describe themselves rightly to torch."""
+    q, *pools, table, context = paged_inputs((4, 5, 3), 6, 2, block_tokens=4)
+    k, v = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(2)).unbind(0)
+    last = context.long() - 1
+    slots = table[torch.arange(3), last // 4].long() * 4 + last % 4
+    slots[2] = -1
+    expected_pools, compiled_pools = ([pool.clone() for pool in pools] for _ in range(2))
+    expected = decode_step(q, k, v, *expected_pools, slots, table, context)
+    compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, *compiled_pools, slots, table, context), expected)
+    for one, other in zip(compiled_pools, expected_pools, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    pools = [pool.nan_to_num() for pool in pools]  # opcheck compares with ==
+    torch.library.opcheck(torch.ops.macpo.paged_attention, (q, *pools, table, context, None, 3, "torch"))
+    torch.library.opcheck(torch.ops.macpo.write_kv, (k, v, *pools, slots))

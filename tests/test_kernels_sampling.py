@@ -241,6 +241,38 @@ def test_bfloat16_logits_are_computed_on_in_float32():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("setting", [SETTINGS[1], SETTINGS[8], SETTINGS[9]], ids=str)
+def test_sample_compiles_whole(setting):
+    """As one operator, whose description of itself is right; the facts of the settings travel with them."""
+    logits, params, keys, positions = make(5, 40, setting)
+
+    def step(logits, params, keys, positions):
+        ids, raw, processed = sample(logits * 2, params, keys, positions)
+        return ids + 1, raw - processed
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for one, other in zip(
+        compiled(logits, params, keys, positions), step(logits, params, keys, positions), strict=True
+    ):
+        assert torch.equal(one, other)
+    names = ("seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seen")
+    facts = params.facts
+    flags = (facts["penalised"], facts["greedy"], facts["any_greedy"], list(facts["top_ks"]))
+    torch.library.opcheck(
+        torch.ops.macpo.sample,
+        (
+            logits,
+            *(getattr(params, name) for name in names),
+            keys,
+            positions,
+            *flags,
+            facts["top_p"],
+            facts["min_p"],
+            "torch",
+        ),
+    )
+
+
 def test_empty_batch():
     params = SampleParams(0, batch=0)
     ids, raw, processed = sample(torch.zeros(0, 5), params, torch.zeros(0, 3).long(), torch.zeros(0).long())

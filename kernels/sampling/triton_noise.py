@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """What the sampling kernels share: noise with the bits of `philox.py`, scores, and the order of scores as integers.
 
 The order of operations that decides a token (penalty, temperature, score + noise) is the reference's, with IEEE
