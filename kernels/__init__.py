@@ -1,6 +1,7 @@
 """Exact preference-training operators; they need torch and nothing else.
 
-Each operator is a folder: `reference.py` the definition, `torch_impl.py` the portable backend, `op.py` the contract.
+Each operator is a folder: `reference.py` the definition, `op.py` the contract and the choice of a backend,
+`library.py` the custom operator for torch.compile, `triton_*.py` the GPU kernels; C++ for the CPU is in `csrc/`.
 """
 
 from macpo.kernels.backend import BackendError, Choice, explain, use_backend
