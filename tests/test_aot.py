@@ -16,6 +16,10 @@ import pytest
 from macpo.kernels import triton_support
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds it
+
+from bench.compile_report import environment as prepared  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not triton_support.INSTALLED, reason="needs Triton")
 
 TOYS = """
@@ -58,12 +62,16 @@ def aot_kernels():
 """
 
 
-def report(tmp_path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
-    """The finished process, and its rows by (name, target)."""
+def report(tmp_path, *arguments: str, interpreted: bool = False) -> tuple[subprocess.CompletedProcess, dict]:
+    """The finished process, and its rows by (name, target).
+
+    `interpreted` leaves the interpreter on, as users of the tests' environment do, and the report has to leave it by a
+    process of its own; else it is given what it would give itself, which saves an import of torch.
+    """
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "bench.compile_report", "--jobs", "1", "--json", str(path), *arguments]
-    # The interpreter is on, as in the rest of the tests; the report has to leave it.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpreted else prepared(str(tmp_path / "cache"))
+    environment["PYTHONPATH"] = str(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return done, {(row["name"], row["target"]): row for row in rows}
@@ -92,7 +100,7 @@ def test_the_largest_configuration_of_each_kernel_compiles_for_sm_80_and_sm_100(
 
 def test_the_check_sees_spills_and_missing_wgmma(tmp_path):
     (tmp_path / "toy_kernels.py").write_text(TOYS)
-    done, rows = report(tmp_path, "--target", "90", "--module", "toy_kernels")
+    done, rows = report(tmp_path, "--target", "90", "--module", "toy_kernels", interpreted=True)
     problems = {name: row["problem"] for (name, _), row in rows.items()}
     assert done.returncode == 1
     assert {name for name, problem in problems.items() if not problem} == {"gemm/64", "rows/fits", "rows/may-spill"}
