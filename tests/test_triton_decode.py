@@ -117,3 +117,22 @@ def test_write_kv_writes_slots_and_nothing_else(dtype, kv_heads, head_dim):
         untouched = torch.ones(16, dtype=torch.bool, device=DEVICE)
         untouched[slots[slots >= 0]] = False
         assert flat[untouched].isnan().all()
+
+
+def test_pools_beyond_2_31_elements():
+    """Block and slot times stride overflow int32; only the touched pages of the pool are ever real memory."""
+    head_dim, block_tokens = 64, 16
+    blocks = 2**31 // (block_tokens * head_dim) + 3
+    pool = torch.empty(blocks, block_tokens, 1, head_dim, dtype=torch.float16, device=DEVICE)
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(20, 1, head_dim, generator=g).half().to(DEVICE)
+    table = torch.tensor([[blocks - 1, blocks - 2]], dtype=torch.int32, device=DEVICE)
+    token = torch.arange(20, device=DEVICE)
+    slots = table[0, token // block_tokens].long() * block_tokens + token % block_tokens
+    write_kv(k, k, pool, pool, slots, backend="triton")
+    assert torch.equal(pool.view(-1, 1, head_dim)[slots], k)
+    q = torch.randn(1, 2, head_dim, generator=g).half().to(DEVICE)
+    context = torch.tensor([20], dtype=torch.int32, device=DEVICE)
+    wide = k.double()[:, 0]
+    expected = ((q.double() @ wide.T) * head_dim**-0.5).softmax(-1) @ wide
+    assert_close(paged_attention(q, pool, pool, table, context, backend="triton"), expected, torch.float16)

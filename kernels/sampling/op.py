@@ -40,7 +40,8 @@ def sample(
         the filtered and renormalised distribution (0 at temperature 0).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or (CPU only, not to wait for a device) keys out of range.
+        ValueError: shapes or dtypes that do not fit (float64 logits on backend "triton" among them), or (CPU only, not
+            to wait for a device) keys out of range.
         BackendError: the forced backend is not there.
     """
     if logits.dim() != 2 or not logits.is_floating_point():
