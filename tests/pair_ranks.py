@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,14 @@ from macpo.integrations.trl import FusedDPOTrainer
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
     torch.set_num_threads(1)
+    train(Path(sys.argv[1]))
+    gc.collect()  # models wrapped for DDP that outlive their process group can hang
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train(out: Path) -> None:
     common = {
         "output_dir": str(out), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
         "logging_steps": 1, "learning_rate": 0.02, "max_steps": 3, "gradient_accumulation_steps": 2,
@@ -40,7 +47,6 @@ def main() -> None:
     if preference.is_world_process_zero():
         found["weights"] = [p.detach().flatten().tolist() for p in preference.model.parameters()]
         (out / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 main()
