@@ -30,6 +30,8 @@ except ImportError as error:
 
 # Fewer floats than this are not worth waking a second thread for.
 PARALLEL_ELEMENTS = 2**17
+# From this size the system gives fresh memory page by page.
+LARGE_ELEMENTS = 2**20
 
 
 def _loaded() -> ModuleType:
@@ -148,6 +150,14 @@ def row_dlogits_(
     return d.T if lanes else d
 
 
+def empty(*shape: int) -> Tensor:
+    """Uninitialised float32 memory of `shape`; where it is large, on huge pages if the system has them."""
+    memory = torch.empty(*shape)
+    if memory.numel() >= LARGE_ELEMENTS:
+        _loaded().ask_huge_pages(_view(memory.view(-1)))
+    return memory
+
+
 def has_bf16_gemm() -> bool:
     """Whether `bf16_logits` and `bf16_accumulate_` run here: x86-64 with AVX512-BF16."""
     return module is not None and bool(module.has_bf16_gemm())
@@ -176,8 +186,10 @@ def bf16_logits(hidden_nh: Tensor, weight_vh: Tensor, out_vn: Tensor | None = No
     return z_vn.T
 
 
-def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor) -> Tensor:
+def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor, *, overwrite: bool = False) -> Tensor:
     """dweight += d hidden of bfloat16 matrices; d [v, n] as `row_logp_dlogits_` leaves it, transposed back.
+
+    With `overwrite` dweight = d hidden, whatever dweight held.
 
     Raises:
         RuntimeError, ValueError: as `bf16_logits`; a d or dweight (float32) whose rows are not contiguous.
@@ -185,7 +197,8 @@ def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor) -> Ten
     _need_bf16_gemm("bf16_accumulate_", d_vn, hidden_nh)
     if dweight_vh.dtype != torch.float32:
         raise ValueError(f"dweight must be float32, got {dweight_vh.dtype}")
-    _loaded().bf16_gemm(_strided(d_vn), _strided(hidden_nh), _strided(dweight_vh), True, _threads(dweight_vh.numel()))
+    operands, threads = (_strided(d_vn), _strided(hidden_nh), _strided(dweight_vh)), _threads(dweight_vh.numel())
+    _loaded().bf16_gemm(*operands, not overwrite, threads)
     return dweight_vh
 
 

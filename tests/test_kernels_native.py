@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -153,6 +154,8 @@ def test_bf16_products(num_rows, hidden_size, vocab):
     d = bf16(vocab, 2 * num_rows, seed=2)[:, :num_rows]  # as it lies over the front of float32 rows
     assert native.bf16_accumulate_(dweight, d, hidden) is dweight
     assert_close(dweight, start.double() + d.double() @ hidden.double(), torch.float32)
+    native.bf16_accumulate_(dweight.fill_(math.nan), d, hidden, overwrite=True)
+    assert_close(dweight, d.double() @ hidden.double(), torch.float32)
     assert all(around().isnan().all() for around in (hidden_frame, weight_frame, frame))
 
 
@@ -320,3 +323,10 @@ def test_products_refuse_what_does_not_fit():
         native.bf16_accumulate_(torch.zeros(3, 4), bf16(2, 3).T, bf16(2, 4))
     with pytest.raises(ValueError, match="dweight must be float32"):
         native.bf16_accumulate_(bf16(3, 4), bf16(3, 2), bf16(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2**11, 2**10)])
+def test_fresh_memory_is_ordinary_memory(shape):
+    memory = native.empty(*shape)
+    assert memory.shape == shape and memory.dtype == torch.float32 and memory.is_contiguous()
+    assert memory.fill_(1.5).sum().item() == 1.5 * memory.numel()

@@ -95,7 +95,13 @@ class Head:
 
     def buffer(self, num_rows: int) -> Tensor:
         """Memory for the logits of one chunk, used by all."""
-        return self.weight_vh.new_empty(num_rows * self.weight_vh.shape[0], dtype=self.dtype)
+        return self.empty(num_rows * self.weight_vh.shape[0])
+
+    def empty(self, *shape: int) -> Tensor:
+        """Memory of the dtype and on the device of the logits."""
+        if self.backend == "native" and self.dtype == torch.float32:
+            return native.empty(*shape)
+        return self.weight_vh.new_empty(shape, dtype=self.dtype)
 
     def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
         """z = h W' + s (h A') B' [n, V], in the buffer's memory."""
@@ -173,7 +179,11 @@ class Gradients:
         self.head, self.rows, self.needs, self.filter_eps = head, hidden, needs, filter_eps
         self.skipped_mass = hidden.new_zeros((), dtype=head.dtype)
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-        self.weight = self._zeros(head.weight_vh) if needs.weight else None
+        # The first product overwrites dW, which saves a pass over it; with a filter it does not reach every row.
+        self.weight_is_set = filter_eps is not None or hidden.shape[0] == 0
+        self.weight = head.empty(*head.weight_vh.shape) if needs.weight else None
+        if self.weight is not None and self.weight_is_set:
+            self.weight.zero_()
         self.bias = self._zeros(head.bias_v) if needs.bias else None
         self.lora_a = self._zeros(head.lora_a_rh) if needs.lora_a else None
         self.lora_b = self._zeros(head.lora_b_vr) if needs.lora_b else None
@@ -206,7 +216,8 @@ class Gradients:
         assert grad_n is not None
         grad_n1 = grad_n[:, None]
         if self.weight is not None and kept is None:
-            add_product_(self.weight, d_nv, hidden_nh * grad_n1, head.backend)
+            add_product_(self.weight, d_nv, hidden_nh * grad_n1, head.backend, overwrite=not self.weight_is_set)
+            self.weight_is_set = True
         elif self.weight is not None and kept is not None:
             kept.add_(self.weight, d_nv, hidden_nh * grad_n1)
         if self.bias is not None:
@@ -239,19 +250,26 @@ def product_(a_nh: Tensor, b_vh: Tensor, out_nv: Tensor) -> None:
             out_nv[:, part] = a_nh @ b_vh[part].to(out_nv.dtype).T
 
 
-def add_product_(out_vk: Tensor, d_nv: Tensor, x_nk: Tensor, backend: str = "torch") -> None:
-    """out += d' x, accumulated in float32; x is rounded to d's dtype first, which is exact where d is float32."""
+def add_product_(
+    out_vk: Tensor, d_nv: Tensor, x_nk: Tensor, backend: str = "torch", *, overwrite: bool = False
+) -> None:
+    """out += d' x, accumulated in float32; x is rounded to d's dtype first, which is exact where d is float32.
+
+    With `overwrite` out = d' x, whatever out held.
+    """
     x_nk, d_vn = x_nk.to(d_nv.dtype), d_nv.T
     if d_nv.dtype == out_vk.dtype:
-        out_vk.addmm_(d_vn, x_nk)
+        torch.mm(d_vn, x_nk, out=out_vk) if overwrite else out_vk.addmm_(d_vn, x_nk)
+    elif d_nv.is_cuda and overwrite:
+        torch.mm(d_vn, x_nk, out_dtype=out_vk.dtype, out=out_vk)
     elif d_nv.is_cuda:
         torch.addmm(out_vk, d_vn, x_nk, out_dtype=out_vk.dtype, out=out_vk)
     elif backend == "native" and d_nv.dtype == torch.bfloat16 and native.has_bf16_gemm() and d_vn.stride(1) == 1:
-        native.bf16_accumulate_(out_vk, d_vn, x_nk)
+        native.bf16_accumulate_(out_vk, d_vn, x_nk, overwrite=overwrite)
     else:
         x_nk = x_nk.to(out_vk.dtype)
         for part in _convert_blocks(d_vn):
-            out_vk[part].addmm_(d_vn[part].to(out_vk.dtype), x_nk)
+            out_vk[part].addmm_(d_vn[part].to(out_vk.dtype), x_nk, beta=0 if overwrite else 1)
 
 
 def _convert_blocks(x_vk: Tensor) -> Iterator[slice]:
