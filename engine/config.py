@@ -26,6 +26,8 @@ class LoraSettings(Settings):
     """Scale of the update is alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
     """Names of the linear modules that get an adapter."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen base in 4 bits (bitsandbytes), as QLoRA, arXiv 2305.14314."""
 
 
 class FullSettings(Settings):
@@ -60,6 +62,10 @@ class OptimSettings(Settings):
     """Token budget of one packed forward; changes memory and speed, not the loss."""
     save_every_steps: PositiveInt = 200
     """A checkpoint inside the stage after so many optimiser steps."""
+    spike_sigma: Annotated[float, Field(gt=0)] | None = 6.0
+    """A loss so many standard deviations above its recent mean is a spike; none turns the guard off."""
+    on_spike: Literal["warn", "stop"] = "warn"
+    """`stop` saves before the step that spiked and ends the stage."""
 
 
 LossName = Literal["sigmoid", "ipo", "hinge", "robust"]
@@ -137,6 +143,24 @@ class InitSettings(Settings):
         return self
 
 
+class ParallelSettings(Settings):
+    """How one model is spread over the ranks, and what its training keeps in memory; nothing here changes the loss."""
+
+    sharding: Literal["replicate", "shard", "hybrid"] = "replicate"
+    """`replicate`: a whole model a rank; `shard`: FSDP2 over all ranks; `hybrid`: sharded in a node, replicated
+    between nodes."""
+    tensor: PositiveInt = 1
+    """Ranks that split every layer between them (tensor parallelism)."""
+    checkpointing: Literal["off", "selective", "full"] = "off"
+    """Activations computed again in the backward: none, all but the products, or whole blocks."""
+    offload_activations: bool = False
+    """Activations wait for the backward in host memory."""
+    compile: bool = False
+    """Compile every transformer block with torch.compile."""
+    liger: Literal["auto", "off"] = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU kernels; `auto` uses them on GPUs where they are installed."""
+
+
 class ComputeSettings(Settings):
     """Where and how the work is done; nothing here changes the method."""
 
@@ -155,5 +179,6 @@ class ComputeSettings(Settings):
     """Sequences decoded together."""
     wave_requests: PositiveInt = 256
     """Requests that generation commits to disk together; the unit of resume."""
+    parallel: ParallelSettings = ParallelSettings()
     trackers: tuple[str, ...] = ()
     """Where training metrics go besides metrics.jsonl: `tensorboard`, or `module:function` (engine/trackers.py)."""
