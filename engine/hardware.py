@@ -1,0 +1,55 @@
+"""What the makers state about the GPUs that plans and MFU are made for.
+
+Sources, all for the SXM boards, dense (NVIDIA's tables print bf16 "with sparsity", which is twice the dense figure):
+A100 80GB datasheet (2021); H100 datasheet and Hopper white paper (2022); H200 datasheet (2023); Blackwell datasheet,
+HGX B200 (2024). Memory: what the driver reports as total (nvidia-smi), which is less than the chips hold.
+Network: one NIC a GPU of NVIDIA's own 8-GPU systems: DGX A100 200 Gb/s, DGX H100, H200 and B200 400 Gb/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU's stated peaks."""
+
+    name: str
+    """As recipes and `macpo plan --gpu` call it."""
+    device_name: str
+    """As torch.cuda.get_device_name calls it; other boards of the same chip have other clocks and are not meant."""
+    bf16_flops: float
+    """Dense bfloat16 tensor-core FLOP/s, a multiply-add counted as two."""
+    memory_bytes: int
+    """Total memory that the driver reports."""
+    bandwidth_bytes_per_s: float
+    """Device memory."""
+    nvlink_bytes_per_s: float
+    """To the other GPUs of its node, each way."""
+    network_bytes_per_s: float
+    """To other nodes, each way."""
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", "NVIDIA A100-SXM4-80GB", 312e12, 81920 * MIB, 2.039e12, 300e9, 25e9),
+        Gpu("H100", "NVIDIA H100 80GB HBM3", 989.4e12, 81559 * MIB, 3.35e12, 450e9, 50e9),
+        Gpu("H200", "NVIDIA H200", 989.4e12, 143771 * MIB, 4.8e12, 450e9, 50e9),
+        Gpu("B200", "NVIDIA B200", 2250e12, 183359 * MIB, 7.7e12, 900e9, 50e9),
+    )
+}
+
+
+def of_device(device: torch.device | str) -> Gpu | None:
+    """The table's entry for a device of this machine; None for CPUs and for GPUs that are not in the table."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_name(device)
+    return next((gpu for gpu in GPUS.values() if gpu.device_name == found), None)
