@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, REFERENCE_FREE, SMOOTHED
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -68,21 +71,62 @@ class OptimSettings(Settings):
     """`stop` saves before the step that spiked and ends the stage."""
 
 
-LossName = Literal["sigmoid", "ipo", "hinge", "robust"]
+LossName = Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo"]
 
 
 class PreferenceSettings(OptimSettings):
-    """Contrastive preference optimisation (DPO, arXiv 2305.18290) plus an SFT term on the chosen answer."""
+    """Contrastive preference optimisation (DPO, arXiv 2305.18290) plus an SFT term on the chosen answer.
+
+    A setting that the loss has no use for is refused; formulas and sources are in kernels/pair_loss/losses.py.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     loss: LossName = "sigmoid"
-    """`sigmoid` (DPO; with label_smoothing cDPO), `ipo` (length-normalised), `hinge` (SLiC) or `robust` (rDPO)."""
+    """`sigmoid` (DPO; with label_smoothing cDPO, with ld_alpha LD-DPO), `sigmoid_norm` (DPO by token), `robust` (rDPO),
+    `ipo` (by token), `hinge` (SLiC), `simpo` and `orpo` (both without a reference)."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Strength of the pull towards the reference policy."""
+    """Strength of the pull towards the reference policy; IPO's tau, ORPO's lambda. SimPO's paper has 2 to 2.5."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed rate of swapped pairs."""
-    sft_weight: Annotated[float, Field(ge=0)] = 0.2
-    """Weight of the mean token NLL of the chosen answer (LLaMA-Factory's `dpo_ftx`)."""
+    """Assumed rate of swapped pairs; for sigmoid and robust."""
+    gamma: Annotated[float, Field(ge=0)] | None = None
+    """Target margin of simpo, in units of the reward; simpo needs it."""
+    ld_alpha: Fraction | None = None
+    """Weight of the tokens beyond the shorter answer's length (LD-DPO); for sigmoid, robust and hinge."""
+    sft_weight: Annotated[float, Field(ge=0)] = Field(default_factory=lambda data: _sft_weight(data, 0.2))
+    """Weight of the mean token NLL of the chosen answer (LLaMA-Factory's `dpo_ftx`); default 0.2, for orpo 1."""
+    reference: Literal["policy", "adapter-off"] = "policy"
+    """What the policy is held to: `policy`, itself as it is before the first step; `adapter-off`, its base model
+    without the adapter that training goes on with."""
+    reference_model: str | None = None
+    """Instead of `reference`: another model's folder or Hub id, with the policy's own tokenizer."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference policy."""
+        return self.loss not in REFERENCE_FREE
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> PreferenceSettings:
+        with_reference = frozenset(LOSSES) - REFERENCE_FREE
+        for name, is_set, losses in (
+            ("label_smoothing", self.label_smoothing > 0, SMOOTHED),
+            ("gamma", self.gamma is not None, {"simpo"}),
+            ("ld_alpha", self.ld_alpha is not None, DESENSITISED),
+            ("reference", self.reference != "policy", with_reference),
+            ("reference_model", self.reference_model is not None, with_reference),
+        ):
+            if is_set and self.loss not in losses:
+                raise ValueError(f"{name} belongs to {', '.join(sorted(losses))}; the loss {self.loss!r} ignores it")
+        if self.loss == "simpo" and self.gamma is None:
+            raise ValueError("gamma is missing: simpo needs its target margin Fix: add gamma, such as 0.5")
+        if self.reference_model is not None and self.reference != "policy":
+            raise ValueError("reference_model is a reference of its own: leave `reference` out")
+        return self
+
+
+def _sft_weight(data: Mapping[str, Any], default: float) -> float:
+    """ORPO is a sum with the NLL (arXiv 2403.07691, eq. 6)."""
+    return 1.0 if data.get("loss") == "orpo" else default
 
 
 class SamplingSettings(Settings):
@@ -180,5 +224,7 @@ class ComputeSettings(Settings):
     wave_requests: PositiveInt = 256
     """Requests that generation commits to disk together; the unit of resume."""
     parallel: ParallelSettings = ParallelSettings()
+    cache: str | None = None
+    """Folder for reference log-probs, which runs can share; default `cache` inside the run's folder."""
     trackers: tuple[str, ...] = ()
     """Where training metrics go besides metrics.jsonl: `tensorboard`, or `module:function` (engine/trackers.py)."""

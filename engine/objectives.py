@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from macpo.engine.model import Head, PolicyModule, response_logps
 from macpo.engine.pack import PackedBatch, PrefixGroup
 from macpo.engine.scoring import ResponseScore
 from macpo.kernels import pair_loss
+from macpo.kernels.pair_loss.losses import LossSettings
 
 
 class Objective(Protocol):
@@ -72,7 +74,7 @@ def sft() -> Objective:
 @dataclass(frozen=True, eq=False)
 class _Preference:
     settings: PreferenceSettings
-    ref_logps: Tensor  # [num_groups, 2] float32, on the CPU
+    ref_logps: Tensor | None  # [num_groups, 2] float32, on the CPU
     metrics: tuple[str, ...] = (
         "chosen_logps",
         "rejected_logps",
@@ -85,12 +87,11 @@ class _Preference:
 
     @property
     def fingerprint(self) -> str:
-        s = self.settings
-        digest = hashlib.sha256(self.ref_logps.numpy().tobytes()).hexdigest()
-        return json.dumps(["preference", s.loss, s.beta, s.label_smoothing, s.sft_weight, digest])
+        digest = None if self.ref_logps is None else hashlib.sha256(self.ref_logps.numpy().tobytes()).hexdigest()
+        return json.dumps(["preference", *asdict(loss_settings(self.settings)).values(), digest])
 
     def check(self, groups: Sequence[PrefixGroup]) -> None:
-        if len(groups) != self.ref_logps.shape[0]:
+        if self.ref_logps is not None and len(groups) != self.ref_logps.shape[0]:
             raise DataError(
                 f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", "score the same pairs"
             )
@@ -103,8 +104,8 @@ class _Preference:
         return 1
 
     def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
-        s = self.settings
-        ref_logps = self.ref_logps[list(batch.groups)].flatten()
+        options = asdict(loss_settings(self.settings))
+        ref_logps = None if self.ref_logps is None else self.ref_logps[list(batch.groups)].flatten()
 
         def reduce(rows: Tensor, head: Head, batch: PackedBatch) -> tuple[Tensor, Tensor]:
             out = pair_loss(
@@ -112,15 +113,12 @@ class _Preference:
                 head.weight,
                 batch.target,
                 batch.cu_rows,
-                ref_logps.to(rows.device),
-                loss=s.loss,
-                beta=s.beta,
-                label_smoothing=s.label_smoothing,
-                sft_weight=s.sft_weight,
+                None if ref_logps is None else ref_logps.to(rows.device),
                 num_pairs=total,
                 bias=head.bias,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
+                **options,
             )
             num_pairs = len(batch.groups)
             per_pair = (out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.rejected_rewards)
@@ -135,17 +133,32 @@ class _Preference:
         return policy(batch, reduce)
 
 
-def preference(settings: PreferenceSettings, ref_logps: Tensor) -> Objective:
-    """DPO and its relatives (arXiv 2305.18290) plus `sft_weight` times the chosen answer's mean token NLL.
+def loss_settings(settings: PreferenceSettings) -> LossSettings:
+    """The part of the settings that the operator takes."""
+    return LossSettings(**{field.name: getattr(settings, field.name) for field in fields(LossSettings)})
+
+
+def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Objective:
+    """A contrastive loss of `kernels/pair_loss` plus `sft_weight` times the chosen answer's mean token NLL.
 
     Args:
-        settings: loss, beta, label_smoothing, sft_weight.
-        ref_logps: [num_groups, 2] float32, summed log-probs of (chosen, rejected) under the policy as it was at the
-            stage's start; see `reference_logps`. Groups are prompt + [chosen, rejected].
+        settings: the loss and its options.
+        ref_logps: [num_groups, 2] float32, summed log-probs of (chosen, rejected) under the reference policy, with the
+            settings' ld_alpha (see `reference_logps`); None for a loss without a reference. Groups are
+            prompt + [chosen, rejected].
 
     Raises:
-        DataError: of another shape.
+        DataError: of another shape, or given where the loss has no reference and the other way round.
     """
+    if (ref_logps is not None) != settings.has_reference:
+        raise DataError(
+            f"the loss {settings.loss!r} "
+            + ("needs" if settings.has_reference else "takes no")
+            + " reference log-probs",
+            "score the pairs with the reference policy for the losses that have one",
+        )
+    if ref_logps is None:
+        return _Preference(settings, None)
     if ref_logps.dim() != 2 or ref_logps.shape[1] != 2:
         raise DataError(
             f"reference log-probs of shape {list(ref_logps.shape)}", "give one (chosen, rejected) row a pair"
@@ -153,11 +166,33 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor) -> Objective:
     return _Preference(settings, ref_logps.detach().to("cpu", torch.float32).contiguous())
 
 
-def reference_logps(scores: Sequence[Sequence[ResponseScore]]) -> Tensor:
+def reference_logps(scores: Sequence[Sequence[ResponseScore]], ld_alpha: float | None = None) -> Tensor:
     """[num_groups, 2] float32 from `score(policy, groups)` of (chosen, rejected) groups."""
-    return torch.tensor([[response.sum_logp for response in pair] for pair in scores], dtype=torch.float32).reshape(
-        -1, 2
-    )
+    parts = torch.tensor([shared_sums([r.token_logps for r in pair]) for pair in scores], dtype=torch.float64)
+    return weighted(parts.reshape(-1, 2, 2), ld_alpha).float()
 
 
-__all__ = ["Objective", "preference", "reference_logps", "response_logps", "sft"]
+def shared_sums(token_logps: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """By response of one prompt: summed log-probs up to the shortest response's length, and beyond it."""
+    shared = min(map(len, token_logps))
+    return [(math.fsum(logps[:shared]), math.fsum(logps[shared:])) for logps in token_logps]
+
+
+def weighted(parts: Tensor, ld_alpha: float | None) -> Tensor:
+    """[..., 2] of `shared_sums` -> [...]: sequence log-probs, tokens beyond the shared length counted ld_alpha times.
+
+    LD-DPO, section 3 of arXiv 2409.06411; None counts every token once.
+    """
+    return parts[..., 0] + (1.0 if ld_alpha is None else ld_alpha) * parts[..., 1]
+
+
+__all__ = [
+    "Objective",
+    "loss_settings",
+    "preference",
+    "reference_logps",
+    "response_logps",
+    "sft",
+    "shared_sums",
+    "weighted",
+]

@@ -34,6 +34,8 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
     for detail in error.errors(include_url=False):
         spot = _locate(detail["loc"], root, model)
         kind = detail["type"]
+        if kind == "default_factory_not_called":  # a default that follows from a field that is wrong itself
+            continue
         if kind in ("union_tag_invalid", "union_tag_not_found"):
             tags = [tag for member in _members(spot.kind) if _is_model(member) for tag in _tags(member)]
             spot = _down(spot, str(detail["ctx"]["discriminator"]).strip("'"))
@@ -181,8 +183,9 @@ def _chosen(members: list[Any], label: str) -> Any:
 
 
 def _tags(model: type[BaseModel]) -> list[str]:
+    """What a discriminator can say for this model: the fields that have one value only."""
     literal = [info.annotation for info in model.model_fields.values() if get_origin(info.annotation) is Literal]
-    return [str(value) for kind in literal for value in get_args(kind)]
+    return [str(get_args(kind)[0]) for kind in literal if len(get_args(kind)) == 1]
 
 
 def _child(kind: Any, part: int | str) -> Any:
