@@ -83,6 +83,13 @@ def _in_place(z: Tensor, dtype: torch.dtype) -> Tensor:
     return z if dtype == torch.float32 else z.view(dtype)[:, : z.shape[1]]
 
 
+def _as(out_nv: Tensor, dtype: torch.dtype, lanes: bool) -> Tensor:
+    """Memory for d, laid out as z; the extension checks its shape."""
+    if out_nv.dtype != dtype:
+        raise ValueError(f"d is {dtype}, its memory {out_nv.dtype}")
+    return out_nv.T if lanes else out_nv
+
+
 def row_logp(
     z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -114,14 +121,16 @@ def row_logp_dlogits_(
     scale: float,
     softcap: float | None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`row_logp` and d = d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap) ** 2) * scale in `dtype`.
 
     d takes z's place and layout; 16-bit d (rounded to nearest, ties to even) the front of each of z's rows, so that
-    its stride is 2 * z's. (Products read it as fast as a dense d, and nothing is allocated.)
+    its stride is 2 * z's. (Products read it as fast as a dense d, and nothing is allocated.) With `out` [n, v], of
+    z's layout, d lies there.
     """
     z, lanes = _layout(z_nv, dtype)
-    d = _in_place(z, dtype)
+    d = _in_place(z, dtype) if out is None else _as(out, dtype, lanes)
     logp_n, lse_n = torch.empty(z_nv.shape[0]), torch.empty(z_nv.shape[0])
     _loaded().row_logp_dlogits(
         _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0, _view(target_n), _view(logp_n), _view(lse_n),
@@ -139,10 +148,11 @@ def row_dlogits_(
     softcap: float | None,
     dtype: torch.dtype,
     grad_n: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """d of `row_logp_dlogits_` from a known logsumexp, times grad_n[:, None] (float32) where it is given."""
     z, lanes = _layout(z_nv, dtype)
-    d = _in_place(z, dtype)
+    d = _in_place(z, dtype) if out is None else _as(out, dtype, lanes)
     _loaded().row_dlogits(
         _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0, _view(target_n), _view(lse_n), _optional(grad_n),
         _strided(d), dtype == torch.float16, _threads(z.numel()),

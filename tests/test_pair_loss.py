@@ -207,6 +207,30 @@ def test_gemms_are_counted(backend, trained, chunk_rows, gemms, monkeypatch):
     assert len([name for name in seen if name in kernels]) == gemms["logits"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("lengths", "chunk_rows", "logits"), [
+    ((8, 8, 8, 8), 8, 4),  # pairs longer than a chunk, in a block of 32 rows: each chunk's logits once
+    ((20, 20, 4, 4), 8, 2 * 5 + 1),  # a pair longer than the block: its logits twice
+])  # fmt: skip
+def test_blocks_of_a_16_bit_head(backend, lengths, chunk_rows, logits, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sum(lengths), 32, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(57, 32, generator=g).bfloat16().requires_grad_()
+    target = torch.randint(57, (sum(lengths),), generator=g)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    ref_logps = torch.randn(len(lengths), generator=g) - 20
+    seen = []
+    forward = head_module.Head.logits
+    monkeypatch.setattr(head_module.Head, "logits", lambda *args: seen.append(0) or forward(*args))
+    out = pair_loss(hidden, weight, target, cu, ref_logps, chunk_rows=chunk_rows, backend=backend)
+    out.loss.backward()
+    assert len(seen) == logits
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    reference.pair_loss(*exact, target, cu, ref_logps.double()).backward()
+    for x, y in zip((hidden, weight), exact, strict=True):
+        assert_close(x.grad, y.grad, torch.bfloat16)
+
+
 def test_backward_again_after_retain_graph_gives_the_same():
     """The gradients of the head are scaled in place only where nobody needs them again."""
     tensors, target, cu, ref_logps, _ = make((3, 7, 1, 4, 6, 2), HEADS["all"])

@@ -3,8 +3,9 @@
 With u = one head GEMM over all rows, given that the user's loss is only known after the forward:
 - nothing to differentiate: 1u, nothing kept;
 - frozen head: 2u; the forward forms d W and the backward scales its rows;
-- trained head, one chunk: 3u; the forward turns the logits into d and keeps it;
-- trained head, several chunks: 4u; the backward computes each chunk's logits again.
+- trained head, one block (a chunk, or several whose d is kept in 16 bits, `Head.block_rows`): 3u; the forward turns
+  the logits into d and keeps it;
+- trained head, several blocks: 4u; the backward computes each chunk's logits again.
 Where W is frozen and its LoRA or bias is trained, the GEMM for dW falls away: 2u and 3u.
 Legend: n rows of a chunk, h hidden size, v vocabulary.
 """
@@ -24,23 +25,32 @@ def chunks(begin: int, end: int, chunk_rows: int) -> Iterator[slice]:
 
 
 def forward(
-    head: Head, hidden: Tensor, target: Tensor, chunk_rows: int, *, keep_dx: bool, keep_d: bool
+    head: Head, hidden: Tensor, target: Tensor, chunk_rows: int, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Log-probs and logsumexps [N]; d W [N, H] if keep_dx; d [N, V] if keep_d, where all rows are one chunk."""
+    """Log-probs and logsumexps [N]; what `keeps` names for the backward: d W [N, H], d [N, V]."""
     num_rows = hidden.shape[0]
+    keep_dx, keep_d = keeps(head, needs, num_rows, chunk_rows)
+    if keep_d:
+        buffer = head.buffer(min(chunk_rows, num_rows))
+        logp_n, lse_n, d_nv = head.differentiate(hidden, target, buffer, head.block(num_rows, chunk_rows, needs))
+        return logp_n, lse_n, None, d_nv
     logp_n, lse_n = (hidden.new_empty(num_rows, dtype=head.dtype) for _ in range(2))
-    if not (keep_dx or keep_d):
+    if not keep_dx:
         chunk_rows = head.score_rows(chunk_rows)
-    buffer = head.buffer(min(chunk_rows, num_rows) if keep_dx or keep_d or head.route == "vendor" else 0)
+    buffer = head.buffer(min(chunk_rows, num_rows) if keep_dx or head.route == "vendor" else 0)
     grads = Gradients(head, hidden, Needs(keep_dx, False, False, False, False))
-    d_nv = None
     for part in chunks(0, num_rows, chunk_rows):
-        if keep_dx or keep_d:
+        if keep_dx:
             logp_n[part], lse_n[part], d_nv = head.differentiate(hidden[part], target[part], buffer)
             grads.add(part, d_nv)
         else:
             logp_n[part], lse_n[part] = head.score(hidden[part], target[part], buffer)
-    return logp_n, lse_n, grads.hidden, d_nv if keep_d else None
+    return logp_n, lse_n, grads.hidden, None
+
+
+def keeps(head: Head, needs: Needs, num_rows: int, chunk_rows: int) -> tuple[bool, bool]:
+    """Whether the forward keeps d W (frozen head), and d (trained head, one block)."""
+    return needs.hidden and not needs.head, needs.head and num_rows <= head.block_rows(chunk_rows, needs)
 
 
 def backward(

@@ -97,6 +97,20 @@ class Head:
         """Memory for the logits of one chunk, used by all."""
         return self.empty(num_rows * self.weight_vh.shape[0])
 
+    def block_rows(self, chunk_rows: int, needs: Needs) -> int:
+        """Rows whose d is in memory at once: a chunk, or for a trained 16-bit W as many as make d the size of W.
+
+        One product for dW is then one of several hundred or thousand rows, and its float32 sum is read and written
+        so much less often; on an H200 a pass over it takes longer than a chunk's product.
+        """
+        wide = needs.weight and self.weight_vh.dtype.itemsize == 2
+        return max(chunk_rows, self.weight_vh.shape[1]) if wide else chunk_rows
+
+    def block(self, num_rows: int, chunk_rows: int, needs: Needs) -> Tensor | None:
+        """Memory for the d of a block of at most `num_rows` rows; None where d may lie in the chunk's."""
+        rows_held = min(num_rows, self.block_rows(chunk_rows, needs))
+        return None if rows_held <= chunk_rows else self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
+
     def empty(self, *shape: int) -> Tensor:
         """Memory of the dtype and on the device of the logits."""
         if self.backend == "native" and self.dtype == torch.float32:
@@ -134,30 +148,46 @@ class Head:
 
         return gemm_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, self.softcap)
 
-    def differentiate(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-prob, logsumexp [n] and d [n, V], which may lie in the buffer's memory."""
+    def differentiate(
+        self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, block: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob, logsumexp [n] and d [n, V]: in `block`, chunk by chunk, or perhaps in the buffer's memory."""
+        num_rows, vocab = hidden_nh.shape[0], self.weight_vh.shape[0]
+        if block is None:
+            return self._differentiate(hidden_nh, target_n, buffer, None)
+        flat = block[: num_rows * vocab]
+        d_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
+        logp_n, lse_n = (hidden_nh.new_empty(num_rows, dtype=self.dtype) for _ in range(2))
+        step = buffer.numel() // vocab
+        for part in (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)):
+            logp_n[part], lse_n[part], _ = self._differentiate(hidden_nh[part], target_n[part], buffer, d_nv[part])
+        return logp_n, lse_n, d_nv
+
+    def _differentiate(
+        self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, out_nv: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.route != "epilogue":
-            return self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n)
+            return self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n, out_nv)
         from macpo.kernels.linear_logp.triton_gemm import gemm_logp_keep
 
         z_nv = buffer[: hidden_nh.shape[0] * self.weight_vh.shape[0]].view(hidden_nh.shape[0], -1)
         logp_n, lse_n = gemm_logp_keep(
             hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, self.softcap, z_nv
         )
-        return logp_n, lse_n, self.dlogits_(z_nv, target_n, lse_n)
+        return logp_n, lse_n, self.dlogits_(z_nv, target_n, lse_n, out_nv)
 
     def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
         return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
 
-    def logp_dlogits_(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = self.weight_vh.dtype
-        return rows.logp_dlogits_(z_nv, target_n, self.row_bias, self.scale, self.softcap, dtype, backend=self.backend)
+    def logp_dlogits_(
+        self, z_nv: Tensor, target_n: Tensor, out_nv: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
+        return rows.logp_dlogits_(z_nv, target_n, *scalars, out_nv, backend=self.backend)
 
-    def dlogits_(self, z_nv: Tensor, target_n: Tensor, lse_n: Tensor) -> Tensor:
-        dtype = self.weight_vh.dtype
-        return rows.dlogits_(
-            z_nv, target_n, lse_n, self.row_bias, self.scale, self.softcap, dtype, None, backend=self.backend
-        )
+    def dlogits_(self, z_nv: Tensor, target_n: Tensor, lse_n: Tensor, out_nv: Tensor | None = None) -> Tensor:
+        scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
+        return rows.dlogits_(z_nv, target_n, lse_n, *scalars, None, out_nv, backend=self.backend)
 
 
 class Gradients:

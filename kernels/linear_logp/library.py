@@ -38,8 +38,7 @@ def linear_logp(
     """
     check_target(target, weight.shape[0])
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
-    keep_dx, keep_d = _kept(needs, hidden.shape[0], chunk_rows)
-    logp_n, lse_n, dx_nh, d_nv = chunked.forward(head, hidden, target, chunk_rows, keep_dx=keep_dx, keep_d=keep_d)
+    logp_n, lse_n, dx_nh, d_nv = chunked.forward(head, hidden, target, chunk_rows, Needs(*needs))
     kept = None if d_nv is None else (d_nv.T if head.transposed(hidden.shape[0]) else d_nv).contiguous()
     return logp_n, lse_n, or_empty(dx_nh, hidden), or_empty(kept, hidden)
 
@@ -62,7 +61,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
-    keep_dx, keep_d = _kept(needs, num_rows, chunk_rows)
+    keep_dx, keep_d = chunked.keeps(head, Needs(*needs), num_rows, chunk_rows)
     kept_shape = (vocab, num_rows) if head.transposed(num_rows) else (num_rows, vocab)
     return (
         hidden.new_empty(num_rows, dtype=head.dtype),
@@ -70,12 +69,6 @@ def _(
         hidden.new_empty(hidden.shape if keep_dx else (0,)),
         hidden.new_empty(kept_shape if keep_d else (0,)),
     )
-
-
-def _kept(needs: Sequence[bool], num_rows: int, chunk_rows: int) -> tuple[bool, bool]:
-    """Whether the forward keeps d W (frozen head), and d (trained head, one chunk)."""
-    wanted = Needs(*needs)
-    return wanted.hidden and not wanted.head, wanted.head and num_rows <= chunk_rows
 
 
 @torch.library.custom_op("macpo::linear_logp_backward", mutates_args=())

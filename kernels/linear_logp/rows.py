@@ -39,12 +39,14 @@ def logp_dlogits_(
     scale: float,
     softcap: float | None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`logp` and d [N, V] in `dtype`; z's storage is consumed, and d may lie in it."""
+    """`logp` and d [N, V] in `dtype`; z's storage is consumed, and d lies in `out` if given, else perhaps in z's."""
     kernels = _kernels(z_nv, backend)
-    return cast(tuple[Tensor, Tensor, Tensor], kernels.row_logp_dlogits_(z_nv, target_n, bias_v, scale, softcap, dtype))
+    results = kernels.row_logp_dlogits_(z_nv, target_n, bias_v, scale, softcap, dtype, out)
+    return cast(tuple[Tensor, Tensor, Tensor], results)
 
 
 def dlogits_(
@@ -56,12 +58,13 @@ def dlogits_(
     softcap: float | None,
     dtype: torch.dtype,
     grad_n: Tensor | None,
+    out: Tensor | None = None,
     *,
     backend: str,
 ) -> Tensor:
-    """d [N, V] in `dtype`, times grad_n[:, None] where given; z's storage is consumed, and d may lie in it."""
+    """d [N, V] in `dtype`, times grad_n[:, None] where given; z's storage is consumed, d lies as in `logp_dlogits_`."""
     kernels = _kernels(z_nv, backend)
-    return cast(Tensor, kernels.row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, grad_n))
+    return cast(Tensor, kernels.row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, grad_n, out))
 
 
 def _kernels(z_nv: Tensor, backend: str) -> ModuleType:

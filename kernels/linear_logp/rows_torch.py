@@ -32,9 +32,10 @@ def row_logp_dlogits_(
     scale: float,
     softcap: float | None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logp_n, lse_n = z_nv.new_empty(z_nv.shape[0]), z_nv.new_empty(z_nv.shape[0])
-    d_nv = _d_of(z_nv, dtype)
+    d_nv = _d_of(z_nv, dtype) if out is None else out
     for part in _blocks(z_nv):
         y_nv = _logits_(z_nv[part], bias_v, scale, softcap)
         logp_n[part], lse_n[part] = _logp_(y_nv.clone(), target_n[part])
@@ -53,10 +54,11 @@ def row_dlogits_(
     softcap: float | None,
     dtype: torch.dtype,
     grad_n: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Float32 and float64 results overwrite z; 16-bit ones are written over the front of each row of z, or to a
-    buffer of their own where z is the transposed view."""
-    d_nv = _d_of(z_nv, dtype)
+    """Without `out`, float32 and float64 results overwrite z; 16-bit ones are written over the front of each row of
+    z, or to a buffer of their own where z is the transposed view."""
+    d_nv = _d_of(z_nv, dtype) if out is None else out
     for part in _blocks(z_nv):
         y_nv = _logits_(z_nv[part], bias_v, scale, softcap)
         _dlogits_(y_nv, target_n[part], lse_n[part], scale, softcap, None if grad_n is None else grad_n[part])

@@ -84,12 +84,18 @@ def row_logp(
 
 
 def row_logp_dlogits_(
-    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
+    z_nv: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`row_logp`, and d logp / d z = (onehot - softmax) * d logit / d z in `dtype`; z's memory is consumed.
 
     d overwrites z: float32 entry by entry, 16 bits over the front of each row (row stride twice that of z). Where rows
-    are split over programs (fewer than 132 of them) a 16-bit d is a tensor of its own.
+    are split over programs (fewer than 132 of them) a 16-bit d is a tensor of its own. With `out` d lies there.
 
     Returns:
         (logp [N], lse [N], d [N, V] of `dtype`).
@@ -100,8 +106,8 @@ def row_logp_dlogits_(
     num_rows, vocab, bias_v = _check(z_nv, bias_v)
     if _splits(num_rows, vocab)[2] > 1:
         logp_n, lse_n = row_logp(z_nv, target_n, bias_v, scale, softcap)
-        return logp_n, lse_n, row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, None)
-    d_nv = _gradient_memory(z_nv, dtype, split=False)
+        return logp_n, lse_n, row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, None, out)
+    d_nv = _gradient_memory(z_nv, dtype, out, split=False)
     logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
     if num_rows:
         scalars = {"scale": scale, "softcap": softcap or 1.0, "CAPPED": softcap is not None}
@@ -118,6 +124,7 @@ def row_dlogits_(
     softcap: float | None,
     dtype: torch.dtype,
     grad_n: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """d logp / d z from the logsumexp of `row_logp`, times grad_n [N] where given; memory as in `row_logp_dlogits_`.
 
@@ -126,7 +133,7 @@ def row_dlogits_(
     """
     num_rows, vocab, bias_v = _check(z_nv, bias_v)
     num_tiles, split_tiles, num_splits = _splits(num_rows, vocab)
-    d_nv = _gradient_memory(z_nv, dtype, split=num_splits > 1)
+    d_nv = _gradient_memory(z_nv, dtype, out, split=num_splits > 1)
     if num_rows:
         row_dlogits_kernel[(num_rows, num_splits)](
             z_nv,
@@ -192,12 +199,16 @@ def _splits(num_rows: int, vocab: int) -> tuple[int, int, int]:
     return num_tiles, split_tiles, triton.cdiv(num_tiles, split_tiles)
 
 
-def _gradient_memory(z_nv: Tensor, dtype: torch.dtype, *, split: bool) -> Tensor:
-    """Where the gradient goes: z itself, the front of its rows, or memory of its own."""
+def _gradient_memory(z_nv: Tensor, dtype: torch.dtype, out: Tensor | None, *, split: bool) -> Tensor:
+    """Where the gradient goes: `out`, z itself, the front of its rows, or memory of its own."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"gradients of logits are float32, bfloat16 or float16, not {dtype}")
+    if out is not None:
+        if out.dtype != dtype or out.shape != z_nv.shape or out.stride(1) != 1:
+            raise ValueError(f"d is {dtype} {list(z_nv.shape)} with contiguous columns; its memory is not")
+        return out
     if dtype == torch.float32:
         return z_nv
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"gradients of logits are float32, bfloat16 or float16, not {dtype}")
     return torch.empty(z_nv.shape, dtype=dtype, device=z_nv.device) if split else z_nv.view(dtype)[:, : z_nv.shape[1]]
 
 

@@ -3,8 +3,9 @@
 With u = one head GEMM over all rows:
 - nothing to differentiate: 1u, nothing kept;
 - frozen head: 2u; d W is formed chunk by chunk, and its rows are scaled by g once all sums are known;
-- trained head: 3u; a chunk holds whole pairs, so g of its rows is known before they go into dW;
-- trained head, for the rows of a pair longer than a chunk: 4u; their logits are computed again once g is known.
+- trained head: 3u; a block holds whole pairs, so g of its rows is known before they go into dW;
+- trained head, for the rows of a pair longer than a block: 4u; their logits are computed again once g is known.
+A block is a chunk, or several whose d is kept in 16 bits (`Head.block_rows`).
 g = d loss / d log-prob of each row, for an upstream gradient of 1, by which the backward multiplies.
 Legend: n rows, s sequences, b pairs.
 """
@@ -96,11 +97,11 @@ class Pairs:
         rewards_s = self.settings.beta * self.ratios(weighted_s, 0, len(self))
         return rewards_s / self.lengths_s if self.settings.loss in REFERENCE_FREE else rewards_s
 
-    def groups(self, chunk_rows: int) -> Iterator[tuple[int, int]]:
-        """Runs of whole pairs that fit a chunk together; a pair that fits none is alone."""
+    def groups(self, block_rows: int) -> Iterator[tuple[int, int]]:
+        """Runs of whole pairs that fit a block together; a pair that fits none is alone."""
         first = 0
         for pair in range(len(self)):
-            if pair > first and self.bounds[2 * pair + 2] - self.bounds[2 * first] > chunk_rows:
+            if pair > first and self.bounds[2 * pair + 2] - self.bounds[2 * first] > block_rows:
                 yield first, pair
                 first = pair
         yield first, len(self)
@@ -139,11 +140,12 @@ def pair_loss(
     grad_n = None
     if needs.head:
         grad_n = torch.empty_like(logp_n)
-        buffer = head.buffer(min(hidden.shape[0], max(chunk_rows, 1)))
-        for first, last in pairs.groups(chunk_rows):
+        buffer = head.buffer(min(hidden.shape[0], chunk_rows))
+        block, block_rows = head.block(hidden.shape[0], chunk_rows, needs), head.block_rows(chunk_rows, needs)
+        for first, last in pairs.groups(block_rows):
             part = pairs.rows(first, last)
-            if part.stop - part.start <= chunk_rows:
-                logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer)
+            if part.stop - part.start <= block_rows:
+                logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer, block)
                 grad_n[part] = pairs.row_grads(logp_n, first, last)
                 grads.add(part, d_nv, grad_n[part] * grad_scale)
             else:
