@@ -1,4 +1,4 @@
-"""paged_attention with torch: gather the blocks of every sequence, then one masked attention call; write_kv.
+"""paged_attention with torch: gather the tokens of every sequence, then one masked attention call; write_kv.
 
 Legend: b sequences, l longest context rounded up to whole blocks, h heads, d head size.
 """
@@ -24,14 +24,18 @@ def paged_attention(
     batch, num_heads, _ = q.shape
     block_tokens, num_kv_heads, head_dim = k_pool.shape[1:]
     num_blocks = -(-int(context_lens.max()) // block_tokens)
-    block = block_table[:, :num_blocks].clamp(min=0).long()
     token = torch.arange(num_blocks * block_tokens, device=q.device)
     mask_bl = token < context_lens[:, None]
     if window is not None:
         mask_bl &= token >= context_lens[:, None] - window
+    slot_bl = (block_table[:, :num_blocks].long()[:, :, None] * block_tokens + token[:block_tokens]).flatten(1)
+    # Slots past a context may hold anything, NaN too, which 0 * NaN would let through: its last token stands there.
+    slot_bl = torch.where(mask_bl, slot_bl, slot_bl.gather(1, context_lens.long()[:, None] - 1))
     k_bhld, v_bhld = (
-        # Masked slots may hold anything, NaN too, which 0 * NaN would let through.
-        pool[block].view(batch, -1, num_kv_heads, head_dim).masked_fill(~mask_bl[:, :, None, None], 0.0).transpose(1, 2)
+        pool.reshape(-1, num_kv_heads * head_dim)
+        .index_select(0, slot_bl.flatten())
+        .view(batch, -1, num_kv_heads, head_dim)
+        .transpose(1, 2)
         for pool in (k_pool, v_pool)
     )
     q_bhgd = q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)  # a kv head's queries as rows
