@@ -113,26 +113,33 @@ def pack(
     Raises:
         DataError: a group without prompt token or with an empty response.
     """
+    return [_build(groups, row) for row in bins(groups, max_tokens=max_tokens, order=order, indices=indices)]
+
+
+def bins(
+    groups: Sequence[PrefixGroup],
+    *,
+    max_tokens: int,
+    order: Literal["ffd", "given"] = "ffd",
+    indices: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Which groups `pack` puts into which row, by index."""
     wanted = range(len(groups)) if indices is None else indices
     if order == "ffd":
         wanted = sorted(wanted, key=lambda i: (-groups[i].num_tokens, i))
-    return [_build(groups, bin_) for bin_ in _bins(groups, wanted, max_tokens, first_fit=order == "ffd")]
-
-
-def _bins(groups: Sequence[PrefixGroup], order: Sequence[int], max_tokens: int, first_fit: bool) -> list[list[int]]:
-    bins: list[list[int]] = []
+    found: list[list[int]] = []
     room: list[int] = []
-    for i in order:
+    for i in wanted:
         size = groups[i].num_tokens
-        candidates = range(len(bins)) if first_fit else range(max(0, len(bins) - 1), len(bins))
+        candidates = range(len(found)) if order == "ffd" else range(max(0, len(found) - 1), len(found))
         chosen = next((b for b in candidates if room[b] >= size), None)
         if chosen is None:
-            bins.append([])
+            found.append([])
             room.append(max_tokens)
-            chosen = len(bins) - 1
-        bins[chosen].append(i)
+            chosen = len(found) - 1
+        found[chosen].append(i)
         room[chosen] -= size
-    return bins
+    return found
 
 
 def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch:
