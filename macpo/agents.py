@@ -6,28 +6,41 @@ What a stage depends on stands in its settings and inputs; `ComputeSettings` onl
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor
 
 from macpo.engine.chat import Chat, load_tokenizer
-from macpo.engine.compute import model_pool
-from macpo.engine.config import ComputeSettings, OptimSettings, PreferenceSettings, SamplingSettings, Tuning
-from macpo.engine.errors import DataError
+from macpo.engine.compute import device_of, dtype_of, model_pool
+from macpo.engine.config import (
+    ComputeSettings,
+    FullSettings,
+    LoraSettings,
+    OptimSettings,
+    PreferenceSettings,
+    SamplingSettings,
+    Tuning,
+)
+from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, generate_waves
+from macpo.engine.loading import local_folder
 from macpo.engine.model import PolicyModule, PolicyRef, check_vocab, save_policy
-from macpo.engine.objectives import preference, sft
+from macpo.engine.objectives import preference, sft, shared_sums, weighted
 from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
 from macpo.engine.records import Example, Message, Pair, Prompt, Response, read_records, write_records
-from macpo.engine.scoring import score
+from macpo.engine.reference import cached, reference_key
+from macpo.engine.scoring import ResponseScore, score
 from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
 
@@ -47,12 +60,16 @@ def policy_ref(ctx: StageContext) -> PolicyRef:
         folder = Path(ctx.settings["ready"])
     else:
         return PolicyRef(base_path(ctx))
-    if (folder / "adapter_config.json").exists():
-        return PolicyRef(base_path(ctx), str(folder))
-    return PolicyRef(str(folder))
+    return _folder_ref(ctx, folder)
 
 
-@lru_cache(maxsize=16)
+def _folder_ref(ctx: StageContext, folder: Path) -> PolicyRef:
+    """A whole model, or an adapter of the agent's base."""
+    adapter = (folder / "adapter_config.json").exists()
+    return PolicyRef(base_path(ctx), str(folder)) if adapter else PolicyRef(str(folder))
+
+
+@functools.lru_cache(maxsize=16)
 def _chat(path: str, template: str, special_text: str, eos_token: str | None, trust: bool) -> Chat:
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
     return Chat(tokenizer, template, special_text=special_text, eos_token=eos_token)
@@ -96,10 +113,16 @@ def encode(
     return groups, kept
 
 
-def load_policy(compute: ComputeSettings, ctx: StageContext, tuning: Tuning | None = None) -> PolicyModule:
-    """The stage's policy, for use (tuning None) or to train; its embedding has a row for every token."""
+def load_policy(
+    compute: ComputeSettings, ctx: StageContext, tuning: Tuning | None = None, ref: PolicyRef | None = None
+) -> PolicyModule:
+    """The stage's policy (or another one, `ref`), for use (tuning None) or to train.
+
+    Raises ConfigError where its embedding lacks a row for a token.
+    """
     pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
-    policy = pool.policy(policy_ref(ctx), tuning, seed=ctx.settings["seed"] if tuning is not None else 0)
+    seed = ctx.settings.get("seed", 0) if tuning is not None else 0
+    policy = pool.policy(ref or policy_ref(ctx), tuning, seed=seed)
     check_vocab(policy.base, agent_chat(ctx).tokenizer)
     return policy
 
@@ -110,16 +133,16 @@ def _learn(
     groups: list[PrefixGroup],
     ids: list[str],
     optim: OptimSettings,
-    ref_chosen: Sequence[float | None] | None = None,
+    known: Sequence[float | None] | None = None,
 ) -> None:
     """Train a copy of the stage's policy on `groups` and save it as `policy/`."""
-    policy = load_policy(compute, ctx, TUNING.validate_python(ctx.settings["tuning"]))
+    tuning = TUNING.validate_python(ctx.settings["tuning"])
+    policy = functools.cache(lambda: load_policy(compute, ctx, tuning))  # a separate reference comes and goes before it
     objective = sft()
     if isinstance(optim, PreferenceSettings):
-        assert ref_chosen is not None
-        objective = preference(optim, reference_logps(policy, groups, ref_chosen, compute, ctx.world))
+        objective = preference(optim, reference_logps(compute, ctx, groups, optim, policy, known))
     result = train(
-        policy,
+        policy(),
         groups,
         objective,
         optim,
@@ -133,7 +156,7 @@ def _learn(
     )
     if ctx.world.is_main:
         base_name = str(ctx.settings["agent"]["model"])
-        save_policy(policy, ctx.dir / "policy", base_name=base_name, tokenizer=agent_chat(ctx).tokenizer)
+        save_policy(policy(), ctx.dir / "policy", base_name=base_name, tokenizer=agent_chat(ctx).tokenizer)
         shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
     ctx.note(tokens=result.tokens, steps=result.steps)
 
@@ -153,15 +176,20 @@ def imitate(compute: ComputeSettings, ctx: StageContext) -> None:
 
 
 def prefer(compute: ComputeSettings, ctx: StageContext) -> None:
-    """DPO on `pairs.jsonl` from the previous policy, which is also the frozen reference."""
-    pairs = read_records(ctx.input("pairs") / "pairs.jsonl", Pair)
-    chat = agent_chat(ctx)
-    items = [(p.prompt, [(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)]) for p in pairs]
-    groups, kept = encode(ctx, chat, items)
+    """Preference training on pairs, from the stage's policy, which is the frozen reference too unless the settings say
+    otherwise."""
+    pairs = read_records(ctx.input("pairs") / ctx.settings.get("file", "pairs.jsonl"), Pair)
+    groups, kept = encode_pairs(ctx, pairs)
     ctx.note(pairs=len(groups), dropped_long_prompt=len(pairs) - len(groups))
     known = [pairs[i].ref_chosen_logp for i in kept]
     ids = [pairs[i].prompt.id for i in kept]
     _learn(compute, ctx, groups, ids, PreferenceSettings.model_validate(ctx.settings["optim"]), known)
+
+
+def encode_pairs(ctx: StageContext, pairs: Sequence[Pair]) -> tuple[list[PrefixGroup], list[int]]:
+    """Groups of prompt + [chosen, rejected], and the indices of the pairs that have one."""
+    items = [(p.prompt, [(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)]) for p in pairs]
+    return encode(ctx, agent_chat(ctx), items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,37 +208,115 @@ class Likelihood:
 def likelihoods(
     policy: PolicyModule, groups: Sequence[PrefixGroup], compute: ComputeSettings, world: World
 ) -> list[list[Likelihood]]:
-    """Score every response of every group, the groups dealt out to the ranks; all ranks get all results."""
+    """Score every response of every group; all ranks get all results."""
+    scores = _scored(policy, groups, compute, world, lambda group: [(r.sum_logp, r.num_tokens) for r in group])
+    return [[Likelihood(sum_logp, num_tokens) for sum_logp, num_tokens in group] for group in scores]
+
+
+def shared_parts(policy: PolicyModule, groups: Sequence[PrefixGroup], compute: ComputeSettings, world: World) -> Tensor:
+    """`objectives.shared_sums` of every response of every group: [R, 2] float64; all ranks get all results."""
+    scores = _scored(policy, groups, compute, world, lambda group: shared_sums([r.token_logps for r in group]))
+    return torch.tensor([part for group in scores for part in group], dtype=torch.float64).reshape(-1, 2)
+
+
+def _scored(
+    policy: PolicyModule,
+    groups: Sequence[PrefixGroup],
+    compute: ComputeSettings,
+    world: World,
+    kept: Callable[[list[ResponseScore]], Any],
+) -> list[Any]:
+    """What is kept of each group's scores, the groups dealt out to the ranks; all ranks get all results."""
     mine = score(policy, groups[world.rank :: world.size], max_tokens=compute.score_tokens)
-    parts = world.gather([[[r.sum_logp, r.num_tokens] for r in responses] for responses in mine])
-    return [
-        [Likelihood(sum_logp, num_tokens) for sum_logp, num_tokens in parts[i % world.size][i // world.size]]
-        for i in range(len(groups))
-    ]
+    parts = world.gather([kept(responses) for responses in mine])
+    return [parts[i % world.size][i // world.size] for i in range(len(groups))]
 
 
 def reference_logps(
-    policy: PolicyModule,
-    groups: Sequence[PrefixGroup],
-    ref_chosen: Sequence[float | None],
     compute: ComputeSettings,
-    world: World,
-) -> torch.Tensor:
-    """Summed log-probs [num_groups, 2] float32 of (chosen, rejected) under the policy about to be trained.
+    ctx: StageContext,
+    groups: Sequence[PrefixGroup],
+    settings: PreferenceSettings,
+    policy: Callable[[], PolicyModule],
+    known: Sequence[float | None] | None = None,
+) -> Tensor | None:
+    """Summed log-probs [num_groups, 2] float32 of (chosen, rejected) under the reference; None for losses without one.
 
-    Where the scoring that chose the positive has left the chosen answer's log-prob, only the rejected one
-    is computed: the scorer was this very policy.
+    Handed over by the input `reference`, else from the cache, else computed. `policy` gives that about to be trained.
+    `known`: chosen log-probs that the scoring of the positives has left; the scorer was that very policy, so only the
+    rejected answer is computed. They do not serve where the reference is another one or tokens have weights (ld_alpha).
     """
+    if not settings.has_reference:
+        return None
+    if "reference" in ctx.inputs:
+        return weighted(read_reference(ctx, "train", len(groups)), settings.ld_alpha).float()
+    own = settings.reference == "policy" and settings.reference_model is None
+    if known is None or not own or settings.ld_alpha is not None:
+        known = [None] * len(groups)
     jobs = [
         PrefixGroup(group.prompt_ids, group.responses if value is None else group.responses[1:])
-        for group, value in zip(groups, ref_chosen, strict=True)
+        for group, value in zip(groups, known, strict=True)
     ]
-    found = likelihoods(policy, jobs, compute, world)
-    rows = [
-        [scores[0].sum_logp if value is None else value, scores[-1].sum_logp]
-        for value, scores in zip(ref_chosen, found, strict=True)
-    ]
+    parts = reference_parts(compute, ctx, jobs, settings, policy if own else None)
+    sums = iter(weighted(parts, settings.ld_alpha).tolist())
+    rows = [[next(sums) if value is None else value, next(sums)] for value in known]
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, 2)
+
+
+def reference_parts(
+    compute: ComputeSettings,
+    ctx: StageContext,
+    groups: Sequence[PrefixGroup],
+    settings: PreferenceSettings,
+    policy: Callable[[], PolicyModule] | None = None,
+) -> Tensor:
+    """`shared_parts` under the settings' reference, from the cache or computed; `policy` gives it if it is that one."""
+    tuning: Tuning | None = TUNING.validate_python(ctx.settings["tuning"])
+    ref = policy_ref(ctx)
+    if settings.reference_model is not None:
+        ref, tuning = _folder_ref(ctx, local_folder(settings.reference_model)), None
+        _check_same_tokens(ctx, settings.reference_model)
+    elif settings.reference == "adapter-off":
+        ref = PolicyRef(base_path(ctx))
+    quantization = tuning.quantization if isinstance(tuning, LoraSettings) else "none"
+    if quantization == "none" and not isinstance(tuning, FullSettings):
+        tuning = None  # a fresh adapter adds nothing, another one is loaded frozen: the numbers of training either way
+    dtype = torch.float32 if isinstance(tuning, FullSettings) else dtype_of(compute)
+    numerics = f"{device_of(compute).type} {dtype} {quantization}"
+    if isinstance(tuning, FullSettings) and ref.adapter is not None:
+        numerics += " merged"
+    key = reference_key(ref, groups, tokenizer=agent_chat(ctx).digest, numerics=numerics)
+    folder = Path(compute.cache).expanduser() if compute.cache is not None else ctx.dir.parent / "cache"
+
+    def scored() -> Tensor:
+        model = policy() if policy is not None else load_policy(compute, ctx, tuning, ref)
+        return shared_parts(model, groups, compute, ctx.world)
+
+    return cached(folder, key, groups, scored, world=ctx.world, log=ctx.log)
+
+
+def _check_same_tokens(ctx: StageContext, path: str) -> None:
+    """Log-probs of token ids mean nothing under a model that reads other tokens."""
+    vocabulary = load_tokenizer(path, trust_remote_code=ctx.settings["agent"]["trust_remote_code"]).get_vocab()
+    if vocabulary != agent_chat(ctx).tokenizer.get_vocab():
+        raise ConfigError(
+            f"{path!r} has another vocabulary than the policy",
+            "name a model with the same tokenizer",
+            field="reference_model",
+        )
+
+
+def read_reference(ctx: StageContext, name: str, num_groups: int) -> Tensor:
+    """What the reference stage wrote about a set of pairs: [num_groups, 2, 2] float64, `shared_sums` by pair."""
+    path = ctx.input("reference") / f"{name}.safetensors"
+    parts = load_file(path)["parts"]
+    if list(parts.shape) != [num_groups, 2, 2]:
+        raise DataError(
+            f"reference log-probs of {parts.shape[0]} pairs, {num_groups} are there",
+            "run with --from reference",
+            file=str(path),
+        )
+    return parts
 
 
 def limited_prompt(ctx: StageContext, chat: Chat, messages: Sequence[Message]) -> list[int] | None:

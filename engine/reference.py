@@ -1,0 +1,152 @@
+"""Reference log-probs on disk: computed once for the same weights, tokenizer, template and data, whichever run asks.
+
+    key = reference_key(ref, groups, tokenizer=chat.digest, numerics="cpu torch.float32")
+    parts = cached(folder, key, groups, lambda: shared_parts(policy, groups), world=world, log=print)
+
+An entry is one safetensors file, named by its key, that carries the key and the SHA-256 of its numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from macpo.engine import files
+from macpo.engine.errors import NumericsError
+from macpo.engine.execute import on_main
+from macpo.engine.loading import local_folder, weight_files
+from macpo.engine.model import PolicyRef
+from macpo.engine.pack import PrefixGroup
+from macpo.engine.parallel import World
+from macpo.engine.stages import canonical
+
+SCHEMA = 1  # of entries; raise it when their numbers change their meaning
+
+
+def reference_key(ref: PolicyRef, groups: Sequence[PrefixGroup], *, tokenizer: str, numerics: str) -> str:
+    """SHA-256 hex of all that the log-probs depend on.
+
+    Args:
+        ref: the reference policy; its weight files and configurations count with every byte, their place does not.
+        groups: the prompts and responses, as token ids.
+        tokenizer: identity of tokenizer and template (`Chat.digest`).
+        numerics: device type and dtype of the forward.
+    """
+    parts = {
+        "schema": SCHEMA,
+        "weights": weights_digest(ref),
+        "tokenizer": tokenizer,
+        "numerics": numerics,
+        "groups": groups_digest(groups),
+    }
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()
+
+
+def weights_digest(ref: PolicyRef) -> str:
+    """SHA-256 hex over the content of a policy's weight files and configurations, base and adapter."""
+    base = local_folder(ref.base)
+    found = [base / "config.json", *weight_files(base)]
+    if ref.adapter is not None:
+        adapter = local_folder(ref.adapter, kind="adapter")
+        found += [adapter / "adapter_config.json", *weight_files(adapter, "adapter_model")]
+    digest = hashlib.sha256()
+    for file in found:
+        info = file.stat()
+        digest.update(f"{file.name}\0{_sha256(file, info.st_size, info.st_mtime_ns, info.st_ino)}\n".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _sha256(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """A large model is read once a process; what comes after the path says whether it is still the same file."""
+    return files.sha256(file)
+
+
+def groups_digest(groups: Sequence[PrefixGroup]) -> str:
+    """SHA-256 hex of the token ids, and of where each prompt and response ends."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(array("q", [len(group.responses), len(group.prompt_ids), *map(len, group.responses)]).tobytes())
+        for ids in (group.prompt_ids, *group.responses):
+            digest.update(array("q", ids).tobytes())
+    return digest.hexdigest()
+
+
+def cached(
+    folder: Path,
+    key: str,
+    groups: Sequence[PrefixGroup],
+    compute: Callable[[], Tensor],
+    *,
+    world: World,
+    log: Callable[[str], None],
+) -> Tensor:
+    """The entry's numbers, computed and written where there is none that verifies: [R, 2] float64 on every rank.
+
+    Args:
+        folder: made if absent; runs and processes may share it.
+        key: `reference_key` of the same groups.
+        groups: R responses in all.
+        compute: called by every rank or by none; the same [R, 2] float64 on each (`objectives.shared_sums`).
+        log: gets one line about an entry that is damaged or belongs to something else.
+
+    Raises:
+        NumericsError: a log-prob is not finite. ConfigError, ResourceError: the folder cannot be written.
+    """
+    path = folder / f"reference-{key[:32]}.safetensors"
+    shape = [sum(len(group.responses) for group in groups), 2]
+    rows = on_main(world, lambda: _read(path, key, shape, log))
+    if rows is not None:
+        return torch.tensor(rows, dtype=torch.float64).reshape(shape)
+    parts = compute()
+    if not parts.isfinite().all():
+        bad = sorted({index // 2 for index in (~parts.isfinite()).flatten().nonzero().flatten().tolist()})
+        raise NumericsError(
+            f"{len(bad)} reference log-probs are not finite, first that of response {bad[0]}",
+            "look at that answer and at the reference model's weights",
+        )
+    on_main(world, lambda: _write(path, key, parts))
+    return parts
+
+
+def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) -> list[list[float]] | None:
+    """What a valid entry holds; without one, makes sure that the folder can take it."""
+    if path.exists():
+        why = ""
+        try:
+            with safe_open(path, "pt") as file:
+                about, names = file.metadata() or {}, list(file.keys())
+                parts = file.get_tensor("parts") if names == ["parts"] else torch.empty(0)
+        except (SafetensorError, OSError) as error:
+            why = f"it cannot be read ({' '.join(str(error).split())[:120]})"
+        else:
+            if about.get("key") != key:
+                why = "it belongs to something else"
+            elif list(parts.shape) != shape or parts.dtype != torch.float64 or about.get("sha256") != _digest(parts):
+                why = "its content was changed"
+        if not why:
+            rows: list[list[float]] = parts.tolist()
+            return rows
+        log(f"reference log-probs in {path} are not used, {why}: computed again")
+    files.probe_writable(path.parent)
+    return None
+
+
+def _write(path: Path, key: str, parts: Tensor) -> None:
+    parts = parts.to("cpu", torch.float64).contiguous()
+    files.atomic_write(path, save({"parts": parts}, metadata={"key": key, "sha256": _digest(parts)}))
+
+
+def _digest(parts: Tensor) -> str:
+    return hashlib.sha256(parts.numpy().tobytes()).hexdigest()
+
+
+__all__ = ["cached", "groups_digest", "reference_key", "weights_digest"]
