@@ -1,135 +1,172 @@
 """Training checkpoints: safetensors and JSON under a manifest, written beside and renamed, verified when read.
 
-    checkpoint/step-00000200/tensors.safetensors   weights that train, optimizer moments
-                             state.json            where training stands
-                             manifest.json         sizes and SHA-256 of the two, and of the manifest itself
+    checkpoint/step-00000200/shard-00001-of-00002.safetensors   weights that train, optimizer moments: a rank's part
+                             shard-00002-of-00002.safetensors
+                             state.json                         where training stands
+                             manifest.json                      every file's size and SHA-256, what lies where
 
-A kill at any moment leaves the last complete one. safetensors does not notice flipped bits; the manifest does.
+Any number of ranks reads what any other number wrote. A kill at any moment leaves the last complete one. safetensors
+does not notice flipped bits, nor a missing shard; the manifest does. Nothing is ever pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from macpo.engine.errors import DataError, IntegrityError, MacpoError
+from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, PeerError, ResourceError
+from macpo.engine.execute import agreed
 from macpo.engine.faults import point
 from macpo.engine.files import (
+    atomic_write,
     explain,
     explained,
     fsync_dir,
-    fsync_file,
     read_json,
     remove_tree,
     require_free,
     sha256,
     write_json,
 )
+from macpo.engine.parallel import World
+from macpo.engine.shards import Box, Incomplete, Reader, code_of, share_of, write
 
-SCHEMA = 1
+SCHEMA = 2
 KEEP = 2
 _NAME = re.compile(r"step-(\d{8})")
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_SHARD = re.compile(r"shard-\d{5}-of-\d{5}\.safetensors")
+_STATE, _MANIFEST = "state.json", "manifest.json"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint; tensors are on the CPU."""
+    """One verified checkpoint. `tensors`: placed as those that were asked for; `layout`: how they were when saved."""
 
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    layout: str
     path: Path
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = KEEP) -> Path:
-    """Write `folder/step-XXXXXXXX` atomically, then drop all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    world: World,
+    keep: int = KEEP,
+) -> Path:
+    """Write `folder/step-XXXXXXXX` atomically, then drop all but the newest `keep`; collective.
+
+    Every rank writes its own part and reads it back; older checkpoints go only after that.
 
     Args:
-        tensors: any device; written as they are.
-        state: JSON-able.
+        tensors: the same names on every rank; plain tensors are whole on every rank, DTensors as they are placed.
+        state: JSON-able; rank 0's is saved.
 
     Raises:
         ResourceError: the disk is full; older checkpoints are untouched.
+        ConfigError: ranks do not share the disk, or a tensor that cannot be saved.
+        IntegrityError: copies of a tensor differ between ranks, or the disk gives back other bytes than it got.
+        PeerError: a rank died.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{final.name}.tmp"
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_tree(temporary, folder)
-        needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 65536
-        require_free(folder, needed, "the checkpoint")
-        temporary.mkdir()
-        packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(packed, temporary / _TENSORS)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            cause = OSError(int(number[1]) if number else 0, str(error))
-            raise explain(cause, temporary / _TENSORS, needed) from error
-        fsync_file(temporary / _TENSORS)
-        write_json(temporary / _STATE, {"step": step, **state})
-        point("checkpoint-shards")
-        write_json(temporary / _MANIFEST, _manifest(temporary, step))
-        point("checkpoint-manifest")
-        fsync_dir(temporary)
-        remove_tree(final, folder)  # an unverifiable one of the same step, which `load_latest` had skipped
-        os.rename(temporary, final)
-        fsync_dir(folder)
-        point("checkpoint-renamed")
-        for old in _names(folder)[keep:]:
-            remove_tree(folder / old, folder)
+    mine = f"shard-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+    share = share_of(tensors, world)
+    entry: dict[str, Any] = {}
+    try:
+        with agreed(world), explained(folder):
+            if world.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_tree(temporary, folder)
+                require_free(folder, share.total_bytes + 65536, "the checkpoint")
+                temporary.mkdir()
+        with agreed(world):
+            if share.boxes:
+                entry = _write_shard(temporary / mine, tensors, share.boxes, share.total_bytes)
+                point("checkpoint-shards")
+        entries = {name: found for name, found in world.gather([mine, entry]) if found}
+        with agreed(world), explained(folder):
+            if world.is_main:
+                write_json(temporary / _STATE, {"step": step, **state})
+                _write_manifest(temporary, step, layout_of(tensors, world), tensors, entries)
+                _commit(temporary, final, keep)
+    except PeerError:
+        raise  # a rank that still lives may be writing
+    except MacpoError:
+        if world.is_main:
+            with contextlib.suppress(OSError, MacpoError):  # a full disk gets its bytes back; the first error counts
+                remove_tree(temporary, folder)
+        raise
     return final
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None where there is none at all. Clears what a kill left half-written.
+def load_latest(folder: Path, *, world: World, like: Mapping[str, Tensor]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where there is none at all; collective.
+
+    Rank 0 clears what a kill left half-written and chooses; the ranks share the hashing, and each reads its part.
+
+    Args:
+        like: the tensors to fill in: names, shapes, dtypes, devices and placements; they are not written to.
 
     Raises:
-        IntegrityError: there are checkpoints and none verifies, or one is of a newer schema.
+        IntegrityError: there are checkpoints and none verifies, or one is of another schema.
+        ConfigError: `like` has other tensors than were saved, or the ranks see different files.
     """
-    if not folder.is_dir():
-        return None
-    for leftover in sorted(folder.glob("step-*.tmp")):
-        remove_tree(leftover, folder)
+    names: list[str] = []
+    with agreed(world), explained(folder):
+        if world.is_main and folder.is_dir():
+            for leftover in sorted(folder.glob("step-*.tmp")):
+                remove_tree(leftover, folder)
+            names = _names(folder)
+    names = world.broadcast(names)
     reasons = []
-    for name in _names(folder):
+    for name in names:
         try:
-            return _load(folder / name)
-        except _Newer as error:
-            raise IntegrityError(
-                str(error), "upgrade macpo, or delete the folder to train again", file=str(folder)
-            ) from None
-        except (MacpoError, OSError, SafetensorError, _Damaged) as error:
+            return _load(folder / name, world, like)
+        except _Damaged as error:
             reasons.append(f"{name}: {error}")
-            _log.warning("skipping checkpoint %s: %s", name, error)
-    if reasons:
-        raise IntegrityError(
-            f"no checkpoint verifies ({'; '.join(reasons)})",
-            "restore the folder from a copy, or delete it to train this stage again",
-            file=str(folder),
-        )
+            if world.is_main:
+                _log.warning("skipping checkpoint %s: %s", name, error)
+    with agreed(world):
+        if reasons and world.is_main:
+            raise IntegrityError(
+                f"no checkpoint verifies ({'; '.join(reasons)})",
+                "restore the folder from a copy, or delete it to train this stage again",
+                file=str(folder),
+            )
     return None
 
 
+def layout_of(tensors: Mapping[str, Tensor], world: World) -> str:
+    """In words: how many ranks, and how they hold the tensors. Equal words, equal bits after resuming."""
+    meshes = {
+        "x".join(str(n) for n in t.device_mesh.shape) + " " + "/".join(map(str, t.placements))
+        for t in tensors.values()
+        if isinstance(t, DTensor)
+    }
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+    return f"{ranks} ({', '.join(sorted(meshes))})" if meshes else ranks
+
+
 class _Damaged(Exception):
-    """Why a checkpoint does not verify."""
-
-
-class _Newer(Exception):
-    """Written by a newer version."""
+    """Why a checkpoint does not verify; the same on every rank."""
 
 
 def _names(folder: Path) -> list[str]:
@@ -137,12 +174,56 @@ def _names(folder: Path) -> list[str]:
     return sorted((path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _manifest(folder: Path, step: int) -> dict[str, Any]:
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in (_STATE, _TENSORS)
-    }
-    body: dict[str, Any] = {"schema": SCHEMA, "step": step, "files": files}
-    return body | {"digest": _digest(body)}
+def _write_shard(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box], needed: int) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise _not_shared(path.parent, "one does not see the folder that rank 0 made")
+    try:
+        entry = write(path, tensors, boxes)
+        if sha256(path) != entry["sha256"]:
+            raise IntegrityError("the disk gives back other bytes than were written", "check it", file=str(path))
+    except OSError as error:
+        raise explain(error, path, needed) from error
+    return entry
+
+
+def _write_manifest(
+    folder: Path, step: int, layout: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Any]
+) -> None:
+    for name, entry in entries.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
+            raise _not_shared(folder, f"rank 0 does not see the {name} that another rank wrote")
+    known = {name: {"dtype": code_of(name, t), "shape": list(t.shape)} for name, t in sorted(tensors.items())}
+    state = {"bytes": (folder / _STATE).stat().st_size, "sha256": sha256(folder / _STATE)}
+    body: dict[str, Any] = {"schema": SCHEMA, "step": step, "layout": layout, "tensors": known}
+    body["files"] = {_STATE: state, **entries}
+    # one line: there are thousands of pieces
+    atomic_write(folder / _MANIFEST, json.dumps(body | {"digest": _digest(body)}) + "\n")
+    point("checkpoint-manifest")
+
+
+def _commit(temporary: Path, final: Path, keep: int) -> None:
+    folder = final.parent
+    fsync_dir(temporary)
+    _Manifest.read(temporary, final.name)
+    remove_tree(final, folder)  # an unverifiable one of the same step, which `load_latest` had skipped
+    os.rename(temporary, final)
+    fsync_dir(folder)
+    point("checkpoint-renamed")
+    names = _names(folder)
+    # later steps than this one did not verify, else training had gone on from them
+    kept = [name for name in names if name <= final.name][:keep]
+    for old in set(names) - set(kept):
+        aside = folder / f"{old}.old.tmp"  # a kill while it is deleted leaves nothing that looks complete
+        remove_tree(aside, folder)
+        os.rename(folder / old, aside)
+        point("checkpoint-retired")
+        remove_tree(aside, folder)
+
+
+def _not_shared(folder: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"ranks see different checkpoints: {what}", "put the run folder on a shared disk", file=str(folder)
+    )
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -150,30 +231,139 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _load(path: Path) -> Checkpoint:
-    if not (path / _MANIFEST).is_file():
-        raise _Damaged("it has no manifest")
-    manifest = read_json(path / _MANIFEST)
-    if not isinstance(manifest, dict):
-        raise _Damaged("its manifest is not an object")
-    schema = manifest.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise _Newer(f"{path.name} has checkpoint schema {schema}, this version reads up to {SCHEMA}")
-    if manifest.get("digest") != _digest(manifest):
-        raise _Damaged("its manifest was changed")
-    files = manifest["files"]
-    extra = {entry.name for entry in path.iterdir()} - {*files, _MANIFEST}
-    if extra:
-        raise _Damaged(f"it holds a file that is not its own, {sorted(extra)[0]}")
-    for name, entry in files.items():
-        file = path / name
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    step: int
+    layout: str
+    digest: str
+    tensors: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Any]]
+    pieces: Mapping[str, Mapping[str, Box]]
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> _Manifest:
+        """Checks all but the shards' hashes: the manifest itself, which files there are, their sizes, state.json.
+
+        Raises: _Damaged; IntegrityError for another schema.
+        """
+        file = folder / _MANIFEST
         if not file.is_file() or file.is_symlink():
-            raise _Damaged(f"{name} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise _Damaged(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
+            raise _Damaged("it has no manifest")
+        try:
+            with explained(folder):
+                body = read_json(file)
+                if body["schema"] != SCHEMA:
+                    raise _other_schema(folder, body["schema"])
+                if body["digest"] != _digest(body):
+                    raise _Damaged("its manifest was changed")
+                shards = {each: entry for each, entry in body["files"].items() if each != _STATE}
+                if not all(map(_SHARD.fullmatch, shards)):
+                    raise _Damaged("its manifest names strange files")
+                pieces = {
+                    each: {tensor: Box(tuple(at), tuple(shape)) for tensor, (at, shape) in entry["pieces"].items()}
+                    for each, entry in shards.items()
+                }
+                found = cls(body["step"], body["layout"], body["digest"], body["tensors"], body["files"], pieces)
+                if name != f"step-{found.step:08d}":
+                    raise _Damaged(f"it is of step {found.step}")
+                found._check_files(folder)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise _Damaged("its manifest lacks entries") from None
+        except (ConfigError, DataError, ResourceError) as error:
+            raise _Damaged(str(error)) from None
+        return found
+
+    def _check_files(self, folder: Path) -> None:
+        extra = {entry.name for entry in folder.iterdir()} - {*self.files, _MANIFEST}
+        if extra:
+            raise _Damaged(f"it holds a file that is not its own, {sorted(extra)[0]}")
+        for name, entry in self.files.items():
+            file = folder / name
+            if not file.is_file() or file.is_symlink():
+                raise _Damaged(f"{name} is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise _Damaged(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}")
+        self.check_hash(folder, _STATE)
+
+    def check_hash(self, folder: Path, name: str) -> None:
+        if sha256(folder / name) != self.files[name]["sha256"]:
             raise _Damaged(f"{name} does not have its SHA-256")
-    state = read_json(path / _STATE)
-    if not isinstance(state, dict):
-        raise DataError("is not a JSON object", "delete the checkpoint", file=str(path / _STATE))
-    return Checkpoint(int(manifest["step"]), load_file(path / _TENSORS), state, path)
+
+    def check_fits(self, like: Mapping[str, Tensor], folder: Path) -> None:
+        """Raises ConfigError, which names a tensor that `like` has otherwise."""
+        wanted = {name: {"dtype": code_of(name, t), "shape": list(t.shape)} for name, t in like.items()}
+        for name in sorted({*wanted, *self.tensors}):
+            if wanted.get(name) != self.tensors.get(name):
+                has, needs = (_described(each.get(name)) for each in (self.tensors, wanted))
+                raise ConfigError(
+                    f"the checkpoint belongs to other weights: it has {has} for {name}, the model {needs}",
+                    "delete the folder to train again, or restore what it was started with",
+                    file=str(folder),
+                )
+
+
+def _described(entry: Mapping[str, Any] | None) -> str:
+    return "nothing" if entry is None else f"{entry['dtype']} {entry['shape']}"
+
+
+def _other_schema(folder: Path, schema: object) -> IntegrityError:
+    newer = not isinstance(schema, int) or schema > SCHEMA
+    return IntegrityError(
+        f"{folder.name} has checkpoint schema {schema}, this version reads {SCHEMA}",
+        f"{'upgrade' if newer else 'install the older'} macpo, or delete the folder to train again",
+        file=str(folder.parent),
+    )
+
+
+def _load(path: Path, world: World, like: Mapping[str, Tensor]) -> Checkpoint:
+    """One checkpoint, on all ranks. Raises: _Damaged, on all ranks."""
+    manifest: _Manifest | None = None
+    reason, digest = "", ""
+    with agreed(world):
+        if world.is_main:
+            try:
+                manifest = _Manifest.read(path, path.name)
+                digest = manifest.digest
+            except _Damaged as error:
+                reason = str(error)
+    reason, digest = world.broadcast([reason, digest])
+    if reason:
+        raise _Damaged(reason)
+    with agreed(world):
+        if not world.is_main:
+            with contextlib.suppress(_Damaged):
+                manifest = _Manifest.read(path, path.name)
+        if manifest is None or manifest.digest != digest:
+            raise _not_shared(path, f"rank {world.rank} does not see what rank 0 sees")
+        manifest.check_fits(like, path)
+    chosen = manifest
+
+    def hashed() -> None:
+        for file in sorted(chosen.pieces)[world.rank :: world.size]:
+            chosen.check_hash(path, file)
+
+    _everywhere(hashed, world)
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
+
+    def read() -> None:
+        state.update(read_json(path / _STATE))
+        with Reader(path, chosen.pieces) as reader:
+            tensors.update({name: reader.like(name, wanted) for name, wanted in like.items()})
+
+    _everywhere(read, world)
+    return Checkpoint(chosen.step, tensors, state, chosen.layout, path)
+
+
+def _everywhere(action: Callable[[], None], world: World) -> None:
+    """Raises _Damaged on all ranks where `action` finds damage on any."""
+    reason = ""
+    with agreed(world):
+        try:
+            with explained():
+                action()
+        except (_Damaged, Incomplete, SafetensorError, DataError, ResourceError) as error:
+            reason = str(error)
+    for found in world.gather(reason):
+        if found:
+            raise _Damaged(found)

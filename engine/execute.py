@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,27 @@ def on_main(world: World | None, action: Callable[[], Any]) -> Any:
     if "error" in answer:
         raise unpack_error(answer["error"], relayed=True)
     return answer["value"]
+
+
+@contextlib.contextmanager
+def agreed(world: World | None) -> Iterator[None]:
+    """What any rank raises inside is raised on every rank at its end (`relayed` on all but the first); collective.
+
+    No other collective may be called inside.
+    """
+    failure: MacpoError | None = None
+    try:
+        yield
+    except MacpoError as error:
+        if world is None or world.size == 1:
+            raise
+        failure = error
+    if world is None or world.size == 1:
+        return
+    answers = world.gather(None if failure is None else pack_error(failure))
+    for rank, answer in enumerate(answers):
+        if answer is not None:
+            raise failure if failure is not None and rank == world.rank else unpack_error(answer, relayed=True)
 
 
 def pack_error(error: MacpoError) -> dict[str, Any]:

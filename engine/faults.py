@@ -31,9 +31,11 @@ POINTS: dict[str, str] = {
     "stage-unmarked": "the RUNNING marker is gone, the folder still has its .tmp name",
     "stage-renamed": "the folder has its final name, the run folder is not yet synced",
     "stage-committed": "the stage is done",
-    "checkpoint-shards": "a training checkpoint's tensors are written, there is no manifest yet",
+    "checkpoint-torn": "half of a rank's tensors are in its shard of a training checkpoint",
+    "checkpoint-shards": "a rank's shard is written and read back, there is no manifest yet",
     "checkpoint-manifest": "a training checkpoint's manifest is in the .tmp folder",
     "checkpoint-renamed": "a training checkpoint has its final name, older ones are still there",
+    "checkpoint-retired": "an older training checkpoint is set aside, not yet deleted",
     "run-finished": "every stage is done, the lock is still held",
 }
 

@@ -88,12 +88,16 @@ class Optimizer:
         self.zero()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments by name, for a checkpoint."""
+        """Weights and moments by name, for a checkpoint; before the first step the moments are 0."""
         out: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
+            state = self._adamw.state[parameter]
+            if not state:  # as AdamW itself begins
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             out[f"weight.{name}"] = parameter.detach()
             for moment in _MOMENTS:
-                out[f"{moment}.{name}"] = self._adamw.state[parameter][moment]
+                out[f"{moment}.{name}"] = state[moment].detach()
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

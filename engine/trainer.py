@@ -203,36 +203,27 @@ class _Stage:
         )
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:
-        if self.world.is_main:
-            log.sync()
-            state = {"fingerprint": self.fingerprint, "world_size": self.world.size, "last": self.last}
-            checkpoint.save(self.workdir / "checkpoint", step, self.optimizer.tensors(), state)
+        log.sync()
+        state = {"fingerprint": self.fingerprint, "last": self.last}
+        checkpoint.save(self.workdir / "checkpoint", step, self.optimizer.tensors(), state, world=self.world)
         self.saved_step = step
-        self.world.barrier()
 
     def _resume(self) -> int:
         """Load the newest checkpoint; returns the steps that are done."""
         folder = self.workdir / "checkpoint"
-        # one rank clears leftovers and chooses; the others read what it chose
-        found = checkpoint.load_latest(folder) if self.world.is_main else None
-        chosen = self.world.broadcast(None if found is None else found.step)
-        if chosen is None:
-            return 0
+        found = checkpoint.load_latest(folder, world=self.world, like=self.optimizer.tensors())
         if found is None:
-            found = checkpoint.load_latest(folder)
-        if found is None or found.step != chosen:
-            raise ConfigError(
-                "ranks see different checkpoints", "put the run folder on a shared disk", file=str(folder)
-            )
+            return 0
         if found.state["fingerprint"] != self.fingerprint:
             raise ConfigError(
                 "the checkpoint belongs to other data, settings, seed or weights",
                 "delete the folder to train again, or restore what it was started with",
                 file=str(folder),
             )
-        if found.state["world_size"] != self.world.size and self.world.is_main:
+        if found.layout != checkpoint.layout_of(found.tensors, self.world) and self.world.is_main:
             print(
-                f"note: resuming a checkpoint of {found.state['world_size']} ranks with {self.world.size}: "
+                f"note: resuming a checkpoint of {found.layout} with "
+                f"{checkpoint.layout_of(found.tensors, self.world)}: "
                 "same sample order, results equal up to rounding, not bitwise",
                 file=sys.stderr,
             )
