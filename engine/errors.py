@@ -82,6 +82,12 @@ class NumericsError(MacpoError):
     code = 6
 
 
+class Again(ResourceError):
+    """This attempt cannot go on, the next one can: a launcher starts the job again at once."""
+
+    code = 76
+
+
 class PeerError(MacpoError):
     """Another process of the job failed or hangs."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.pack import PrefixGroup
+from macpo.engine.pack import PackedBatch, PrefixGroup, bins, pack
 from macpo.engine.parallel import World
 
 
@@ -50,17 +50,54 @@ class Plan:
                     yield step, order[k * self.batch : (k + 1) * self.batch]
 
 
-def share(groups: Sequence[PrefixGroup], indices: Sequence[int], world: World) -> list[int]:
-    """This rank's groups of a step: longest first to the rank with the fewest tokens."""
-    if world.size == 1:
-        return list(indices)
-    shares: list[list[int]] = [[] for _ in range(world.size)]
-    loads = [0] * world.size
+def shares(groups: Sequence[PrefixGroup], indices: Sequence[int], size: int) -> list[list[int]]:
+    """The groups of a step by rank: longest first to the rank with the fewest tokens."""
+    if size == 1:
+        return [list(indices)]
+    found: list[list[int]] = [[] for _ in range(size)]
+    loads = [0] * size
     for i in sorted(indices, key=lambda i: (-groups[i].num_tokens, i)):
         rank = loads.index(min(loads))
-        shares[rank].append(i)
+        found[rank].append(i)
         loads[rank] += groups[i].num_tokens
-    return shares[world.rank]
+    return found
+
+
+def share(groups: Sequence[PrefixGroup], indices: Sequence[int], world: World) -> list[int]:
+    """This rank's groups of a step."""
+    return shares(groups, indices, world.size)[world.rank]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward and backward take. A filler counts for nothing: it keeps a rank in step with the others."""
+
+    batch: PackedBatch
+    filler: bool = False
+
+
+def microbatches(
+    groups: Sequence[PrefixGroup], indices: Sequence[int], max_tokens: int, world: World, *, collective: bool
+) -> list[MicroBatch]:
+    """This rank's part of a step, packed.
+
+    Args:
+        indices: the step's groups, over all ranks.
+        max_tokens: token budget of a micro-batch, the same on every rank.
+        world: the ranks with different groups.
+        collective: each rank gets the same number, because every forward is one of all ranks together: one with fewer
+            repeats the step's shortest group as a filler. All ranks find the number by themselves.
+    """
+    parts = shares(groups, indices, world.size)
+    packed = pack(groups, max_tokens=max_tokens, indices=parts[world.rank])
+    found = [MicroBatch(batch) for batch in packed]
+    if collective:
+        most = max(len(bins(groups, max_tokens=max_tokens, indices=part)) for part in parts)
+        if len(found) < most:
+            shortest = min(indices, key=lambda i: (groups[i].num_tokens, i))
+            (batch,) = pack(groups, max_tokens=1, indices=[shortest])
+            found += [MicroBatch(batch, filler=True)] * (most - len(found))
+    return found
 
 
 def fingerprint(
@@ -71,8 +108,8 @@ def fingerprint(
     shapes: Mapping[str, list[int]],
 ) -> str:
     """SHA-256 of everything that a checkpoint's future depends on, except the weights that it holds itself."""
-    # how often it is saved does not change what is trained
-    plain = settings.model_dump(mode="json", exclude={"save_every_steps"})
+    # how often it is saved and what happens at a spike do not change what is trained
+    plain = settings.model_dump(mode="json", exclude={"save_every_steps", "spike_sigma", "on_spike"})
     digest = hashlib.sha256(json.dumps([plain, objective, seed, dict(shapes)], sort_keys=True).encode())
     for group in groups:
         for ids in (group.prompt_ids, *group.responses):

@@ -6,26 +6,32 @@ smaller). Packing into micro-batches and sharding over ranks happen inside a ste
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from macpo.engine import checkpoint
 from macpo.engine.attention import attention_hook
+from macpo.engine.budget import TokenBudget
 from macpo.engine.config import OptimSettings
-from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
+from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
+from macpo.engine.failures import is_lost_peer, is_out_of_memory
+from macpo.engine.guards import SpikeGuard
 from macpo.engine.metrics import MetricsLog
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective
 from macpo.engine.optim import Optimizer, learning_rate
-from macpo.engine.pack import PackedBatch, PrefixGroup, pack
-from macpo.engine.parallel import World
-from macpo.engine.plan import Plan, fingerprint, share
+from macpo.engine.pack import PackedBatch, PrefixGroup
+from macpo.engine.parallel import World, data_world
+from macpo.engine.plan import MicroBatch, Plan, fingerprint, microbatches
+from macpo.engine.throughput import Meter
 from macpo.engine.trackers import Trackers
 
 
@@ -70,9 +76,15 @@ def train(
     Returns:
         Steps and tokens of the whole stage. On a stage that was finished before, at once, with its weights loaded.
 
+    A micro-batch that does not fit in memory is not the end: the step begins again with smaller ones, which the stage
+    keeps from then on (`OptimSettings.microbatch_tokens` is the upper bound).
+
     Raises:
-        NumericsError: loss or gradient is not finite; no update was made.
+        NumericsError: loss or gradient is not finite, or the loss spiked and `on_spike` is stop; no update was made.
         Stopped: after `should_stop`; the same call goes on from there.
+        ResourceError: one group alone does not fit in memory, or the disk is full.
+        Again: memory ran out under a collective policy; the same call goes on with smaller micro-batches.
+        PeerError: another rank failed or hangs; names the step.
         DataError: groups that do not fit. IntegrityError: checkpoints exist and none verifies.
     """
     stage = _Stage(policy, groups, objective, settings, seed, workdir, ids, world or World.current(), trackers)
@@ -102,6 +114,7 @@ class _Stage:
         self.workdir = workdir
         self.ids = ids
         self.world = world
+        self.data = data_world(policy, world)
         self.trackers = trackers
         self.plan = Plan(len(groups), settings.batch, settings.epochs, seed)
         self.parameters = policy.trainable_parameters()
@@ -112,21 +125,25 @@ class _Stage:
         self.fingerprint = fingerprint(groups, settings, objective.fingerprint, seed, shapes)
         self.last: dict[str, Any] = {}
         self.saved_step: int | None = None
+        self.budget = TokenBudget(settings.microbatch_tokens, workdir / "checkpoint", world)
+        self.guard = None if settings.spike_sigma is None else SpikeGuard(settings.spike_sigma)
 
     def run(self, should_stop: Callable[[], bool] | None, progress: str | None) -> TrainResult:
         start = self._resume()
+        self.budget.recall()
         planned = self.plan.num_steps
         done = start
         if start < planned:
             with self._log(start, progress) as log, attention_hook(self.policy.base):
                 for step, indices in self.plan.steps(start):
-                    row, stop = self._step(step, indices, should_stop)
-                    self.last = row
-                    done = step + 1
-                    log.write(row)
-                    stop = stop and done < planned
-                    if stop or done == planned or done % self.settings.save_every_steps == 0:
-                        self._save(done, log)
+                    with self._named(step):
+                        row, stop = self._step(step, indices, should_stop, log)
+                        self.last = row
+                        done = step + 1
+                        log.write(row, indices)
+                        stop = stop and done < planned
+                        if stop or done == planned or done % self.settings.save_every_steps == 0:
+                            self._save(done, log)
                     if stop:
                         raise Stopped(f"stopped after step {done} of {planned}, saved", "run the same command again")
         elif self.world.is_main:
@@ -136,76 +153,174 @@ class _Stage:
             raise AssertionError(f"{done} steps done, {planned} planned")
         return TrainResult(planned, self.settings.epochs * sum(g.num_tokens for g in self.groups), self.last)
 
+    @contextlib.contextmanager
+    def _named(self, step: int) -> Iterator[None]:
+        """What goes wrong with a peer or with memory names the step."""
+        try:
+            yield
+        except PeerError as error:
+            (problem,) = error.problems
+            raise PeerError(f"step {step + 1}: {problem.message}", problem.fix, file=str(self.workdir)) from error
+        except (RuntimeError, MemoryError) as error:
+            if is_lost_peer(error):
+                why = " ".join(str(error).split())[:200]
+                raise PeerError(
+                    f"step {step + 1}: another rank failed or hangs, noticed in the model ({why})",
+                    "look at the first failing rank's message, then run the same command again",
+                    file=str(self.workdir),
+                ) from error
+            if is_out_of_memory(error):  # that of a micro-batch was dealt with before
+                raise ResourceError(
+                    f"step {step + 1}: no memory for gradients or optimizer states ({' '.join(str(error).split())})",
+                    "train with LoRA, or spread the weights (compute.parallel.sharding: shard)",
+                    file=str(self.workdir),
+                ) from error
+            raise
+
     def _step(
-        self, step: int, indices: Sequence[int], should_stop: Callable[[], bool] | None
+        self, step: int, indices: Sequence[int], should_stop: Callable[[], bool] | None, log: MetricsLog | _NoLog
     ) -> tuple[dict[str, Any], bool]:
         """One optimiser step; the only wait for the device is the one read of its numbers."""
         total = sum(self.objective.size(self.groups[i]) for i in indices)
         stop = should_stop is not None and should_stop()
-        device = self.policy.device
-        # loss, stop flag, metric sums: one vector, so that ranks exchange it together with the gradients
-        stats = torch.zeros(2 + len(self.objective.metrics), device=device)
-        stats[1] = float(stop)
-        for batch in self._batches(indices):
-            loss, sums = self.objective(self.policy, batch, total)
-            loss.backward()
-            stats[0] += loss.detach()
-            stats[2:] += sums
-        norm = self.optimizer.reduce(self.world, stats)
-        loss_value, stop_value, *sums_list, norm_value = torch.cat((stats, norm[None])).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise self._not_finite(step, indices, loss_value, norm_value)
+        stats = self._gradients(step, indices, total)
+        stats[0] = float(stop)
+        if self.data.size != self.world.size:  # the sum below leaves out the other ranks of a tensor-parallel group
+            self.world.sum_(stats[:1])
+        norm = self.optimizer.reduce(self.data, stats)
+        stop_value, shrunk, loss, *sums, norm_value = torch.cat((stats, norm[None])).tolist()
+        if shrunk:
+            self.budget.agree(f"step {step + 1}")
+        if not (math.isfinite(loss) and math.isfinite(norm_value)):
+            raise self._not_finite(step, indices, loss, norm_value)
+        spike = self._spike(step, indices, loss, log)
         rate = learning_rate(self.settings, step, self.plan.num_steps)
         self.optimizer.update(rate, norm_value)
-        metrics = {name: value / total for name, value in zip(self.objective.metrics, sums_list, strict=True)}
+        metrics = {name: value / total for name, value in zip(self.objective.metrics, sums, strict=True)}
         row = {
             "step": step + 1,
             "epoch": (step + 1) / self.plan.steps_per_epoch,
             "lr": rate,
-            "loss": loss_value,
+            "loss": loss,
             "grad_norm": norm_value,
             "tokens": sum(self.groups[i].num_tokens for i in indices),
             **metrics,
         }
-        return row, stop_value > 0
+        return row | ({} if spike is None else {"spike": spike}), stop_value > 0
 
-    def _batches(self, indices: Sequence[int]) -> list[PackedBatch]:
-        mine = share(self.groups, indices, self.world)
-        return pack(self.groups, max_tokens=self.settings.microbatch_tokens, indices=mine)
+    def _gradients(self, step: int, indices: Sequence[int], total: int) -> Tensor:
+        """Gradients of this rank's groups; returns [3 + metrics]: room for the stop flag, how often memory ran out,
+        loss, metric sums. One vector, so that ranks exchange it together with the gradients.
+        """
+        failures = 0
+        while True:
+            stats = torch.zeros(3 + len(self.objective.metrics), device=self.policy.device)
+            stats[1] = float(failures)
+            parts = microbatches(self.groups, indices, self.budget.tokens, self.data, collective=self.policy.collective)
+            for number, micro in enumerate(parts, start=1):
+                self.policy.synchronise(last=number == len(parts))
+                if not self._accumulate(micro, total, stats):
+                    break
+            else:
+                return stats
+            self.optimizer.zero()  # also what a half-done backward has added up
+            self.budget.shrink(
+                f"step {step + 1}",
+                micro.batch,
+                self._names(micro.batch.groups),
+                collective=self.policy.collective,
+            )
+            failures += 1
+
+    def _accumulate(self, micro: MicroBatch, total: int, stats: Tensor) -> bool:
+        """Forward and backward; False where memory did not suffice."""
+        try:
+            loss, sums = self.objective(self.policy, micro.batch, total)
+            if micro.filler:
+                loss, sums = loss * 0.0, sums * 0.0
+            loss.backward()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        stats[2] += loss.detach()
+        stats[3:] += sums
+        return True
+
+    # --- numbers that cannot be right ---
+
+    def _spike(self, step: int, indices: Sequence[int], loss: float, log: MetricsLog | _NoLog) -> float | None:
+        """How far the loss is above its recent mean, in deviations, if that makes it a spike.
+
+        Raises:
+            NumericsError: with `on_spike: stop`, after saving the state from before the step.
+        """
+        if self.guard is None:
+            return None
+        score = self.guard.judge(loss)
+        if score is not None:
+            what = f"step {step + 1}: loss {loss:.4f} is {score:.1f} standard deviations above its recent mean"
+            if self.settings.on_spike == "stop":
+                self.optimizer.zero()
+                if self.saved_step != step:
+                    self._save(step, log)
+                raise NumericsError(
+                    f"{what}; groups of the step: {self._names(indices)}; last checkpoint: the one of step {step}",
+                    "look at these rows, lower learning_rate, or set on_spike to warn; the weights were not updated",
+                    file=str(self.workdir),
+                )
+            if self.world.is_main:
+                print(f"warning: {what}; groups of the step: {self._names(indices)}", file=sys.stderr)
+        self.guard.see(loss)
+        return score
 
     def _not_finite(self, step: int, indices: Sequence[int], loss: float, norm: float) -> NumericsError:
         """Which groups are to blame: those whose own loss is not finite, else all of the step."""
+        alone = microbatches(self.groups, indices, 1, self.data, collective=self.policy.collective)
         with torch.no_grad():
-            bad = [i for i in share(self.groups, indices, self.world) if not self._finite(i)]
-        bad = sorted(i for part in self.world.gather(bad) for i in part)
-        blamed = bad or list(indices)
-        names = [str(i) if self.ids is None else self.ids[i] for i in blamed]
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            bad = [micro.batch.groups[0] for micro in alone if not self._finite(micro.batch) and not micro.filler]
+        bad = sorted({i for part in self.world.gather(bad) for i in part})
         kind = "whose own loss is not finite" if bad else "of the step"
         last = "none was saved" if self.saved_step is None else f"the one of step {self.saved_step}"
         self.optimizer.zero()
         return NumericsError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; groups {kind}: {listed}; last checkpoint: {last}",
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; groups {kind}: {self._names(bad or indices)}; "
+            f"last checkpoint: {last}",
             "lower learning_rate or look at these rows; the weights were not updated",
             file=str(self.workdir),
         )
 
-    def _finite(self, index: int) -> bool:
-        (batch,) = pack(self.groups, max_tokens=1, indices=[index])
+    def _finite(self, batch: PackedBatch) -> bool:
         loss, _ = self.objective(self.policy, batch, 1)
         return bool(loss.isfinite())
+
+    def _names(self, indices: Sequence[int]) -> str:
+        names = [str(i) if self.ids is None else self.ids[i] for i in indices]
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+    # --- log and checkpoints ---
 
     def _log(self, step: int, progress: str | None) -> MetricsLog | _NoLog:
         if not self.world.is_main:
             return _NoLog()
         return MetricsLog(
-            self.workdir, step=step, planned=self.plan.num_steps, progress=progress, trackers=self.trackers
+            self.workdir,
+            step=step,
+            planned=self.plan.num_steps,
+            progress=progress,
+            trackers=self.trackers,
+            meter=Meter.of(self.policy, self.groups, self.world),
+            key=self.fingerprint,
+            about=self.settings.model_dump(mode="json"),
         )
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:
-        log.sync()
-        state = {"fingerprint": self.fingerprint, "last": self.last}
-        checkpoint.save(self.workdir / "checkpoint", step, self.optimizer.tensors(), state, world=self.world)
+        state = {"fingerprint": self.fingerprint, "last": self.last, "microbatch_tokens": self.budget.tokens}
+        if self.guard is not None:
+            state["guard"] = self.guard.state_dict()
+        with log.saving():
+            log.sync()
+            checkpoint.save(self.workdir / "checkpoint", step, self.optimizer.tensors(), state, world=self.world)
         self.saved_step = step
 
     def _resume(self) -> int:
@@ -229,6 +344,9 @@ class _Stage:
             )
         self.optimizer.load(found.tensors)
         self.last = found.state["last"]
+        self.budget.tokens = found.state["microbatch_tokens"]
+        if self.guard is not None and "guard" in found.state:
+            self.guard.load_state(found.state["guard"])
         self.saved_step = found.step
         return found.step
 
@@ -236,7 +354,10 @@ class _Stage:
 class _NoLog:
     """The log of ranks other than 0."""
 
-    def write(self, row: dict[str, Any]) -> None: ...
+    def write(self, row: dict[str, Any], indices: Sequence[int]) -> None: ...
+
+    def saving(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
 
     def sync(self) -> None: ...
 

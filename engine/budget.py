@@ -1,0 +1,74 @@
+"""The token budget of a micro-batch: halved where memory runs out, and then kept, equal on all ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from macpo.engine.errors import Again, ResourceError
+from macpo.engine.execute import on_main
+from macpo.engine.failures import free_memory
+from macpo.engine.files import read_json, write_json
+from macpo.engine.pack import PackedBatch
+from macpo.engine.world import World
+
+
+class TokenBudget:
+    """What a micro-batch may hold.
+
+    Args:
+        tokens: what the settings allow.
+        folder: the stage's checkpoints, where an attempt that has to be given up leaves its note.
+        world: all ranks of the stage.
+    """
+
+    def __init__(self, tokens: int, folder: Path, world: World) -> None:
+        self.tokens = self._allowed = tokens
+        self._note = folder / "microbatch.json"
+        self._world = world
+
+    def shrink(self, where: str, batch: PackedBatch, names: str, *, collective: bool) -> None:
+        """Half of the micro-batch that did not fit is the new budget of this rank.
+
+        Raises:
+            ResourceError: it was one group.
+            Again: the other ranks are inside the same micro-batch and cannot be called back; the note is written.
+        """
+        file = str(self._note.parent.parent)
+        if len(batch.groups) == 1:
+            raise ResourceError(
+                f"{where}: one group of {batch.num_tokens} tokens does not fit in memory: {names}",
+                "turn on compute.parallel.checkpointing (full saves most), lower context_tokens for shorter answers, "
+                "or spread the weights (compute.parallel.sharding: shard)",
+                file=file,
+            )
+        self.tokens = batch.num_tokens // 2
+        free_memory()
+        if collective:
+            write_json(self._note, {"microbatch_tokens": self.tokens})
+            raise Again(
+                f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory",
+                f"run the same command again: it goes on with micro-batches of at most {self.tokens} tokens",
+                file=file,
+            )
+
+    def agree(self, where: str) -> None:
+        """The smallest budget that any rank had to take is that of all from here on; collective."""
+        found = self._world.gather(self.tokens)
+        self.tokens = min(found)
+        self._say(f"{where}: out of memory on rank {found.index(self.tokens)}")
+
+    def recall(self) -> None:
+        """Heed the note of an attempt that was given up; collective."""
+        found = on_main(self._world, lambda: self._note.is_file() and read_json(self._note)["microbatch_tokens"])
+        if found and found < self.tokens:
+            self.tokens = found
+            self._say("an earlier attempt ran out of memory")
+
+    def _say(self, why: str) -> None:
+        if self._world.is_main:
+            print(
+                f"note: {why}: micro-batches have at most {self.tokens} tokens from here on (the settings allow "
+                f"{self._allowed})",
+                file=sys.stderr,
+            )
