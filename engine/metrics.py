@@ -1,28 +1,37 @@
-"""What training writes while it runs: metrics.jsonl (the same bytes every time), timing.jsonl, a progress line."""
+"""What training writes while it runs: metrics.jsonl (the same bytes every time), timing.jsonl, progress, trackers."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from macpo.engine.files import explained, fsync_dir
+from macpo.engine.progress import TrainingProgress
+from macpo.engine.throughput import Meter
 from macpo.engine.trackers import Trackers
 
 
 class MetricsLog:
-    """Append-only logs of one training stage, a row a step.
+    """Append-only logs of one training stage, a row a step in each of two files.
+
+    metrics.jsonl holds what seed and data determine and is part of the stage's result; timing.jsonl holds how fast it
+    went: seconds (of the step alone), save_seconds (of the checkpoint before it) and what `Meter.rates` gives.
 
     Args:
         workdir: where metrics.jsonl and timing.jsonl are.
         step: rows after this step, and a torn last line, are cut off: training goes on from there.
-        progress: label of a line on standard error now and then; None is silent.
-        planned: steps in all, for that line.
-        trackers: get every row too; metrics.jsonl is written first.
+        planned: steps in all.
+        progress: label of what is shown on standard error; None is silent.
+        trackers: are sent every row, too; metrics.jsonl is written first.
+        meter: rates of a step; without it, seconds alone.
+        key: changes with whatever makes this another training: a tracker's run of another key is not continued.
+        about: settings for the trackers, which send those that they know to be harmless.
     """
 
     def __init__(
@@ -33,35 +42,54 @@ class MetricsLog:
         planned: int,
         progress: str | None = None,
         trackers: Trackers | None = None,
+        meter: Meter | None = None,
+        key: str = "",
+        about: Mapping[str, Any] | None = None,
     ) -> None:
-        self._trackers = trackers
-        self._planned = planned
-        self._label = progress
         with explained(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "timing.jsonl"):
                 cut(workdir / name, step)
-            self._metrics = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            self._timing = open(workdir / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            # line by line, so that trackers, which read the files, lag no more than a step
+            self._metrics = open(workdir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+            self._timing = open(workdir / "timing.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             fsync_dir(workdir)
         self._folder = workdir
-        self._last = self._shown = time.perf_counter()
+        self._meter = meter
+        if meter is not None:
+            meter.reset()
+        self._trackers = trackers
+        if trackers is not None:
+            trackers.start(workdir, key=key, config=about or {}, finished=step == planned)
+        self._progress = TrainingProgress(progress, done=step, planned=planned) if progress is not None else None
+        self._save_seconds = 0.0
+        self._last = time.perf_counter()
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """One step's row; needs the keys step, tokens and loss."""
+    def write(self, row: Mapping[str, Any], indices: Sequence[int] = ()) -> None:
+        """One step's row, with the keys step, tokens and loss; `indices`: the groups that the step trained on."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        rate = row["tokens"] / max(seconds, 1e-9)
-        timing = {"step": row["step"], "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
+        timing: dict[str, Any] = {"step": row["step"], "seconds": round(seconds, 6)}
+        if self._save_seconds:
+            timing["save_seconds"], self._save_seconds = round(self._save_seconds, 6), 0.0
+        if self._meter is not None:
+            timing |= self._meter.rates(indices, seconds)
         with explained(self._folder):
+            self._timing.write(json.dumps(timing) + "\n")  # first: who has read a step's metrics finds its timing
             self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-            self._timing.write(json.dumps(timing) + "\n")
         if self._trackers is not None:
-            self._trackers.log(row["step"], {k: v for k, v in row.items() if k != "step"})
-        if self._label is not None and (now - self._shown > 10 or row["step"] == self._planned):
-            self._shown = now
-            where = f"step {row['step']}/{self._planned}"
-            print(f"{self._label}: {where} loss {row['loss']:.4f} {rate:.0f} tok/s", file=sys.stderr, flush=True)
+            self._trackers.watch()
+        if self._progress is not None:
+            self._progress.update(row["step"], row["loss"], row["tokens"] / max(seconds, 1e-9))
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside it a checkpoint is written: its time is not that of the next step."""
+        began = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._save_seconds += now - began
+        self._last += now - began
 
     def sync(self) -> None:
         """Everything written so far is on disk; called before a checkpoint is committed."""
@@ -70,18 +98,23 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
+        """`at_once`: does not wait for trackers."""
+        if self._progress is not None:
+            self._progress.close()
         with explained(self._folder):
             self._metrics.close()
             self._timing.close()
         if self._trackers is not None:
-            self._trackers.close()
+            self._trackers.close(at_once=at_once)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(at_once=kind is not None and not issubclass(kind, Exception))  # a second Ctrl-C waits for nobody
 
 
 def cut(path: Path, step: int) -> None:

@@ -1,21 +1,81 @@
-"""Experiment trackers beside metrics.jsonl: whatever goes wrong in one is said once, and training goes on."""
+"""Experiment trackers beside metrics.jsonl: whatever goes wrong in one is said once, and training goes on.
+
+Each tracker lives in a process of its own (`engine/tracker_process.py`) that reads the stage's metrics.jsonl and
+timing.jsonl as they grow. So training never waits for a network, a tracker that hangs or crashes takes nothing with
+it, and a resumed stage catches up: a note beside the tracker's files says which run it continues and what was sent.
+"""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from macpo.engine.errors import MacpoError
+from macpo.engine.files import read_json
+
 log = logging.getLogger(__name__)
+
+START_SECONDS, CLOSE_SECONDS = 60.0, 15.0
+_NUMBERS = frozenset(
+    [
+        "learning_rate",
+        "epochs",
+        "batch",
+        "warmup_fraction",
+        "weight_decay",
+        "adam_betas",
+        "max_grad_norm",
+        "microbatch_tokens",
+        "save_every_steps",
+        "spike_sigma",
+        "beta",
+        "label_smoothing",
+        "sft_weight",
+        "gamma",
+        "ld_alpha",
+        "seed",
+        "groups",
+        "steps",
+        "ranks",
+    ]
+)
+_WORDS = frozenset(["schedule", "on_spike", "loss", "reference", "objective"])  # each one of a few words of ours
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerRun:
+    """What a tracker is told of the stage whose curves it gets; nothing else of the recipe reaches it."""
+
+    group: str
+    """The run folder's name."""
+    name: str
+    """The stage's name."""
+    id: str
+    """The same after a resume, another for another training."""
+    config: Mapping[str, Any]
+    """Settings of the stage that `allowed` let through."""
+    folder: str
+    """For trackers that write files; not part of a stage's result."""
 
 
 class Tracker(Protocol):
-    """What a tracker is asked to do; it may raise anything at any time."""
+    """What a tracker is asked to do; it may raise anything, or hang, at any time."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of one optimiser step."""
+        """Numbers of one optimiser step; every step comes once, in order, over all resumes."""
         ...
 
     def close(self) -> None:
@@ -23,61 +83,191 @@ class Tracker(Protocol):
         ...
 
 
-Factory = Callable[[str, Path], Tracker]  # (name of the stage, folder to write into) -> tracker
-
-
 class Trackers:
     """Several trackers as one that never raises.
 
     Args:
-        names: `tensorboard` (needs the package of that name), or `module:function` with the signature of `Factory`.
+        names: `tensorboard`, `wandb`, `trackio` (each needs the package of that name), or `module:function`, a
+            function from `TrackerRun` to a `Tracker`.
         stage: what the curves are called.
-        folder: for trackers that write files; not part of a stage's result.
+        folder: `trackers/` of the run's folder.
     """
 
     def __init__(self, names: Sequence[str], stage: str, folder: Path) -> None:
-        self._open: dict[str, Tracker] = {}
-        for name in names:
-            self._try(name, lambda name=name: self._open.update({name: _factory(name)(stage, folder)}))  # type: ignore[misc]
+        self.names, self.stage, self.folder = tuple(names), stage, folder
+        self._children: list[_Child] = []
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand one step's numbers to every tracker that still works."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(step, metrics))  # type: ignore[misc]
+    def start(self, workdir: Path, *, key: str, config: Mapping[str, Any], finished: bool = False) -> None:
+        """Follow the metrics.jsonl of `workdir`; on the main rank only.
 
-    def close(self) -> None:
-        """Close every tracker that still works."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, tracker.close)
-        self._open = {}
+        Args:
+            key: a run that was begun under another key is not continued.
+            config: settings, of which `allowed` picks what is sent.
+            finished: nothing more will be written; trackers that have seen all of it are not started.
+        """
+        for name in dict.fromkeys(self.names):
+            try:
+                child = _Child(name, self.stage, self.folder, workdir, key, allowed(config), finished)
+            except (OSError, MacpoError, ValueError) as error:
+                report(name, f"{type(error).__name__}: {error}")
+            else:
+                self._children.append(child)
 
-    def _try(self, name: str, action: Callable[[], Any]) -> None:
+    def watch(self) -> None:
+        """Report those that have failed, each once; costs microseconds."""
+        for child in self._children:
+            child.watch()
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Let every tracker send the rest, for CLOSE_SECONDS together at most (or not at all), and end it."""
+        for child in self._children:
+            child.say_goodbye()
+        deadline = time.monotonic() + (0.0 if at_once else CLOSE_SECONDS)
+        for child in self._children:
+            child.end(deadline, quiet=at_once)
+        self._children = []
+
+
+def allowed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that trackers get: known names, and of these only numbers and words that cannot be a secret."""
+
+    def number(value: Any) -> bool:
+        return value is None or isinstance(value, int | float)
+
+    def fits(name: str, value: Any) -> bool:
+        if name in _NUMBERS:
+            return number(value) or (isinstance(value, list | tuple) and all(map(number, value)))
+        return name in _WORDS and isinstance(value, str) and re.fullmatch(r"[a-z_-]{1,20}", value) is not None
+
+    return {name: value for name, value in config.items() if fits(name, value)}
+
+
+def redacted(text: str) -> str:
+    """One line of at most 200 characters, without any value of an environment variable that may be a secret."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return " ".join(text.split())[:200]
+
+
+def report(name: str, why: str) -> None:
+    """The one warning about a tracker."""
+    log.warning("tracker %s failed (%s); training goes on, metrics.jsonl is complete", name, redacted(why))
+
+
+@dataclass(slots=True)
+class Note:
+    """What has been sent to which run of a tracker; lies beside the tracker's files."""
+
+    path: Path
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    key: str = ""
+    sent: int = 0
+
+    @classmethod
+    def of(cls, path: Path, key: str) -> Note:
+        """The note that is there, or a new one where there is none for this key."""
+        with contextlib.suppress(MacpoError, OSError, TypeError, ValueError):
+            found = cls(path, **read_json(path))
+            if found.key == key:
+                return found
+        return cls(path, key=key)
+
+    def write(self) -> None:
+        """Whole or not at all, but not forced to disk: it is written once a step."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({"id": self.id, "key": self.key, "sent": self.sent}))
+        part.replace(self.path)
+
+
+class _Child:
+    """A tracker's process, as training sees it."""
+
+    def __init__(
+        self, name: str, stage: str, folder: Path, workdir: Path, key: str, config: Mapping[str, Any], finished: bool
+    ) -> None:
+        self.name = name
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reported = False
+        self._began = time.monotonic()
+        self._heard = b""
+        folder.mkdir(parents=True, exist_ok=True)
+        note = Note.of(folder / f"{stage}.{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json", key)
+        if finished and note.sent >= _last_step(workdir):
+            return
+        note.write()
+        group = folder.resolve().parent.name
+        run = TrackerRun(group, stage, note.id, config, str(folder.resolve()))
+        order = {"path": sys.path, "name": name, "workdir": str(workdir), "note": str(note.path), "run": asdict(run)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "macpo.engine.tracker_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is for training; the tracker hears of it when its input ends
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def watch(self) -> None:
+        """Hears what the process says: `ready`, or why it failed."""
+        if self._process is None:
+            return
+        assert self._process.stdout is not None
+        code = self._process.poll()
+        with contextlib.suppress(BlockingIOError):
+            self._heard += self._process.stdout.read() or b""
+        if code is not None:
+            self._forget()
+            if code:
+                why = self._heard.decode(errors="replace").removeprefix("ready\n").strip()
+                self._report(why or f"its process ended with exit code {code}")
+        elif not self._heard and time.monotonic() - self._began > START_SECONDS:
+            self._report(f"it has not started after {START_SECONDS:.0f} s")
+
+    def _report(self, why: str) -> None:
+        if not self._reported:
+            self._reported = True
+            report(self.name, why)
+
+    def say_goodbye(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def end(self, deadline: float, *, quiet: bool) -> None:
+        if self._process is None:
+            return
         try:
-            action()
-        except Exception as error:  # a tracker's failure is none of the run's business
-            self._open.pop(name, None)
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            log.warning("tracker %s failed (%s); training goes on, metrics.jsonl is complete", name, why)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            if not quiet:
+                self._report(f"it did not finish within {CLOSE_SECONDS:.0f} s")
+        else:
+            self.watch()
+
+    def kill(self) -> None:
+        """Ends the process and those that it started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._forget()
+
+    def _forget(self) -> None:
+        assert self._process is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self._process = None
 
 
-def _factory(name: str) -> Factory:
-    if name == "tensorboard":
-        return _TensorBoard
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(f"use tensorboard or module:function, not {name!r}")
-    return getattr(importlib.import_module(module), function)
-
-
-class _TensorBoard:
-    def __init__(self, stage: str, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard" / stage))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
+def _last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0

@@ -56,7 +56,7 @@ def test_a_spike_does_not_hide_the_next_and_a_lasting_level_becomes_normal() -> 
 
 @pytest.mark.parametrize("cut", [0, 1, WARM_UP, 75, 150])
 def test_a_resumed_guard_judges_to_the_bit_as_the_uninterrupted_one(cut: int) -> None:
-    values = noisy(150) + [9.0, 2.0, 9.5] + noisy(50, seed=1)
+    values = [*noisy(150), 9.0, 2.0, 9.5, *noisy(50, seed=1)]
     whole = seen(SpikeGuard(6.0), values)
     assert sum(score is not None for score in whole) == 2
     before, after = SpikeGuard(6.0), SpikeGuard(6.0)

@@ -1,0 +1,214 @@
+"""One tracker's process: reads a stage's metrics as they are written and hands them on, until its input ends.
+
+Started by `engine/trackers.py`. Says `ready` on its output when the tracker is open, or the reason why it fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from macpo.engine.trackers import CLOSE_SECONDS, Note, Tracker, TrackerRun
+
+POLL_SECONDS = 0.5
+PROJECT = "macpo"
+
+
+class Rows:
+    """The complete lines of metrics.jsonl, each with its line of timing.jsonl, from where the last call ended."""
+
+    def __init__(self, workdir: Path) -> None:
+        # opened once: the folder is renamed when its stage is committed
+        self._files = [(workdir / name).open("rb") for name in ("metrics.jsonl", "timing.jsonl")]
+        self._timing: dict[int, dict[str, Any]] = {}
+
+    def new(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, numbers); those of timing.jsonl are called `timing/...`."""
+        metrics, timing = ([json.loads(line) for line in self._lines(file)] for file in self._files)
+        self._timing |= {row["step"]: row for row in timing}
+        for row in metrics:
+            step = row["step"]
+            seen = self._timing.pop(step, {})
+            numbers = row | {f"timing/{name}": value for name, value in seen.items()}
+            yield step, {k: v for k, v in numbers.items() if k not in ("step", "timing/step") and _is_number(v)}
+
+    @staticmethod
+    def _lines(file: Any) -> Iterator[bytes]:
+        while (line := file.readline()).endswith(b"\n"):
+            yield line
+        file.seek(-len(line), os.SEEK_CUR)  # half a line: its rest comes later
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def open_tracker(name: str, run: TrackerRun) -> Tracker:
+    """The tracker of that name; raises whatever it raises."""
+    if name in _KNOWN:
+        return _KNOWN[name](run)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"use {', '.join(_KNOWN)} or module:function, not {name!r}")
+    return getattr(importlib.import_module(module), function)(run)
+
+
+class _TensorBoard:
+    """Event files under trackers/tensorboard/, without torch."""
+
+    def __init__(self, run: TrackerRun) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        # a folder an id: a rerun's curves do not mix with those of the training that it replaces
+        folder = Path(run.folder) / "tensorboard" / f"{run.name}-{run.id[:4]}"
+        self._writer = EventFileWriter(str(folder), flush_secs=10)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """Project `macpo` (or WANDB_PROJECT), a group a run folder, a run a stage; WANDB_MODE=offline is honoured.
+
+    Of what W&B collects by itself (command line, host, user, git, code, packages, console, system) nothing is sent.
+    """
+
+    def __init__(self, run: TrackerRun) -> None:
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            host="macpo",
+            username="macpo",
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+        )
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            group=run.group,
+            name=run.name,
+            id=run.id,
+            resume="allow",
+            config=dict(run.config),
+            dir=run.folder,
+            settings=settings,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        import wandb
+
+        self._run.finish()
+        wandb.teardown()  # its service process
+
+
+class _Trackio:
+    """Project `macpo` (or TRACKIO_PROJECT), a group a run folder, a run a stage."""
+
+    def __init__(self, run: TrackerRun) -> None:
+        import trackio
+
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            group=run.group,
+            name=f"{run.group}-{run.name}-{run.id[:4]}",  # trackio knows runs by name
+            config=dict(run.config),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_KNOWN = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
+
+
+def follow(order: Mapping[str, Any], ended: threading.Event) -> None:
+    """Open the tracker, send what was not sent, go on until `ended`, close."""
+    path = Path(order["note"])
+    note = Note(path, **json.loads(path.read_text()))
+    rows = Rows(Path(order["workdir"]))
+    tracker = open_tracker(order["name"], TrackerRun(**order["run"]))
+    _say("ready")
+    last = False
+    while not last:
+        last = ended.wait(POLL_SECONDS)  # what was written before the end is read after it
+        for step, numbers in rows.new():
+            if step > note.sent:
+                note.sent = step
+                note.write()  # before it is sent: a kill loses a step of the tracker rather than doubling it
+                tracker.log(step, numbers)
+    tracker.close()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # training was killed; its metrics are sent all the same
+        os.write(_CHANNEL, text.encode() + b"\n")
+
+
+def _wait_for_end(ended: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    ended.set()
+    time.sleep(CLOSE_SECONDS + 5)  # training waits no longer than CLOSE_SECONDS, if it still lives
+    _end_all()
+
+
+def _end_all() -> None:
+    """This process and those that the tracker's library started: a session of their own, see `trackers.py`."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    global _CHANNEL
+    _CHANNEL = os.dup(1)
+    os.dup2(2, 1)  # what trackers print must not be taken for what we say
+    order = json.loads(sys.stdin.buffer.readline() or b"{}")
+    if not order:
+        return
+    sys.path[:] = order["path"]
+    ended = threading.Event()
+    threading.Thread(target=_wait_for_end, args=(ended,), daemon=True).start()
+    try:
+        follow(order, ended)
+    except BaseException as error:  # also SystemExit, with which some libraries end a process
+        _say(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:2000])
+        _end_all()
+    os._exit(0)  # without the exit handlers of libraries, which may wait for a network; the tracker is closed
+
+
+_CHANNEL = 1
+
+if __name__ == "__main__":
+    main()
