@@ -8,6 +8,7 @@ never by the batch, the order or the number of processes (in float32, up to logi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -21,12 +22,14 @@ from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
 from macpo.engine.generation.fallback import HfRunner, num_embeddings, supports_hook
 from macpo.engine.generation.kv_cache import SlotCache
+from macpo.engine.generation.multilora import StackedAdapters, why_not
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.request import Output, Request, Sample, content_ids
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import BatchRunner
 from macpo.engine.generation.scheduler import Group, Scheduler
 
+_log = logging.getLogger(__name__)
 MAX_PROBLEMS = 10
 """Bad requests that one error names."""
 
@@ -128,10 +131,17 @@ class Generator:
                 found[row.index, row.sample] = row.finish(self.tokenizer)
                 count(1)
 
-            for name in sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name)):
+            stop = should_stop or _never
+            names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
+            stacked = self._stacked(names) if len(names) > 1 else None
+            if stacked is not None:
+                with stacked.active():
+                    self._run(requests, list(range(len(requests))), on_done, stop, stacked)
+                names = []
+            for name in names:
                 with self._adapter(name):
                     indices = [i for i, request in enumerate(requests) if request.adapter == name]
-                    self._run(requests, indices, on_done, should_stop or _never)
+                    self._run(requests, indices, on_done, stop)
         for index, request in enumerate(requests):
             outputs[index].samples = [found[index, sample] for sample in request.samples]
         return outputs
@@ -142,16 +152,15 @@ class Generator:
         indices: list[int],
         on_done: Callable[[Row], None],
         should_stop: Callable[[], bool],
+        adapters: StackedAdapters | None = None,
     ) -> None:
-        """The requests of one adapter, by their place in the list."""
+        """Requests, by their place in the list: of the active adapter, or of any that is stacked."""
         part = [requests[i] for i in indices]
 
         def make_row(group: Group, sample: int) -> Row:
             return self._row(indices[group.index], group.request, sample)
 
-        if self._hooked is None:
-            self._hooked = supports_hook(self.model)
-        if not self._hooked:
+        if not self._supports_hook():
             HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop).run(
                 [self._row(i, requests[i], sample) for i in indices for sample in requests[i].samples], on_done
             )
@@ -164,8 +173,24 @@ class Generator:
         with attention_hook(self.model):
             BatchRunner(
                 self.model, Scheduler(part, num_slots), cache, make_row,
-                num_tokens=self.num_tokens, tokenizer=self.tokenizer, should_stop=should_stop,
+                num_tokens=self.num_tokens, tokenizer=self.tokenizer, should_stop=should_stop, adapters=adapters,
             ).run(on_done)  # fmt: skip
+
+    def _supports_hook(self) -> bool:
+        if self._hooked is None:
+            self._hooked = supports_hook(self.model)
+        return self._hooked
+
+    def _stacked(self, names: Sequence[str | None]) -> StackedAdapters | None:
+        """The adapters for one batch; None, with a log line, where they have to run one after the other."""
+        outer: Any = self._outer
+        reason = "the model bypasses the attention hook" if not self._supports_hook() else why_not(outer)
+        if not reason and None in names and (len(outer.active_adapters) > 1 or _disabled(outer)):
+            reason = "several adapters are active at once, or they are switched off"
+        if reason:
+            _log.info("adapters are run one after the other: %s", reason)
+            return None
+        return StackedAdapters(outer, [outer.active_adapter if name is None else name for name in names], names)
 
     def _row(self, index: int, request: Request, sample: int) -> Row:
         stop_ids = frozenset(request.params.stop_token_ids)
@@ -276,6 +301,11 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
             f"cannot generate with a {type(model).__name__}", "give a Hugging Face causal LM or peft model"
         )
     return outer, base
+
+
+def _disabled(outer: nn.Module) -> bool:
+    """Whether peft's adapters are switched off."""
+    return any(getattr(module, "disable_adapters", False) is True for module in outer.modules())
 
 
 def _head_width(model: PreTrainedModel) -> int:

@@ -12,6 +12,7 @@ from macpo.engine.attention import AttentionContext
 from macpo.engine.errors import Stopped
 from macpo.engine.generation.context import DecodeAttention, PrefillAttention
 from macpo.engine.generation.kv_cache import SlotCache
+from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
@@ -43,8 +44,10 @@ class BatchRunner:
         num_tokens: int,
         tokenizer: object,
         should_stop: Callable[[], bool],
+        adapters: StackedAdapters | None = None,
     ) -> None:
         self.model = model
+        self.adapters = adapters
         self.scheduler = scheduler
         self.cache = cache
         self.make_row = make_row
@@ -105,6 +108,8 @@ class BatchRunner:
     def _prefill(self, part: Sequence[tuple[Group, list[int]]], slots: Sequence[Row | None]) -> None:
         """Packed forward of some prompts, and the first token of all their samples."""
         prompts = [group.request.prompt_ids for group, _ in part]
+        if self.adapters is not None:
+            self.adapters.assign([group.request.adapter for group, _ in part for _ in group.request.prompt_ids])
         context = PrefillAttention(self.cache, list(map(len, prompts)), [own for _, own in part], self.device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         logits = self._forward(ids, context.segments.positions(), context, context.last_rows)
@@ -121,6 +126,8 @@ class BatchRunner:
         num_done = sum(row.done for row in rows)
         if self._worth_changing(num_done):
             return
+        if self.adapters is not None:
+            self.adapters.assign([row.request.adapter for row in rows])
         sampler = RowSampler(rows, self.num_tokens, self.device)
         stops, offsets = _stop_table(rows, self.num_tokens, self.device)
         index = torch.arange(len(rows), device=self.device)
