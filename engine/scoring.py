@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from macpo.engine.attention import attention_hook
+from macpo.engine.errors import ResourceError, Stopped
+from macpo.engine.failures import free_memory, is_out_of_memory
 from macpo.engine.model import PolicyModule
-from macpo.engine.pack import PrefixGroup, pack
+from macpo.engine.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.parallel import World, data_world
+from macpo.engine.plan import MicroBatch, microbatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +46,26 @@ def score(
     groups: Sequence[PrefixGroup] | Sequence[tuple[list[int], list[list[int]]]],
     *,
     max_tokens: int = 16384,
+    world: World | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[list[ResponseScore]]:
     """Score every response of every group.
 
     Args:
         model: the policy; the same numerics path as training, so step 0 of DPO gives ln 2.
         groups: `PrefixGroup`s, or (prompt ids, [response ids, ...]).
-        max_tokens: token budget of one packed forward.
+        max_tokens: token budget of one packed forward; one that does not fit in memory is split.
+        world: the ranks that share the work; they all call this with the same groups. Default: this process alone.
+        should_stop: asked before every forward.
 
     Returns:
-        By group, by response. A score depends on `max_tokens` and the other groups only in its last bits.
+        By group, by response; an empty list for a group that another rank scores. A score depends on `max_tokens` and
+        the other groups only in its last bits.
 
     Raises:
         DataError: an empty prompt or response, or one longer than the model's positions.
+        ResourceError: one group does not fit in memory.
+        Stopped: `should_stop` was true on any rank; on all of them.
     """
     policy = model if isinstance(model, PolicyModule) else PolicyModule(model)
     plain = [
@@ -61,15 +73,54 @@ def score(
         for group in groups
     ]
     scores: list[list[ResponseScore]] = [[] for _ in plain]
+    world, asked = world or World(), should_stop or (lambda: False)
+    together = policy.collective and world.size > 1  # then no rank may leave before the others
+    todo = deque(microbatches(plain, range(len(plain)), max_tokens, data_world(policy, world), collective=together))
+    stopped = False
     with attention_hook(policy.base):
-        for batch in pack(plain, max_tokens=max_tokens):
-            logps = policy.token_logps(batch).tolist()
-            bounds = iter(batch.cu_rows.tolist())
-            start = next(bounds)
-            for index in batch.groups:
-                for _ in plain[index].responses:
-                    end = next(bounds)
-                    part = logps[start:end]
-                    scores[index].append(ResponseScore(part, math.fsum(part)))
-                    start = end
+        while todo and not stopped:
+            stopped = any(world.gather(asked())) if together else asked()
+            micro = todo.popleft()
+            logps = None if stopped else _logps(policy, micro.batch)
+            if logps is not None and not micro.filler:
+                _hand_out(logps, micro.batch, plain, scores)
+            elif logps is None and not stopped:
+                todo.extendleft(reversed(_halves(micro, plain, together)))
+    if any(world.gather(stopped)):
+        raise Stopped("stopped while scoring", "run the same command again")
     return scores
+
+
+def _logps(policy: PolicyModule, batch: PackedBatch) -> list[float] | None:
+    """[N]; None where memory did not suffice."""
+    try:
+        logps: list[float] = policy.token_logps(batch).tolist()
+        return logps
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _hand_out(
+    logps: list[float], batch: PackedBatch, groups: Sequence[PrefixGroup], scores: list[list[ResponseScore]]
+) -> None:
+    start, *ends = batch.cu_rows.tolist()
+    bounds = iter(ends)
+    for index in batch.groups:
+        for _ in groups[index].responses:
+            end = next(bounds)
+            part = logps[start:end]
+            scores[index].append(ResponseScore(part, math.fsum(part)))
+            start = end
+
+
+def _halves(micro: MicroBatch, groups: Sequence[PrefixGroup], together: bool) -> list[MicroBatch]:
+    tokens = micro.batch.num_tokens
+    if together or len(micro.batch.groups) == 1:
+        raise ResourceError(
+            f"a forward of {tokens} tokens does not fit in memory",
+            "lower compute.score_tokens" if len(micro.batch.groups) > 1 else "lower context_tokens or share the model",
+        )
+    free_memory()
+    return [MicroBatch(batch) for batch in pack(groups, max_tokens=tokens // 2, indices=micro.batch.groups)]

@@ -206,16 +206,26 @@ class Likelihood:
 
 
 def likelihoods(
-    policy: PolicyModule, groups: Sequence[PrefixGroup], compute: ComputeSettings, world: World
+    policy: PolicyModule,
+    groups: Sequence[PrefixGroup],
+    compute: ComputeSettings,
+    world: World,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[list[Likelihood]]:
-    """Score every response of every group; all ranks get all results."""
-    scores = _scored(policy, groups, compute, world, lambda group: [(r.sum_logp, r.num_tokens) for r in group])
+    """Score every response of every group; all ranks get all results. Raises Stopped after `should_stop`."""
+    scores = _scored(policy, groups, compute, world, should_stop, lambda g: [(r.sum_logp, r.num_tokens) for r in g])
     return [[Likelihood(sum_logp, num_tokens) for sum_logp, num_tokens in group] for group in scores]
 
 
-def shared_parts(policy: PolicyModule, groups: Sequence[PrefixGroup], compute: ComputeSettings, world: World) -> Tensor:
+def shared_parts(
+    policy: PolicyModule,
+    groups: Sequence[PrefixGroup],
+    compute: ComputeSettings,
+    world: World,
+    should_stop: Callable[[], bool] | None = None,
+) -> Tensor:
     """`objectives.shared_sums` of every response of every group: [R, 2] float64; all ranks get all results."""
-    scores = _scored(policy, groups, compute, world, lambda group: shared_sums([r.token_logps for r in group]))
+    scores = _scored(policy, groups, compute, world, should_stop, lambda g: shared_sums([r.token_logps for r in g]))
     return torch.tensor([part for group in scores for part in group], dtype=torch.float64).reshape(-1, 2)
 
 
@@ -224,12 +234,13 @@ def _scored(
     groups: Sequence[PrefixGroup],
     compute: ComputeSettings,
     world: World,
+    should_stop: Callable[[], bool] | None,
     kept: Callable[[list[ResponseScore]], Any],
 ) -> list[Any]:
     """What is kept of each group's scores, the groups dealt out to the ranks; all ranks get all results."""
-    mine = score(policy, groups[world.rank :: world.size], max_tokens=compute.score_tokens)
-    parts = world.gather([kept(responses) for responses in mine])
-    return [parts[i % world.size][i // world.size] for i in range(len(groups))]
+    mine = score(policy, groups, max_tokens=compute.score_tokens, world=world, should_stop=should_stop)
+    found = world.gather([kept(scores) if scores else None for scores in mine])
+    return [next(part for part in parts if part is not None) for parts in zip(*found, strict=True)]
 
 
 def reference_logps(
@@ -290,7 +301,7 @@ def reference_parts(
 
     def scored() -> Tensor:
         model = policy() if policy is not None else load_policy(compute, ctx, tuning, ref)
-        return shared_parts(model, groups, compute, ctx.world)
+        return shared_parts(model, groups, compute, ctx.world, ctx.stop_requested)
 
     return cached(folder, key, groups, scored, world=ctx.world, log=ctx.log)
 

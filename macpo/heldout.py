@@ -19,7 +19,7 @@ def human_pair_logps(compute: ComputeSettings, ctx: StageContext, pairs: list[Pa
     """Summed log-probs of the human chosen and rejected answers under the stage's policy, by prompt id."""
     items = [(p.prompt, [(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)]) for p in pairs]
     groups, kept = encode(ctx, agent_chat(ctx), items)
-    scores = likelihoods(load_policy(compute, ctx), groups, compute, ctx.world)
+    scores = likelihoods(load_policy(compute, ctx), groups, compute, ctx.world, ctx.stop_requested)
     return {
         pairs[index].prompt.id: {
             key: value

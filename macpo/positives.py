@@ -24,7 +24,7 @@ def score_candidates(compute: ComputeSettings, ctx: StageContext) -> None:
             items.append((prompt, given))
     chat = agent_chat(ctx)
     groups, kept = encode(ctx, chat, [(prompt, [(r.text, r.finished) for r in given]) for prompt, given in items])
-    scores = likelihoods(load_policy(compute, ctx), groups, compute, ctx.world)
+    scores = likelihoods(load_policy(compute, ctx), groups, compute, ctx.world, ctx.stop_requested)
     rows = []
     for index, results in zip(kept, scores, strict=True):
         prompt, given = items[index]
