@@ -71,15 +71,16 @@ class StackedAdapters:
     def active(self) -> Iterator[None]:
         """The model's linear modules use the stacks instead of peft's active adapter."""
         for layer in self._layers:
-            layer.forward = partial(self._forward, layer)
+            vars(layer)["forward"] = partial(self._forward, layer)
         try:
             yield
         finally:
             for layer in self._layers:
-                del layer.forward
+                del vars(layer)["forward"]
 
     def _forward(self, layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = layer.base_layer(x, *args, **kwargs)
+        base: Any = layer.base_layer
+        out: Tensor = base(x, *args, **kwargs)
         stack = self._stacks[id(layer)]
         if not stack.a.shape[0]:
             return out
