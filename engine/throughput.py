@@ -56,7 +56,7 @@ def tuning_of(policy: PolicyModule) -> tuple[Tuning, int, Targets]:
     config = policy.model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     targets = config.target_modules
-    return "lora", config.r, targets if targets == "all-linear" else sorted(targets or ())  # type: ignore[return-value]
+    return "lora", config.r, targets if targets == "all-linear" else sorted(targets or ())
 
 
 class Meter:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def open_tracker(name: str, run: TrackerRun) -> Tracker:
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"use {', '.join(_KNOWN)} or module:function, not {name!r}")
-    return getattr(importlib.import_module(module), function)(run)
+    tracker: Tracker = getattr(importlib.import_module(module), function)(run)
+    return tracker
 
 
 class _TensorBoard:
@@ -152,7 +153,7 @@ class _Trackio:
         self._run.finish()
 
 
-_KNOWN = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
+_KNOWN: dict[str, Callable[[TrackerRun], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
 
 
 def follow(order: Mapping[str, Any], ended: threading.Event) -> None:

@@ -28,30 +28,14 @@ from macpo.engine.files import read_json
 log = logging.getLogger(__name__)
 
 START_SECONDS, CLOSE_SECONDS = 60.0, 15.0
-_NUMBERS = frozenset(
-    [
-        "learning_rate",
-        "epochs",
-        "batch",
-        "warmup_fraction",
-        "weight_decay",
-        "adam_betas",
-        "max_grad_norm",
-        "microbatch_tokens",
-        "save_every_steps",
-        "spike_sigma",
-        "beta",
-        "label_smoothing",
-        "sft_weight",
-        "gamma",
-        "ld_alpha",
-        "seed",
-        "groups",
-        "steps",
-        "ranks",
-    ]
-)
-_WORDS = frozenset(["schedule", "on_spike", "loss", "reference", "objective"])  # each one of a few words of ours
+# fmt: off
+_NUMBERS = frozenset((
+    "learning_rate", "epochs", "batch", "warmup_fraction", "weight_decay", "adam_betas", "max_grad_norm",
+    "microbatch_tokens", "save_every_steps", "spike_sigma", "beta", "label_smoothing", "sft_weight", "gamma",
+    "ld_alpha", "seed", "groups", "steps",
+))
+# fmt: on
+_WORDS = frozenset(("schedule", "on_spike", "loss", "reference"))  # each one of a few words of ours
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 

@@ -311,7 +311,8 @@ class _Stage:
             trackers=self.trackers,
             meter=Meter.of(self.policy, self.groups, self.world),
             key=self.fingerprint,
-            about=self.settings.model_dump(mode="json"),
+            about=self.settings.model_dump(mode="json")
+            | {"seed": self.plan.seed, "groups": len(self.groups), "steps": self.plan.num_steps},
         )
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:
