@@ -90,7 +90,7 @@ class StackedAdapters:
         narrow = (x.to(stack.a.dtype) @ stack.a.T).mul_(mask)
         return out + (narrow @ stack.b.T).to(out.dtype)
 
-    def _stack(self, layer: LoraLinear) -> _Stack:
+    def _stack(self, layer: Any) -> _Stack:
         own = [name if name in layer.lora_A else None for name in self.names]
         layout = tuple((0, 0.0) if name is None else (layer.r[name], float(layer.scaling[name])) for name in own)
         some = next(iter(layer.lora_A.values())).weight
