@@ -12,11 +12,14 @@ from macpo.engine.errors import MacpoError, Stopped
 from macpo.engine.files import explain, is_expected
 
 
-def run_cli(command: Callable[[], Any], *, debug: bool = False) -> int:
+def run_cli(
+    command: Callable[[], Any], *, debug: bool = False, report: Callable[[BaseException, str], bool] | None = None
+) -> int:
     """Calls the command. Returns: 0, or the exit code of what it raised, after printing it.
 
     A MacpoError gives its lines and its code; a full disk 4, a place that cannot be written 2, Ctrl-C 75, anything
     unexpected 1. `debug` adds the traceback. An error that rank 0 reports already is not printed again.
+    `report` gets the error and, for an unexpected one, its text; where it returns True, it is reported elsewhere.
     """
     try:
         command()
@@ -33,11 +36,13 @@ def run_cli(command: Callable[[], Any], *, debug: bool = False) -> int:
         error = found
     if debug:
         traceback.print_exception(error)
+    text = "unexpected " + " ".join(f"{type(error).__name__}: {error}".split())
+    reported = report is not None and report(error, text)
     if not isinstance(error, MacpoError):
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"error: unexpected {text}. Fix: rerun with --debug and report it.", file=sys.stderr)
+        if not reported:
+            print(f"error: {text}. Fix: rerun with --debug and report it.", file=sys.stderr)
         return 1
-    if not getattr(error, "relayed", False):
+    if not reported and not getattr(error, "relayed", False):
         for problem in error.problems:
             print(problem, file=sys.stderr)
     return error.code

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from macpo.engine import errors, files
+from macpo.engine import errors, files, hangs
 from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.faults import point
 from macpo.engine.manifest import MANIFEST, RUNNING, TIMING, Manifest
@@ -54,12 +54,16 @@ class StageContext:
         return self.inputs[alias]
 
     def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop. Ranks hear it at different moments: agree before acting on it."""
+        """Whether this rank was asked to stop. Ranks hear it at different moments: agree before acting on it.
+
+        Who asks is alive: see `hangs`.
+        """
+        hangs.beat()
         return self.stop.requested
 
     def check_stop(self) -> None:
         """Raises: Stopped if this rank was asked to stop; call it where the work so far is on disk."""
-        if self.stop.requested:
+        if self.stop_requested():
             raise stopped(self.name)
 
     def note(self, **counts: Any) -> None:
@@ -254,7 +258,8 @@ class Executor:
         for path in sorted(context.dir.glob("error-rank*.log")):
             other = path.stem.removeprefix("error-rank")
             return PeerError(f"rank {other} failed in {context.name}: {path.read_text()}", "see that rank's message")
-        return error
+        (problem,) = error.problems
+        return PeerError(f"in stage {context.name}: {problem.message}", problem.fix, file=problem.file)
 
     def _commit(self, stage: Stage, folder: Path, digests: Mapping[str, str], ready: bool) -> str:
         if ready:

@@ -2,13 +2,14 @@
 
     torchrun --nproc-per-node 8 engine/train.py recipes/hh-helpful.yaml --set student.model=PATH
 
-The recipe's own package says how to run it (entry-point group `macpo.recipes`), so that the engine never
-imports upwards.
+The recipe's key `recipe:` says of which kind it is (default: macpo), and the package that knows this kind how to run it
+(entry-point group `macpo.recipes`), so that the engine never imports upwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -19,23 +20,34 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from macpo.engine import hangs
 from macpo.engine.console import run_cli
 from macpo.engine.errors import ConfigError
+from macpo.engine.launcher import PARENT, leave_error
 from macpo.engine.parallel import World, finish, init_from_env
+from macpo.engine.recipe import kind_of
+from macpo.engine.workers import die_with
 
 
-def runner(kind: str) -> Callable[..., None]:
-    """The function that runs recipes of this kind: (path, overrides, world, options) -> None."""
+def runner(config: Path, asked: str | None) -> Callable[..., None]:
+    """The function that runs recipes of the file's kind: (path, overrides, world, options) -> None."""
+    written = kind_of(config)
+    kind = written or asked or "macpo"
+    if asked not in (None, kind):
+        raise ConfigError(
+            f"the file says {kind!r}, --recipe says {asked!r}", "leave --recipe out", file=str(config), field="recipe"
+        )
     found = {point.name: point for point in entry_points(group="macpo.recipes")}
     if kind not in found:
-        raise ConfigError(f"no package runs recipes of kind {kind!r}", f"one of {sorted(found)}", field="--recipe")
+        fix = f"use {' or '.join(sorted(found))}"
+        raise ConfigError(f"no package runs recipes of kind {kind!r}", fix, file=str(config), field="recipe")
     return found[kind].load()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="torchrun engine/train.py", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="recipe (YAML)")
-    parser.add_argument("--recipe", default="macpo", help="kind of recipe (default: macpo)")
+    parser.add_argument("--recipe", help="kind of recipe, for files that do not say (default: macpo)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
     parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")
@@ -46,8 +58,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace) -> None:
     world: World = init_from_env(arguments.timeout)
+    if world.size > 1:
+        hangs.watch(arguments.timeout)
     try:
-        runner(arguments.recipe)(
+        try:
+            run = runner(arguments.config, arguments.recipe)
+        except ConfigError as error:
+            error.relayed = not world.is_main  # type: ignore[attr-defined]  # every rank finds it, one says it
+            raise
+        run(
             arguments.config,
             arguments.overrides,
             world=world,
@@ -55,13 +74,16 @@ def train(arguments: argparse.Namespace) -> None:
             from_stage=arguments.from_stage,
         )
     finally:
+        hangs.rest()
         finish()
 
 
 @record
 def main() -> None:
     arguments = parse()
-    sys.exit(run_cli(lambda: train(arguments), debug=arguments.debug))
+    if PARENT in os.environ:
+        die_with(int(os.environ[PARENT]))
+    sys.exit(run_cli(lambda: train(arguments), debug=arguments.debug, report=leave_error))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class Pool:
                 [sys.executable, "-P", "-m", "macpo.engine.workers", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **threads},
+                env={**os.environ, **threads, "TERM": "dumb"},  # several live bars cannot share a terminal
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -145,7 +145,7 @@ def build_graph(build: Build) -> Graph:
 
 def main() -> None:
     """A worker: reads how to build the graph, then one stage after another, until its input ends."""
-    _die_with(int(sys.argv[1]))
+    die_with(int(sys.argv[1]))
     channel = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what stages print must not get between the answers
     requests = iter(sys.stdin.buffer)
@@ -183,7 +183,7 @@ def _answer(executor: Executor, request: Mapping[str, Any], threads: int | None)
     return {"done": {**result, "verified": sorted(executor.verified)}}
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """The kernel kills this process when its parent ends, however that happens (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

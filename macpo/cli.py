@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
 
     run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
+    run.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
     run.set_defaults(command=_run)
 
     status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", parents=[common], help="a policy as a Hugging Face or peft folder")
     export.add_argument("run", type=Path, help="folder of the run")
     export.add_argument("--out", type=Path, required=True, help="folder to make")
-    export.add_argument("--agent", default="student", help="student, a teacher's name, or ceiling")
+    export.add_argument("--agent", default="", help="the student's (default), a teacher's name, or ceiling")
     export.add_argument("--iteration", type=int, default=-1, help="-1 is the last (default)")
     export.add_argument("--policy", choices=("positive", "negative"), default="positive")
     export.add_argument("--merge", action="store_true", help="merge an adapter into its base (float32)")
@@ -124,35 +125,44 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     recipe = launch.load(arguments.recipe, arguments.overrides)
     if not _printed(arguments, recipe):
-        print(planning.show(recipe))
+        print(planning.show(launch.of_method(recipe)))
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from macpo import launch
 
     recipe = launch.load(arguments.recipe, arguments.overrides)
-    if not _printed(arguments, recipe):
+    if _printed(arguments, recipe):
+        return
+    if arguments.ranks == 1:
         launch.show(launch.run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+        return
+    from macpo.engine.launcher import launch as launch_ranks
+
+    file = arguments.recipe / "recipe.yaml" if arguments.recipe.is_dir() else arguments.recipe
+    words = [str(file), *(f"--set={override}" for override in arguments.overrides)]
+    words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
+    words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
+    launch_ranks([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
+    launch.show(Path(recipe.output))
 
 
 def _status(arguments: argparse.Namespace) -> None:
     from macpo import launch
-    from macpo.iteration import build_plan
 
     recipe = launch.load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    for row in launch.runner_of(recipe, build_plan(recipe)).status():
+    for row in launch.runner_of(recipe, launch.plan_of(recipe)).status():
         seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else " " * 10
         print(f"{row.state:8} {seconds}  {row.name}" + (f"  ({row.why})" if row.why else ""))
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from macpo import launch
-    from macpo.iteration import build_plan
     from macpo.report import write_report
 
-    stages = build_plan(launch.load(arguments.run)).graph.stages
+    stages = launch.plan_of(launch.load(arguments.run)).graph.stages
     print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages])}")
 
 

@@ -1,0 +1,169 @@
+"""The ranks of one job on this machine, as `macpo run --ranks N` starts them: one message and one exit code for all.
+
+    launch([sys.executable, "-m", "macpo.engine.train", "recipe.yaml"], 8)
+
+torchrun starts the same ranks, on many nodes too, but it ends with 1 whatever they say, and kills them 30 seconds
+after a SIGTERM (`--shutdown-timeout`). Here they have all the time they need to save, and then the job ends with 75.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopped
+from macpo.engine.execute import pack_error, unpack_error
+from macpo.engine.files import read_json, write_json
+
+ERROR_FILE = "MACPO_ERROR_FILE"
+"""Environment variable: where a rank leaves its error for the launcher, which is the one that prints it."""
+PARENT = "MACPO_LAUNCHER"
+"""Environment variable: the launcher's process id; ranks end with it."""
+_ATTEMPTS = 20
+"""How often a job that asks for it (`Again`) is started; a token budget is halved each time."""
+
+
+def launch(command: Sequence[str], ranks: int, *, grace_s: float = 30.0) -> None:
+    """Run `command` once a rank, with RANK, WORLD_SIZE, MASTER_ADDR and so on as under torchrun, until all have ended.
+
+    SIGTERM or Ctrl-C here: every rank gets one SIGTERM, and all the time it takes to save. A second Ctrl-C kills them.
+    When a rank fails the others notice and end; what still runs after `grace_s` is killed. A job that ends with
+    `Again` is started again.
+
+    Raises:
+        MacpoError: of the rank that failed first, with its own message; PeerError for one that was killed or failed
+            unexpectedly. Stopped: on request.
+    """
+    if ranks < 1:
+        raise ConfigError(f"got {ranks}", "start at least one rank", field="--ranks")
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with tempfile.TemporaryDirectory(prefix="macpo-ranks-") as folder, _Job(Path(folder), grace_s) as job:
+                job.start(command, ranks)
+                job.wait()
+            return
+        except Again as error:
+            if attempt == _ATTEMPTS:
+                raise
+            print(f"note: {error.problems[0].message}; starting the ranks again", file=sys.stderr, flush=True)
+
+
+def leave_error(error: BaseException, text: str) -> bool:
+    """In a rank: hand the error (`text` where it is no MacpoError) to whoever started it.
+
+    Returns:
+        True under this launcher, which prints it. torchrun takes the error file of the rank that ended first.
+    """
+    # one that lost its peer, or repeats what another rank has found, tells less than that other rank
+    second = isinstance(error, PeerError) or getattr(error, "relayed", False)
+    if ERROR_FILE in os.environ:
+        fix = "rerun with --debug and report it"
+        known = error if isinstance(error, MacpoError) else PeerError(f"rank {os.environ['RANK']} failed: {text}", fix)
+        write_json(Path(os.environ[ERROR_FILE]), {"second": second, **pack_error(known)})
+        return True
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        if second:
+            time.sleep(2.0)  # so that it does not end first
+        elif not isinstance(error, Stopped):
+            get_error_handler().record_exception(error)
+    return False
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    error_file: Path
+
+    def error(self) -> tuple[int, MacpoError] | None:
+        """(how little it tells, what it left behind or what its end says); None where it ended well."""
+        code = self.process.returncode
+        if code == 0:
+            return None
+        if self.error_file.exists():
+            left = read_json(self.error_file)
+            return (2 if left["kind"] == "Stopped" else int(left["second"])), unpack_error(left)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return 0, PeerError(f"rank {self.number} {how}", "look at its last messages and free memory, then run again")
+
+
+class _Job:
+    """Context manager; while it is open SIGTERM and SIGINT are for the ranks."""
+
+    def __init__(self, folder: Path, grace_s: float) -> None:
+        self.folder, self.grace_s = folder, grace_s
+        self.ranks: list[_Rank] = []
+        self.ended: list[_Rank] = []
+        self.signals = 0
+        self.forwarded = False
+
+    def __enter__(self) -> _Job:
+        self.old = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            if rank.process.poll() is None:
+                os.killpg(rank.process.pid, signal.SIGKILL)
+                rank.process.wait()
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.signals and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signals += 1
+
+    def start(self, command: Sequence[str], ranks: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        threads = str(max(1, (os.cpu_count() or 1) // ranks))
+        for number in range(ranks):
+            error_file = self.folder / f"rank-{number}.json"
+            own = {
+                "RANK": number,
+                "LOCAL_RANK": number,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                ERROR_FILE: error_file,
+                PARENT: os.getpid(),
+            }
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, **{k: str(v) for k, v in own.items()}}
+            # a session of its own: Ctrl-C reaches the launcher alone, and each rank once, through it
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.ranks.append(_Rank(number, process, error_file))
+
+    def wait(self) -> None:
+        """Until all ranks have ended. Raises what the job is to end with."""
+        deadline = float("inf")
+        while len(self.ended) < len(self.ranks):
+            for rank in self.ranks:
+                if rank not in self.ended and rank.process.poll() is not None:
+                    self.ended.append(rank)
+            if self.signals and not self.forwarded:
+                self.forwarded = True
+                for rank in self.ranks:
+                    rank.process.terminate()
+            failed = any(rank.process.returncode not in (0, Stopped.code) for rank in self.ended)
+            if failed and deadline == float("inf"):
+                deadline = time.monotonic() + self.grace_s
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        found = [error for rank in self.ended if (error := rank.error()) is not None]
+        if found:
+            raise min(found, key=lambda error: error[0])[1]
