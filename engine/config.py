@@ -227,4 +227,5 @@ class ComputeSettings(Settings):
     cache: str | None = None
     """Folder for reference log-probs, which runs can share; default `cache` inside the run's folder."""
     trackers: tuple[str, ...] = ()
-    """Where training metrics go besides metrics.jsonl: `tensorboard`, or `module:function` (engine/trackers.py)."""
+    """Where training metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (each is an extra), or
+    `module:function` (engine/trackers.py)."""
