@@ -92,7 +92,7 @@ class PreferenceSettings(OptimSettings):
     """Target margin of simpo, in units of the reward; simpo needs it."""
     ld_alpha: Fraction | None = None
     """Weight of the tokens beyond the shorter answer's length (LD-DPO); for sigmoid, robust and hinge."""
-    sft_weight: Annotated[float, Field(ge=0)] = Field(default_factory=lambda data: _sft_weight(data, 0.2))
+    sft_weight: Annotated[float, Field(ge=0)] = Field(default_factory=lambda data: sft_weight_default(data, 0.2))
     """Weight of the mean token NLL of the chosen answer (LLaMA-Factory's `dpo_ftx`); default 0.2, for orpo 1."""
     reference: Literal["policy", "adapter-off"] = "policy"
     """What the policy is held to: `policy`, itself as it is before the first step; `adapter-off`, its base model
@@ -124,7 +124,7 @@ class PreferenceSettings(OptimSettings):
         return self
 
 
-def _sft_weight(data: Mapping[str, Any], default: float) -> float:
+def sft_weight_default(data: Mapping[str, Any], default: float) -> float:
     """ORPO is a sum with the NLL (arXiv 2403.07691, eq. 6)."""
     return 1.0 if data.get("loss") == "orpo" else default
 

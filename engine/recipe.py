@@ -74,6 +74,19 @@ def loads(
     return settings
 
 
+def kind_of(path: Path | str) -> str | None:
+    """What the recipe file (or the run's folder) says under its key `recipe`; None where it does not say or cannot be
+    read, which `load` then reports."""
+    path = Path(path)
+    file = path / "recipe.yaml" if path.is_dir() else path
+    try:
+        root = parse(file.read_text(encoding="utf-8-sig"), str(file), [])
+    except (ConfigError, OSError, UnicodeDecodeError):
+        return None
+    kind = root.value.get("recipe") if isinstance(root.value, dict) else None
+    return None if kind is None or kind.value is None else str(kind.value)
+
+
 def dump(model: BaseModel, *, comments: bool = False) -> str:
     """YAML of every field, defaults included, such that `loads(dump(x), type(x)) == x`.
 
@@ -155,4 +168,4 @@ def _comment(text: str, indent: int) -> list[str]:
     return [f"{' ' * indent}# {line}" for line in textwrap.wrap(" ".join(text.split()), width)]
 
 
-__all__ = ["Node", "dump", "load", "loads"]
+__all__ = ["Node", "dump", "kind_of", "load", "loads"]

@@ -41,9 +41,9 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
             spot = _down(spot, str(detail["ctx"]["discriminator"]).strip("'"))
             spot.kind = Literal[tuple(tags)] if tags else None
         elif kind in ("value_error", "assertion_error"):
-            word = _message(detail).split(":")[0].split(" ")[0]
-            if isinstance(spot.node.value, dict) and word in spot.node.value:
-                spot = _down(spot, word)
+            for word in _message(detail).split(":")[0].split(" ")[0].split("."):
+                if isinstance(spot.node.value, dict) and word in spot.node.value:
+                    spot = _down(spot, word)
         if not spot.bad:
             spots.setdefault(spot.path, []).append((spot, detail))
     problems = []

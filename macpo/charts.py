@@ -54,7 +54,7 @@ def agent_lines(agents: Agents, metric: str) -> list[Line]:
         error = None if None in errors else errors
         if agent["role"] == "teacher":
             lines.append(Line(name, x, y, colour, marker, error=error))
-        elif agent["role"] == "student":
+        elif agent["role"] in ("student", "policy"):
             lines.append(Line(name, x, y, STUDENT, "o", width=2.8, error=error))
         elif agent["role"] == "ceiling":
             lines.append(Line(name, x, y, INK, width=1.3, dash=":", flat=True))

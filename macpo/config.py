@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,18 +28,13 @@ from macpo.world import WorldSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
-_SIZES = ("teacher_prompts", "student_prompts", "test_prompts")
-
-
-class DataSettings(Settings):
-    """Preference data and its three disjoint sets of prompts."""
+class SourceSettings(Settings):
+    """Where text comes from, and how it becomes tokens."""
 
     path: str | None = None
     """A file, a folder in HH-RLHF's layout, or a Hub id."""
     world: WorldSettings | None = None
     """Instead of `path`: text made by the project, with an exact gold score."""
-    format: Literal["auto", "hh", "pku", "pairs", "alpaca"] = "auto"
-    """Layout of the rows; `auto` goes by the keys of the first row."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names for `prompt`, `chosen`, `rejected`: {prompt: question}."""
     preference: Literal["better", "safer"] = "better"
@@ -47,26 +43,34 @@ class DataSettings(Settings):
     """One sub-folder of the data set, such as `harmless-base` of HH-RLHF; default all."""
     split: str = "train"
     """Which published split to read where there are several."""
-    teacher_prompts: PositiveInt = 5000
-    """Prompts with human answers, for the teachers alone."""
-    student_prompts: PositiveInt = 5000
-    """Prompts whose human answers training never reads."""
-    test_prompts: PositiveInt = 2000
-    """Prompts for evaluation alone."""
     long_prompt: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
     special_text: Literal["plain", "error"] = "plain"
     """Text of special tokens inside the data: encoded as plain text, or refused."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataSettings:
+    def _one_source(self) -> Self:
         if (self.path is None) == (self.world is None):
             raise ValueError("give exactly one of `path` and `world`")
         if self.world is not None:  # the world has sizes of its own
-            for name in ("format", "columns", "preference", "subset", "split", *_SIZES):
-                if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+            for name, field in type(self).model_fields.items():
+                both = name in ("path", "world", "side", "long_prompt", "special_text")
+                if not both and getattr(self, name) != field.get_default(call_default_factory=True):
                     raise ValueError(f"{name} is for `path`; the world's settings are in `world`")
         return self
+
+
+class DataSettings(SourceSettings):
+    """Preference data and its three disjoint sets of prompts."""
+
+    format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
+    """Layout of the rows; `auto` goes by the keys of the first row."""
+    teacher_prompts: PositiveInt = 5000
+    """Prompts with human answers, for the teachers alone."""
+    student_prompts: PositiveInt = 5000
+    """Prompts whose human answers training never reads."""
+    test_prompts: PositiveInt = 2000
+    """Prompts for evaluation alone."""
 
 
 class AgentSettings(Settings):
@@ -153,6 +157,8 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """A run of MACPO (arXiv 2410.07672)."""
 
+    recipe: Literal["macpo"] = "macpo"
+    """Kind of recipe; `sft` and `preference` are in macpo/standalone_config.py."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides splits, orders, initial weights and sampling noise."""
     output: str = "runs/macpo"
@@ -215,10 +221,22 @@ class Recipe(Settings):
             )
         if self.student.init is None and self.student.model is None and self.initial_needs_base:
             raise ValueError("the student needs `model` or `init` for its base; only teachers may be all ready")
+        for role, agents in (("teacher", self.teachers), ("student", (self.student,))):
+            check_reference(f"{role}_training.preference.", getattr(self, f"{role}_training").preference, agents)
         for arm, overrides in self.ablations.items():
             if "ablations" in overrides or "compute" in {re.split(r"\.", key)[0] for key in overrides}:
                 raise ValueError(f"ablations.{arm} may not change `ablations` or `compute`")
         return self
+
+    @property
+    def agents(self) -> tuple[AgentSettings, ...]:
+        """Every agent, the student last."""
+        return (*self.teachers, self.student)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Room that a prompt has, whatever its answers are."""
+        return self.context_tokens - self.sampling.max_new_tokens
 
     @property
     def active_teachers(self) -> tuple[AgentSettings, ...]:
@@ -241,3 +259,10 @@ class Recipe(Settings):
             raise ConfigError(
                 problems=[replace(p, file="", line=None, field=f"{where}.{p.field}") for p in error.problems]
             ) from None
+
+
+def check_reference(where: str, settings: PreferenceSettings, agents: Iterable[AgentSettings]) -> None:
+    """Raises ValueError where the reference is a policy without its adapter, and the policy has none."""
+    full = [agent.name for agent in agents if not isinstance(agent.tuning, LoraSettings)]
+    if settings.reference == "adapter-off" and full:
+        raise ValueError(f"{where}reference: adapter-off needs `tuning: {{type: lora}}`, which {full[0]} does not have")

@@ -9,6 +9,9 @@ Formats, told apart by the keys of the first row:
     pku     {"prompt", "response_0", "response_1", "better_response_id", "safer_response_id"} (PKU-SafeRLHF)
     pairs   {"prompt", "chosen", "rejected"}: text, or lists of chat messages (with or without the conversation)
     alpaca  {"instruction", "input", "output": [chosen, rejected]}, also with "system" and "history"
+    sharegpt  {"conversations": [{"from", "value"}, …], "chosen": {"from", "value"}, "rejected"}, also with "system"
+
+Prompts with a single answer are in macpo/examples.py.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from macpo.dataset_files import Row, fingerprint, read_rows
 from macpo.engine.chat import ROLES
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.records import Message, Pair, Prompt
+from macpo.engine.records import Example, Message, Pair, Prompt
 
 __all__ = ["FORMATS", "Splits", "fingerprint", "load_preferences", "split"]
 
@@ -35,6 +38,9 @@ log = logging.getLogger("macpo.data")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LAST = "\n\nAssistant:"
 _DROPPED = ("empty_dropped", "identical_dropped", "prompt_mismatch_dropped", "malformed_dropped")
+
+
+R = TypeVar("R", Pair, Example)
 
 
 class _Sides(NamedTuple):
@@ -73,7 +79,7 @@ def load_preferences(
     rows = itertools.islice(read_rows(path, split, subset), max_rows)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", *_DROPPED, "prefix_pairs"), 0))
     pairs: list[Pair] = []
-    for row in _renamed(rows, columns or {}):
+    for row in renamed(rows, columns or {}):
         counts["rows"] += 1
         if format == "auto":
             format = _detect(row)
@@ -117,9 +123,7 @@ def split(pairs: Sequence[Pair], *, teacher: int, student: int, test: int, seed:
     prompts, and a larger teacher or student set never changes the test set.
     Raises DataError, naming the numbers, if there are too few distinct prompts.
     """
-    by_prompt: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt.id, []).append(pair)
+    by_prompt = {group[0].prompt.id: group for group in shuffled_prompts(pairs, seed)}
     wanted = test + student + teacher
     if len(by_prompt) < wanted:
         raise DataError(
@@ -128,12 +132,21 @@ def split(pairs: Sequence[Pair], *, teacher: int, student: int, test: int, seed:
             "lower these numbers or add data",
             field="data",
         )
-    order = iter(sorted(by_prompt, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest()))
+    order = iter(by_prompt)
     first = {
         name: [by_prompt[p][0] for p in itertools.islice(order, n)] for name, n in (("test", test), ("s", student))
     }
     whole = [pair for p in itertools.islice(order, teacher) for pair in by_prompt[p]]
     return Splits(whole, first["s"], first["test"], [pair for p in order for pair in by_prompt[p]])
+
+
+def shuffled_prompts(records: Iterable[R], seed: int) -> list[list[R]]:
+    """What belongs to each distinct prompt, in an order that is a hash of seed and prompt."""
+    by_prompt: dict[str, list[R]] = {}
+    for record in records:
+        by_prompt.setdefault(record.prompt.id, []).append(record)
+    order = sorted(by_prompt, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest())
+    return [by_prompt[prompt] for prompt in order]
 
 
 def _check(format: str, columns: Mapping[str, str] | None, preference: str, empty: str) -> None:
@@ -142,13 +155,13 @@ def _check(format: str, columns: Mapping[str, str] | None, preference: str, empt
         ("data.format", format, known),
         ("data.preference", preference, ["better", "safer"]),
         ("data.empty", empty, ["auto", "error", "drop"]),
-        *(("data.columns", name, _COLUMNS) for name in columns or ()),
+        *(("data.columns", name, PAIR_COLUMNS) for name in columns or ()),
     ):
         if got not in allowed:
             raise ConfigError(f"got {got!r}", f"use {', '.join(allowed)}", field=field)
 
 
-def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+def renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
     for row in rows:
         for ours, theirs in columns.items():
             if theirs not in row.fields:
@@ -162,12 +175,14 @@ def _detect(row: Row) -> str:
         return "pku"
     if "instruction" in has and ("output" in has or {"chosen", "rejected"} <= has):
         return "alpaca"
+    if {"conversations", "chosen", "rejected"} <= has:
+        return "sharegpt"
     if {"chosen", "rejected"} <= has:
         bare = "prompt" not in has and isinstance(row.fields["chosen"], str)
         if not bare or _LAST in row.fields["chosen"]:
             return "hh" if bare else "pairs"
     missing = next((name for name in ("prompt", "chosen", "rejected") if name not in has), "prompt")
-    row.fail(missing, "missing, and the keys fit none of the formats hh, pku, pairs, alpaca")
+    row.fail(missing, "missing, and the keys fit none of the formats hh, pku, pairs, alpaca, sharegpt")
 
 
 def _why_dropped(row: Row, sides: _Sides, empty: str, format: str) -> str:
@@ -182,13 +197,13 @@ def _why_dropped(row: Row, sides: _Sides, empty: str, format: str) -> str:
     return "identical_dropped" if sides.chosen == sides.rejected else ""
 
 
-def _text(row: Row, field: str) -> str:
+def text_of(row: Row, field: str) -> str:
     if field not in row.fields:
         row.fail(field, "the field is missing")
-    return _checked(row, field, row.fields[field])
+    return checked_text(row, field, row.fields[field])
 
 
-def _checked(row: Row, field: str, value: Any) -> str:
+def checked_text(row: Row, field: str, value: Any) -> str:
     """A text without its outer white space; anything else raises."""
     if not isinstance(value, str):
         row.fail(field, "null" if value is None else f"not text but {type(value).__name__}: {value!r:.60}")
@@ -199,7 +214,7 @@ def _checked(row: Row, field: str, value: Any) -> str:
     return value.strip()
 
 
-def _user(row: Row, field: str, text: str) -> Message:
+def user_turn(row: Row, field: str, text: str) -> Message:
     if not text:
         row.fail(field, "the prompt is empty or white space", "remove the row")
     return {"role": "user", "content": text}
@@ -217,7 +232,7 @@ def _hh(row: Row, preference: str) -> _Sides | None:
 
 def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
     """(prompt, answer), cut at the last assistant turn."""
-    prompt, found, answer = f"\n\n{_text(row, field)}".rpartition(_LAST)
+    prompt, found, answer = f"\n\n{text_of(row, field)}".rpartition(_LAST)
     if not found or not prompt.startswith("\n\nHuman:"):
         row.fail(field, f"no dialogue of Human and Assistant turns: {prompt[:50]!r}", "set data.format to pairs")
     return prompt, answer
@@ -242,20 +257,20 @@ def _pku(row: Row, preference: str) -> _Sides:
     better = row.fields[label]
     if better not in (0, 1) or isinstance(better, bool):
         row.fail(label, f"must be 0 or 1, got {better!r:.40}")
-    prompt = [_user(row, "prompt", _text(row, "prompt"))]
-    return _Sides(prompt, prompt, _text(row, f"response_{better}"), _text(row, f"response_{1 - better}"))
+    prompt = [user_turn(row, "prompt", text_of(row, "prompt"))]
+    return _Sides(prompt, prompt, text_of(row, f"response_{better}"), text_of(row, f"response_{1 - better}"))
 
 
 def _pairs(row: Row, preference: str) -> _Sides:
     before: list[list[Message]] = []
     answers: list[str] = []
-    given = _prompt(row) if "prompt" in row.fields or not isinstance(row.fields.get("chosen"), list) else []
+    given = prompt_of(row) if "prompt" in row.fields or not isinstance(row.fields.get("chosen"), list) else []
     for field in ("chosen", "rejected"):
         if not isinstance(row.fields.get(field), list):
-            answers.append(_text(row, field))
+            answers.append(text_of(row, field))
             before.append(given)
             continue
-        *conversation, last = _messages(row, field)
+        *conversation, last = messages_of(row, field)
         if last["role"] != "assistant":
             row.fail(field, f"the last message is from {last['role']!r}, not the assistant", "end with the answer")
         # A list may hold the answer alone, or the conversation too, with more or less of it in `prompt`.
@@ -269,23 +284,23 @@ def _pairs(row: Row, preference: str) -> _Sides:
     return _Sides(before[0], before[1], answers[0], answers[1])
 
 
-def _prompt(row: Row) -> list[Message]:
+def prompt_of(row: Row) -> list[Message]:
     """A user's text, an HH dialogue that waits for its answer, or chat messages."""
     if isinstance(row.fields.get("prompt"), list):
-        return _messages(row, "prompt")
-    text = _text(row, "prompt")
+        return messages_of(row, "prompt")
+    text = text_of(row, "prompt")
     if text.startswith("Human:") and text.endswith(_LAST):
         return _turns(f"\n\n{text.removesuffix(_LAST)}")
-    return [_user(row, "prompt", text)]
+    return [user_turn(row, "prompt", text)]
 
 
-def _messages(row: Row, field: str) -> list[Message]:
+def messages_of(row: Row, field: str) -> list[Message]:
     messages: list[Message] = []
     for message in row.fields[field]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             fix = "each message is {role: system, user or assistant, content: text}"
             row.fail(field, f"not a chat message: {message!r:.60}", fix)
-        messages.append({"role": message["role"], "content": _checked(row, field, message.get("content"))})
+        messages.append({"role": message["role"], "content": checked_text(row, field, message.get("content"))})
     if not messages:
         row.fail(field, "an empty list of messages", "give at least one message")
     return messages
@@ -295,20 +310,61 @@ def _alpaca(row: Row, preference: str) -> _Sides:
     answers = row.fields.get("output") if "output" in row.fields else [row.fields["chosen"], row.fields["rejected"]]
     if not isinstance(answers, list) or len(answers) < 2:
         row.fail("output", "must be a list: [chosen, rejected]")
-    chosen, rejected = (_checked(row, "output", answer) for answer in answers[:2])
-    messages: list[Message] = []
-    if row.fields.get("system"):
-        messages.append({"role": "system", "content": _text(row, "system")})
-    for turn in row.fields.get("history") or []:
-        if not isinstance(turn, list) or len(turn) != 2:
-            row.fail("history", f"must be a list of [question, answer], got {turn!r:.40}")
-        messages.append(_user(row, "history", _checked(row, "history", turn[0])))
-        messages.append({"role": "assistant", "content": _checked(row, "history", turn[1])})
-    parts = [_text(row, "instruction"), _text(row, "input") if row.fields.get("input") else ""]
-    messages.append(_user(row, "instruction", "\n".join(filter(None, parts))))
+    chosen, rejected = (checked_text(row, "output", answer) for answer in answers[:2])
+    messages = alpaca_prompt(row)
     return _Sides(messages, messages, chosen, rejected)
 
 
-FORMATS: dict[str, Callable[[Row, str], _Sides | None]] = {"hh": _hh, "pku": _pku, "pairs": _pairs, "alpaca": _alpaca}
-_COLUMNS = ["prompt", "chosen", "rejected", "response_0", "response_1", "better_response_id", "safer_response_id"]
-_COLUMNS += ["instruction", "input", "output", "system", "history"]
+def alpaca_prompt(row: Row) -> list[Message]:
+    """System text, earlier rounds, then instruction and input as the user's message."""
+    messages: list[Message] = []
+    if row.fields.get("system"):
+        messages.append({"role": "system", "content": text_of(row, "system")})
+    for turn in row.fields.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            row.fail("history", f"must be a list of [question, answer], got {turn!r:.40}")
+        messages.append(user_turn(row, "history", checked_text(row, "history", turn[0])))
+        messages.append({"role": "assistant", "content": checked_text(row, "history", turn[1])})
+    parts = [text_of(row, "instruction"), text_of(row, "input") if row.fields.get("input") else ""]
+    messages.append(user_turn(row, "instruction", "\n".join(filter(None, parts))))
+    return messages
+
+
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def sharegpt_messages(row: Row) -> list[Message]:
+    """Chat messages of `conversations`; a system text of the row's own goes first."""
+    messages: list[Message] = []
+    if row.fields.get("system"):
+        messages.append({"role": "system", "content": text_of(row, "system")})
+    turns = row.fields.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        row.fail("conversations", "not a list of messages", 'write [{"from": "human", "value": "…"}, …]')
+    return [*messages, *(_sharegpt_message(row, "conversations", turn) for turn in turns)]
+
+
+def _sharegpt_message(row: Row, field: str, turn: Any) -> Message:
+    if not isinstance(turn, dict) or turn.get("from") not in _SPEAKERS:
+        row.fail(field, f"not a message: {turn!r:.60}", f"each is {{from: {' or '.join(_SPEAKERS)}, value: text}}")
+    return {"role": _SPEAKERS[turn["from"]], "content": checked_text(row, field, turn.get("value"))}
+
+
+def _sharegpt(row: Row, preference: str) -> _Sides:
+    messages = sharegpt_messages(row)
+    answers = [_sharegpt_message(row, field, row.fields.get(field)) for field in ("chosen", "rejected")]
+    for field, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if answer["role"] != "assistant":
+            row.fail(field, f"the answer is from {answer['role']!r}, not the assistant", "give the assistant's message")
+    return _Sides(messages, messages, answers[0]["content"], answers[1]["content"])
+
+
+FORMATS: dict[str, Callable[[Row, str], _Sides | None]] = {
+    "hh": _hh,
+    "pku": _pku,
+    "pairs": _pairs,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+}
+PAIR_COLUMNS = ["prompt", "chosen", "rejected", "response_0", "response_1", "better_response_id", "safer_response_id"]
+PAIR_COLUMNS += ["instruction", "input", "output", "system", "history", "conversations"]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-Role: TypeAlias = Literal["teacher", "student", "baseline", "ceiling"]
+Role: TypeAlias = Literal["teacher", "student", "baseline", "ceiling", "policy"]  # policy: of a standalone recipe
 Scores: TypeAlias = dict[str, Any]  # {"iteration": int, metric: number, ...}
 Agents: TypeAlias = Mapping[str, Mapping[str, Any]]  # name -> {"role", "scores"} of a summary
 
@@ -22,6 +22,8 @@ LABELS: dict[str, str] = {
     "preference_accuracy": "preference accuracy",
     "preference_accuracy_se": "preference accuracy, standard error",
     "preference_pairs": "human pairs",
+    "loss": "held-out loss",
+    "perplexity": "held-out perplexity",
     "reward_margin": "implicit reward margin",
     "logp_margin": "log-prob margin (nats)",
     "logp_margin_per_token": "log-prob margin per token (nats)",
@@ -38,7 +40,7 @@ LABELS: dict[str, str] = {
 }
 """Plain names of the metrics, in the order in which tables show them."""
 
-HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy")
+HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy", "perplexity")
 """The first of these that every agent has is the one that headline, table and claims use."""
 
 

@@ -52,6 +52,9 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
                 text = f"The {name}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
                 findings.append(Finding("note", text))
         findings += _against_others(summary, name, agent, metric)
+    for name, agent in of_role(agents, "policy").items():
+        start, end = first_and_last(agent, metric) or (0.0, 0.0)
+        lead.append(f"The {name}'s {label} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
     recovered = gaps_recovered(summary)
     if recovered:
         share = recovered["student"][-1]["value"]
@@ -120,7 +123,7 @@ def score_rows(summary: Mapping[str, Any], metric: str) -> tuple[list[int], list
     everyone: list[tuple[str, str, Mapping[str, Any]]] = [
         (name, agent["role"], agent) for name, agent in summary["agents"].items()
     ]
-    order = ("teacher", "student", "baseline", "ceiling")
+    order = ("teacher", "student", "policy", "baseline", "ceiling")
     everyone.sort(key=lambda item: order.index(item[1]))
     for arm, members in summary.get("arms", {}).items():
         everyone += [(f"{arm}: {name}", "ablation", agent) for name, agent in of_role(members, "student").items()]

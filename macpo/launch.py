@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from macpo import __version__
+from macpo import __version__, standalone
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError, MacpoError
@@ -22,9 +22,11 @@ from macpo.iteration import build_plan
 from macpo.planning import disk_needed
 from macpo.report import write_report
 from macpo.run_reader import RunReader
+from macpo.standalone_config import KINDS, AnyRecipe
 from macpo.steps import Plan
 
-GRAPH_BUILDER = "macpo.iteration:build_graph"
+TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training"}
+GRAPH_BUILDER, STANDALONE_BUILDER = "macpo.iteration:build_graph", "macpo.standalone:build_graph"
 
 
 def run_recipe(
@@ -45,19 +47,38 @@ def run_recipe(
     return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file, or the resolved recipe of a run's folder."""
+def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """A recipe file, or the resolved recipe of a run's folder; its key `recipe` says of which kind it is."""
     file = path / "recipe.yaml" if path.is_dir() else path
     if not file.exists():
         raise ConfigError(f"there is no recipe {str(file)!r}", "name a YAML recipe or the folder of a run")
-    recipe = recipes.load(file, Recipe, overrides)
-    for arm in recipe.ablations:
-        recipe.arm(arm)
+    kind = recipes.kind_of(file) or "macpo"
+    if kind not in KINDS:
+        raise ConfigError(f"got {kind!r}", f"use {', '.join(KINDS)}", file=str(file), field="recipe")
+    recipe = recipes.load(file, KINDS[kind], overrides)
+    if isinstance(recipe, Recipe):
+        for arm in recipe.ablations:
+            recipe.arm(arm)
     return recipe
 
 
+def of_method(recipe: AnyRecipe) -> Recipe:
+    """The recipe, where it is one of the whole method. Raises ConfigError for another kind."""
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"this is for runs of the whole method, not for `recipe: {recipe.recipe}`",
+            "docs/training.md says what a single training run has instead",
+        )
+    return recipe
+
+
+def plan_of(recipe: AnyRecipe) -> Plan:
+    """The stages of a recipe of any kind."""
+    return build_plan(recipe) if isinstance(recipe, Recipe) else standalone.build_plan(recipe)
+
+
 def runner_of(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     plan: Plan,
     *,
     world: World | None = None,
@@ -74,12 +95,12 @@ def runner_of(
         from_stage=from_stage,
         jobs=compute.jobs if world is None or world.size == 1 else 1,  # ranks share every stage instead
         threads=compute.threads,
-        build=(GRAPH_BUILDER, recipe.model_dump(mode="json")),
+        build=(GRAPH_BUILDER if isinstance(recipe, Recipe) else STANDALONE_BUILDER, recipe.model_dump(mode="json")),
     )
 
 
 def run(
-    recipe: Recipe, *, world: World | None = None, rerun_stale: bool = False, from_stage: str | None = None
+    recipe: AnyRecipe, *, world: World | None = None, rerun_stale: bool = False, from_stage: str | None = None
 ) -> Path:
     """Run every stage that is not done, then write summary and report; returns the run's folder.
 
@@ -88,9 +109,9 @@ def run(
     world = world or World.current()
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    plan = build_plan(recipe)
+    plan = plan_of(recipe)
     run_dir = Path(recipe.output)
-    needed = disk_needed(recipe, plan)
+    needed = disk_needed(recipe, plan) if isinstance(recipe, Recipe) else None
     if needed is not None and world.is_main:
         require_free(run_dir, needed, "the run (estimated)")
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
@@ -103,7 +124,7 @@ def run(
     return run_dir
 
 
-def summarise(recipe: Recipe, plan: Plan, run_dir: Path) -> None:
+def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     """Write `summary.json` from the committed evaluations."""
     folder = RunReader(run_dir)
     found = {evaluation.folder.name: evaluation.metrics() for evaluation in folder.all_evaluations}
@@ -120,11 +141,12 @@ def summarise(recipe: Recipe, plan: Plan, run_dir: Path) -> None:
     ]
     models = {
         agent.name: agent.model or agent.positive or f"made here, hidden size {agent.init.hidden_size}"  # type: ignore[union-attr]
-        for agent in (*recipe.teachers, recipe.student)
+        for agent in recipe.agents
     }
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
-    summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models)
+    extra = {} if isinstance(recipe, Recipe) else {"title": f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"}
+    summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
     write_json(run_dir / "summary.json", summary)
 
 

@@ -1,4 +1,4 @@
-"""The stages of one arm of a run: each method adds one to the plan and returns its name."""
+"""The stages of a run: each method adds one to the plan and returns its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 from macpo import agents, heldout, negatives, pairs, positives, prompts
 from macpo.config import AgentSettings, Recipe
 from macpo.datasets import fingerprint
+from macpo.engine.config import PreferenceSettings
 from macpo.engine.model import fingerprint_model
 from macpo.engine.stages import Graph, Stage
 from macpo.evaluate import Role
+from macpo.standalone_config import StandaloneRecipe
 
 COSTS = {prompts.pretrain_base: 30.0, agents.imitate: 3.0, agents.prefer: 4.0, heldout.evaluate_policy: 2.0}
 """Relative durations, for the order in which parallel jobs take stages."""
@@ -48,17 +50,101 @@ def derived_seed(seed: int, agent: str, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{agent}/{purpose}".encode()).digest()[:4], "big") >> 1
 
 
-class Steps:
-    """Adds one arm's stages to a plan; `arm` is empty for the main run."""
+class Builder:
+    """Adds the stages of one recipe to a plan; `arm` is empty for the main run. What every kind of recipe shares."""
+
+    data: StageName
+
+    def __init__(self, recipe: Recipe | StandaloneRecipe, plan: Plan, arm: str = "") -> None:
+        self.plan, self.arm = plan, arm
+        self._shared = recipe
+        self._fingerprints: dict[str, str] = {}
+
+    def base(self, agent: AgentSettings) -> dict[str, StageName]:
+        """The inputs by which a stage reaches the agent's base model; none where the recipe names a folder."""
+        if agent.init is None:
+            return {}
+        settings = {
+            "init": agent.init.model_dump(mode="json"),
+            "corpus": fingerprint(agent.init.corpus) if agent.init.corpus != "data" else None,
+            "role": self.role(agent),
+            "template": self.template(agent),
+            "special_text": self._shared.data.special_text,
+            "seed": self.seed(agent, "base"),
+        }
+        return {
+            "base": self.add(f"base-{agent.name}", self.compute(prompts.pretrain_base), settings, {"data": self.data})
+        }
+
+    def role(self, agent: AgentSettings) -> Role:
+        """Whose documents the agent's base model is pretrained on, where it is made here."""
+        return "student"
+
+    def template(self, agent: AgentSettings) -> str:
+        return agent.template or self._shared.template
+
+    def seed(self, agent: AgentSettings, purpose: str) -> int:
+        """A seed of its own for every agent and purpose, the same in every arm."""
+        return derived_seed(self._shared.seed, agent.name, purpose)
+
+    def policy_settings(self, agent: AgentSettings, ready: str | None = None) -> dict[str, Any]:
+        """What every stage depends on that loads one of the agent's policies."""
+        recipe = self._shared
+        settings: dict[str, Any] = {
+            "agent": {
+                "name": agent.name,
+                "model": agent.model or agent.positive or f"base-{agent.name}",
+                "template": self.template(agent),
+                "eos_token": agent.eos_token,
+                "special_text": recipe.data.special_text,
+                "context_tokens": recipe.context_tokens,
+                "max_prompt_tokens": recipe.max_prompt_tokens,
+                "long_prompt": recipe.data.long_prompt,
+                "trust_remote_code": recipe.trust_remote_code,
+            },
+            "dtype": recipe.compute.dtype,
+        }
+        paths = [agent.model or (agent.positive if agent.init is None else None), ready]
+        settings["weights"] = self.fingerprints(*paths)
+        return settings | ({"ready": ready} if ready else {})
+
+    def reference_settings(self, agent: AgentSettings, training: PreferenceSettings) -> dict[str, Any]:
+        """What the reference log-probs depend on besides `policy_settings`."""
+        return {
+            "tuning": agent.tuning.model_dump(mode="json"),
+            "reference_weights": self.fingerprints(training.reference_model),
+        }
+
+    def fingerprints(self, *paths: str | None) -> dict[str, str]:
+        """Identity of each model folder or Hub id that is named."""
+        for path in filter(None, paths):
+            if path not in self._fingerprints:  # reading a large model once is enough
+                self._fingerprints[path] = fingerprint_model(path)
+        return {path: self._fingerprints[path] for path in filter(None, paths)}
+
+    def compute(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Bind where a stage runs; not part of its key."""
+        return functools.partial(function, self._shared.compute)
+
+    def add(
+        self, name: str, run: Callable[..., None], settings: Mapping[str, Any], inputs: Mapping[str, StageName]
+    ) -> StageName:
+        full_name = f"{self.arm}.{name}" if self.arm else name
+        kind = getattr(run, "func", run)
+        return self.plan.graph.add(Stage(full_name, run, settings, inputs, COSTS.get(kind, 1.0)))
+
+
+class Steps(Builder):
+    """Adds one arm's stages of the method to a plan."""
 
     def __init__(self, recipe: Recipe, plan: Plan, arm: str) -> None:
-        self.recipe, self.plan, self.arm = recipe, plan, arm
+        super().__init__(recipe, plan, arm)
+        self.recipe = recipe
         self.student = recipe.student
         self.teachers = recipe.active_teachers
-        self._fingerprints: dict[str, str] = {}
         self.data = self._data()
 
-    # --- data and base models -------------------------------------------------------------------------------
+    # --- data -----------------------------------------------------------------------------------------------
 
     def _data(self) -> StageName:
         return self.add("data", prompts.split_prompts, self._data_settings(), {})
@@ -71,22 +157,6 @@ class Steps:
             "teachers": {teacher.name: teacher.data for teacher in recipe.teachers},
             "files": {path: fingerprint(path) for path in sorted(filter(None, files))},
             "seed": recipe.seed,
-        }
-
-    def base(self, agent: AgentSettings) -> dict[str, StageName]:
-        """The inputs by which a stage reaches the agent's base model; none where the recipe names a folder."""
-        if agent.init is None:
-            return {}
-        settings = {
-            "init": agent.init.model_dump(mode="json"),
-            "corpus": fingerprint(agent.init.corpus) if agent.init.corpus != "data" else None,
-            "role": self.role(agent),
-            "template": self.template(agent),
-            "special_text": self.recipe.data.special_text,
-            "seed": self.seed(agent, "base"),
-        }
-        return {
-            "base": self.add(f"base-{agent.name}", self.compute(prompts.pretrain_base), settings, {"data": self.data})
         }
 
     # --- policies -------------------------------------------------------------------------------------------
@@ -115,10 +185,11 @@ class Steps:
         return self.add(f"init-{agent.name}-{policy}", self.compute(agents.imitate), settings, inputs)
 
     def prefer(self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName) -> StageName:
-        """DPO from the previous policy, which is also the frozen reference."""
-        settings = self.policy_settings(agent, ready=agent.positive if start is None else None) | {
-            "optim": self.training(agent).preference.model_dump(mode="json"),
-            "tuning": agent.tuning.model_dump(mode="json"),
+        """Preference training from the previous policy, by default its own frozen reference."""
+        optim: PreferenceSettings = self.training(agent).preference
+        settings = self.policy_settings(agent, ready=agent.positive if start is None else None)
+        settings |= self.reference_settings(agent, optim) | {
+            "optim": optim.model_dump(mode="json"),
             "seed": self.seed(agent, f"iteration {t}"),
         }
         inputs = self.base(agent) | {"pairs": chosen} | ({"policy": start} if start else {})
@@ -250,45 +321,3 @@ class Steps:
 
     def training(self, agent: AgentSettings) -> Any:
         return self.recipe.student_training if agent is self.student else self.recipe.teacher_training
-
-    def template(self, agent: AgentSettings) -> str:
-        return agent.template or self.recipe.template
-
-    def seed(self, agent: AgentSettings, purpose: str) -> int:
-        """A seed of its own for every agent and purpose, the same in every arm."""
-        return derived_seed(self.recipe.seed, agent.name, purpose)
-
-    def policy_settings(self, agent: AgentSettings, ready: str | None = None) -> dict[str, Any]:
-        """What every stage depends on that loads one of the agent's policies."""
-        recipe = self.recipe
-        settings: dict[str, Any] = {
-            "agent": {
-                "name": agent.name,
-                "model": agent.model or agent.positive or f"base-{agent.name}",
-                "template": self.template(agent),
-                "eos_token": agent.eos_token,
-                "special_text": recipe.data.special_text,
-                "context_tokens": recipe.context_tokens,
-                "max_prompt_tokens": recipe.context_tokens - recipe.sampling.max_new_tokens,
-                "long_prompt": recipe.data.long_prompt,
-                "trust_remote_code": recipe.trust_remote_code,
-            },
-            "dtype": recipe.compute.dtype,
-        }
-        paths = [agent.model or (agent.positive if agent.init is None else None), ready]
-        for path in filter(None, paths):
-            if path not in self._fingerprints:  # reading a large model once is enough
-                self._fingerprints[path] = fingerprint_model(path)
-        settings["weights"] = {path: self._fingerprints[path] for path in filter(None, paths)}
-        return settings | ({"ready": ready} if ready else {})
-
-    def compute(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Bind where a stage runs; not part of its key."""
-        return functools.partial(function, self.recipe.compute)
-
-    def add(
-        self, name: str, run: Callable[..., None], settings: Mapping[str, Any], inputs: Mapping[str, StageName]
-    ) -> StageName:
-        full_name = f"{self.arm}.{name}" if self.arm else name
-        kind = getattr(run, "func", run)
-        return self.plan.graph.add(Stage(full_name, run, settings, inputs, COSTS.get(kind, 1.0)))

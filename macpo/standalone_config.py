@@ -1,0 +1,160 @@
+"""Recipes that train one policy: `recipe: sft` and `recipe: preference`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+
+from macpo.config import AgentSettings, Recipe, SourceSettings, check_reference
+from macpo.engine.config import (
+    ComputeSettings,
+    InitSettings,
+    LoraSettings,
+    OptimSettings,
+    PositiveInt,
+    PreferenceSettings,
+    Settings,
+    Tuning,
+    sft_weight_default,
+)
+
+NAME = "policy"
+"""How the one agent of these recipes is called in folders and reports."""
+
+
+class HeldOutSettings(SourceSettings):
+    """Training data, and what is held out of it for evaluation; no prompt is in both."""
+
+    train_prompts: PositiveInt | None = None
+    """Distinct prompts to train on; default all that are not held out."""
+    test_prompts: PositiveInt = 200
+    """Distinct prompts to evaluate on; never trained on."""
+    test_split: str | None = None
+    """Published split to evaluate on, instead of a part of `split`; its prompts are left out of training."""
+    test_path: str | None = None
+    """File, folder or Hub id to evaluate on, in the same layout; its prompts are left out of training."""
+
+    @model_validator(mode="after")
+    def _one_test_set(self) -> Self:
+        if self.test_path is not None and self.test_split is not None:
+            raise ValueError("test_split is for `path`; test_path is a data set of its own")
+        return self
+
+
+class PairData(HeldOutSettings):
+    """Preference pairs."""
+
+    format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
+    """Layout of the rows (macpo/datasets.py); `auto` goes by the keys of the first row."""
+
+
+class ExampleData(HeldOutSettings):
+    """Prompts with one answer each."""
+
+    format: Literal["auto", "messages", "response", "alpaca", "sharegpt", "chosen", "rejected"] = "auto"
+    """Layout of the rows (macpo/examples.py); `chosen` and `rejected` take that side of preference pairs."""
+
+
+class StandaloneRecipe(Settings):
+    """One policy, trained in one stage and evaluated before and after."""
+
+    recipe: Literal["sft", "preference"]
+    """Kind of recipe."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides the held-out prompts, the order of training and initial adapter weights."""
+    output: str = "runs/training"
+    """The run's folder."""
+    data: PairData | ExampleData
+    model: str | None = None
+    """The model to train: a folder or a Hub id with safetensors weights."""
+    init: InitSettings | None = None
+    """Instead of `model`: build a small Llama and pretrain it here, on the prompts that the data leaves over."""
+    adapter: str | None = None
+    """A peft adapter of `model` that training goes on from."""
+    tuning: Tuning = LoraSettings()
+    """Low-rank adapters or all weights."""
+    template: str = "auto"
+    """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
+    eos_token: str | None = None
+    """End-of-answer token for tokenizers that name none."""
+    context_tokens: PositiveInt = 1024
+    """Longest prompt and answer together; a longer answer is cut."""
+    prompt_tokens: PositiveInt | None = None
+    """Longest prompt, see `data.long_prompt`; default half of context_tokens."""
+    compute: ComputeSettings = ComputeSettings()
+    trust_remote_code: bool = False
+    """Run code that a model folder brings along."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("give exactly one of `model` and `init`")
+        if self.adapter is not None and self.model is None:
+            raise ValueError("adapter belongs to `model`")
+        if self.max_prompt_tokens >= self.context_tokens:
+            raise ValueError(
+                f"prompt_tokens ({self.max_prompt_tokens}) leaves no room for an answer in context_tokens "
+                f"({self.context_tokens})"
+            )
+        if self.init is not None and self.init.context < self.context_tokens:
+            raise ValueError(f"context_tokens ({self.context_tokens}) is beyond init.context ({self.init.context})")
+        return self
+
+    @property
+    def agents(self) -> tuple[AgentSettings, ...]:
+        """The policy as the method's stages know it."""
+        agent = AgentSettings(
+            name=NAME,
+            model=self.model,
+            init=self.init,
+            positive=self.adapter,
+            tuning=self.tuning,
+            eos_token=self.eos_token,
+        )
+        return (agent,)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Room that a prompt has, whatever its answers are."""
+        return self.prompt_tokens or self.context_tokens // 2
+
+
+class SftRecipe(StandaloneRecipe):
+    """Supervised fine-tuning of one policy."""
+
+    recipe: Literal["sft"] = "sft"
+    output: str = "runs/sft"
+    """The run's folder."""
+    data: ExampleData
+    training: OptimSettings = OptimSettings(learning_rate=5e-5)
+    """Mean NLL of the answers' tokens over each batch."""
+
+
+class PolicyPreferenceSettings(PreferenceSettings):
+    """As in a MACPO recipe, but without the SFT term unless it is asked for."""
+
+    sft_weight: Annotated[float, Field(ge=0)] = Field(default_factory=lambda data: sft_weight_default(data, 0.0))
+    """Weight of the mean token NLL of the chosen answer; default 0, for orpo 1."""
+
+
+class PreferenceRecipe(StandaloneRecipe):
+    """Preference training of one policy."""
+
+    recipe: Literal["preference"] = "preference"
+    output: str = "runs/preference"
+    """The run's folder."""
+    data: PairData
+    training: PolicyPreferenceSettings = PolicyPreferenceSettings()
+    """The loss and how it is minimised."""
+
+    @model_validator(mode="after")
+    def _has_adapter(self) -> Self:
+        check_reference("training.", self.training, self.agents)
+        return self
+
+
+Standalone: TypeAlias = SftRecipe | PreferenceRecipe
+AnyRecipe: TypeAlias = Recipe | Standalone
+KINDS: dict[str, type[AnyRecipe]] = {"macpo": Recipe, "sft": SftRecipe, "preference": PreferenceRecipe}
+"""What the key `recipe:` of a recipe file can say."""
