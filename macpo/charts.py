@@ -124,7 +124,8 @@ def _stage_lines(stages: Sequence[Curves], column: str) -> list[Line]:
         if column in stage.columns:
             place, values = smooth(stage.columns[column])
             steps = [stage.columns["step"][0] + p for p in place]
-            lines.append(Line(stage.folder.base, steps, values, series_style(index)[0], width=1.5))
+            crosses = [(spike.step, spike.loss) for spike in stage.spikes] if column == "loss" else []
+            lines.append(Line(stage.folder.base, steps, values, series_style(index)[0], width=1.5, crosses=crosses))
     return lines
 
 

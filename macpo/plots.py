@@ -46,7 +46,10 @@ VARIABLES = {INK: "--ink", GRID: "--grid", STUDENT: "--student"} | {c: f"--s{i}"
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `error` is a standard error in y; a flat line is one value drawn across the chart."""
+    """One series. `error` is a standard error in y; a flat line is one value drawn across the chart.
+
+    `crosses`: points (x, y) that stand out, each marked with a cross.
+    """
 
     label: str
     x: Sequence[float]
@@ -57,6 +60,7 @@ class Line:
     dash: str = "-"
     error: Sequence[float] | None = None
     flat: bool = False
+    crosses: Sequence[tuple[float, float]] = ()
 
 
 def series_style(index: int) -> tuple[str, str]:
@@ -190,6 +194,9 @@ def _draw(axis: Axes, line: Line) -> Any:
         low = [y - e for y, e in zip(line.y, line.error, strict=True)]
         high = [y + e for y, e in zip(line.y, line.error, strict=True)]
         axis.fill_between(line.x, low, high, color=line.colour, alpha=0.13, linewidth=0)
+    if line.crosses:
+        x, y = zip(*line.crosses, strict=True)
+        axis.plot(x, y, "x", color=INK, markersize=7, markeredgewidth=1.8, zorder=3)
     return axis.plot(
         line.x,
         line.y,

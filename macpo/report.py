@@ -25,6 +25,13 @@ from macpo.run_reader import Evaluation, RunReader, sample
 
 __all__ = ["table", "write_report", "write_seeds_report"]
 
+SPEEDS = {
+    "tokens_per_s": "tokens/s",
+    "pairs_per_s": "pairs/s",
+    "sequences_per_s": "sequences/s",
+    "mfu": "MFU",
+    "peak_memory_bytes": "peak memory",
+}
 NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
 # control characters, and those that turn the direction of the text after them
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -86,6 +93,8 @@ def _environment() -> Environment:
     environment.filters["clip"] = clip
     environment.filters["num"] = number
     environment.filters["signed"] = signed
+    environment.filters["speed"] = speed
+    environment.globals["speed_names"] = SPEEDS
     environment.globals["label"] = lambda name: LABELS.get(name, name)
     return environment
 
@@ -113,6 +122,17 @@ def number(value: Any, name: str = "") -> str:
     return f"{value:.1f}" if name == "mean_words" else f"{value:.3f}"
 
 
+def speed(value: float | None, name: str) -> str:
+    """One entry of SPEEDS as the stage table shows it; empty for a stage that trains nothing."""
+    if value is None:
+        return ""
+    if name == "mfu":
+        return f"{value:.1%}"
+    if name == "peak_memory_bytes":
+        return f"{value / 1e9:.2f} GB"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
     summary = run.summary
     metric = headline_metric(summary)
@@ -121,7 +141,10 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
     done = {stage.name for stage in run.stages}
     curves = run.curves(summary["agents"])
     noted = {stage.name: run.timing(stage) for stage in run.stages}
-    stages = [{**noted.get(stage["name"], {}), **stage} for stage in summary["stages"]]
+    speeds = {stage.name: run.speed(stage) for stage in run.stages}
+    stages = [
+        {**noted.get(stage["name"], {}), **stage, "speed": speeds.get(stage["name"], {})} for stage in summary["stages"]
+    ]
     return {
         "title": summary.get("title") or f"MACPO run {run.path.resolve().name}",
         "summary": summary,
@@ -134,6 +157,7 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "metric": metric,
         "iterations": iterations,
         "rows": rows,
+        "spikes": [(curve.folder.base, spike) for curve in curves for spike in curve.spikes],
         "charts": charts.of_run(summary, metric, curves, stages),
         "metric_names": _metric_names(summary),
         "answers": _answers(run),
@@ -141,6 +165,7 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "pairs": _pairs(run),
         "stages": stages,
         "stage_counts": _stage_counts(stages),
+        "speeds": [name for name in SPEEDS if any(name in stage["speed"] for stage in stages)],
         "counts": {**run.counts(), **summary.get("counts", {})},
         "recipe": run.recipe,
     }

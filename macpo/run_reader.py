@@ -58,12 +58,22 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Spike:
+    """A loss far above its running mean (engine/guards.py)."""
+
+    step: int
+    loss: float
+    deviations: float
+
+
+@dataclass(frozen=True)
 class Curves:
     """One training stage's metrics by optimiser step."""
 
     folder: StageFolder
     agent: str
     columns: Mapping[str, list[float]]
+    spikes: tuple[Spike, ...] = ()
 
     @property
     def preference(self) -> bool:
@@ -119,6 +129,18 @@ class RunReader:
         path = stage.path / "timing.json"
         found = read_object(path) if path.exists() else {}
         return {"seconds": found.get("seconds")} | found.get("counts", {}) if found else {}
+
+    def speed(self, stage: StageFolder) -> dict[str, float]:
+        """Of a training stage: mean rates over its steps' time and its peak memory, as `timing.jsonl` has them."""
+        path = stage.path / "timing.jsonl"
+        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+        found: dict[str, float] = {}
+        for name in ("tokens_per_s", "pairs_per_s", "sequences_per_s", "mfu"):
+            have = [(row[name], row["seconds"]) for row in rows if name in row]
+            if have and (seconds := sum(time for _, time in have)) > 0:
+                found[name] = sum(rate * time for rate, time in have) / seconds
+        peaks = [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]
+        return found | ({"peak_memory_bytes": max(peaks)} if peaks else {})
 
     def counts(self) -> dict[str, int]:
         """What happened to the rows: the data stage's counts, and what all stages dropped or drew again, summed."""
@@ -181,7 +203,8 @@ class RunReader:
                     columns[key] = [float(row[key]) for row in rows]
             agent = next((name for name in names if f"-{name}-" in f"-{stage.base}-"), "")
             if "step" in columns and "loss" in columns:
-                found.append(Curves(stage, agent, columns))
+                spikes = tuple(Spike(row["step"], row["loss"], row["spike"]) for row in rows if "spike" in row)
+                found.append(Curves(stage, agent, columns, spikes))
         return found
 
 

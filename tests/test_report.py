@@ -67,15 +67,22 @@ def make_run(
         return rng.choice(["go away , you silly person .", "well the cat and the street .", ""])
 
     def train(name: str, preference: bool, num_steps: int, level: float) -> None:
-        rows = []
+        rows, timing = [], []
         for step in range(1, num_steps + 1):
             done = step / num_steps
             row = {"step": step, "lr": 1e-4 * (1 - done), "grad_norm": 0.8 + rng.random() * 0.2, "tokens": 900}
             row["loss"] = (0.69 if preference else 2.2) * math.exp(-done * level) + rng.gauss(0, 0.03)
             if preference:
                 row |= {"margin": done * level + rng.gauss(0, 0.05), "accuracy": min(1.0, 0.5 + done * level / 2)}
+            if name == "iter2-student-train" and step == 150:
+                row |= {"loss": row["loss"] + 1.5, "spike": 9.27}
             rows.append(row)
-        write_jsonl(stage(name, 4 + 8 * level, 900 * num_steps) / "metrics.jsonl", rows)
+            unit, seconds = "pairs_per_s" if preference else "sequences_per_s", 0.25 + 0.25 * (step % 2)
+            timing.append({"step": step, "seconds": seconds, "tokens_per_s": 900 / seconds, unit: 16 / seconds})
+            timing[-1] |= {"mfu": 0.125 / seconds, "peak_memory_bytes": 10**9 + 10**6 * step}
+        path = stage(name, 4 + 8 * level, 900 * num_steps)
+        write_jsonl(path / "metrics.jsonl", rows)
+        write_jsonl(path / "timing.jsonl", timing)
 
     def evaluate(agent: str, iteration: int, level: float, prefix: str = "") -> dict:
         rows = []
@@ -231,6 +238,18 @@ def test_report_shows_every_part_of_the_run(page, run_dir):
     assert "iterations: 3" in page.text  # the recipe
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(charts) == 4 + 4 + 5 + 1  # scores, final, preference, style; DPO by agent; SFT by agent; time
+
+
+def test_training_stages_have_their_speed_and_spikes_their_marks(page):
+    """Half of the steps take 0.5 s and half 0.25 s, 900 tokens each: 2,400 tokens/s, not the mean of the rates."""
+    text = re.sub(r"\s+", " ", page.text)
+    head = "stage seconds tokens tokens/s pairs/s sequences/s MFU peak memory"
+    assert head.replace(" ", "") in text.replace(" ", "")
+    student = re.search(r"iter2-student-train ?([\d.]+) ?225,000 ?2,400 ?42\.7 ?33\.3% ?1\.25 GB", text)
+    assert student and re.search(r"init-student-positive ?[\d.]+ ?54,000 ?2,400 ?42\.7 ?33\.3% ?1\.06 GB", text)
+    assert "× marks a loss spike" in text and "iter2-student-train step 150 (9.3)." in text
+    crosses = [attrs for tag, attrs in page.tags if tag == "use" and "stroke-width: 1.8" in (attrs.get("style") or "")]
+    assert len(crosses) == 1
 
 
 def test_sample_answers_are_the_same_prompts_for_every_agent(page, run_dir):
