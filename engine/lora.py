@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from macpo.engine.config import LoraSettings
@@ -145,11 +147,14 @@ def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> N
             )
 
 
-def save_adapter(wrapped: PeftModel, out_dir: Path, *, base_name: str) -> None:
+def save_adapter(
+    wrapped: PeftModel, out_dir: Path, *, base_name: str, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors as peft and vLLM read them, the same bytes every time.
 
     Args:
         base_name: the base model's name or path as others shall see it.
+        state: the adapter's weights by their names in `wrapped`, where its own are shards.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = wrapped.peft_config[_ADAPTER].to_dict()
@@ -157,7 +162,7 @@ def save_adapter(wrapped: PeftModel, out_dir: Path, *, base_name: str) -> None:
     # peft keeps names in sets, whose order differs between processes
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
     (out_dir / "adapter_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=False)
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(packed, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -178,16 +183,21 @@ def linear_weights(layer: nn.Module) -> HeadWeights:
     if not isinstance(layer, LoraLayer):
         if not isinstance(layer, nn.Linear):
             raise ConfigError(f"the output layer is a {type(layer).__name__}", "use a model with a linear lm_head")
-        return HeadWeights(layer.weight, layer.bias)
+        return HeadWeights(whole(layer.weight), None if layer.bias is None else whole(layer.bias))
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not isinstance(layer, LoraLinear) or any(
         layer.use_dora.get(name) or layer.lora_bias.get(name) for name in names
     ):
         raise ConfigError("the adapter on the output layer is not plain LoRA", "leave lm_head out of target_modules")
     base = layer.get_base_layer()
-    weight: Tensor = base.weight
+    weight = whole(base.weight)
     if not layer.disable_adapters and not layer.merged:
         for name in names:
-            delta = layer.lora_B[name].weight @ layer.lora_A[name].weight
+            delta = whole(layer.lora_B[name].weight) @ whole(layer.lora_A[name].weight)
             weight = weight + (delta * layer.scaling[name]).to(weight.dtype)
-    return HeadWeights(weight, base.bias)
+    return HeadWeights(weight, None if base.bias is None else whole(base.bias))
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that tensor parallelism has split, gathered; its gradient goes back to the shards."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

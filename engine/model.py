@@ -11,17 +11,22 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macpo.engine import lora
 from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import DataError, ResourceError
+from macpo.engine.execute import agreed
+from macpo.engine.files import explained
 from macpo.engine.loading import (
     as_dtype,
     check_vocab,
@@ -33,6 +38,7 @@ from macpo.engine.loading import (
     weight_files,
 )
 from macpo.engine.pack import PackedBatch
+from macpo.engine.world import World
 from macpo.kernels import linear_logp
 
 __all__ = [
@@ -46,6 +52,8 @@ __all__ = [
     "save_policy",
 ]
 T_ = TypeVar("T_")
+KEPT_GRADIENT_BYTES = 2 << 30
+MAX_FILE_BYTES = 5_000_000_000  # of one file of saved weights
 
 
 class Head(NamedTuple):
@@ -65,16 +73,32 @@ class PolicyModule(nn.Module):
 
     Args:
         model: a Hugging Face causal LM, or peft's wrapper around one.
+        compute_dtype: what `parallelize` makes it compute in; default the dtype of its weights.
+        home: where `parallelize` puts its shards; default where its weights are.
+
+    Attributes:
+        mesh: the ranks that it is spread over, by `parallelize`; None is a whole model on this rank.
+        data: the ranks that hold different groups of a step, where tensor parallelism makes them fewer than all.
 
     Raises:
         ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/probe.py`).
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        home: torch.device | None = None,
+    ) -> None:
         super().__init__()
         from macpo.engine.probe import verify  # it builds a policy itself
 
         self.model = model
+        self.compute_dtype = compute_dtype or self.base.dtype
+        self.home = home or self.base.device
+        self.mesh: DeviceMesh | None = None
+        self.data: World | None = None
         self.eval()
         config = self.base.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
@@ -90,6 +114,11 @@ class PolicyModule(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def collective(self) -> bool:
+        """Whether a forward or backward is one of all ranks together: each must call it the same number of times."""
+        return self.mesh is not None
 
     def train(self, mode: bool = True) -> PolicyModule:
         """Stays in eval mode whatever is asked: dropout would make log-probs of one answer differ between calls."""
@@ -122,6 +151,8 @@ class PolicyModule(nn.Module):
         base = self.base
         config = base.config.get_text_config()
         weight, bias = lora.linear_weights(base.get_output_embeddings())
+        if isinstance(self, FSDPModule) and weight.device.type == "cpu":
+            weight, bias = _alias(weight), None if bias is None else _alias(bias)
         factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
         divisor = getattr(config, "logits_scaling", None)
         factors.append(1.0 / divisor if divisor else None)
@@ -141,8 +172,54 @@ class PolicyModule(nn.Module):
         return self(batch, response_logps)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, of those that training changes, in a fixed order."""
+        """Name -> parameter, of those that training changes, in a fixed order; sharded ones are DTensors."""
+        self.release()
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def release(self) -> None:
+        """Let go of what forwards without a backward left gathered from other ranks."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+    def synchronise(self, last: bool) -> None:
+        """Before a micro-batch: only the backward of a step's last one must exchange gradients with other ranks.
+
+        The others add to unsharded gradients where these take at most KEPT_GRADIENT_BYTES (an adapter's always do in
+        practice); else each adds to this rank's shard, and only replicas wait for the last.
+        """
+        if isinstance(self, FSDPModule):
+            kept = sum(4 * p.numel() for p in self.parameters() if p.requires_grad) <= KEPT_GRADIENT_BYTES
+            self.set_requires_gradient_sync(last or not kept)
+            self.set_requires_all_reduce(last)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Whole trained weights by name, in CPU memory of rank 0; empty on the others. All ranks call it."""
+        main = World.current().is_main
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.trainable_parameters().items():
+            tensor = parameter.detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if main:
+                out[name] = tensor.cpu()
+        return out
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory behind a storage of its own: what the kernels hand to C++ as a numpy array can no longer be
+    resized, and FSDP2 frees gathered weights by resizing them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return torch.from_dlpack(weight.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _alias(weight: Tensor) -> Tensor:
+    out: Tensor = _Alias.apply(weight)
+    return out
 
 
 def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
@@ -279,19 +356,47 @@ def save_policy(
     *,
     base_name: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
+
+    Every rank of a policy that is spread over ranks calls it; rank 0 writes, and what fails there fails everywhere.
 
     Args:
         out_dir: made if absent.
         base_name: what an adapter's config names as its base.
         tokenizer: written beside the weights.
+        max_file_bytes: a larger model is cut into several files with an index.
+
+    Raises:
+        ResourceError: the disk is full.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
+    world = World.current() if policy.collective else World()
+    state = _whole_state(policy) if policy.collective else None
+    with agreed(world), explained(out_dir):
+        if not world.is_main:
+            return
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if isinstance(policy.model, PeftModel):
+            lora.save_adapter(policy.model, out_dir, base_name=base_name, state=state)
+        else:
+            with quiet_transformers():
+                policy.model.save_pretrained(out_dir, state_dict=state, max_shard_size=max_file_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out_dir)
+
+
+def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:
+    """What is written of a policy that is spread over ranks: whole, on the CPU of rank 0; empty on the others."""
+    state = policy.full_state()
     if isinstance(policy.model, PeftModel):
-        lora.save_adapter(policy.model, out_dir, base_name=base_name)
-    else:
-        with quiet_transformers():
-            policy.model.save_pretrained(out_dir)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out_dir)
+        return state
+    named = dict(policy.model.named_parameters(remove_duplicate=False))
+    done = {id(parameter) for parameter in policy.trainable_parameters().values()}
+    for name, tensor in policy.model.state_dict().items():  # frozen weights and buffers; a tied weight only once
+        if name not in named or id(named[name]) not in done:
+            done.add(id(named.get(name)))
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if World.current().is_main:
+                state[name] = tensor.cpu()
+    return state

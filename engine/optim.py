@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from macpo.engine.config import OptimSettings
 from macpo.engine.errors import IntegrityError
-from macpo.engine.parallel import World
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+from macpo.engine.world import World
 
 
 def learning_rate(settings: OptimSettings, step: int, num_steps: int) -> float:
@@ -36,6 +36,9 @@ def learning_rate(settings: OptimSettings, step: int, num_steps: int) -> float:
 class Optimizer:
     """Gradients and moments of one stage's trainable parameters.
 
+    AdamW is elementwise, so of a sharded parameter (DTensor) it sees this rank's shard as a plain tensor; only the norm
+    is global. FSDP2 and tensor parallelism have summed the gradients of sharded parameters before.
+
     Args:
         parameters: name -> parameter, the same order on every rank.
         settings: betas, weight decay, max_grad_norm.
@@ -44,9 +47,11 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings) -> None:
         self._parameters = dict(parameters)
         self._list = list(parameters.values())
+        self._locals = [_local_parameter(p) for p in self._list]
         self._max_norm = settings.max_grad_norm
-        matrices = [p for p in self._list if p.dim() > 1]
-        vectors = [p for p in self._list if p.dim() <= 1]
+        self._splits = [_split_axes(p) for p in self._list]
+        matrices = [p for p in self._locals if p.dim() > 1]
+        vectors = [p for p in self._locals if p.dim() <= 1]
         param_groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             param_groups,
@@ -59,59 +64,119 @@ class Optimizer:
 
     def zero(self) -> None:
         """Forget all gradients."""
-        for parameter in self._list:
+        for parameter in (*self._list, *self._locals):
             parameter.grad = None
 
     def reduce(self, world: World, stats: Tensor) -> Tensor:
         """Sum gradients and `stats` (in place) over the ranks in float32; returns the global gradient norm (scalar).
 
-        A parameter that no group reached has gradient 0.
+        `world` is all ranks; the copies of `stats` in one tensor-parallel group count once. A parameter that no group
+        reached has gradient 0.
         """
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
+        grads = [_local_gradient(p, local) for p, local in zip(self._list, self._locals, strict=True)]
         if world.size > 1:
-            flat = world.sum_(torch.cat([stats, *(g.flatten().float() for g in grads)]))
-            sizes = [g.numel() for g in grads]
-            parts = flat[len(stats) :].split(sizes)
-            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
-            stats.copy_(flat[: len(stats)])
-        for parameter, grad in zip(self._list, grads, strict=True):
-            parameter.grad = grad
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            whole = [grad for grad, p in zip(grads, self._list, strict=True) if not isinstance(p, DTensor)]
+            flat = world.sum_(torch.cat([stats, *(g.flatten().float() for g in whole)]))
+            parts = flat[len(stats) :].split([g.numel() for g in whole])
+            if whole:
+                torch._foreach_copy_(whole, [part.view_as(g) for part, g in zip(parts, whole, strict=True)])
+            stats.copy_(flat[: len(stats)] / self._copies())
+        for local, grad in zip(self._locals, grads, strict=True):
+            local.grad = grad
+        return self._norm(grads)
+
+    def _copies(self) -> int:
+        """Ranks that see the same groups: those of one tensor-parallel group."""
+        meshes = {p.device_mesh for p in self._list if isinstance(p, DTensor)}
+        return max((m["tensor"].size() for m in meshes if "tensor" in (m.mesh_dim_names or ())), default=1)
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(grads)
+        total = norms[0].new_zeros((), dtype=torch.float32)
+        for axes in dict.fromkeys(self._splits):
+            part = torch.stack([n for n, mine in zip(norms, self._splits, strict=True) if mine == axes])
+            squared = torch.linalg.vector_norm(part).float().square()
+            for group in axes:
+                dist.all_reduce(squared, group=group)
+            total += squared
+        return total.sqrt()
 
     def update(self, rate: float, norm: float) -> None:
         """One AdamW step with the gradients scaled down to `max_grad_norm`; forgets them afterwards."""
         if norm > self._max_norm:
-            torch._foreach_mul_([p.grad for p in self._list if p.grad is not None], self._max_norm / (norm + 1e-6))
+            torch._foreach_mul_([p.grad for p in self._locals if p.grad is not None], self._max_norm / (norm + 1e-6))
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
         self.zero()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments by name, for a checkpoint; before the first step the moments are 0."""
+        """Weights and moments by name, for a checkpoint: DTensors of those that are sharded. Zero moments at first."""
         out: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            state = self._adamw.state[parameter]
+        for (name, parameter), local in zip(self._parameters.items(), self._locals, strict=True):
+            state = self._adamw.state[local]
             if not state:  # as AdamW itself begins
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(local), torch.zeros_like(local)
             out[f"weight.{name}"] = parameter.detach()
-            for moment in _MOMENTS:
-                out[f"{moment}.{name}"] = state[moment].detach()
+            out[f"step.{name}"] = state["step"]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                out[f"{moment}.{name}"] = _like(state[moment].detach(), parameter)
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put a checkpoint's weights and moments back.
+        """Put a checkpoint's weights and moments back; of a sharded parameter, whole tensors or DTensors like it.
 
         Raises:
             IntegrityError: names or shapes that are not this model's.
         """
-        expected = {f"{kind}.{name}" for name in self._parameters for kind in ("weight", *_MOMENTS)}
-        if expected != set(tensors):
-            odd = sorted(expected ^ set(tensors))[0]
+        own = self.tensors()
+        if set(own) != set(tensors):
+            odd = sorted(set(own) ^ set(tensors))[0]
             raise IntegrityError(f"the checkpoint does not fit the model, first {odd}", "delete it to train again")
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[f"weight.{name}"])
-                state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-                self._adamw.state[parameter] = state
+            for name, tensor in own.items():
+                if tensor.shape != tensors[name].shape:
+                    raise IntegrityError(
+                        f"{name} is {list(tensors[name].shape)} in the checkpoint, {list(tensor.shape)} in the model",
+                        "delete it to train again",
+                    )
+                _local(tensor).copy_(_local(_shard_like(tensors[name], tensor)))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's numbers."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """A plain parameter over the memory of this rank's shard; a plain one is its own."""
+    return nn.Parameter(_local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
+
+
+def _local_gradient(parameter: nn.Parameter, local: nn.Parameter) -> Tensor:
+    grad = parameter.grad
+    return torch.zeros_like(local) if grad is None else _local(grad)
+
+
+def _split_axes(parameter: nn.Parameter) -> tuple[dist.ProcessGroup, ...]:
+    """The groups over which this parameter's shards lie."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if not p.is_replicate())
+
+
+def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A shard as the DTensor that it is part of."""
+    if not isinstance(parameter, DTensor):
+        return local
+    spec = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(local, *spec, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut as `like`; a DTensor as it is."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,117 +1,125 @@
-"""The processes of one job: who they are, and the few things they say to each other.
+"""How one model is spread over the ranks, and what its training keeps in memory: the order of wrapping on one screen.
 
-Without torch.distributed there is one process and every call is a no-op. Under torchrun: gloo for CPU tensors,
-NCCL for those on GPUs. Objects travel as JSON, so nothing a peer sends is ever executed.
+    Liger's modules -> tensor parallelism -> checkpointing -> torch.compile -> offloading -> FSDP2
+
+Each step wraps what the one before it made; nothing here changes the loss. The mesh has three axes: `replicate` and
+`shard` hold different groups of a step (the data axis), the ranks of `tensor` split every layer of the same ones.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
-from macpo.engine.errors import ConfigError, PeerError
+from macpo.engine.activations import blocks_of, checkpoint_block, compile_block, offload_block
+from macpo.engine.config import ParallelSettings
+from macpo.engine.errors import ConfigError
+from macpo.engine.liger import use_liger
+from macpo.engine.model import PolicyModule
+from macpo.engine.tensor_parallel import split_layers
+from macpo.engine.world import World, finish, init_from_env
 
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """This process's rank among `size`."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def current(cls) -> World:
-        """The initialised process group, or a single process."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
-
-    @property
-    def is_main(self) -> bool:
-        """Rank 0 writes files and speaks to the user."""
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait until every rank is here. Raises PeerError when one is gone or too late."""
-        if self.size > 1:
-            with _peer_errors("barrier"):
-                dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo, also where NCCL serves the GPUs
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up a float tensor over the ranks, in place; the same bits on every rank."""
-        if self.size > 1:
-            with _peer_errors("sum"):
-                dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, by rank, on every rank (tuples come back as lists)."""
-        if self.size == 1:
-            return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with _peer_errors("gather"):
-            length = torch.tensor([data.numel()])
-            lengths = [torch.zeros(1, dtype=length.dtype) for _ in range(self.size)]
-            dist.all_gather(lengths, length)
-            longest = max(int(n) for n in lengths)
-            padded = torch.zeros(longest, dtype=torch.uint8)
-            padded[: data.numel()] = data
-            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(parts, padded)
-        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's JSON-able value, on every rank."""
-        return self.gather(value if self.is_main else None)[0]
+__all__ = ["World", "data_world", "finish", "init_from_env", "mesh", "parallelize"]
 
 
-@contextmanager
-def _peer_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # torch's distributed errors derive from it
-        why = " ".join(str(error).split())[:200]
-        raise PeerError(
-            f"another rank failed or hangs, noticed in {what} ({why})",
-            "look at the first failing rank's message, then run the same command again",
-        ) from error
+def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) -> PolicyModule:
+    """Spread a policy over the ranks as the settings say, in place; called once, before it scores or trains.
 
-
-def init_from_env(timeout_s: float = 1800.0) -> World:
-    """Join the process group that torchrun describes in the environment; a single process without it.
-
-    Args:
-        timeout_s: how long a collective waits for a silent peer.
+    With `replicate`, weights of the dtype that they compute in and everything off, the policy comes back as it is.
 
     Raises:
-        ConfigError: a rank or world size that is not a number. PeerError: the others could not be reached.
+        ConfigError: ranks that do not fit the settings, or a model that cannot be split so, by name.
     """
-    if dist.is_available() and dist.is_initialized():
-        return World.current()
-    try:
-        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    except ValueError as error:
-        raise ConfigError(f"WORLD_SIZE or RANK is not a number ({error})", "start with torchrun") from error
-    if size == 1:
-        return World()
-    use_gpu = torch.cuda.is_available()
-    if use_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", str(rank))) % torch.cuda.device_count())
-    with _peer_errors("rendezvous"):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    return World(rank, size)
+    devices = mesh(settings, world, policy.home)
+    mixed = policy.compute_dtype not in {p.dtype for p in policy.parameters() if p.is_floating_point()}
+    if mixed and devices is None:  # FSDP2 also holds the float32 weights of a model that computes in bfloat16
+        devices = _mesh(world.size, 1, 1, policy.home)
+    use_liger(policy.base, settings, policy.home)
+    if settings.tensor > 1 and devices is not None:
+        split_layers(policy.base, devices["tensor"])
+    wraps = settings.checkpointing != "off" or settings.compile or settings.offload_activations
+    blocks = blocks_of(policy.base) if wraps or devices is not None else []
+    for block in blocks:
+        checkpoint_block(block, settings.checkpointing, policy.base)
+        if settings.compile:
+            compile_block(block)
+        if settings.offload_activations:
+            offload_block(block)
+    if devices is not None:
+        data = devices["replicate", "shard"] if devices["replicate"].size() > 1 else devices["shard"]
+        precision = MixedPrecisionPolicy(
+            policy.compute_dtype if mixed else None, torch.float32, cast_forward_inputs=False
+        )
+        options: dict[str, Any] = {"mesh": data, "mp_policy": precision, "shard_placement_fn": _across}
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=True, **options)
+        # embeddings and head: gathered once from the forward to the backward, because the loss reads the head
+        fully_shard(policy, reshard_after_forward=False, **options)
+        for part in policy.modules():
+            if isinstance(part, FSDPModule):  # gradients are summed: the objective divides by the global count
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+        policy.mesh, policy.data = devices, _data(devices, world)
+    return policy
 
 
-def finish() -> None:
-    """Leave the process group; does nothing in a single process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def _across(parameter: nn.Parameter) -> Shard | None:
+    """FSDP2 cuts rows, but columns of a matrix whose rows tensor parallelism has cut, so that both stay simple."""
+    if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0) or parameter.dim() < 2:
+        return None
+    return Shard(1)
+
+
+def mesh(settings: ParallelSettings, world: World, device: torch.device) -> DeviceMesh | None:
+    """The ranks as axes (replicate, shard, tensor), `tensor` innermost; None where every rank holds a whole model.
+
+    Raises:
+        ConfigError: a number of ranks that the settings do not divide.
+    """
+    tensor = settings.tensor
+    if world.size % tensor:
+        raise ConfigError(
+            f"{world.size} ranks cannot be split into groups of {tensor}",
+            "choose a number of ranks that compute.parallel.tensor divides",
+            field="compute.parallel.tensor",
+        )
+    data = world.size // tensor
+    if world.size == 1 or (settings.sharding == "replicate" and tensor == 1):
+        return None
+    shard = {"replicate": 1, "shard": data, "hybrid": data}[settings.sharding]
+    if settings.sharding == "hybrid":
+        shard = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size))) // tensor)
+        if data % shard:
+            raise ConfigError(
+                f"{data} data-parallel ranks cannot be split into nodes of {shard}",
+                "start the same number of ranks on every node",
+                field="compute.parallel.sharding",
+            )
+    return _mesh(data // shard, shard, tensor, device)
+
+
+def _mesh(replicate: int, shard: int, tensor: int, device: torch.device) -> DeviceMesh:
+    if not dist.is_initialized():  # one process is a group of one
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (replicate, shard, tensor), mesh_dim_names=("replicate", "shard", "tensor"))
+
+
+def _data(devices: DeviceMesh, world: World) -> World | None:
+    tensor = devices["tensor"].size()
+    if tensor == 1:
+        return None
+    both = init_device_mesh(devices.device_type, (world.size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    return World(world.rank // tensor, world.size // tensor, both.get_group("data"))
+
+
+def data_world(policy: PolicyModule, world: World) -> World:
+    """The ranks that hold different groups of a step; those of one tensor-parallel group count as one."""
+    return policy.data or world

@@ -1,0 +1,118 @@
+"""The processes of one job: who they are, and the few things they say to each other.
+
+Without torch.distributed there is one process and every call is a no-op. Under torchrun: gloo for CPU tensors,
+NCCL for those on GPUs. Objects travel as JSON, so nothing a peer sends is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from macpo.engine.errors import ConfigError, PeerError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's rank among `size`; `group` is theirs, None that of all processes."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def current(cls) -> World:
+        """The initialised process group, or a single process."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and speaks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Raises PeerError when one is gone or too late."""
+        if self.size > 1:
+            with _peer_errors("barrier"):
+                dist.all_reduce(torch.zeros(1), group=self.group)  # a CPU tensor: gloo, also where NCCL serves the GPUs
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a float tensor over the ranks, in place; the same bits on every rank."""
+        if self.size > 1:
+            with _peer_errors("sum"):
+                dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, by rank, on every rank (tuples come back as lists)."""
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        with _peer_errors("gather"):
+            length = torch.tensor([data.numel()])
+            lengths = [torch.zeros(1, dtype=length.dtype) for _ in range(self.size)]
+            dist.all_gather(lengths, length, group=self.group)
+            longest = max(int(n) for n in lengths)
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: data.numel()] = data
+            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(parts, padded, group=self.group)
+        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON-able value, on every rank."""
+        return self.gather(value if self.is_main else None)[0]
+
+
+@contextmanager
+def _peer_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch's distributed errors derive from it
+        why = " ".join(str(error).split())[:200]
+        raise PeerError(
+            f"another rank failed or hangs, noticed in {what} ({why})",
+            "look at the first failing rank's message, then run the same command again",
+        ) from error
+
+
+def init_from_env(timeout_s: float = 1800.0) -> World:
+    """Join the process group that torchrun describes in the environment; a single process without it.
+
+    Args:
+        timeout_s: how long a collective waits for a silent peer.
+
+    Raises:
+        ConfigError: a rank or world size that is not a number. PeerError: the others could not be reached.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return World.current()
+    try:
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    except ValueError as error:
+        raise ConfigError(f"WORLD_SIZE or RANK is not a number ({error})", "start with torchrun") from error
+    if size == 1:
+        return World()
+    use_gpu = torch.cuda.is_available()
+    if use_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", str(rank))) % torch.cuda.device_count())
+    with _peer_errors("rendezvous"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    return World(rank, size)
+
+
+def finish() -> None:
+    """Leave the process group; does nothing in a single process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
