@@ -196,7 +196,7 @@ def _draw(axis: Axes, line: Line) -> Any:
         axis.fill_between(line.x, low, high, color=line.colour, alpha=0.13, linewidth=0)
     if line.crosses:
         x, y = zip(*line.crosses, strict=True)
-        axis.plot(x, y, "x", color=INK, markersize=7, markeredgewidth=1.8, zorder=3)
+        axis.plot(x, y, "x", color=line.colour, markersize=7, markeredgewidth=1.8, zorder=3)
     return axis.plot(
         line.x,
         line.y,
