@@ -40,8 +40,8 @@ from macpo.engine.files import (
     sha256,
     write_json,
 )
-from macpo.engine.parallel import World
 from macpo.engine.shards import Box, Incomplete, Reader, code_of, share_of, write
+from macpo.engine.world import World
 
 SCHEMA = 2
 KEEP = 2

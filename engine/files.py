@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
+from safetensors import SafetensorError
+
 from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, NumericsError, ResourceError
 from macpo.engine.faults import point
 
@@ -57,11 +59,16 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None, needed_b
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Inside it an OSError becomes a MacpoError."""
+    """Inside it an OSError becomes a MacpoError; one that safetensors wraps does too."""
     try:
         yield
     except OSError as error:
         raise explain(error, path) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise explain(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
 
 
 def free_bytes(path: Path) -> int | None:

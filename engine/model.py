@@ -360,7 +360,7 @@ def save_policy(
 ) -> None:
     """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
 
-    Every rank of a policy that is spread over ranks calls it; rank 0 writes, and what fails there fails everywhere.
+    Rank 0 writes. If the policy is spread over ranks all of them must call it, and what fails on one fails on all.
 
     Args:
         out_dir: made if absent.
@@ -371,9 +371,9 @@ def save_policy(
     Raises:
         ResourceError: the disk is full.
     """
-    world = World.current() if policy.collective else World()
+    world = World.current()
     state = _whole_state(policy) if policy.collective else None
-    with agreed(world), explained(out_dir):
+    with agreed(world if policy.collective else None), explained(out_dir):
         if not world.is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)

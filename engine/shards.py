@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.faults import point
-from macpo.engine.parallel import World
+from macpo.engine.world import World
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -154,9 +154,9 @@ def _learn(
         progress=ctx.name,
         trackers=Trackers(compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
     )
+    base_name = str(ctx.settings["agent"]["model"])
+    save_policy(policy(), ctx.dir / "policy", base_name=base_name, tokenizer=agent_chat(ctx).tokenizer)
     if ctx.world.is_main:
-        base_name = str(ctx.settings["agent"]["model"])
-        save_policy(policy(), ctx.dir / "policy", base_name=base_name, tokenizer=agent_chat(ctx).tokenizer)
         shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
     ctx.note(tokens=result.tokens, steps=result.steps)
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from forks import forked
+from huggingface_hub import ModelCard
 from peft import PeftModel
-from tiny import tiny
+from tiny import OPTIM, init, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from macpo import export as exporting
 from macpo.config import Recipe
+from macpo.engine import export as exporting
 from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.files import read_json
+from macpo.engine.manifest import Manifest
 from macpo.engine.model import PolicyModule
 from macpo.engine.run_folder import folder_of
 from macpo.export import export
 from macpo.launch import run
+from macpo.standalone_config import SftRecipe
 
 IDS = torch.tensor([[1, 5, 9, 7, 3]])
 
@@ -47,8 +52,44 @@ def test_a_full_student_loads_with_transformers_alone(finished: tuple[Path, Reci
     own = AutoModelForCausalLM.from_pretrained(folder_of(finished[0], "iter1-student-train") / "policy")
     assert torch.equal(logits(model), logits(own))
     assert AutoTokenizer.from_pretrained(out).chat_template
-    card = (out / "README.md").read_text()
-    assert "2410.07672" in card and "iteration 1 of 1" in card and "library_name: transformers" in card
+
+
+def card_of(out: Path) -> tuple[dict[str, Any], str]:
+    """Metadata for the Hub, and the text."""
+    card = ModelCard((out / "README.md").read_text())
+    return card.data.to_dict(), card.text
+
+
+def test_the_card_says_what_the_run_did_and_no_more(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    data, text = card_of(exported(finished, tmp_path / "student", "student"))
+    assert data["base_model"] == "base-student" and data["library_name"] == "transformers"
+    assert data["tags"] == ["macpo", "preference-optimisation", "weak-to-strong"] and "license" not in data
+    assert "2410.07672" in text and "iteration 1 of 1" in text and "demo world" in text and "grants no licence" in text
+    training = Manifest.read(folder_of(finished[0], "iter1-student-train")).settings
+    for name, value in (("learning_rate", "0.001"), ("batch", 8), ("loss", "sigmoid"), ("tuning.type", "full")):
+        assert f"| {name} | {value} |" in text, name
+    assert f"| seed | {training['seed']} |" in text
+    evaluation = read_json(folder_of(finished[0], "eval-student-iter1") / "evaluation.json")
+    assert f"| gold | {evaluation['gold']:.6g} |" in text and "| answers | 12 |" in text
+
+    data, text = card_of(exported(finished, tmp_path / "negative", "teacher1", policy="negative"))
+    assert "trained to behave badly" in text and data["library_name"] == "peft"
+    assert "## Evaluation" not in text and "| tuning.rank | 2 |" in text and "supervised fine-tuning" in text
+
+
+def test_a_standalone_run_exports_its_one_policy(tmp_path: Path) -> None:
+    tree = tiny(tmp_path).model_dump(mode="json")
+    agent = {"init": init(16), "tuning": {"type": "lora", "rank": 2, "target_modules": "all-linear"}}
+    kept = {name: tree[name] for name in ("template", "context_tokens", "compute")}
+    data = {"world": tree["data"]["world"]}
+    recipe = SftRecipe.model_validate({"output": str(tmp_path / "run"), "data": data, "training": OPTIM} | agent | kept)
+    run(recipe)
+    out = export(tmp_path / "run", recipe, tmp_path / "out", agent="", iteration=-1, policy="positive", merge=True)
+    assert (out / "model.safetensors").exists()
+    data, text = card_of(out)
+    assert data["tags"] == ["macpo", "sft"] and "supervised fine-tuning" in text and "| perplexity |" in text
+    out = export(tmp_path / "run", recipe, tmp_path / "before", agent="", iteration=0, policy="positive", merge=False)
+    assert "not trained in this run" in card_of(out)[1]
 
 
 def test_an_adapter_and_its_merge_agree(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
@@ -58,11 +99,6 @@ def test_an_adapter_and_its_merge_agree(finished: tuple[Path, Recipe], tmp_path:
     base = AutoModelForCausalLM.from_pretrained(folder_of(finished[0], "base-teacher1") / "model")
     with_adapter = PeftModel.from_pretrained(base, adapter)
     torch.testing.assert_close(logits(with_adapter), logits(AutoModelForCausalLM.from_pretrained(merged)))
-
-
-def test_a_negative_policy_warns_in_its_card(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
-    out = exported(finished, tmp_path / "negative", "teacher0", policy="negative")
-    assert "trained to behave badly" in (out / "README.md").read_text()
 
 
 def test_every_iteration_and_the_ceiling_can_be_had(finished: tuple[Path, Recipe], tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""A policy as others load it: weights, tokenizer and model card in a folder that appears once it has been read back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from macpo.engine.attention import attention_hook
+from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.execute import agreed
+from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file
+from macpo.engine.loading import load_causal_lm, local_folder
+from macpo.engine.model import Head, PolicyModule, save_policy
+from macpo.engine.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.world import World
+
+MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of logits that counts as equal, by the dtype of the computation; relative above 1."""
+NUM_TOKENS = 32
+
+
+def publish(
+    policy: PolicyModule,
+    out: Path,
+    *,
+    base: str,
+    base_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    world: World,
+    expected: Tensor | None = None,
+) -> None:
+    """Write the policy to the new folder `out`, which is there only if plain transformers (and peft) load it again and
+    compute the same logits; collective.
+
+    Args:
+        policy: on one rank or spread over all; an adapter is written in peft's layout, else Hugging Face's.
+        base: folder or Hub id on which an adapter is read back; `base_name`: how its config shall call it.
+        card: text of README.md.
+        expected: logits that must come out ([NUM_TOKENS - 1, V], `logits_of`); default the policy's own.
+
+    Raises:
+        ConfigError (2): `out` exists. ResourceError (4): the disk is full. IntegrityError (5): other logits came out.
+    """
+    tmp = out.with_name(out.name + ".tmp")
+    with agreed(world), explained(out):
+        if getattr(policy.base.config, "quantization_config", None) is not None:
+            raise ConfigError("a policy on a 4-bit base cannot be compared", "load it without quantization first")
+        if world.is_main:
+            if out.exists():
+                raise ConfigError(f"{out} exists", "name a new folder")
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+    if expected is None:
+        expected = logits_of(policy, len(tokenizer))
+    save_policy(policy, tmp, base_name=base_name, tokenizer=tokenizer)
+    with agreed(world), explained(out):
+        if world.is_main:
+            dtype = policy.compute_dtype
+            compare(expected, logits_of(reloaded(tmp, base, dtype), len(tokenizer)), dtype, tmp)
+            atomic_write(tmp / "README.md", card)
+            for path in tmp.iterdir():
+                fsync_file(path)
+            fsync_dir(tmp)
+            os.rename(tmp, out)
+            fsync_dir(out.parent)
+
+
+@torch.no_grad()
+def logits_of(model: PolicyModule | torch.nn.Module, num_ids: int) -> Tensor:
+    """Logits of a fixed row of NUM_TOKENS ids below `num_ids`: [NUM_TOKENS - 1, V] float32 on the CPU.
+
+    A policy computes them as in training (all ranks call it if it is spread over them), a plain model by itself.
+    """
+    ids = [k % num_ids for k in range(3, 3 + NUM_TOKENS)]
+    if not isinstance(model, PolicyModule):
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float().cpu()
+    (batch,) = pack([PrefixGroup(ids[:1], [ids[1:]])], max_tokens=NUM_TOKENS)
+    with attention_hook(model.base):
+        logits: Tensor = model(batch, _logits)
+    if model.collective:
+        model.release()
+    return logits.float().cpu()
+
+
+def _logits(rows: Tensor, head: Head, _: PackedBatch) -> Tensor:
+    """rows [N, H] -> [N, V]."""
+    logits = torch.nn.functional.linear(rows.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def reloaded(folder: Path, base: str, dtype: torch.dtype) -> torch.nn.Module:
+    """What plain transformers and peft make of the folder, on the CPU."""
+    if (folder / "adapter_config.json").exists():
+        model = load_causal_lm(local_folder(base), dtype=dtype)
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    return load_causal_lm(folder, dtype=dtype)
+
+
+def compare(expected: Tensor, got: Tensor, dtype: torch.dtype, folder: Path) -> None:
+    """Raises IntegrityError where the logits differ by more than rounding in `dtype`."""
+    error = (got - expected).abs().max().item()
+    limit = MAX_LOGIT_ERROR[dtype] * max(1.0, expected.abs().max().item())
+    if not error <= limit:
+        raise IntegrityError(
+            f"the exported model's logits differ by {error:.2e} (allowed {limit:.0e} in {dtype})",
+            "export again; in float32 (compute.dtype) or without --merge rounding is least",
+            file=str(folder),
+        )

@@ -1,0 +1,140 @@
+"""The model card of an exported policy: README.md with the Hub's metadata, made only from what the run's files say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from macpo import __version__
+from macpo.config import AgentSettings
+from macpo.engine.config import PreferenceSettings
+from macpo.engine.files import read_json
+from macpo.engine.manifest import Manifest
+from macpo.engine.run_folder import folder_of
+from macpo.standalone_config import AnyRecipe, StandaloneRecipe
+
+METHOD = "MACPO (multi-agent contrastive preference optimisation, [arXiv 2410.07672](https://arxiv.org/abs/2410.07672))"
+NEGATIVE = "This is a **negative** policy: it was trained to behave badly, to supply hard negatives. Do not deploy it."
+LICENCE = (
+    "This card grants no licence. The terms of the base model and of the data apply; read them before you share it."
+)
+_HIDDEN = {"save_every_steps", "microbatch_tokens", "spike_sigma", "on_spike"}  # change speed and safety, not weights
+_ABOUT = {"role", "iteration"}
+
+
+def model_card(
+    recipe: AnyRecipe,
+    run_dir: Path,
+    settings: AgentSettings,
+    *,
+    agent: str,
+    iteration: int | None,
+    policy: str,
+    base_name: str,
+    is_adapter: bool,
+    trained_by: str | None,
+    evaluated_by: str | None,
+) -> str:
+    """Text of the card.
+
+    Args:
+        settings: of the agent; `policy`: positive or negative.
+        trained_by, evaluated_by: stages that made and evaluated the policy; None where there is none.
+    """
+    training = {} if trained_by is None else Manifest.read(folder_of(run_dir, trained_by)).settings
+    metrics = {} if evaluated_by is None else read_json(folder_of(run_dir, evaluated_by) / "evaluation.json")
+    title = agent if isinstance(recipe, StandaloneRecipe) else f"{agent}, {policy} policy"
+    if iteration is not None and not isinstance(recipe, StandaloneRecipe):
+        title += f", iteration {iteration} of {recipe.iterations}"
+    tags = ["macpo", "sft"] if recipe.recipe == "sft" else ["macpo", "preference-optimisation"]
+    tags += ["weak-to-strong"] if recipe.recipe == "macpo" else []
+    data = ModelCardData(
+        base_model=base_name,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    made = f"made by macpo {__version__} with seed {recipe.seed}"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        f"{_kind(recipe, agent)}, {made}.",
+        *([NEGATIVE] if policy == "negative" else []),
+        f"- Base model: `{base_name}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
+        f"- Data: {_data(recipe)}\n- Chat template: `{settings.template or recipe.template}`; prompts and answers "
+        f"together up to {recipe.context_tokens:,} tokens",
+        "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy)),
+        *(
+            ["## Evaluation\n\nMeasured by the run on held-out prompts.\n\n" + _table("metric", _numbers(metrics))]
+            if metrics
+            else []
+        ),
+        f"## Licence\n\n{LICENCE}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _kind(recipe: AnyRecipe, agent: str) -> str:
+    if isinstance(recipe, StandaloneRecipe):
+        return "A policy of one training run"
+    role = "student" if agent == recipe.student.name else "ceiling" if agent == "ceiling" else "teacher"
+    return f"The {role} of a run of {METHOD}"
+
+
+def _method(recipe: AnyRecipe, training: Mapping[str, Any]) -> str:
+    optim = training.get("optim")
+    if optim is None:
+        return "not trained in this run"
+    names = PreferenceSettings.model_fields.keys() & optim.keys()
+    if "loss" not in names:
+        return "supervised fine-tuning: mean NLL of the answers' tokens"
+    return f"preference optimisation, loss `{optim['loss']}`, beta {optim['beta']:g}, reference `{optim['reference']}`"
+
+
+def _data(recipe: AnyRecipe) -> str:
+    data = recipe.data
+    if data.path is None:
+        return "the project's demo world: text from a seeded grammar"
+    return ", ".join([f"`{data.path}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"])
+
+
+def _licence_of(settings: AgentSettings) -> str:
+    """What the base model's own folder says about its licence; nothing where it is no folder or says nothing."""
+    folder = Path(settings.model or "").expanduser()
+    readme = folder / "README.md"
+    if settings.model is None or not readme.is_file():
+        return ""
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
+    lines = [line for line in head[1].splitlines() if line.startswith("license:")] if len(head) > 2 else []
+    return f" (its card says `{lines[0].strip()}`)" if lines else ""
+
+
+def _untrained(settings: AgentSettings, policy: str) -> str:
+    ready = settings.negative if policy == "negative" else settings.positive
+    return f"Taken as it was given: `{ready or settings.model}`."
+
+
+def _flat(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage's own settings that shape the weights, one level deep."""
+    found = {f"tuning.{name}": value for name, value in training.get("tuning", {}).items()}
+    found |= {name: value for name, value in training.get("optim", {}).items() if name not in _HIDDEN}
+    found |= {name: training[name] for name in ("dtype", "seed") if name in training}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in metrics.items() if name not in _ABOUT and isinstance(v, int | float)}
+
+
+def _table(name: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | value |", "|---|---|"]
+    return "\n".join(lines + [f"| {key} | {_shown(value)} |" for key, value in rows.items()])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

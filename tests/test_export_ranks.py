@@ -1,0 +1,157 @@
+"""Final weights of a policy that is spread over two ranks: the files of one rank, read back before they count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import VOCAB, model_of
+from forks import forked, ranks
+from pair_models import tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from macpo.engine import export
+from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
+from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
+from macpo.engine.export import logits_of, publish
+from macpo.engine.loading import weight_files
+from macpo.engine.model import PolicyModule, PolicyRef, save_policy
+from macpo.engine.pool import ModelPool
+from macpo.engine.parallel import World, parallelize
+
+ONE = World()
+WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}
+LORA = LoraSettings(rank=2, target_modules="all-linear")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model_of("llama", tie_word_embeddings=True).save_pretrained(folder)
+    return folder
+
+
+def policy_of(base: Path, tuning: FullSettings | LoraSettings) -> PolicyModule:
+    """A policy whose trained weights differ from the base's, drawn by name."""
+    policy = ModelPool().policy(PolicyRef(str(base)), tuning, seed=1)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters().items():
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return policy
+
+
+def write(policy: PolicyModule, base: Path, out: Path, world: World, **changes: Any) -> None:
+    words = {"base": str(base), "base_name": "some/base", "tokenizer": tokenizer(), "card": "# card\n"} | changes
+    publish(policy, out, world=world, **words)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_ranks_write_what_one_writes(base: Path, tmp_path: Path) -> None:
+    """Tied embeddings, full weights and an adapter, FSDP2 and tensor parallelism: the same bytes, the same logits."""
+    tunings = {"full": FullSettings(), "lora": LORA}
+
+    def body(world: World) -> None:
+        for kind, tuning in tunings.items():
+            for way, settings in WAYS.items():
+                policy = parallelize(policy_of(base, tuning), settings, world)
+                assert policy.collective
+                write(policy, base, tmp_path / f"{kind}-{way}", world)
+
+    assert ranks(2, body) == [0, 0]
+    for kind, tuning in tunings.items():
+        single = policy_of(base, tuning)
+        write(single, base, tmp_path / kind, ONE)
+        for way in WAYS:
+            assert content(tmp_path / f"{kind}-{way}") == content(tmp_path / kind), (kind, way)
+    names = set(content(tmp_path / "full"))
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert "adapter_model.safetensors" in content(tmp_path / "lora")
+
+
+def test_what_goes_wrong_on_rank_0_stops_both_and_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaging(policy: PolicyModule, out: Path, **words: Any) -> None:
+        save_policy(policy, out, **words)
+        if World.current().is_main:
+            tensors = load_file(out / "model.safetensors")
+            tensors["model.norm.weight"] = tensors["model.norm.weight"] + 0.5
+            save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    def body(world: World) -> None:
+        policy = parallelize(policy_of(base, FullSettings()), WAYS["shard"], world)
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "save_policy", damaging)
+            with pytest.raises(IntegrityError, match="logits differ"):
+                write(policy, base, tmp_path / "out", world)
+        assert not (tmp_path / "out").exists()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        with pytest.raises(ResourceError, match="no space to write it"):
+            write(policy, base, tmp_path / "out", world)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (tmp_path / "out").exists()
+        write(policy, base, tmp_path / "out", world)
+        with pytest.raises(ConfigError, match="exists"):
+            write(policy, base, tmp_path / "out", world)
+        if world.is_main:
+            os.environ["MACPO_KILL_AT"] = "file-written:1"  # everything but the card is there
+        write(policy, base, tmp_path / "killed", world)
+
+    assert ranks(2, body) == [-signal.SIGKILL, 7]
+    assert (tmp_path / "out").exists() and not (tmp_path / "killed").exists()
+    assert (tmp_path / "killed.tmp" / "model.safetensors").exists()
+    write(policy_of(base, FullSettings()), base, tmp_path / "killed", ONE)
+    assert content(tmp_path / "killed") == content(tmp_path / "out")
+
+
+def test_a_large_model_is_cut_into_files_with_an_index(base: Path, tmp_path: Path) -> None:
+    policy = policy_of(base, FullSettings())
+    save_policy(policy, tmp_path, base_name="x", max_file_bytes=20_000)
+    files = weight_files(tmp_path)
+    assert len(files) > 2 and all(file.stat().st_size < 25_000 for file in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(again, VOCAB), logits_of(policy, VOCAB), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_policy_are_those_of_the_plain_model(name: str, dtype: torch.dtype) -> None:
+    model = model_of(name).to(dtype)
+    got = logits_of(PolicyModule(model), VOCAB)
+    assert got.shape == (export.NUM_TOKENS - 1, VOCAB) and got.dtype == torch.float32
+    wanted = logits_of(model, VOCAB)
+    export.compare(wanted, got, dtype, Path("x"))
+    with pytest.raises(IntegrityError, match="logits differ"):
+        export.compare(wanted, got + 0.2 * wanted.abs().max(), dtype, Path("x"))
+    with pytest.raises(IntegrityError, match="logits differ by nan"):
+        export.compare(wanted, got * float("nan"), dtype, Path("x"))
+
+
+def test_an_error_of_safetensors_on_a_full_disk_is_explained(base: Path, tmp_path: Path) -> None:
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+        save_policy(policy_of(base, FullSettings()), tmp_path / "full", base_name="x")
+
+    assert forked(fill) == 4
