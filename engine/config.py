@@ -19,6 +19,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Quantization = Literal["none", "nf4"]
+
+
 class LoraSettings(Settings):
     """Low-rank adapters in peft's layout."""
 
@@ -29,7 +32,7 @@ class LoraSettings(Settings):
     """Scale of the update is alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
     """Names of the linear modules that get an adapter."""
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Quantization = "none"
     """`nf4`: the frozen base in 4 bits (bitsandbytes), as QLoRA, arXiv 2305.14314."""
 
 

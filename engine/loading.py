@@ -9,13 +9,15 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from macpo.engine.config import Quantization
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import explained
 
@@ -200,22 +202,25 @@ def load_causal_lm(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    quantization: Quantization = "none",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal LM from a folder or Hub id, in eval mode.
 
     Args:
         path: Hugging Face layout with safetensors weights.
-        dtype: of the loaded weights.
+        dtype: of the loaded weights; with quantization, of those that stay whole and of what is computed.
+        quantization: "nf4" loads the linear layers, but not the head, in 4 bits.
         trust_remote_code: run the model's own Python; off unless the user turns it on, whatever the files say.
 
     Raises:
-        ConfigError: not found, pickled, unknown architecture, or weights that do not fit the config.
+        ConfigError: not found, pickled, unknown architecture, weights that do not fit the config, or no bitsandbytes.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
     config = read_json_object(folder / "config.json")
     weight_files(folder)
+    options = _in_4_bits(as_dtype(dtype), torch.device(device)) if quantization == "nf4" else {}
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -226,6 +231,7 @@ def load_causal_lm(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
             )
     except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
         why = " ".join(str(error).split())[:300]
@@ -240,8 +246,31 @@ def load_causal_lm(
             "use weights that belong to this config.json",
             file=str(path),
         )
-    ready: PreTrainedModel = model.to(device).eval()
+    ready: PreTrainedModel = (model if options else model.to(device)).eval()
+    for layer in ready.modules() if options else ():
+        if type(layer).__name__ == "Linear4bit":
+            layer.quant_state = layer.weight.quant_state  # FSDP2 keeps the weight's numbers, not what hangs on it
+            layer.support_avx512bf16_for_cpu = False  # it would repack the shared weight when first scored with
     return ready
+
+
+def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Keywords of `from_pretrained`: NF4 (arXiv 2305.14314), stored as bfloat16 numbers, which FSDP2 can shard."""
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"quantization nf4 needs {' and '.join(missing)}, which is not installed",
+            "pip install 'macpo[quant]', or set quantization to none",
+            field="tuning.quantization",
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

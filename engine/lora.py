@@ -55,7 +55,7 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
     )
     wrapped = _wrap(model, config)
     for name, module in wrapped.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
             weight: Any = module.lora_A[_ADAPTER].weight
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -38,12 +38,13 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
         ConfigError: ranks that do not fit the settings, or a model that cannot be split so, by name.
     """
     devices = mesh(settings, world, policy.home)
-    mixed = policy.compute_dtype not in {p.dtype for p in policy.parameters() if p.is_floating_point()}
-    if mixed and devices is None:  # FSDP2 also holds the float32 weights of a model that computes in bfloat16
+    # where every weight is trained, they are float32 and FSDP2 casts what is computed with; an adapter is as it is
+    mixed = all(p.requires_grad for p in policy.parameters()) and policy.compute_dtype != torch.float32
+    if mixed and devices is None:
         devices = _mesh(world.size, 1, 1, policy.home)
     use_liger(policy.base, settings, policy.home)
     if settings.tensor > 1 and devices is not None:
-        split_layers(policy.base, devices["tensor"])
+        split_layers(policy.base, devices["tensor"], policy.home)
     wraps = settings.checkpointing != "off" or settings.compile or settings.offload_activations
     blocks = blocks_of(policy.base) if wraps or devices is not None else []
     for block in blocks:
@@ -66,6 +67,8 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
             if isinstance(part, FSDPModule):  # gradients are summed: the objective divides by the global count
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
+        if mixed:
+            policy.float()  # a model that was read for sharding is still in the dtype of its files
         policy.mesh, policy.data = devices, _data(devices, world)
     return policy
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -55,7 +56,7 @@ def _style(name: str, model: PreTrainedModel) -> ParallelStyle:
     return styles[name]
 
 
-def split_layers(model: PreTrainedModel, ranks: DeviceMesh) -> None:
+def split_layers(model: PreTrainedModel, ranks: DeviceMesh, home: torch.device) -> None:
     """Split every layer that the model's plan names, its embedding and its head over the ranks, in place.
 
     Raises:
@@ -72,13 +73,13 @@ def split_layers(model: PreTrainedModel, ranks: DeviceMesh) -> None:
     for name, module in list(model.base_model.named_modules()):
         kind = plan.get(re.sub(r"\.\d+\.", ".*.", name))
         if kind is not None:
-            _split(name, module, kind, model, ranks)
+            _split(name, module.to(home), kind, model, ranks)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     base = head.get_base_layer() if isinstance(head, LoraLayer) else head
     tied = base.weight is embedding.weight
     if isinstance(embedding, nn.Embedding):
-        parallelize_module(embedding, ranks, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
-    _split("the head", head, "colwise_gather_output", model, ranks)
+        parallelize_module(embedding.to(home), ranks, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
+    _split("the head", head.to(home), "colwise_gather_output", model, ranks)
     if tied:
         base.weight = embedding.weight
 

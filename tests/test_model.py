@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
 from macpo.engine.loading import weight_files
-from macpo.engine.model import ModelPool, PolicyModule, PolicyRef, fingerprint_model, load_causal_lm, save_policy
+from macpo.engine.model import PolicyModule, PolicyRef, fingerprint_model, load_causal_lm, save_policy
 from macpo.engine.objectives import preference, reference_logps, sft
 from macpo.engine.pack import pack
+from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 
 LORA = LoraSettings(rank=2, target_modules="all-linear")

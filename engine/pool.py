@@ -1,0 +1,148 @@
+"""Base models that stay loaded between the stages of a process, and the policies that are made of them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from macpo.engine import lora
+from macpo.engine.config import FullSettings, LoraSettings, Quantization
+from macpo.engine.errors import ResourceError
+from macpo.engine.loading import as_dtype, load_causal_lm, local_folder, num_parameters, weight_files
+from macpo.engine.model import PolicyModule, PolicyRef
+
+
+class ModelPool:
+    """Base models kept loaded, the least recently used one dropped first when the budget is full.
+
+    A policy never changes its pooled base: it gets a module tree of its own. With an adapter, or without tuning, the
+    tree shares the pooled, frozen tensors; full tuning copies them. So several policies of one base can be alive
+    and used in turn. A dropped base stays in memory as long as a policy of it is alive. The base of a policy that is to
+    be spread over ranks is read for it alone, into host memory, so that no device ever holds all of it.
+
+    Args:
+        budget_bytes: of loaded base weights; None is no limit.
+        dtype, device: of the loaded weights.
+
+    Attributes:
+        loads: how many times a base was read from disk.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self.dtype = as_dtype(dtype)
+        self.device = torch.device(device)
+        self.trust_remote_code = trust_remote_code
+        self.loads = 0
+        self._bases: OrderedDict[str, tuple[str, PreTrainedModel, int]] = OrderedDict()
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the loaded bases, least recently used first."""
+        return tuple(self._bases)
+
+    def policy(
+        self,
+        ref: PolicyRef,
+        tuning: LoraSettings | FullSettings | None = None,
+        *,
+        seed: int = 0,
+        spread: bool = False,
+    ) -> PolicyModule:
+        """A policy to use (tuning None) or to train.
+
+        Args:
+            ref: which weights.
+            tuning: LoraSettings trains an adapter (a fresh one drawn by `seed`, or a copy of `ref.adapter`), on a base
+                in 4 bits where it says so; FullSettings trains a float32 copy of every weight, with `ref.adapter`
+                merged into it, that `parallelize` makes compute in the pool's dtype.
+            spread: `parallelize` will cut it over the ranks.
+
+        Raises:
+            ConfigError: weights that cannot be used. ResourceError: the base alone is above the budget.
+        """
+        base = self._base(ref.base, tuning.quantization if isinstance(tuning, LoraSettings) else "none", spread)
+        kind: dict[str, Any] = {"compute_dtype": self.dtype, "home": self.device}
+        if isinstance(tuning, FullSettings):
+            model = base if spread else copy.deepcopy(base)
+            if not spread or ref.adapter is not None:  # else `parallelize` makes float32 shards
+                model = model.float()
+            if ref.adapter is not None:
+                model = lora.load_adapter(model, ref.adapter).merge_and_unload()
+            return PolicyModule(model.requires_grad_(True), **kind)
+        twin = shared_copy(base)
+        if ref.adapter is not None:
+            wrapped = lora.load_adapter(twin, ref.adapter)
+            if tuning is None:
+                return PolicyModule(wrapped.requires_grad_(False), **kind)
+            lora.check_same_shape(wrapped, tuning, ref.adapter)
+            return PolicyModule(wrapped, **kind)
+        return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed), **kind)
+
+    def release(self) -> None:
+        """Drop every base that no living policy uses."""
+        self._bases.clear()
+        self._collect()
+
+    def _base(self, name: str, quantization: Quantization, spread: bool) -> PreTrainedModel:
+        folder = local_folder(name, trust_remote_code=self.trust_remote_code)
+        files = weight_files(folder)
+        stats = [(file.name, file.stat()) for file in files]
+        version = repr([quantization, *((path, info.st_size, info.st_mtime_ns, info.st_ino) for path, info in stats)])
+        if not spread:
+            if name in self._bases and self._bases[name][0] == version:
+                self._bases.move_to_end(name)
+                return self._bases[name][1]
+            self._bases.pop(name, None)
+            weight_bytes = 0.5 if quantization == "nf4" else self.dtype.itemsize
+            self._make_room(name, int(num_parameters(files) * weight_bytes))
+        model = load_causal_lm(
+            folder,
+            dtype=self.dtype,
+            device="cpu" if spread and quantization == "none" else self.device,
+            quantization=quantization,
+            trust_remote_code=self.trust_remote_code,
+        ).requires_grad_(False)
+        self.loads += 1
+        if not spread:
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            self._bases[name] = (version, model, size)
+        return model
+
+    def _make_room(self, name: str, needed: int) -> None:
+        if self.budget_bytes is None:
+            return
+        if needed > self.budget_bytes:
+            raise ResourceError(
+                f"base model {name!r} needs {needed / 1e9:.2f} GB, the budget is {self.budget_bytes / 1e9:.2f} GB",
+                "raise compute.memory_gb or use a smaller model or dtype",
+            )
+        dropped = False
+        while self._bases and needed + sum(size for _, _, size in self._bases.values()) > self.budget_bytes:
+            self._bases.popitem(last=False)
+            dropped = True
+        if dropped:
+            self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()  # module trees hold reference cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A module tree and config of its own over the same parameters and buffers: adapters can be added to it freely."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
