@@ -26,6 +26,10 @@ PRODUCTS = (
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.macpo.prefix_attention_forward.default,
     torch.ops.macpo.prefix_attention_torch.default,
 )

@@ -70,8 +70,7 @@ class Optimizer:
     def reduce(self, world: World, stats: Tensor) -> Tensor:
         """Sum gradients and `stats` (in place) over the ranks in float32; returns the global gradient norm (scalar).
 
-        `world` is all ranks; the copies of `stats` in one tensor-parallel group count once. A parameter that no group
-        reached has gradient 0.
+        `world` is the ranks that hold different groups of the step. A parameter that no group reached has gradient 0.
         """
         grads = [_local_gradient(p, local) for p, local in zip(self._list, self._locals, strict=True)]
         if world.size > 1:
@@ -80,15 +79,10 @@ class Optimizer:
             parts = flat[len(stats) :].split([g.numel() for g in whole])
             if whole:
                 torch._foreach_copy_(whole, [part.view_as(g) for part, g in zip(parts, whole, strict=True)])
-            stats.copy_(flat[: len(stats)] / self._copies())
+            stats.copy_(flat[: len(stats)])
         for local, grad in zip(self._locals, grads, strict=True):
             local.grad = grad
         return self._norm(grads)
-
-    def _copies(self) -> int:
-        """Ranks that see the same groups: those of one tensor-parallel group."""
-        meshes = {p.device_mesh for p in self._list if isinstance(p, DTensor)}
-        return max((m["tensor"].size() for m in meshes if "tensor" in (m.mesh_dim_names or ())), default=1)
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         norms = torch._foreach_norm(grads)

@@ -26,7 +26,7 @@ from macpo.engine.model import PolicyModule
 from macpo.engine.tensor_parallel import split_layers
 from macpo.engine.world import World, finish, init_from_env
 
-__all__ = ["World", "data_world", "finish", "init_from_env", "mesh", "parallelize"]
+__all__ = ["World", "data_world", "finish", "init_from_env", "mesh", "parallelize", "spreads"]
 
 
 def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) -> PolicyModule:
@@ -80,6 +80,11 @@ def _across(parameter: nn.Parameter) -> Shard | None:
     return Shard(1)
 
 
+def spreads(settings: ParallelSettings, world: World) -> bool:
+    """Whether the settings cut a model over these ranks."""
+    return world.size > 1 and (settings.sharding != "replicate" or settings.tensor > 1)
+
+
 def mesh(settings: ParallelSettings, world: World, device: torch.device) -> DeviceMesh | None:
     """The ranks as axes (replicate, shard, tensor), `tensor` innermost; None where every rank holds a whole model.
 
@@ -94,7 +99,7 @@ def mesh(settings: ParallelSettings, world: World, device: torch.device) -> Devi
             field="compute.parallel.tensor",
         )
     data = world.size // tensor
-    if world.size == 1 or (settings.sharding == "replicate" and tensor == 1):
+    if not spreads(settings, world):
         return None
     shard = {"replicate": 1, "shard": data, "hybrid": data}[settings.sharding]
     if settings.sharding == "hybrid":

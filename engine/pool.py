@@ -91,6 +91,11 @@ class ModelPool:
             return PolicyModule(wrapped, **kind)
         return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed), **kind)
 
+    def fits(self, name: str) -> bool:
+        """Whether the whole base stays within the budget."""
+        files = weight_files(local_folder(name, trust_remote_code=self.trust_remote_code))
+        return self.budget_bytes is None or num_parameters(files) * self.dtype.itemsize <= self.budget_bytes
+
     def release(self) -> None:
         """Drop every base that no living policy uses."""
         self._bases.clear()

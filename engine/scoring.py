@@ -55,7 +55,8 @@ def score(
         model: the policy; the same numerics path as training, so step 0 of DPO gives ln 2.
         groups: `PrefixGroup`s, or (prompt ids, [response ids, ...]).
         max_tokens: token budget of one packed forward; one that does not fit in memory is split.
-        world: the ranks that share the work; they all call this with the same groups. Default: this process alone.
+        world: the ranks that share the work; they all call this with the same groups. Default: this process alone, or
+            all ranks where the policy is spread over them.
         should_stop: asked before every forward.
 
     Returns:
@@ -73,7 +74,8 @@ def score(
         for group in groups
     ]
     scores: list[list[ResponseScore]] = [[] for _ in plain]
-    world, asked = world or World(), should_stop or (lambda: False)
+    world = world or (World.current() if policy.collective else World())
+    asked = should_stop or (lambda: False)
     together = policy.collective and world.size > 1  # then no rank may leave before the others
     todo = deque(microbatches(plain, range(len(plain)), max_tokens, data_world(policy, world), collective=together))
     stopped = False
@@ -86,6 +88,7 @@ def score(
                 _hand_out(logps, micro.batch, plain, scores)
             elif logps is None and not stopped:
                 todo.extendleft(reversed(_halves(micro, plain, together)))
+    policy.release()
     if any(world.gather(stopped)):
         raise Stopped("stopped while scoring", "run the same command again")
     return scores

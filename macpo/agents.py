@@ -37,7 +37,7 @@ from macpo.engine.loading import local_folder
 from macpo.engine.model import PolicyModule, PolicyRef, check_vocab, save_policy
 from macpo.engine.objectives import preference, sft, shared_sums, weighted
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World
+from macpo.engine.parallel import World, parallelize, spreads
 from macpo.engine.records import Example, Message, Pair, Prompt, Response, read_records, write_records
 from macpo.engine.reference import cached, reference_key
 from macpo.engine.scoring import ResponseScore, score
@@ -114,17 +114,25 @@ def encode(
 
 
 def load_policy(
-    compute: ComputeSettings, ctx: StageContext, tuning: Tuning | None = None, ref: PolicyRef | None = None
+    compute: ComputeSettings,
+    ctx: StageContext,
+    tuning: Tuning | None = None,
+    ref: PolicyRef | None = None,
+    *,
+    whole: bool = False,
 ) -> PolicyModule:
     """The stage's policy (or another one, `ref`), for use (tuning None) or to train.
 
-    Raises ConfigError where its embedding lacks a row for a token.
+    Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank and need not be
+    `whole`. Raises ConfigError where its embedding lacks a row for a token.
     """
     pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
-    seed = ctx.settings.get("seed", 0) if tuning is not None else 0
-    policy = pool.policy(ref or policy_ref(ctx), tuning, seed=seed)
+    ref = ref or policy_ref(ctx)
+    needed = tuning is not None or not pool.fits(ref.base)
+    spread = needed and not whole and spreads(compute.parallel, ctx.world)
+    policy = pool.policy(ref, tuning, seed=ctx.settings.get("seed", 0) if tuning is not None else 0, spread=spread)
     check_vocab(policy.base, agent_chat(ctx).tokenizer)
-    return policy
+    return parallelize(policy, compute.parallel, ctx.world) if spread or tuning is not None else policy
 
 
 def _learn(
@@ -292,8 +300,7 @@ def reference_parts(
     quantization = tuning.quantization if isinstance(tuning, LoraSettings) else "none"
     if quantization == "none" and not isinstance(tuning, FullSettings):
         tuning = None  # a fresh adapter adds nothing, another one is loaded frozen: the numbers of training either way
-    dtype = torch.float32 if isinstance(tuning, FullSettings) else dtype_of(compute)
-    numerics = f"{device_of(compute).type} {dtype} {quantization}"
+    numerics = f"{device_of(compute).type} {dtype_of(compute)} {quantization}"
     if isinstance(tuning, FullSettings) and ref.adapter is not None:
         numerics += " merged"
     key = reference_key(ref, groups, tokenizer=agent_chat(ctx).digest, numerics=numerics)
@@ -347,7 +354,7 @@ def generate_answers(
         ids = limited_prompt(ctx, chat, prompt.messages)
         if ids is not None:
             requests.append((prompt.id, ids))
-    generator = Generator(load_policy(compute, ctx), chat.tokenizer, max_batch=compute.generation_batch)
+    generator = Generator(load_policy(compute, ctx, whole=True), chat.tokenizer, max_batch=compute.generation_batch)
     sampling = SamplingSettings.model_validate(ctx.settings["sampling"])
     params = SamplingParams(
         **sampling.model_dump(), seed=ctx.settings["seed"], stop_token_ids=tuple(sorted(chat.stop_ids))
