@@ -76,7 +76,7 @@ def code_of(name: str, tensor: Tensor) -> str:
 
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part, detached: the tensor itself, or a DTensor's shard."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def box_of(name: str, tensor: Tensor) -> Box:
@@ -213,7 +213,7 @@ def _blocks(head: bytes, parts: Sequence[Tensor]) -> Iterator[bytes | memoryview
     for index, part in enumerate(parts):
         if index == len(parts) // 2:
             point("checkpoint-torn")
-        yield memoryview(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        yield part.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class Reader:

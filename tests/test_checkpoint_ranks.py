@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from architectures import model_of, some_groups
 from forks import ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,8 +24,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from macpo.engine import checkpoint
-from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
-from macpo.engine.parallel import World
+from macpo.engine.config import OptimSettings, ParallelSettings
+from macpo.engine.errors import ConfigError, IntegrityError, ResourceError, Stopped
+from macpo.engine.model import PolicyModule
+from macpo.engine.objectives import sft
+from macpo.engine.parallel import World, parallelize
+from macpo.engine.trainer import train
 
 ONE = World()
 WHOLE = {
@@ -325,3 +330,71 @@ def test_a_manifest_of_many_ranks_stays_small(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, tensors, {}, world=ONE)
     body: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     assert len(json.dumps(body["files"])) < 200 * 100
+
+
+# --- through the trainer: resumed on other ranks, sharded in other ways ---
+
+DOCUMENTS = some_groups(num_responses=1, count=11)
+# a rate at which Adam's division by tiny gradients does not blow up what rounding changes
+SFT = OptimSettings(learning_rate=1e-4, epochs=2, batch=4, save_every_steps=2)
+
+
+def sft_run(
+    workdir: Path, world: World, parallel: ParallelSettings | None = None, stop_after: int | None = None
+) -> dict[str, Tensor]:
+    """Trains 6 steps, or fewer; returns the whole weights (on rank 0)."""
+    policy = PolicyModule(model_of("llama"))
+    if parallel is not None:
+        policy = parallelize(policy, parallel, world)
+    asked = iter(range(1, 100))
+    should_stop = None if stop_after is None else lambda: next(asked) == stop_after
+    train(policy, DOCUMENTS, sft(), SFT, seed=3, workdir=workdir, world=world, should_stop=should_stop)
+    return policy.full_state()
+
+
+def logged(workdir: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [[row[name] for name in ("step", "tokens", "lr")] for row in rows]
+
+
+def test_a_stage_goes_on_on_other_ranks_sharded_or_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """2 sharded -> 1, 1 -> 2 sharded, sharded -> tensor-parallel -> replicated: the same order, weights to rounding."""
+    shard, tensor = ParallelSettings(sharding="shard"), ParallelSettings(tensor=2)
+    want = sft_run(tmp_path / "whole", ONE)
+
+    def stopped(name: str, parallel: ParallelSettings | None, step: int) -> Callable[[World], None]:
+        def body(world: World) -> None:
+            with pytest.raises(Stopped):
+                sft_run(tmp_path / name, world, parallel, stop_after=step)
+
+        return body
+
+    def finished(world: World) -> None:
+        weights = sft_run(tmp_path / "up", world, shard)
+        if world.is_main:
+            save_file(weights, tmp_path / "up.safetensors")
+
+    capfd.readouterr()
+    assert ranks(2, stopped("down", shard, 3)) == [0, 0]
+    assert "not bitwise" not in capfd.readouterr().err
+    found = {"down": sft_run(tmp_path / "down", ONE)}
+    said = capfd.readouterr().err
+    assert (
+        "note: resuming a checkpoint of 2 ranks (" in said
+        and "with 1 rank: same sample order, results equal up to rounding, not bitwise" in said
+    )
+
+    stopped("up", None, 3)(ONE)
+    assert ranks(2, finished) == [0, 0]
+    found["up"] = load_file(tmp_path / "up.safetensors")
+
+    assert ranks(2, stopped("across", shard, 2)) == [0, 0]
+    assert ranks(2, stopped("across", tensor, 2)) == [0, 0]
+    assert ranks(2, stopped("across", None, 1)) == [0, 0]
+    assert capfd.readouterr().err.count("not bitwise") == 3
+    found["across"] = sft_run(tmp_path / "across", ONE)
+
+    for name, weights in found.items():
+        assert logged(tmp_path / name) == logged(tmp_path / "whole")
+        for key, tensor_ in weights.items():
+            torch.testing.assert_close(tensor_, want[key], rtol=0, atol=1e-6)
