@@ -76,6 +76,9 @@ class Case:
     ceiling_name: str = ""
     ceiling_work: float = 0.0
     """FLOP or bytes of `ceiling`."""
+    items: float = 0.0
+    """What a call brings that users count, such as useful tokens; the table then shows these a second."""
+    item_name: str = "tok"
     unit_work: float = 0.0
     """Work that counts as 1 in `floor_units`: one head GEMM for a head; 0 for all of the case's own work."""
 
@@ -102,6 +105,7 @@ class Result:
     share_of_ceiling: float | None = None
     tflop_per_s: float | None = None
     gb_per_s: float | None = None
+    items_per_s: float | None = None
     peak_extra_bytes: int | None = None
     returned_bytes: int | None = None
     peak_resident_bytes: int | None = None
@@ -259,6 +263,8 @@ def summarise(
         result.tflop_per_s = (work or case.flop) / median / 1e12
     if case.num_bytes:
         result.gb_per_s = (work or case.num_bytes) / median / 1e9
+    if case.items and work is None:
+        result.items_per_s = case.items / median
 
 
 COLUMNS = ("median ms", "q1-q3 ms", "x ours", "x floor", "of ceiling", "rate", "extra MB", "error")
@@ -290,6 +296,8 @@ def row_text(result: Result) -> str:
         rate = f"{result.tflop_per_s:.3g} TF/s" if result.tflop_per_s >= 1 else f"{result.tflop_per_s * 1e3:.3g} GF/s"
     if result.gb_per_s is not None:
         rate = f"{result.gb_per_s:.3g} GB/s"
+    if result.items_per_s is not None:
+        rate = f"{result.items_per_s:.0f} /s"
     extra = None if result.peak_extra_bytes is None else result.peak_extra_bytes / 2**20
     q1, q3 = result.quartiles_ms
     cells = (
@@ -308,6 +316,7 @@ def row_text(result: Result) -> str:
 LEGEND = """\
 x ours: this peer's time / ours in the same round, median over rounds (above 1, ours is faster)
 x floor: time / time that the ceiling named in [] needs in the same round for the same work (heads: for one GEMM)
+rate: FLOP or bytes a second of the case's own work, or useful tokens a second where it counts those
 of ceiling: work per second / that of the ceiling, recomputed work not counted
 extra MB: most memory held at once beyond inputs and returned tensors; error: relative, against float64; *: inexact"""
 

@@ -1,0 +1,237 @@
+"""Generation beside Hugging Face's: many prompts, an answer of its own length each, greedy, end tokens ignored.
+
+    python -m bench.bench_generation [--shapes small|issue|gpu] [--only SUBSTRING] [--repeats 5] [--json-dir DIR]
+
+All answer the requests of a committed file (`bench/request_file.py`) with the same random weights. `generate` runs
+static batches of prompts sorted by length, at several batch sizes, each until its longest answer is done; its best size
+is the one to compare with. `generate_batch` is transformers' continuous batching, told each request's length. Useful
+tokens are those that a request asked for. Every answer is checked: each of its tokens must have the largest logit of a
+teacher-forced forward, up to a tie.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from bench.cli import Spec, run_bench
+from bench.device import gemm
+from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from bench.request_file import GenerationRequest, load
+from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
+from macpo.engine.generation import Generator, SamplingParams
+
+OURS = "macpo Generator"
+TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+"""Largest gap to the best logit that a greedy token may have; in bfloat16 logits near 16 are 0.06 to 0.12 apart."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and the requests that it answers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+    requests: str
+    batches: tuple[int, ...]
+    """Static batch sizes of `generate`."""
+    tied: bool = True
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.intermediate,
+            vocab_size=self.vocab,
+            max_position_embeddings=4096,
+            tie_word_embeddings=self.tied,
+            eos_token_id=None,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+
+
+SHAPES: dict[str, list[tuple[str, Shape, torch.dtype]]] = {
+    "small": [("Llama 0.1M", Shape(32, 2, 4, 2, 64, 512, "hh-like-8", (4, 8)), torch.float32)],
+    "issue": [("Llama 15M", Shape(288, 6, 6, 6, 768, 32000, "hh-like-64", (8, 16, 32, 64)), torch.float32)],
+    "gpu": [
+        ("Llama 1B", Shape(2048, 16, 32, 8, 8192, 128256, "hh-like-256", (64, 128, 256)), torch.bfloat16),
+        ("Llama 8B", Shape(4096, 32, 32, 8, 14336, 128256, "hh-like-256", (64, 128, 256), False), torch.bfloat16),
+    ],
+}
+
+
+def specs(shapes: str, device: torch.device) -> list[Spec]:
+    return [
+        Spec(f"{name} {shape.requests}", partial(make_case, name, shape, dtype, device))
+        for name, shape, dtype in SHAPES[shapes]
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Random weights, wide enough apart that greedy tokens are no ties."""
+    torch.manual_seed(20261122)
+    with torch.device(device):
+        model = LlamaForCausalLM(shape.config()).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if "embed" not in name else 1.0)
+    return model.requires_grad_(False)
+
+
+def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    model = make_model(shape, dtype, device)
+    requests = load(shape.requests, shape.vocab)
+    useful = sum(request.new_tokens for request in requests)
+    size = ModelShape.of(model.config)
+    # The last token of an answer is not fed again.
+    counts = counts_of_lengths([(len(r.prompt_ids), [r.new_tokens - 1]) for r in requests])
+    step = torch.randn(min(256, len(requests)), shape.hidden, dtype=dtype, device=device)
+    peers = [
+        Peer(OURS, partial(build_ours, model, requests)),
+        *(Peer(f"generate, batches of {b}", partial(build_generate, model, requests, b)) for b in shape.batches),
+        *(
+            Peer(f"generate, static cache, compiled, {b}", partial(build_static, model, requests, b))
+            for b in shape.batches[-1:]
+        ),
+        Peer("generate_batch", partial(build_continuous, model, requests)),
+    ]
+    return Case(
+        f"{name} {shape.requests}",
+        {**vars(shape), "useful_tokens": useful, "prompt_tokens": sum(len(r.prompt_ids) for r in requests)},
+        dtype,
+        device,
+        peers,
+        {},
+        check=partial(greedy_gap, model, requests, dtype),
+        flop=forward_flops(size, counts),
+        ceiling=gemm(step, model.get_output_embeddings().weight),
+        ceiling_name="vendor GEMM, head of one decode step",
+        ceiling_work=2.0 * step.shape[0] * shape.hidden * shape.vocab,
+        items=useful,
+    )
+
+
+def as_outputs(answers: Sequence[Sequence[int]]) -> Outputs:
+    return {str(i): torch.tensor(answer) for i, answer in enumerate(answers)}
+
+
+def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Run:
+    params = [SamplingParams(temperature=0, max_new_tokens=r.new_tokens, ignore_eos=True) for r in requests]
+    generator = Generator(model, max_batch=min(256, len(requests)))
+
+    def run() -> Outputs:
+        outputs = generator.generate([r.prompt_ids for r in requests], params)
+        return as_outputs([output.samples[0].token_ids for output in outputs])
+
+    return run
+
+
+def build_generate(
+    model: PreTrainedModel, requests: Sequence[GenerationRequest], batch: int, cache: str | None = None
+) -> Run:
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+
+    def run() -> Outputs:
+        answers: list[list[int]] = [[] for _ in requests]
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            for i, answer in zip(part, _static_batch(model, [requests[i] for i in part], cache), strict=True):
+                answers[i] = answer
+        return as_outputs(answers)
+
+    return run
+
+
+def _static_batch(model: PreTrainedModel, part: Sequence[GenerationRequest], cache: str | None) -> list[list[int]]:
+    longest = max(len(r.prompt_ids) for r in part)
+    ids = torch.tensor([[0] * (longest - len(r.prompt_ids)) + r.prompt_ids for r in part])
+    mask = torch.tensor([[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in part])
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max(r.new_tokens for r in part),
+        eos_token_id=None,
+        pad_token_id=0,
+        cache_implementation=cache,
+    )
+    with torch.no_grad():
+        out: Any = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    return [row[longest : longest + r.new_tokens] for row, r in zip(out.tolist(), part, strict=True)]
+
+
+def build_static(model: PreTrainedModel, requests: Sequence[GenerationRequest], batch: int) -> Run:
+    if model.device.type != "cuda":
+        raise Unavailable("compiled with a static cache it is timed on GPUs only")
+    return build_generate(model, requests, batch, "static")
+
+
+def build_continuous(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Run:
+    if not hasattr(model, "continuous_batching_context_manager"):
+        raise Unavailable("this transformers has no continuous batching")
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
+    # Its cache as large as the requests need: by default it takes most of the machine's memory, and on a CPU the time
+    # to touch that. A block is 256 tokens.
+    blocks = sum(-(-(len(r.prompt_ids) + r.new_tokens) // 256) for r in requests)
+    sizes = ContinuousBatchingConfig(num_blocks=blocks + 1, max_batch_tokens=max(512, len(requests)))
+
+    def run() -> Outputs:
+        before = model.config._attn_implementation
+        answers: dict[str, list[int]] = {}
+        try:
+            with model.continuous_batching_context_manager(
+                generation_config=config, continuous_batching_config=sizes, block=True
+            ) as manager:
+                for i, r in enumerate(requests):
+                    manager.add_request(r.prompt_ids, request_id=str(i), max_new_tokens=r.new_tokens)
+                while len(answers) < len(requests):
+                    result = manager.get_result(timeout=1)
+                    if result is not None and result.is_finished():
+                        answers[result.request_id] = list(result.generated_tokens)
+                    elif result is None and not manager.is_running():
+                        raise RuntimeError("its thread ended before all requests were answered")
+        finally:
+            model.set_attn_implementation(before)
+        return as_outputs([answers[str(i)] for i in range(len(requests))])
+
+    return run
+
+
+@torch.no_grad()
+def greedy_gap(
+    model: PreTrainedModel, requests: Sequence[GenerationRequest], dtype: torch.dtype, outputs: Outputs
+) -> float:
+    """0 if every token of every answer is greedy up to a tie; else infinite (also for an answer of another length)."""
+    answers = [outputs[str(i)].tolist() for i in range(len(requests))]
+    if any(len(answer) != r.new_tokens for answer, r in zip(answers, requests, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for prompt, answer in zip((r.prompt_ids for r in requests), answers, strict=True):
+        ids = torch.tensor([prompt + answer[:-1]], device=model.device)
+        keep = torch.arange(len(prompt) - 1, ids.shape[1], device=model.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float()
+        chosen = logits.gather(1, torch.tensor(answer, device=model.device)[:, None])
+        worst = max(worst, float((logits.max(dim=1, keepdim=True).values - chosen).max()))
+    return 0.0 if worst <= TIE[dtype] else float("inf")
+
+
+def main() -> None:
+    assert __doc__
+    run_bench("generation", specs, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Scoring K candidates of every prompt: the log-prob of each candidate, beside padded forwards.
+
+    python -m bench.bench_scoring [--shapes small|issue|gpu] [--only SUBSTRING] [--repeats 5] [--json-dir DIR]
+
+Ours computes a prompt once for its K candidates, packs without padding and gives only the rows that predict a
+candidate's token to the head. The padded peers run Hugging Face's forward over all prompt + candidate sequences sorted
+by length, logits for the candidates' positions only (`logits_to_keep`), at several batch sizes; the best is the one to
+compare with. Lengths are those of a committed file (`bench/request_file.py`), weights random. Every log-prob is
+checked against a float64 forward of each sequence alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.bench_generation import Shape, make_model
+from bench.cli import Spec, run_bench
+from bench.device import gemm
+from bench.harness import Case, Outputs, Peer, Run
+from bench.request_file import load
+from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
+from macpo.engine.pack import PrefixGroup
+from macpo.engine.scoring import score
+
+OURS = "macpo score"
+CANDIDATES = 4
+
+SHAPES: dict[str, list[tuple[str, Shape, torch.dtype]]] = {
+    "small": [("Llama 0.1M", Shape(32, 2, 4, 2, 64, 512, "hh-like-8", (4, 8)), torch.float32)],
+    "issue": [("Llama 15M", Shape(288, 6, 6, 6, 768, 32000, "hh-like-64", (4, 8, 16, 32)), torch.float32)],
+    "gpu": [
+        ("Llama 1B", Shape(2048, 16, 32, 8, 8192, 128256, "hh-like-256", (16, 32, 64)), torch.bfloat16),
+        ("Llama 8B", Shape(4096, 32, 32, 8, 14336, 128256, "hh-like-256", (16, 32, 64), False), torch.bfloat16),
+    ],
+}
+
+
+def specs(shapes: str, device: torch.device) -> list[Spec]:
+    return [
+        Spec(f"{name} {shape.requests} K={CANDIDATES}", partial(make_case, name, shape, dtype, device))
+        for name, shape, dtype in SHAPES[shapes]
+    ]
+
+
+def make_groups(shape: Shape) -> list[PrefixGroup]:
+    """The file's prompts, each with the answers of its own and the next K - 1 requests' lengths."""
+    requests = load(shape.requests, shape.vocab)
+    answers = load(shape.requests, shape.vocab)[::-1]  # ids for the candidates: other prompts' tokens, repeated
+    pool = [token for request in answers for token in request.prompt_ids]
+    groups, at = [], 0
+    for i, request in enumerate(requests):
+        candidates = []
+        for k in range(CANDIDATES):
+            length = requests[(i + k) % len(requests)].new_tokens
+            candidates.append([pool[(at + j) % len(pool)] for j in range(length)])
+            at += length
+        groups.append(PrefixGroup(request.prompt_ids, candidates))
+    return groups
+
+
+def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    model = make_model(shape, dtype, device)
+    groups = make_groups(shape)
+    size = ModelShape.of(model.config)
+    lengths = [(len(group.prompt_ids), [len(response) for response in group.responses]) for group in groups]
+    counts = counts_of_lengths(lengths)
+    rows = torch.randn(1024, shape.hidden, dtype=dtype, device=device)
+    weight = model.get_output_embeddings().weight
+    return Case(
+        f"{name} {shape.requests} K={CANDIDATES}",
+        {**vars(shape), "tokens": counts.tokens, "rows": counts.rows},
+        dtype,
+        device,
+        [
+            Peer(OURS, partial(build_ours, model, groups)),
+            *(Peer(f"padded forward, batches of {b}", partial(build_padded, model, groups, b)) for b in shape.batches),
+        ],
+        {"logps": exact(model, groups)},
+        flop=forward_flops(size, counts),
+        ceiling=gemm(rows, weight),
+        ceiling_name="vendor GEMM, head of 1,024 rows",
+        ceiling_work=2.0 * rows.shape[0] * shape.hidden * shape.vocab,
+        items=sum(len(p) + sum(r) for p, r in ((g.prompt_ids, map(len, g.responses)) for g in groups)),
+    )
+
+
+def build_ours(model: PreTrainedModel, groups: Sequence[PrefixGroup]) -> Run:
+    max_tokens = 16384 if model.device.type == "cuda" else 4096
+
+    def run() -> Outputs:
+        scores = score(model, groups, max_tokens=max_tokens)
+        return {"logps": torch.tensor([response.sum_logp for group in scores for response in group])}
+
+    return run
+
+
+def _sequences(groups: Sequence[PrefixGroup]) -> list[tuple[list[int], list[int]]]:
+    return [(group.prompt_ids, response) for group in groups for response in group.responses]
+
+
+def build_padded(model: PreTrainedModel, groups: Sequence[PrefixGroup], batch: int) -> Run:
+    sequences = _sequences(groups)
+    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+
+    def run() -> Outputs:
+        out = torch.zeros(len(sequences))
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            out[part] = _padded(model, [sequences[i] for i in part]).cpu()
+        return {"logps": out}
+
+    return run
+
+
+@torch.no_grad()
+def _padded(model: PreTrainedModel, part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """Sums [B] float32; sequences are padded on the left, so that the candidates end together."""
+    longest = max(len(prompt) + len(response) for prompt, response in part)
+    answer = max(len(response) for _, response in part)
+    ids = torch.tensor([[0] * (longest - len(p) - len(r)) + p + r for p, r in part], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p) - len(r)) + [1] * (len(p) + len(r)) for p, r in part])
+    mask = mask.to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=answer + 1
+    ).logits[:, :-1]
+    targets = ids[:, -answer:]
+    logps = logits.float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    lengths = torch.tensor([len(r) for _, r in part], device=model.device)
+    keep = torch.arange(answer, device=model.device) >= answer - lengths[:, None]
+    return logps.masked_fill(~keep, 0.0).sum(1)
+
+
+@torch.no_grad()
+def exact(model: PreTrainedModel, groups: Sequence[PrefixGroup]) -> Tensor:
+    """Sums [sequences] in float64, from a float64 copy of the model, sequence by sequence; of large models in its
+    own dtype with float32 log-softmax, where a copy has no place."""
+    large = sum(p.numel() for p in model.parameters()) > 10**8
+    wide = model if large else copy.deepcopy(model).double()
+    sums = []
+    for prompt, response in _sequences(groups):
+        ids = torch.tensor([prompt + response], device=model.device)
+        logits: Tensor = wide(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]
+        logps = logits.to(torch.float32 if large else torch.float64).log_softmax(-1)
+        sums.append(logps.gather(1, ids[0, -len(response) :, None]).sum())
+    return torch.stack(sums).double().cpu()
+
+
+def main() -> None:
+    assert __doc__
+    run_bench("scoring", specs, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The generation and scoring benchmarks at toy sizes; wrong answers do not count; request files are reproducible."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds them
+
+from bench import bench_generation, bench_scoring, request_file  # noqa: E402
+from bench.cli import run_bench  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "peers"), [("generation", "batches of"), ("scoring", "padded")])
+def test_small_run(name, peers, tmp_path, capsys):
+    module = import_module(f"bench.bench_{name}")
+    options = ["--shapes", "small", "--device", "cpu", "--repeats", "2", "--peers", peers, "--json-dir", str(tmp_path)]
+    (case,) = json.loads(run_bench(name, module.specs, module.__doc__, options).read_text())["cases"]
+    assert case["flop"] > 0 and case["ceiling"]
+    ours, *others = case["results"]
+    assert ours["peer"] == module.OURS and ours["times_ours"] == 1.0
+    assert [r["peer"] for r in others if r["peer"].endswith(("of 4", "of 8"))] == [r["peer"] for r in others[:2]]
+    for result in (ours, *others[:2]):
+        assert result["status"] == "exact"
+        useful = result["items_per_s"] * result["median_ms"] / 1e3
+        assert useful == pytest.approx(case["shape"]["useful_tokens" if name == "generation" else "tokens"])
+    assert f"{ours['items_per_s']:.0f} /s" in capsys.readouterr().out
+
+
+def test_a_wrong_answer_is_seen():
+    """One token that is not greedy, and an answer that is too short."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    model, requests = bench_generation.make_model(shape, dtype, CPU), request_file.load(shape.requests, shape.vocab)
+    outputs = dict(bench_generation.build_ours(model, requests)())
+    assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
+    for wrong in ((outputs["3"] + 1) % shape.vocab, outputs["3"][:-1]):
+        assert bench_generation.greedy_gap(model, requests, dtype, {**outputs, "3": wrong}) == float("inf")
+
+
+def test_continuous_batching_is_asked_for_the_same_lengths():
+    """transformers' own engine answers the requests, and leaves the model's attention as it was."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    model, requests = bench_generation.make_model(shape, dtype, CPU), request_file.load(shape.requests, shape.vocab)[:2]
+    before = model.config._attn_implementation
+    outputs = bench_generation.build_continuous(model, requests)()
+    assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
+    assert model.config._attn_implementation == before
+
+
+def test_request_files_are_what_the_script_writes(tmp_path, monkeypatch):
+    committed = {path.name: path.read_bytes() for path in request_file.FOLDER.iterdir()}
+    monkeypatch.setattr(request_file, "FOLDER", tmp_path)
+    request_file.main()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
+    for name, (count, longest_prompt, longest_answer) in request_file.SIZES.items():
+        rows = request_file.load(name, 100)
+        assert len(rows) == count and all(0 < len(r.prompt_ids) <= longest_prompt for r in rows)
+        assert all(0 < r.new_tokens <= longest_answer and max(r.prompt_ids) < 100 for r in rows)
+
+
+def test_candidates_have_the_lengths_of_the_file():
+    groups = bench_scoring.make_groups(bench_scoring.SHAPES["small"][0][1])
+    requests = request_file.load("hh-like-8", 512)
+    assert [len(g.responses) for g in groups] == [bench_scoring.CANDIDATES] * 8
+    assert [len(g.responses[0]) for g in groups] == [r.new_tokens for r in requests]
