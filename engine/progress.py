@@ -52,7 +52,7 @@ class TrainingProgress:
             self._bar.refresh()
             return
         left = self._bar.tasks[0].time_remaining
-        eta = "" if left is None else f" ETA {timedelta(seconds=round(left))}"
+        eta = "" if left is None or step == self._planned else f" ETA {timedelta(seconds=round(left))}"
         line = f"{self._label}: step {step}/{self._planned} loss {loss:.4f} {tokens_per_s:.0f} tok/s{eta}"
         self._console.file.write(line + "\n")
         self._console.file.flush()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import model_of, some_groups
+from forks import ranks
 
 from macpo.engine import hardware, progress
 from macpo.engine.config import LoraSettings, OptimSettings
@@ -29,6 +30,7 @@ from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
 from macpo.engine.stopping import StopFlag
 from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
+from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
 
 CPU = torch.device("cpu")
@@ -168,14 +170,33 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(
         for step in range(1, 21):
             log.write(row(step, loss=2.5))
     shown = capsys.readouterr().err.splitlines()
-    pattern = r"07-student-sft: step (\d+)/20 loss 2\.5000 \d+ tok/s ETA \d+:\d\d:\d\d"
+    pattern = r"07-student-sft: step (\d+)/20 loss 2\.5000 \d+ tok/s(?: ETA \d+:\d\d:\d\d)?"
     assert [step for line in shown for step in re.findall(f"^{pattern}$", line)] == ["8", "16", "20"]
+    assert ["ETA" in line for line in shown] == [True, True, False]
 
 
 def test_nothing_is_shown_where_nobody_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLog(tmp_path, step=0, planned=1) as log:
         log.write(row(1))
     assert capsys.readouterr() == ("", "")
+
+
+def test_only_the_main_rank_shows_writes_and_tracks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    documents = some_groups(num_responses=1, count=8)
+    settings = OptimSettings(learning_rate=1e-3, batch=4)
+
+    def body(world: World) -> None:
+        folder = tmp_path / f"rank{world.rank}"
+        trackers = Trackers(("fake_trackers:Recorder",), "sft", folder / "trackers")
+        policy = PolicyModule(model_of("llama"))
+        where = {"workdir": tmp_path / "work", "progress": "sft", "trackers": trackers}
+        train(policy, documents, sft(), settings, seed=1, world=world, **where)  # type: ignore[arg-type]
+
+    assert ranks(2, body) == [0, 0]
+    assert capfd.readouterr().err.count("sft: step 2/2 loss") == 1
+    assert len(lines(tmp_path / "work" / "metrics.jsonl")) == len(lines(tmp_path / "work" / "timing.jsonl")) == 2
+    assert [row.get("step") for row in lines(tmp_path / "rank0" / "trackers" / "seen.jsonl")] == [None, 1, 2, None]
+    assert not (tmp_path / "rank1").exists()
 
 
 def on_terminal(body: Callable[[], object], type_in: dict[str, bytes], term: str = "xterm-256color") -> str:
