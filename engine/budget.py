@@ -45,6 +45,7 @@ class TokenBudget:
         self.tokens = batch.num_tokens // 2
         free_memory()
         if collective:
+            self._note.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._note, {"microbatch_tokens": self.tokens})
             raise Again(
                 f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory",

@@ -50,6 +50,11 @@ def die() -> None:
 
 def ranks(size: int, function: Callable[[World], object], timeout_s: float = 30.0) -> list[int]:
     """Run it on `size` gloo ranks; returns their exit codes."""
+    return [wait(pid) for pid in start_ranks(size, function, timeout_s)]
+
+
+def start_ranks(size: int, function: Callable[[World], object], timeout_s: float = 30.0) -> list[int]:
+    """The same, without waiting: their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,4 +73,4 @@ def ranks(size: int, function: Callable[[World], object], timeout_s: float = 30.
 
         return run
 
-    return [wait(pid) for pid in [start(body(rank)) for rank in range(size)]]
+    return [start(body(rank)) for rank in range(size)]

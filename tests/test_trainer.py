@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -11,77 +10,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import model_of, some_groups
+from architectures import model_of, separate_logps, some_groups
 from forks import die, forked, ranks
 from torch import Tensor
+from training import (
+    DOCUMENTS,
+    DPO,
+    PAIRS,
+    SFT,
+    SLOW,
+    assert_same_training,
+    bits,
+    rows,
+    run_dpo,
+    run_sft,
+    stop_after,
+    weights,
+)
 
-from macpo.engine.config import OptimSettings, PreferenceSettings
+from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps, sft
 from macpo.engine.optim import learning_rate
 from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World
-from macpo.engine.plan import Plan, share
+from macpo.engine.plan import Plan, microbatches, share
 from macpo.engine.scoring import score
-from macpo.engine.trainer import TrainResult, train
-
-SFT = OptimSettings(learning_rate=3e-3, epochs=2, batch=4, warmup_fraction=0.2, weight_decay=0.1, save_every_steps=2)
-DPO = PreferenceSettings(learning_rate=3e-3, epochs=2, batch=4, save_every_steps=2)
-# Adam divides by the gradient's size, so where a gradient is near zero its rounding moves the weight by a share of the
-# learning rate. Runs that sum in another order are compared at a rate at which that share stays below 1e-6.
-SLOW = {"learning_rate": 1e-4}
-DOCUMENTS = some_groups(num_responses=1, count=11)  # 3 steps an epoch, the last of 3 groups
-PAIRS = some_groups(num_responses=2, count=11)
+from macpo.engine.trainer import train
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
-def run_sft(
-    workdir: Path,
-    settings: OptimSettings = SFT,
-    *,
-    world: World | None = None,
-    groups: list[PrefixGroup] | None = None,
-    seed: int = 3,
-    should_stop: Callable[[], bool] | None = None,
-) -> tuple[PolicyModule, TrainResult]:
-    policy = PolicyModule(model_of("llama"))
-    documents = DOCUMENTS if groups is None else groups
-    result = train(policy, documents, sft(), settings, seed=seed, workdir=workdir, world=world, should_stop=should_stop)
-    return policy, result
-
-
-def run_dpo(workdir: Path, settings: PreferenceSettings = DPO, *, world: World | None = None) -> PolicyModule:
-    policy = PolicyModule(model_of("llama"))
-    ref = reference_logps(score(policy, PAIRS))
-    train(policy, PAIRS, preference(settings, ref), settings, seed=3, workdir=workdir, world=world)
-    return policy
-
-
-def rows(workdir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(policy: PolicyModule) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-
-
-def bits(policy: PolicyModule, workdir: Path) -> str:
-    """SHA-256 of every weight and of metrics.jsonl."""
-    digest = hashlib.sha256((workdir / "metrics.jsonl").read_bytes())
-    for name, tensor in weights(policy).items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def stop_after(count: int) -> Callable[[], bool]:
-    """True on the count-th question, which is asked once a step."""
-    asked = iter(range(1, 10_000))
-    return lambda: next(asked) >= count
 
 
 # --- what a step is ---
@@ -98,6 +59,25 @@ def test_steps_are_consecutive_groups_of_a_seeded_order() -> None:
     assert plan.order(1) == Plan(11, 99, 2, seed=5).order(1), "the order depends on seed and epoch alone"
     for start in range(10):
         assert list(plan.steps(start)) == steps[start:]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 30, 45, 1000])
+def test_ranks_of_a_collective_policy_have_equally_many_micro_batches(max_tokens: int) -> None:
+    """Every group once, and fillers only where a rank has fewer; each rank finds the number by itself."""
+    fillers = 0
+    for size in (1, 2, 3, 8):
+        for _, indices in Plan(len(PAIRS), 4, 2, seed=5).steps():
+            parts = [
+                microbatches(PAIRS, indices, max_tokens, World(rank, size), collective=True) for rank in range(size)
+            ]
+            assert len({len(part) for part in parts}) == 1
+            real = [micro for part in parts for micro in part if not micro.filler]
+            assert Counter(i for micro in real for i in micro.batch.groups) == Counter(indices)
+            assert all(micro.batch.num_tokens <= max_tokens or len(micro.batch.groups) == 1 for micro in real)
+            fillers += sum(micro.filler for part in parts for micro in part)
+            alone = [microbatches(PAIRS, indices, max_tokens, World(r, size), collective=False) for r in range(size)]
+            assert [len(part) for part in alone] == [sum(not m.filler for m in part) for part in parts]
+    assert fillers > 0
 
 
 def test_ranks_share_a_step_without_loss_and_evenly() -> None:
@@ -161,31 +141,85 @@ def test_accumulation_equals_the_big_batch(
         torch.testing.assert_close(tensor, weights(many)[name], rtol=0, atol=1e-6)
 
 
-def assert_same_training(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
-    assert len(a) == len(b) == 6
-    for x, y in zip(a, b, strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-6, abs=1e-6)
-        assert x == pytest.approx(y, rel=1e-5, abs=1e-5)  # summed log-probs, of size 100
+def test_eight_at_once_or_four_or_two_are_one_batch(tmp_path: Path) -> None:
+    """4 x 2 = 2 x 4 = 8: the pairs are of one length, so the token budget says how many a micro-batch has."""
+    pairs = [PrefixGroup(g.prompt_ids[:1] * 4, [g.responses[0][:1] * 5, g.responses[1][:1] * 3]) for g in PAIRS * 2]
+    pairs = pairs[:16]
+    settings = DPO.model_copy(update=SLOW | {"batch": 8, "epochs": 3})
+    runs = {}
+    for count in (8, 4, 2):
+        steps = [indices for _, indices in Plan(16, 8, 3, seed=3).steps()]
+        made = [len(microbatches(pairs, step, 12 * count, World(), collective=False)) for step in steps]
+        assert made == [8 // count] * 6
+        workdir = tmp_path / str(count)
+        policy = run_dpo(workdir, settings.model_copy(update={"microbatch_tokens": 12 * count}), groups=pairs)
+        runs[count] = (rows(workdir), torch.cat([p.flatten() for p in weights(policy).values()]))
+    for count in (4, 2):
+        assert_same_training(runs[8][0], runs[count][0])
+        torch.testing.assert_close(runs[8][1], runs[count][1], rtol=0, atol=1e-6)
+
+
+def test_packed_training_is_padded_training(tmp_path: Path) -> None:
+    """The same six steps by hand: one padded Hugging Face forward with its mask, the DPO formula, torch's AdamW."""
+    settings = DPO.model_copy(update=SLOW | {"sft_weight": 0.0, "schedule": "constant"})
+    packed = run_dpo(tmp_path, settings)
+    model = model_of("llama").requires_grad_(True)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=settings.adam_betas, weight_decay=0.0)
+
+    def sums(indices: list[int]) -> Tensor:
+        logps = separate_logps(model, [PAIRS[i] for i in indices])
+        return torch.stack([token_logps.sum() for token_logps in logps]).reshape(-1, 2)
+
+    with torch.no_grad():
+        ref = torch.cat([sums([i]) for i in range(len(PAIRS))])
+    losses = []
+    for _, indices in Plan(len(PAIRS), 4, 2, seed=3).steps():
+        margin = (sums(indices) - ref[indices]) @ torch.tensor([1.0, -1.0])
+        loss = -torch.nn.functional.logsigmoid(settings.beta * margin).mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        adamw.step()
+        adamw.zero_grad()
+    assert [row["loss"] for row in rows(tmp_path)] == pytest.approx(losses, abs=1e-5)
+    padded = dict(model.named_parameters())
+    for name, tensor in weights(packed).items():
+        torch.testing.assert_close(tensor, padded[name].detach(), rtol=0, atol=2e-6)
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """SFT and DPO, two gloo processes with half of every step each; every rank ends with the same weights."""
+    """SFT and DPO, two gloo processes with half of every step each; every rank ends with the same weights.
+
+    Replicated and sharded; sharded with micro-batches so small that a rank needs fillers to keep in step.
+    """
     outputs = tmp_path / "out"
     outputs.mkdir()
     slow_sft, slow_dpo = SFT.model_copy(update=SLOW), DPO.model_copy(update=SLOW)
+    small = {"microbatch_tokens": 20}
 
     def body(world: World) -> None:
-        policy, _ = run_sft(tmp_path / "sft2", slow_sft, world=world)
-        save(policy, outputs / f"sft{world.rank}")
-        save(run_dpo(tmp_path / "dpo2", slow_dpo, world=world), outputs / f"dpo{world.rank}")
+        for name, parallel, changes in (("2", None, {}), ("-shard", ParallelSettings(sharding="shard"), small)):
+            policy, _ = run_sft(
+                tmp_path / f"sft{name}", slow_sft.model_copy(update=changes), world=world, parallel=parallel
+            )
+            save(policy, outputs / f"sft{name}-{world.rank}")
+            settings = slow_dpo.model_copy(update=changes)
+            policy = run_dpo(tmp_path / f"dpo{name}", settings, world=world, parallel=parallel)
+            save(policy, outputs / f"dpo{name}-{world.rank}")
 
     assert ranks(2, body) == [0, 0]
+    for groups in (DOCUMENTS, PAIRS):
+        steps = [indices for _, indices in Plan(11, 4, 2, seed=3).steps()]
+        parts = [microbatches(groups, step, 20, World(r, 2), collective=True) for step in steps for r in (0, 1)]
+        assert any(micro.filler for part in parts for micro in part)
     singles = {"sft": run_sft(tmp_path / "sft1", slow_sft)[0], "dpo": run_dpo(tmp_path / "dpo1", slow_dpo)}
     for kind, single in singles.items():
-        assert (outputs / f"{kind}0").read_bytes() == (outputs / f"{kind}1").read_bytes()
-        assert_same_training(rows(tmp_path / f"{kind}1"), rows(tmp_path / f"{kind}2"))
-        both = torch.frombuffer(bytearray((outputs / f"{kind}0").read_bytes()), dtype=torch.float32)
-        torch.testing.assert_close(torch.cat([p.flatten() for p in weights(single).values()]), both, rtol=0, atol=1e-6)
+        whole = torch.cat([p.flatten() for p in weights(single).values()])
+        for name in (f"{kind}2", f"{kind}-shard"):
+            assert (outputs / f"{name}-0").read_bytes() == (outputs / f"{name}-1").read_bytes()
+            assert_same_training(rows(tmp_path / f"{kind}1"), rows(tmp_path / name))
+            both = torch.frombuffer(bytearray((outputs / f"{name}-0").read_bytes()), dtype=torch.float32)
+            torch.testing.assert_close(whole, both, rtol=0, atol=1e-6)
 
 
 def save(policy: PolicyModule, path: Path) -> None:

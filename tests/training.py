@@ -1,0 +1,122 @@
+"""Training stages of seconds that the trainer's and the fault tests run, stop, kill and compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from architectures import model_of, some_groups
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from macpo.engine.config import OptimSettings, ParallelSettings, PreferenceSettings
+from macpo.engine.model import PolicyModule
+from macpo.engine.objectives import Objective, preference, reference_logps, sft
+from macpo.engine.pack import PrefixGroup
+from macpo.engine.parallel import World, parallelize
+from macpo.engine.scoring import score
+from macpo.engine.trainer import TrainResult, train
+
+SFT = OptimSettings(learning_rate=3e-3, epochs=2, batch=4, warmup_fraction=0.2, weight_decay=0.1, save_every_steps=2)
+DPO = PreferenceSettings(learning_rate=3e-3, epochs=2, batch=4, save_every_steps=2)
+# Adam divides by the gradient's size, so where a gradient is near zero its rounding moves the weight by a share of the
+# learning rate. Runs that sum in another order are compared at a rate at which that share stays below 1e-6.
+SLOW = {"learning_rate": 1e-4}
+DOCUMENTS = some_groups(num_responses=1, count=11)  # 3 steps an epoch, the last of 3 groups
+PAIRS = some_groups(num_responses=2, count=11)
+
+
+def run_sft(
+    workdir: Path,
+    settings: OptimSettings = SFT,
+    *,
+    world: World | None = None,
+    groups: list[PrefixGroup] | None = None,
+    seed: int = 3,
+    should_stop: Callable[[], bool] | None = None,
+    objective: Objective | None = None,
+    parallel: ParallelSettings | None = None,
+) -> tuple[PolicyModule, TrainResult]:
+    policy = spread(world, parallel)
+    documents = DOCUMENTS if groups is None else groups
+    result = train(
+        policy,
+        documents,
+        objective or sft(),
+        settings,
+        seed=seed,
+        workdir=workdir,
+        world=world,
+        should_stop=should_stop,
+    )
+    return policy, result
+
+
+def run_dpo(
+    workdir: Path,
+    settings: PreferenceSettings = DPO,
+    *,
+    world: World | None = None,
+    groups: list[PrefixGroup] | None = None,
+    parallel: ParallelSettings | None = None,
+    poison: Mapping[int, float] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> PolicyModule:
+    """`poison`: pair -> what its chosen answer's reference log-prob is instead."""
+    pairs = PAIRS if groups is None else groups
+    ref = reference_logps(score(PolicyModule(model_of("llama")), pairs))
+    for index, value in (poison or {}).items():
+        ref[index, 0] = value
+    policy = spread(world, parallel)
+    ids = [f"pair-{i}" for i in range(len(pairs))]
+    train(
+        policy,
+        pairs,
+        preference(settings, ref),
+        settings,
+        seed=3,
+        workdir=workdir,
+        ids=ids,
+        world=world,
+        should_stop=should_stop,
+    )
+    return policy
+
+
+def spread(world: World | None, parallel: ParallelSettings | None) -> PolicyModule:
+    policy = PolicyModule(model_of("llama"))
+    return policy if parallel is None else parallelize(policy, parallel, world or World.current())
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(policy: PolicyModule) -> dict[str, Tensor]:
+    """Whole weights; with a sharded policy, all ranks call this."""
+    found = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+
+
+def bits(policy: PolicyModule, workdir: Path) -> str:
+    """SHA-256 of every weight and of metrics.jsonl."""
+    digest = hashlib.sha256((workdir / "metrics.jsonl").read_bytes())
+    for name, tensor in weights(policy).items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stop_after(count: int) -> Callable[[], bool]:
+    """True on the count-th question, which is asked once a step."""
+    asked = iter(range(1, 10_000))
+    return lambda: next(asked) >= count
+
+
+def assert_same_training(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
+    assert len(a) == len(b) == 6
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-6, abs=1e-6)
+        assert x == pytest.approx(y, rel=1e-5, abs=1e-5)  # summed log-probs, of size 100
