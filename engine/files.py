@@ -58,17 +58,18 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None, needed_b
 
 
 @contextlib.contextmanager
-def explained(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
+def explained(path: str | os.PathLike[str] | None = None, needed_bytes: int | None = None) -> Iterator[None]:
     """Inside it an OSError becomes a MacpoError; one that safetensors wraps does too."""
     try:
         yield
     except OSError as error:
-        raise explain(error, path) from error
+        raise explain(error, path, needed_bytes) from error
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
-        raise explain(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
+        cause = OSError(int(number[1]), os.strerror(int(number[1])))
+        raise explain(cause, path, needed_bytes) from error
 
 
 def free_bytes(path: Path) -> int | None:

@@ -22,7 +22,7 @@ from macpo.engine import lora
 from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.errors import DataError
 from macpo.engine.execute import agreed
-from macpo.engine.files import explained
+from macpo.engine.files import explained, require_free
 from macpo.engine.loading import (
     check_vocab,
     fingerprint_model,
@@ -251,9 +251,13 @@ def save_policy(
     """
     world = World.current()
     state = _whole_state(policy) if policy.collective else None
-    with agreed(world if policy.collective else None), explained(out_dir):
+    adapter = isinstance(policy.model, PeftModel)
+    written = [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
+    needed = sum(p.numel() * p.element_size() for p in written)
+    with agreed(world if policy.collective else None), explained(out_dir, needed):
         if not world.is_main:
             return
+        require_free(out_dir, needed, "the model")
         out_dir.mkdir(parents=True, exist_ok=True)
         if isinstance(policy.model, PeftModel):
             lora.save_adapter(policy.model, out_dir, base_name=base_name, state=state)

@@ -24,8 +24,8 @@ from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
 from macpo.engine.export import logits_of, publish
 from macpo.engine.loading import weight_files
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
-from macpo.engine.pool import ModelPool
 from macpo.engine.parallel import World, parallelize
+from macpo.engine.pool import ModelPool
 
 ONE = World()
 WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}
@@ -44,8 +44,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def policy_of(base: Path, tuning: FullSettings | LoraSettings) -> PolicyModule:
-    """A policy whose trained weights differ from the base's, drawn by name."""
+def policy_of(base: Path, tuning: FullSettings | LoraSettings | None) -> PolicyModule:
+    """A frozen policy (None), or one whose trained weights differ from the base's, drawn by name."""
     policy = ModelPool().policy(PolicyRef(str(base)), tuning, seed=1)
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters().items():
@@ -64,8 +64,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_ranks_write_what_one_writes(base: Path, tmp_path: Path) -> None:
-    """Tied embeddings, full weights and an adapter, FSDP2 and tensor parallelism: the same bytes, the same logits."""
-    tunings = {"full": FullSettings(), "lora": LORA}
+    """Tied embeddings; full weights, an adapter, a frozen model; FSDP2, tensor parallelism: the same bytes and logits."""
+    tunings = {"full": FullSettings(), "lora": LORA, "frozen": None}
 
     def body(world: World) -> None:
         for kind, tuning in tunings.items():
@@ -105,7 +105,7 @@ def test_what_goes_wrong_on_rank_0_stops_both_and_leaves_nothing(
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-        with pytest.raises(ResourceError, match="no space to write it"):
+        with pytest.raises(ResourceError, match=r"no space to write it.*, [\d,]{6} bytes needed, [\d,]+ bytes free"):
             write(policy, base, tmp_path / "out", world)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert not (tmp_path / "out").exists()
@@ -148,10 +148,19 @@ def test_logits_of_a_policy_are_those_of_the_plain_model(name: str, dtype: torch
         export.compare(wanted, got * float("nan"), dtype, Path("x"))
 
 
-def test_an_error_of_safetensors_on_a_full_disk_is_explained(base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_before_and_while_weights_are_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fill() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
         save_policy(policy_of(base, FullSettings()), tmp_path / "full", base_name="x")
 
     assert forked(fill) == 4
+    monkeypatch.setattr("macpo.engine.files.free_bytes", lambda path: 1000)
+    for tuning in (FullSettings(), LORA):
+        policy = policy_of(base, tuning)
+        needed = 4 * sum(parameter.numel() for parameter in policy.trainable_parameters().values())
+        with pytest.raises(ResourceError, match=f"the model needs {needed:,} bytes, 1,000 bytes free"):
+            save_policy(policy, tmp_path / "out", base_name="x")
+    assert not (tmp_path / "out").exists()
