@@ -64,7 +64,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_ranks_write_what_one_writes(base: Path, tmp_path: Path) -> None:
-    """Tied embeddings; full weights, an adapter, a frozen model; FSDP2, tensor parallelism: the same bytes and logits."""
+    """Tied embeddings; full, adapter and frozen; FSDP2 and tensor parallelism: the same bytes and logits."""
     tunings = {"full": FullSettings(), "lora": LORA, "frozen": None}
 
     def body(world: World) -> None:
