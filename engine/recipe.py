@@ -74,17 +74,19 @@ def loads(
     return settings
 
 
-def kind_of(path: Path | str) -> str | None:
-    """What the recipe file (or the run's folder) says under its key `recipe`; None where it does not say or cannot be
-    read, which `load` then reports."""
+def kind_of(path: Path | str) -> tuple[str | None, int | None]:
+    """What the recipe file (or a run's folder) says under its key `recipe`, and in which line.
+
+    None where it does not say, or cannot be read, which `load` then reports.
+    """
     path = Path(path)
     file = path / "recipe.yaml" if path.is_dir() else path
     try:
         root = parse(file.read_text(encoding="utf-8-sig"), str(file), [])
     except (ConfigError, OSError, UnicodeDecodeError):
-        return None
+        return None, None
     kind = root.value.get("recipe") if isinstance(root.value, dict) else None
-    return None if kind is None or kind.value is None else str(kind.value)
+    return (None, None) if kind is None or kind.value is None else (str(kind.value), kind.line)
 
 
 def dump(model: BaseModel, *, comments: bool = False) -> str:

@@ -29,25 +29,20 @@ from macpo.engine.recipe import kind_of
 from macpo.engine.workers import die_with
 
 
-def runner(config: Path, asked: str | None) -> Callable[..., None]:
+def runner(config: Path) -> Callable[..., None]:
     """The function that runs recipes of the file's kind: (path, overrides, world, options) -> None."""
-    written = kind_of(config)
-    kind = written or asked or "macpo"
-    if asked not in (None, kind):
-        raise ConfigError(
-            f"the file says {kind!r}, --recipe says {asked!r}", "leave --recipe out", file=str(config), field="recipe"
-        )
+    written, line = kind_of(config)
     found = {point.name: point for point in entry_points(group="macpo.recipes")}
+    kind = written or "macpo"
     if kind not in found:
-        fix = f"use {' or '.join(sorted(found))}"
-        raise ConfigError(f"no package runs recipes of kind {kind!r}", fix, file=str(config), field="recipe")
+        said, fix = f"no package runs recipes of kind {kind!r}", f"use {' or '.join(sorted(found))}"
+        raise ConfigError(said, fix, file=str(config), line=line, field="recipe")
     return found[kind].load()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="torchrun engine/train.py", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="recipe (YAML)")
-    parser.add_argument("--recipe", help="kind of recipe, for files that do not say (default: macpo)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
     parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")
@@ -62,7 +57,7 @@ def train(arguments: argparse.Namespace) -> None:
         hangs.watch(arguments.timeout)
     try:
         try:
-            run = runner(arguments.config, arguments.recipe)
+            run = runner(arguments.config)
         except ConfigError as error:
             error.relayed = not world.is_main  # type: ignore[attr-defined]  # every rank finds it, one says it
             raise

@@ -52,9 +52,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     file = path / "recipe.yaml" if path.is_dir() else path
     if not file.exists():
         raise ConfigError(f"there is no recipe {str(file)!r}", "name a YAML recipe or the folder of a run")
-    kind = recipes.kind_of(file) or "macpo"
+    written, line = recipes.kind_of(file)
+    kind = written or "macpo"
     if kind not in KINDS:
-        raise ConfigError(f"got {kind!r}", f"use {', '.join(KINDS)}", file=str(file), field="recipe")
+        raise ConfigError(f"got {kind!r}", f"use {', '.join(KINDS)}", file=str(file), line=line, field="recipe")
     recipe = recipes.load(file, KINDS[kind], overrides)
     if isinstance(recipe, Recipe):
         for arm in recipe.ablations:

@@ -1,0 +1,393 @@
+"""`recipe: sft` and `recipe: preference` from the command line, every loss against its operator, and every layout of
+data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import model_of, some_groups
+from test_cli import macpo
+from test_ranks import torchrun
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from macpo import world
+from macpo.engine import train as entry
+from macpo.engine.config import InitSettings, LoraSettings, PreferenceSettings
+from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.lora import new_adapter
+from macpo.engine.model import PolicyModule
+from macpo.engine.objectives import preference, reference_logps, shared_sums
+from macpo.engine.pack import PrefixGroup, pack
+from macpo.engine.pretrain import build_model, save_base, train_tokenizer
+from macpo.engine.recipe import dump, kind_of
+from macpo.engine.run_folder import folder_of
+from macpo.engine.scoring import score
+from macpo.engine.trainer import train
+from macpo.examples import load_examples
+from macpo.kernels import pair_loss, sequence_sums
+from macpo.launch import run_recipe
+from macpo.standalone import pair_metrics, read_sets
+from macpo.standalone_config import KINDS, Standalone
+
+ROOT = Path(__file__).parents[1]
+WORLD = {"teacher_documents": 1, "student_documents": 120, "teacher_pairs": 1, "teacher_prompts": 1}
+WORLD |= {"student_prompts": 32, "test_prompts": 12}
+COMPUTE = {"device": "cpu", "dtype": "float32", "threads": 1}
+INIT = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "context": 64, "tokenizer": "word", "vocab_size": 400}
+INIT |= {"pretrain": {"learning_rate": 3e-3, "batch": 8, "max_documents": 60}}
+OPTIM = {"learning_rate": 1e-3, "batch": 8}
+DPO = PreferenceSettings(learning_rate=1e-3, batch=16, sft_weight=0.0)
+
+
+def recipe_of(kind: str, base: Path | None, output: Path, **changes: Any) -> Standalone:
+    """A recipe that runs in a second, on a folder model or (base None) one made on the spot."""
+    tree: dict[str, Any] = {
+        "recipe": kind,
+        "output": str(output),
+        "data": {"world": WORLD},
+        "context_tokens": 64,
+        "training": OPTIM,
+        "compute": COMPUTE,
+        "template": "vicuna",
+    }
+    tree |= {"init": INIT} if base is None else {"model": str(base)}
+    made = KINDS[kind].model_validate(tree | changes)
+    assert made.recipe != "macpo"
+    return made
+
+
+def make_base(folder: Path) -> Path:
+    """A tiny model folder with a tokenizer of the world's words; its weights are random."""
+    documents = world.build(world.WorldSettings(**WORLD), 0, num_teachers=1).documents["student"]
+    init = InitSettings.model_validate(INIT)
+    tokenizer = train_tokenizer(documents, init)
+    save_base(build_model(init, tokenizer, seed=0), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("model"))
+
+
+def write(recipe: Standalone, path: Path) -> Path:
+    path.write_text(dump(recipe, comments=True))
+    return path
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    lines = (folder_of(run_dir, "train-policy") / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_a_run_from_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model made on the spot: check, run, status, report; a second run does nothing, a changed one is refused."""
+    path = write(recipe_of(kind, None, tmp_path / "run"), tmp_path / "recipe.yaml")
+    assert kind_of(path)[0] == kind
+    assert macpo("check", path, "--examples", 1) == 0
+    said = capsys.readouterr().out
+    assert "32 to train on, 12 held out" in said and ("[CHOSEN" in said) == (kind == "preference")
+
+    assert macpo("run", path) == 0
+    said = capsys.readouterr().out
+    assert "report.html" in said and re.search(r"policy +policy +\d", said)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["agents"]["policy"]["role"] == "policy" and summary["seed"] == 0
+    before, after = summary["agents"]["policy"]["scores"]
+    assert after["loss"] < before["loss"]
+    if kind == "sft":
+        assert before["perplexity"] == pytest.approx(math.exp(before["loss"]))
+    else:
+        assert before["loss"] == pytest.approx(math.log(2)) and before["preference_accuracy"] == 0.5
+        assert after["preference_accuracy"] > 0.5 and after["reward_margin"] > 0
+    names = [stage["name"] for stage in summary["stages"]]
+    expected = ["data", "base-policy", "reference", "eval-policy-iter0", "train-policy", "eval-policy-iter1"]
+    assert names == [name for name in expected if name != "reference" or kind == "preference"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ("Preference training: run" if kind == "preference" else "Supervised fine-tuning: run") in page
+
+    assert macpo("status", tmp_path / "run") == 0
+    assert set(re.findall(r"^(\w+)", capsys.readouterr().out, re.M)) == {"done"}
+    assert macpo("run", tmp_path / "run") == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert macpo("report", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert macpo("run", path, "--set", "training.learning_rate=0.01") == 2
+    assert "learning_rate: 0.001 -> 0.01" in capsys.readouterr().err
+    assert macpo("run", path, "--set", "training.learning_rate=0.01", "--rerun-stale") == 0
+
+
+def test_two_ranks_train_a_folder_model_as_one_process_does(base: Path, tmp_path: Path) -> None:
+    """Through torchrun: LoRA on a model folder, local JSONL, data held out of another file."""
+    rows = [{"prompt": f"how do i sit {i} ?", "chosen": f"thanks {i} .", "rejected": "no"} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    data = {"path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl"), "test_prompts": 4}
+
+    def recipe(output: str) -> Standalone:
+        return recipe_of("preference", base, tmp_path / output, data=data)
+
+    ended = torchrun(write(recipe("two"), tmp_path / "two.yaml"))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert macpo("run", write(recipe("one"), tmp_path / "one.yaml")) == 0
+    assert len(losses_of(tmp_path / "one")) == 2  # 20 prompts, 4 of them held out
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert (folder_of(tmp_path / "two", "train-policy") / "policy" / "adapter_config.json").exists()
+    scores = [
+        json.loads((tmp_path / name / "summary.json").read_text())["agents"]["policy"]["scores"][1]
+        for name in ("one", "two")
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    counts = json.loads((folder_of(tmp_path / "one", "data") / "counts.json").read_text())
+    assert counts["input"]["train_test_overlap_dropped"] == 4
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("recipe: dpo", "recipe: got 'dpo'. Fix: use macpo, sft, preference"),
+        (
+            "training: {loss: hinge, label_smoothing: 0.1}",
+            "training.label_smoothing: label_smoothing belongs to robust",
+        ),
+        ("training: {loss: ipo, ld_alpha: 0.5}", "training.ld_alpha: ld_alpha belongs to hinge, robust, sigmoid"),
+        ("training: {gamma: 0.5}", "training.gamma: gamma belongs to simpo"),
+        ("training: {loss: simpo}", "training: gamma is missing"),
+        ("training: {loss: orpo, reference: adapter-off}", "training.reference: reference belongs to"),
+        (
+            "training: {loss: simpo, gamma: 1.0, reference_model: x}",
+            "training.reference_model: reference_model belongs",
+        ),
+        ("training: {reference: adapter-off, reference_model: x}", "training.reference_model: reference_model is a"),
+        ("training: {loss: dpo}", "training.loss: got \"dpo\", allowed: 'sigmoid'"),
+        ("training: {reference: adapter-off}\ntuning: {type: full}", "training.reference: adapter-off needs"),
+        ("adapter: x\ninit: {}", "adapter: adapter belongs to `model`"),
+        ("data: {path: x, format: messages}", "data.format: got \"messages\", allowed: 'auto', 'hh'"),
+        ("data: {path: x, test_path: y, test_split: z}", "data.test_split: test_split is for `path`"),
+        ("data: {path: x, side: chosen}", "data.side: unknown key"),
+        ("prompt_tokens: 2000", "prompt_tokens: prompt_tokens (2000) leaves no room"),
+        ("teachers: []", "teachers: unknown key"),
+    ],
+)
+def test_bad_options_are_one_line_with_its_number(
+    lines: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {"recipe": "recipe: preference", "data": "data: {path: x}", "model": "model: y"}
+    tree |= {line.partition(":")[0]: line for line in lines.splitlines()}
+    if "init" in tree:
+        del tree["model"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(tree.values()))
+    assert macpo("run", path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    key = lines.partition(":")[0]
+    number = list(tree).index(key) + 1
+    assert said.startswith(f"error: {path}:{number}: ") and expected in said and " Fix: " in said
+
+
+def test_the_file_decides_of_which_kind_it_is(base: Path, tmp_path: Path) -> None:
+    path = write(recipe_of("sft", base, tmp_path / "run"), tmp_path / "recipe.yaml")
+    assert entry.runner(path) is run_recipe
+    path.write_text("seed: 0\nrecipe: grpo\n")
+    problem = f"{path}:2: recipe: no package runs recipes of kind 'grpo'. Fix: use macpo or preference or sft"
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        entry.runner(path)
+    path.write_text("seed: 0\n")
+    assert entry.runner(path) is run_recipe
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "sigmoid": {"sft_weight": 0.2},
+    "cDPO": {"label_smoothing": 0.1},
+    "LD-DPO": {"ld_alpha": 0.4},
+    "sigmoid_norm": {"loss": "sigmoid_norm", "beta": 2.0},
+    "robust": {"loss": "robust", "label_smoothing": 0.2, "ld_alpha": 0.7},
+    "ipo": {"loss": "ipo"},
+    "hinge": {"loss": "hinge", "beta": 0.05},
+    "simpo": {"loss": "simpo", "beta": 2.0, "gamma": 0.7},
+    "orpo": {"loss": "orpo"},
+}
+GROUPS = some_groups(num_responses=2, count=7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains_a_step_of_its_operator(name: str, tmp_path: Path) -> None:
+    """One step of seven pairs in several packed rows, against the operator on separate, unpacked forwards."""
+    settings = PreferenceSettings.model_validate(
+        {"learning_rate": 1e-3, "batch": 7, "microbatch_tokens": 40, "sft_weight": 1.0 if name == "orpo" else 0.0}
+        | LOSSES[name]
+    )
+    other = score(model_of("llama", seed=1), GROUPS) if settings.has_reference else None
+    ref = None if other is None else reference_logps(other, settings.ld_alpha)
+    policy = PolicyModule(model_of("llama"))
+    before = {key: p.detach().clone() for key, p in policy.trainable_parameters().items()}
+    result = train(policy, GROUPS, preference(settings, ref), settings, seed=0, workdir=tmp_path)
+
+    model = model_of("llama")
+    hidden, target, cu_rows = separate_hidden(model, GROUPS)
+    if ref is not None:  # the engine's reference is the operator's own
+        rows = torch.tensor([logp for pair in other or [] for r in pair for logp in r.token_logps])
+        expected_ref = sequence_sums(rows, cu_rows, ld_alpha=settings.ld_alpha)
+        torch.testing.assert_close(ref.flatten(), expected_ref, rtol=1e-6, atol=1e-5)
+    options = {"loss": "sigmoid", "sft_weight": settings.sft_weight} | LOSSES[name]
+    expected = pair_loss(
+        hidden, model.lm_head.weight, target, cu_rows, None if ref is None else ref.flatten(), **options
+    )
+    assert result.last["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert result.last["margin"] == pytest.approx(expected.margin.item(), rel=1e-4, abs=1e-5)
+    assert result.last["accuracy"] == pytest.approx(expected.accuracy.item())
+    expected.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert result.last["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert all(not torch.equal(p, before[key]) for key, p in policy.trainable_parameters().items())
+
+    # what the evaluation stage says about the same pairs
+    parts = _parts(score(model_of("llama"), GROUPS))
+    measured = pair_metrics(settings, parts, None if other is None else _parts(other), GROUPS)
+    assert measured["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert measured["reward_margin"] == pytest.approx(expected.margin.item(), rel=1e-4, abs=1e-5)
+    assert measured["preference_accuracy"] == pytest.approx(expected.accuracy.item())
+
+
+def separate_hidden(model: PreTrainedModel, groups: list[PrefixGroup]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that predict a response token, from one forward a response; their targets; where responses begin."""
+    rows, target, bounds = [], [], [0]
+    for group in groups:
+        for response in group.responses:
+            ids = torch.tensor([group.prompt_ids + response])
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            rows.append(states[len(group.prompt_ids) - 1 : -1])
+            target += response
+            bounds.append(len(target))
+    return torch.cat(rows), torch.tensor(target), torch.tensor(bounds, dtype=torch.int32)
+
+
+def _parts(scores: Any) -> Tensor:
+    return torch.tensor([shared_sums([r.token_logps for r in pair]) for pair in scores], dtype=torch.float64)
+
+
+def test_an_adapter_on_the_head_learns_by_every_loss() -> None:
+    """Gradients of A and B on lm_head, against the operator that takes the factors apart."""
+    model = model_of("llama")
+    wrapped = new_adapter(model, LoraSettings(rank=3, target_modules=("lm_head", "q_proj")), seed=0)
+    layer: Any = wrapped.get_base_model().lm_head
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b, std=0.1, generator=torch.Generator().manual_seed(0))
+    policy = PolicyModule(wrapped)
+    (batch,) = pack(GROUPS, max_tokens=10_000)
+    rows = policy.hidden(batch)[batch.rows].detach()
+    for case in LOSSES.values():
+        settings = PreferenceSettings.model_validate(DPO.model_dump() | case)
+        ref = torch.full((len(GROUPS), 2), -20.0) if settings.has_reference else None
+        wrapped.zero_grad()
+        loss, _ = preference(settings, ref)(policy, batch, len(GROUPS))
+        loss.backward()
+        got = a.grad.clone(), b.grad.clone()
+        wrapped.zero_grad()
+        options = {"loss": "sigmoid", "sft_weight": 0.0} | case
+        lora = (a, b, layer.scaling["default"])
+        flat = None if ref is None else ref.flatten()
+        weight = layer.get_base_layer().weight
+        out = pair_loss(rows, weight, batch.target, batch.cu_rows, flat, lora=lora, **options)
+        out.loss.backward()
+        assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+        for x, y in zip(got, (a.grad, b.grad), strict=True):
+            assert (x - y).norm() <= 1e-4 * y.norm()
+
+
+def test_a_loss_has_its_reference_or_none() -> None:
+    ref = torch.zeros(len(GROUPS), 2)
+    with pytest.raises(DataError, match="the loss 'ipo' needs reference log-probs"):
+        preference(PreferenceSettings(loss="ipo"), None)
+    with pytest.raises(DataError, match="the loss 'orpo' takes no reference log-probs"):
+        preference(PreferenceSettings(loss="orpo"), ref)
+    assert PreferenceSettings(loss="orpo").sft_weight == 1.0 and PreferenceSettings().sft_weight == 0.2
+    prints = {
+        preference(PreferenceSettings.model_validate(case), ref).fingerprint for case in list(LOSSES.values())[:7]
+    }
+    assert len(prints) == 7, "a checkpoint of another loss is not resumed"
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+ANSWER = {"role": "assistant", "content": "good day"}
+SHAREGPT = [{"from": "human", "value": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"messages": [*CHAT, ANSWER]}, CHAT, "good day"),
+        ({"prompt": "hello", "response": " good day "}, CHAT[1:], "good day"),
+        ({"prompt": "hello", "completion": "good day"}, CHAT[1:], "good day"),
+        ({"prompt": CHAT, "completion": [ANSWER]}, CHAT, "good day"),
+        ({"instruction": "hello", "input": "", "output": "good day", "system": "be kind"}, CHAT, "good day"),
+        ({"conversations": [*SHAREGPT, {"from": "gpt", "value": "good day"}], "system": "be kind"}, CHAT, "good day"),
+        ({"chosen": "\n\nHuman: hello\n\nAssistant: good day", "rejected": "\n\nHuman: hello\n\nAssistant: no"},
+         CHAT[1:], "good day"),
+        ({"prompt": "hello", "chosen": "good day", "rejected": "no"}, CHAT[1:], "good day"),
+        ({"conversations": SHAREGPT, "chosen": {"from": "gpt", "value": "good day"},
+          "rejected": {"from": "gpt", "value": "no"}}, CHAT[1:], "good day"),
+    ],
+    ids=["messages", "response", "completion", "chat", "alpaca", "sharegpt", "hh", "pairs", "sharegpt-pairs"],
+)  # fmt: skip
+def test_layouts_of_single_answers(row: dict[str, Any], prompt: Any, answer: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row))
+    (example,), counts = load_examples(path)
+    assert list(example.prompt.messages) == prompt and example.answer == answer and counts["rows"] == 1
+    if "chosen" in row:
+        (worse,), _ = load_examples(path, format="rejected")
+        assert worse.answer == "no" and worse.prompt == example.prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": CHAT}, "messages: the last message is from 'user', not the assistant"),
+        ({"messages": [ANSWER]}, "prompt: what precedes the answer does not end with the user's message"),
+        ({"prompt": "hello", "response": "  "}, "response: the answer is empty"),
+        ({"prompt": "hello", "response": None}, "response: null"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "conversations: not a message"),
+        ({"text": "hello"}, "prompt: missing, and the keys fit none of the formats"),
+    ],
+)
+def test_a_bad_row_is_named(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: {said}")):
+        load_examples(path)
+
+
+def test_columns_have_other_names_and_prompts_are_held_out_by_content(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{"question": f"q{i % 9}", "answer": f"a{i}"} for i in range(18)]  # every prompt twice
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(path), "columns": {"prompt": "question", "response": "answer"}, "test_prompts": 3}
+    sets = read_sets(data, "sft", 0)
+    held, used = ({record.prompt.id for record in part} for part in (sets.test, sets.train))
+    assert (len(held), len(used), len(sets.train), len(sets.documents)) == (3, 6, 12, 0) and not held & used
+    assert {record.prompt.id for record in read_sets(data, "sft", 1).test} != held
+    assert [r.prompt.id for r in read_sets(data | {"test_prompts": 2}, "sft", 0).test] == [
+        record.prompt.id for record in sets.test[:2]
+    ], "a smaller test set is a part of a larger one"
+    limited = read_sets(data | {"train_prompts": 4}, "sft", 0)
+    assert len(limited.train) == 8 and len(limited.documents) == 4, "what is left over is for pretraining"
+    with pytest.raises(DataError, match="0 distinct prompts are left to train on and 9 to evaluate on"):
+        read_sets(data | {"test_prompts": 9}, "sft", 0)
+    with pytest.raises(ConfigError, match=r"data\.columns: got 'promt'"):
+        load_examples(path, columns={"promt": "question"})
