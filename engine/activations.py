@@ -26,14 +26,9 @@ PRODUCTS = (
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.baddbmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.macpo.prefix_attention_forward.default,
-    torch.ops.macpo.prefix_attention_torch.default,
+    _aten._grouped_mm.default,
 )
-"""What `selective` keeps: the operations that cost most to do again for the memory that they take."""
+"""What `selective` keeps: results that cost most to compute again. Attention's products are a small share of them."""
 COMPILED_VARIANTS = 64  # torch.compile keeps them by code object, which all models of a process share
 _SMALL_BYTES = 1024  # not worth a copy to the host
 
