@@ -40,7 +40,7 @@ from macpo.engine.files import (
     sha256,
     write_json,
 )
-from macpo.engine.shards import Box, Incomplete, Reader, code_of, share_of, write
+from macpo.engine.shards import Box, Incomplete, Reader, code_of, read_back, share_of, write
 from macpo.engine.world import World
 
 SCHEMA = 2
@@ -178,12 +178,10 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, 
     if not path.parent.is_dir():
         raise _not_shared(path.parent, "one does not see the folder that rank 0 made")
     try:
-        entry = write(path, tensors, boxes)
-        if sha256(path) != entry["sha256"]:
-            raise IntegrityError("the disk gives back other bytes than were written", "check it", file=str(path))
+        write(path, tensors, boxes)
+        return read_back(path, tensors, boxes)
     except OSError as error:
         raise explain(error, path, needed) from error
-    return entry
 
 
 def _write_manifest(

@@ -36,7 +36,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Incomplete(Exception):
@@ -165,9 +164,8 @@ def share_of(tensors: Mapping[str, Tensor], world: World) -> Share:
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> list[int]:
-    """One integer a tensor, the sum of its bits as integers: equal copies have equal sums on every device."""
-    parts = [local_of(tensor) for tensor in tensors.values()]
-    sums = [p.contiguous().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parts]
+    """One integer a tensor, the sum of its bytes, eight at a time: equal copies have equal sums on every device."""
+    sums = [_checksum(local_of(tensor)) for tensor in tensors.values()]
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, value in enumerate(sums):
         by_device[value.device].append(index)
@@ -178,14 +176,52 @@ def _checksums(tensors: Mapping[str, Tensor]) -> list[int]:
     return out
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> dict[str, Any]:
+def _checksum(part: Tensor) -> Tensor:
+    flat = part.contiguous().flatten().view(torch.uint8)
+    flat = flat if flat.storage_offset() % 8 == 0 else flat.clone()
+    num_whole = flat.numel() // 8 * 8
+    return flat[:num_whole].view(torch.int64).sum() + flat[num_whole:].sum(dtype=torch.int64)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> None:
     """Write this rank's parts `boxes` of `tensors` as one safetensors file, on disk when it returns.
 
-    One tensor at a time is on the CPU. Returns {"bytes", "sha256", "pieces": name -> [start, shape]} of what was
-    meant to be written; nothing is read back.
+    One tensor at a time is on the CPU.
     """
+    with open(path, "wb") as file:
+        for index, block in enumerate(_blocks(tensors, boxes)):
+            if index == 1 + len(boxes) // 2:
+                point("checkpoint-torn")
+            file.write(block.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+        with contextlib.suppress(OSError, AttributeError):  # so that reading back asks the disk, not the cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_back(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> dict[str, Any]:
+    """Compare the file with what `write` was given; returns {"bytes", "sha256", "pieces": name -> [start, shape]}.
+
+    Raises:
+        IntegrityError: the disk gives back other bytes.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in _blocks(tensors, boxes):
+            got = bytearray(block.numel())
+            num_read = file.readinto(got)
+            if num_read != len(got) or not torch.equal(torch.frombuffer(got, dtype=torch.uint8), block):
+                raise IntegrityError("the disk gives back other bytes than were written", "check it", file=str(path))
+            digest.update(got)
+        num_bytes = file.tell()
+    pieces = {name: [boxes[name].start, boxes[name].shape] for name in sorted(boxes)}
+    return {"bytes": num_bytes, "sha256": digest.hexdigest(), "pieces": pieces}
+
+
+def _blocks(tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> Iterator[Tensor]:
+    """The bytes of a safetensors file, [n] uint8 on the CPU: its header, then one tensor after the other."""
     parts = {name: local_of(tensors[name]) for name in boxes}
-    names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))
+    names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that every tensor is aligned
     offsets = json.dumps({name: {"saved_offsets": boxes[name].start} for name in names})
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": offsets}}
     end = 0
@@ -195,25 +231,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -
         header[name] = {"dtype": code_of(name, parts[name]), "shape": shape, "data_offsets": [begin, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in _blocks(len(raw).to_bytes(8, "little") + raw, [parts[name] for name in names]):
-            digest.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        with contextlib.suppress(OSError, AttributeError):  # so that reading back asks the disk, not the cache
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    pieces = {name: [boxes[name].start, boxes[name].shape] for name in names}
-    return {"bytes": 8 + len(raw) + end, "sha256": digest.hexdigest(), "pieces": pieces}
-
-
-def _blocks(head: bytes, parts: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
-    yield head
-    for index, part in enumerate(parts):
-        if index == len(parts) // 2:
-            point("checkpoint-torn")
-        yield part.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    yield torch.frombuffer(bytearray(len(raw).to_bytes(8, "little") + raw), dtype=torch.uint8)
+    for name in names:
+        yield parts[name].cpu().contiguous().flatten().view(torch.uint8)
 
 
 class Reader:

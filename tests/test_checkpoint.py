@@ -208,10 +208,9 @@ def test_a_disk_that_gives_back_other_bytes_keeps_the_older_ones(folder: Path, m
     """Retention runs only after what was written has been read back."""
     written = shards.write
 
-    def decaying(path: Path, *arguments: Any) -> dict[str, Any]:
-        entry = written(path, *arguments)
+    def decaying(path: Path, *arguments: Any) -> None:
+        written(path, *arguments)
         flip(path)
-        return entry
 
     monkeypatch.setattr(checkpoint, "write", decaying)
     with pytest.raises(IntegrityError, match="the disk gives back other bytes"):
@@ -345,6 +344,18 @@ def test_a_part_that_is_no_box_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     strided = _Placed((8, 2), _Mesh((2,), (0,)), [_StridedShard(0, split_factor=2)], (4, 2))
     with pytest.raises(ConfigError, match="a part of it is no box"):
         shards.box_of("t", strided)  # type: ignore[arg-type]
+
+
+def test_checksums_see_every_byte_and_not_where_it_lies() -> None:
+    """Parts of buffers at odd offsets, sizes that eight does not divide, a scalar."""
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
+        for size in (1, 7, 16, 33):
+            buffer = torch.arange(100).to(dtype)
+            parts = [buffer[5 : 5 + size], buffer[5 : 5 + size].clone(), buffer[5 : 5 + size].clone()]
+            parts[2][size // 2] += 1
+            same, copy, other = shards._checksums({str(k): part for k, part in enumerate(parts)})
+            assert same == copy != other, (dtype, size)
+    assert shards._checksums({"x": torch.tensor(1.5)}) != shards._checksums({"x": torch.tensor(2.5)})
 
 
 def test_overlaps() -> None:
