@@ -247,7 +247,8 @@ def load_causal_lm(
             file=str(path),
         )
     ready: PreTrainedModel = (model if options else model.to(device)).eval()
-    for layer in ready.modules() if options else ():
+    for module in ready.modules() if options else ():
+        layer: Any = module
         if type(layer).__name__ == "Linear4bit":
             layer.quant_state = layer.weight.quant_state  # FSDP2 keeps the weight's numbers, not what hangs on it
             layer.support_avx512bf16_for_cpu = False  # it would repack the shared weight when first scored with
