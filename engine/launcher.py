@@ -76,7 +76,10 @@ def leave_error(error: BaseException, text: str) -> bool:
         if second:
             time.sleep(2.0)  # so that it does not end first
         elif not isinstance(error, Stopped):
-            get_error_handler().record_exception(error)
+            try:
+                raise error.with_traceback(None) from None
+            except BaseException as short:  # torchrun prints what is being handled, and the message at its end
+                get_error_handler().record_exception(short)
     return False
 
 

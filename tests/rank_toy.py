@@ -56,7 +56,8 @@ def main() -> int:
     what, folder = sys.argv[1], Path(sys.argv[2])
     if "RANK" not in os.environ:
         return run_cli(lambda: launch([sys.executable, __file__, what, str(folder)], 2, grace_s=GRACE_S))
-    die_with(int(os.environ[PARENT]))
+    if PARENT in os.environ:  # torchrun starts ranks, too
+        die_with(int(os.environ[PARENT]))
     with StopFlag() as stop:
         return run_cli(lambda: act(what, folder, stop), report=leave_error)
 

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import rank_toy
 from tiny import tiny
 
+from macpo.engine.console import run_cli
 from macpo.engine.errors import ConfigError
 from macpo.engine.launcher import launch
 from macpo.engine.recipe import dump
@@ -71,6 +73,15 @@ def test_the_rank_that_failed_speaks_for_all(tmp_path: Path, what: str, code: in
     assert job(what, tmp_path) == (code, f"error: {said}\n")
 
 
+def test_torchrun_names_the_rank_that_failed_and_its_message(tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", rank_toy.__file__]
+    ended = subprocess.run([sys.executable, *words, "data", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1  # whatever its ranks say
+    cause = ended.stderr[ended.stderr.index("Root Cause") :]
+    assert "rank      : 1 (local_rank: 1)\n  exitcode  : 3 " in cause, cause
+    assert "DataError: error: input.jsonl:3: the row is no good. Fix: mend it." in cause
+
+
 def test_a_rank_that_hangs_is_killed_after_the_grace(tmp_path: Path) -> None:
     process = start("hang", tmp_path)
     pids = started(tmp_path, process)
@@ -116,28 +127,22 @@ def test_a_job_that_asks_for_it_is_started_again(tmp_path: Path) -> None:
     assert code == 0 and said == "note: too large; starting the ranks again\n"
 
 
-def test_a_real_run_of_two_ranks_stops_and_says_so_once(tmp_path: Path) -> None:
+def test_a_real_run_of_two_ranks_stops_and_says_so_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGTERM in the middle of a training stage: both ranks save the same step, and the command ends with 75."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump(tiny(tmp_path / "run", iterations=1)))
-    words = [sys.executable, "-m", "macpo.cli", "run", str(recipe), "--ranks", "2"]
-    words += [
-        "--set",
-        "teachers.0.init.pretrain.epochs=1000",
-        "--set",
-        "teachers.0.init.pretrain.save_every_steps=100000",
-    ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = ["--set=teachers.0.init.pretrain.epochs=1000", "--set=teachers.0.init.pretrain.save_every_steps=100000"]
+    command = [sys.executable, "-m", "macpo.engine.train", str(recipe), *words]
+    pid = forks.start(lambda: os._exit(run_cli(lambda: launch(command, 2))))
     try:
         limit = time.monotonic() + 90
         while not (found := list(tmp_path.glob("run/*/metrics.jsonl"))) or not found[0].read_text():
-            assert time.monotonic() < limit and process.poll() is None
+            assert time.monotonic() < limit and os.waitpid(pid, os.WNOHANG) == (0, 0)
             time.sleep(0.05)
-        process.terminate()
-        said, _ = process.communicate(timeout=60)
     finally:
-        process.kill()
-    assert process.returncode == 75, said
+        os.kill(pid, signal.SIGTERM)
+    assert forks.wait(pid) == 75
+    said = capfd.readouterr().err
     (step,) = found[0].parent.glob("checkpoint/step-*")
     done = len(found[0].read_text().splitlines())
     assert step.name == f"step-{done:08d}"
