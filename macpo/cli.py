@@ -121,11 +121,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from macpo import launch, planning
+    from macpo import launch, planning, standalone
+    from macpo.config import Recipe
 
     recipe = launch.load(arguments.recipe, arguments.overrides)
     if not _printed(arguments, recipe):
-        print(planning.show(launch.of_method(recipe)))
+        print(planning.show(recipe) if isinstance(recipe, Recipe) else standalone.show_plan(recipe))
 
 
 def _run(arguments: argparse.Namespace) -> None:

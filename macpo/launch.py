@@ -63,16 +63,6 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     return recipe
 
 
-def of_method(recipe: AnyRecipe) -> Recipe:
-    """The recipe, where it is one of the whole method. Raises ConfigError for another kind."""
-    if not isinstance(recipe, Recipe):
-        raise ConfigError(
-            f"this is for runs of the whole method, not for `recipe: {recipe.recipe}`",
-            "docs/training.md says what a single training run has instead",
-        )
-    return recipe
-
-
 def plan_of(recipe: AnyRecipe) -> Plan:
     """The stages of a recipe of any kind."""
     return build_plan(recipe) if isinstance(recipe, Recipe) else standalone.build_plan(recipe)

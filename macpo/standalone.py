@@ -102,6 +102,21 @@ def build_plan(recipe: Standalone) -> Plan:
     return plan
 
 
+def show_plan(recipe: Standalone) -> str:
+    """The stages as text, with exact numbers of rows and steps; no model is loaded."""
+    sets = read_sets(recipe.data.model_dump(mode="json"), recipe.recipe, recipe.seed)
+    steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
+    notes = {
+        "data": f"{len(sets.train):,} to train on, {len(sets.test):,} held out",
+        "reference": f"{len(sets.train) + len(sets.test):,} pairs, unless the cache has them",
+        f"train-{NAME}": f"{steps * training.epochs:,} steps of {training.batch} in {training.epochs} epochs, before "
+        f"prompts are dropped that are too long",
+    }
+    names = [stage.name for stage in build_plan(recipe).graph.stages]
+    lines = [f"{name:20} {notes.get(name, '')}".rstrip() for name in names]
+    return "\n".join([f"{len(names)} stages into {recipe.output}", "", *lines])
+
+
 LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
 
 
