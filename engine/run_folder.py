@@ -11,9 +11,11 @@ from typing import Any
 
 from macpo.engine.errors import DataError, IntegrityError
 from macpo.engine.faults import point
-from macpo.engine.files import PART, fsync_dir, read_json, remove_tree
+from macpo.engine.files import PART, fsync_dir, read_json, remove_parts, remove_tree
 from macpo.engine.manifest import TIMING
 
+CACHE = "cache"
+"""Sub-folder for what stages and later runs can use again; no part of any result."""
 _FOLDER = re.compile(r"\d+-(?P<name>.+?)(?P<state>\.tmp|\.trash)?")
 
 
@@ -55,11 +57,12 @@ class RunFolder:
         remove_tree(trash, self.path)
 
     def sweep(self) -> None:
-        """Deletes what a kill left half deleted or half written at the top of the folder."""
+        """Deletes what a kill left half deleted or half written at the top of the folder and in its cache."""
         for path in list(self.path.iterdir()):
             match = _FOLDER.fullmatch(path.name)
             if (match and match["state"] == ".trash") or (path.name.startswith(".") and path.name.endswith(PART)):
                 remove_tree(path, self.path)
+        remove_parts(self.path / CACHE)
 
 
 def folder_of(run_dir: Path, name: str) -> Path:

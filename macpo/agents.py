@@ -40,6 +40,7 @@ from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World, parallelize, spreads
 from macpo.engine.records import Example, Message, Pair, Prompt, Response, read_records, write_records
 from macpo.engine.reference import cached, reference_key
+from macpo.engine.run_folder import CACHE
 from macpo.engine.scoring import ResponseScore, score
 from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
@@ -304,7 +305,7 @@ def reference_parts(
     if isinstance(tuning, FullSettings) and ref.adapter is not None:
         numerics += " merged"
     key = reference_key(ref, groups, tokenizer=agent_chat(ctx).digest, numerics=numerics)
-    folder = Path(compute.cache).expanduser() if compute.cache is not None else ctx.dir.parent / "cache"
+    folder = Path(compute.cache).expanduser() if compute.cache is not None else ctx.dir.parent / CACHE
 
     def scored() -> Tensor:
         model = policy() if policy is not None else load_policy(compute, ctx, tuning, ref)

@@ -3,24 +3,32 @@ data."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import re
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import model_of, some_groups
+from forks import forked
 from test_cli import macpo
+from test_kill_resume import content
 from test_ranks import torchrun
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from macpo import world
+from macpo.engine import faults
 from macpo.engine import train as entry
 from macpo.engine.config import InitSettings, LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.execute import Executor
 from macpo.engine.lora import new_adapter
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps, shared_sums
@@ -29,10 +37,11 @@ from macpo.engine.pretrain import build_model, save_base, train_tokenizer
 from macpo.engine.recipe import dump, kind_of
 from macpo.engine.run_folder import folder_of
 from macpo.engine.scoring import score
+from macpo.engine.stages import Stage
 from macpo.engine.trainer import train
 from macpo.examples import load_examples
 from macpo.kernels import pair_loss, sequence_sums
-from macpo.launch import run_recipe
+from macpo.launch import run, run_recipe
 from macpo.standalone import pair_metrics, read_sets
 from macpo.standalone_config import KINDS, Standalone
 
@@ -151,6 +160,39 @@ def test_two_ranks_train_a_folder_model_as_one_process_does(base: Path, tmp_path
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     counts = json.loads((folder_of(tmp_path / "one", "data") / "counts.json").read_text())
     assert counts["input"]["train_test_overlap_dropped"] == 4
+
+
+def test_killed_in_every_stage_ends_with_the_same_bits(base: Path, tmp_path: Path) -> None:
+    """The reference's cache included: killed in the middle of it, and used again by the stage that goes on."""
+    training = OPTIM | {"save_every_steps": 1}
+
+    def go(name: str, stage: str = "", point: str = "", count: int = 1) -> None:
+        execute = Executor.execute
+
+        def armed(self: Executor, each: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
+            if each.name == stage:
+                faults._passed.clear()
+                os.environ["MACPO_KILL_AT"] = f"{point}:{count}"
+            return execute(self, each, digests)
+
+        Executor.execute = armed  # type: ignore[method-assign]  # in a forked child only
+        run(recipe_of("preference", base, tmp_path / name, training=training))
+
+    assert forked(lambda: go("clean")) == 0
+    for kill in (
+        ("data", "file-written", 2),
+        ("reference", "file-written", 2),  # the cache's first entry, after the marker of the stage
+        ("reference", "file-created", 5),
+        ("eval-policy-iter0", "stage-hashed", 1),
+        ("train-policy", "checkpoint-renamed", 2),
+        ("eval-policy-iter1", "stage-manifest", 1),
+    ):
+        assert forked(functools.partial(go, "killed", *kill)) == -signal.SIGKILL, kill
+        torn = list((tmp_path / "killed").glob("cache/.*.part"))
+        assert len(torn) == (kill[:2] == ("reference", "file-written")), kill
+    assert forked(lambda: go("killed")) == 0
+    assert not list((tmp_path / "killed").rglob(".*.part"))
+    assert content(tmp_path / "killed") == content(tmp_path / "clean")
 
 
 @pytest.mark.parametrize(
