@@ -78,9 +78,11 @@ class StageContext:
                 file.write(message + "\n")
 
 
-def stopped(where: str) -> Stopped:
-    """The error for a stop that was asked for."""
-    return Stopped(f"stopped at {where}", "run the same command again to go on from here")
+def stopped(where: str, world: World | None = None) -> Stopped:
+    """The error for a stop that was asked for; raised on every rank of `world`, reported by one."""
+    error = Stopped(f"stopped at {where}", "run the same command again to go on from here")
+    vars(error)["relayed"] = not _is_main(world)
+    return error
 
 
 def _is_main(world: World | None) -> bool:
@@ -239,7 +241,7 @@ class Executor:
                     raise
                 state = "stopped"
             if world is not None and "stopped" in world.gather(state):
-                raise stopped(stage.name)
+                raise stopped(stage.name, world)
         except Stopped:
             raise
         except Exception as error:

@@ -159,7 +159,7 @@ class Runner:
             if not on_main(self.world, functools.partial(self._settle, stage)):
                 continue
             if self._stop_agreed(executor.stop):
-                raise stopped(f"the start of {stage.name}")
+                raise stopped(f"the start of {stage.name}", self.world)
             self._say(stage, "…")
             result = executor.execute(stage, self.digests)
             self._finished(stage, result)

@@ -77,7 +77,8 @@ def score(
     world = world or (World.current() if policy.collective else World())
     asked = should_stop or (lambda: False)
     together = policy.collective and world.size > 1  # then no rank may leave before the others
-    todo = deque(microbatches(plain, range(len(plain)), max_tokens, data_world(policy, world), collective=together))
+    data = data_world(policy, world) if world.size > 1 else world
+    todo = deque(microbatches(plain, range(len(plain)), max_tokens, data, collective=together))
     stopped = False
     with attention_hook(policy.base):
         while todo and not stopped:

@@ -264,10 +264,9 @@ class _Stage:
                 self.optimizer.zero()
                 if self.saved_step != step:
                     self._save(step, log)
-                raise NumericsError(
+                raise self._numerics(
                     f"{what}; groups of the step: {self._names(indices)}; last checkpoint: the one of step {step}",
                     "look at these rows, lower learning_rate, or set on_spike to warn; the weights were not updated",
-                    file=str(self.workdir),
                 )
             if self.world.is_main:
                 print(f"warning: {what}; groups of the step: {self._names(indices)}", file=sys.stderr)
@@ -283,12 +282,17 @@ class _Stage:
         kind = "whose own loss is not finite" if bad else "of the step"
         last = "none was saved" if self.saved_step is None else f"the one of step {self.saved_step}"
         self.optimizer.zero()
-        return NumericsError(
+        return self._numerics(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; groups {kind}: {self._names(bad or indices)}; "
             f"last checkpoint: {last}",
             "lower learning_rate or look at these rows; the weights were not updated",
-            file=str(self.workdir),
         )
+
+    def _numerics(self, message: str, fix: str) -> NumericsError:
+        """Raised on every rank, reported by one."""
+        error = NumericsError(message, fix, file=str(self.workdir))
+        vars(error)["relayed"] = not self.world.is_main
+        return error
 
     def _finite(self, batch: PackedBatch) -> bool:
         loss, _ = self.objective(self.policy, batch, 1)
