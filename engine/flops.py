@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from macpo.engine.activations import blocks_of
 from macpo.engine.errors import ConfigError
 from macpo.engine.pack import PrefixGroup
 
@@ -282,15 +283,6 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from None
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks. Raises ConfigError where they are not one list in the model."""
-    wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise ConfigError(f"{type(model).__name__} has no list of {wanted} blocks", "use a decoder-only causal LM")
 
 
 @lru_cache(maxsize=32)

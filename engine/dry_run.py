@@ -1,0 +1,292 @@
+"""A training forward and backward on torch's meta device: every operator and every tensor's life, and no arithmetic.
+
+The real modules of transformers and peft run with tensors that have a shape and no memory, so what a model saves for
+its backward, what it needs in passing and which operators it calls is what that architecture does, not a formula's
+idea of it. Models of one and of two blocks are enough: all others are extrapolated. Attention's stand-in saves what
+the operator of the device saves; the head is `memory.head_bytes`.
+
+T tokens of the packed row, H hidden size, Hq query heads, Hkv key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+from transformers import PretrainedConfig
+
+from macpo.engine import lora
+from macpo.engine.attention import attention_hook
+from macpo.engine.config import FullSettings, LoraSettings
+from macpo.engine.flops import meta_model
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten._grouped_mm}
+_FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.detach, _aten.new_empty_strided}
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One call on the device."""
+
+    flops: float
+    moved: int
+    """Bytes of its inputs and outputs."""
+    product: bool
+    dtype: torch.dtype
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the bytes of living tensors and lists operators, on any device.
+
+    Args:
+        ignore: tensors whose memory is not counted, as a model's weights.
+
+    Attributes:
+        live, peak: bytes of storages made inside and not freed; their greatest sum.
+        operators: every call that moves memory, in order.
+        kept: bytes of products' results, each storage once.
+    """
+
+    def __init__(self, ignore: Iterator[Tensor] | tuple[Tensor, ...] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.operators: list[Operator] = []
+        self.kept = 0
+        self._sizes: dict[int, int] = {}
+        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignore}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        out = func(*args, **kwargs)
+        outputs = [x for x in tree_iter(out) if isinstance(x, Tensor)]
+        before = {x.untyped_storage()._cdata for x in inputs}
+        fresh = [x for x in outputs if x.untyped_storage()._cdata not in before]
+        for tensor in fresh:
+            self._hold(tensor)
+        packet = func.overloadpacket
+        if (fresh or func._schema.is_mutable) and packet not in _FREE and outputs:
+            product = packet in _PRODUCTS
+            flops = float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
+            moved = sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+            self.operators.append(Operator(flops, moved, product, outputs[0].dtype))
+            if product:
+                self.kept += sum(x.numel() * x.element_size() for x in fresh)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in self._ignored:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """What the attention operator keeps beside its result, and needs in passing, in bytes of a packed row."""
+
+    saved: int = 0
+    keeps_inputs: bool = True
+    """Whether q, k and v are kept as they come."""
+    keeps_output: bool = True
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(slots=True)
+class _StandIn:
+    """An `AttentionContext` that keeps and needs what an `AttentionCost` says."""
+
+    cost: AttentionCost
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        out: Tensor = _Attend.apply(q, k, v, self.cost)
+        return out[None]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cost: AttentionCost) -> Tensor:
+        scratch = _bytes(q, cost.forward)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        del scratch
+        extra = [_bytes(q, cost.saved)]
+        ctx.save_for_backward(*((q, k, v) if cost.keeps_inputs else ()), *((out,) if cost.keeps_output else ()), *extra)
+        ctx.shapes, ctx.cost = (q.shape, k.shape, v.shape), cost
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scratch = _bytes(grads[0], ctx.cost.backward)
+        out = tuple(grads[0].new_empty(shape) for shape in ctx.shapes)
+        del scratch
+        return (*out, None)
+
+
+def _bytes(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One block, or everything outside the blocks and the head."""
+
+    saved: int
+    """Bytes alive from the forward to the backward."""
+    kept: int
+    """Bytes of the products' results: what selective checkpointing keeps."""
+    forward: tuple[Operator, ...] = field(repr=False)
+    backward: tuple[Operator, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """A packed row through the backbone: `ends` + one `block` a layer."""
+
+    block: Part
+    ends: Part
+    """The rest, less what the first block of a frozen model need not save."""
+    outside: int
+    """Bytes that embedding and last norm alone save."""
+    block_input: int
+    """Bytes of the tensor between two blocks."""
+    forward_scratch: int
+    """Bytes that a forward needs beyond what it saves, at its worst moment."""
+    backward_scratch: int
+    """Bytes that a backward needs beyond what was saved, at its worst moment; one weight's gradient at a time."""
+
+
+def dry_run(
+    config: PretrainedConfig,
+    tokens: int,
+    rows: int,
+    *,
+    dtype: torch.dtype,
+    tuning: LoraSettings | FullSettings | None,
+    attention: AttentionCost,
+) -> DryRun:
+    """Forward and backward of a packed row through models of one and two of the config's blocks.
+
+    Args:
+        config: of a causal LM; for a rank of a tensor-parallel group, the shape that this rank holds.
+        tokens, rows: of the packed row, and those that the loss reads.
+        dtype: of frozen weights and activations.
+        tuning: what takes gradient; None is scoring, which saves nothing.
+        attention: of the device's operator for this row.
+
+    Raises:
+        ConfigError: transformers knows no causal LM for the config, or the LoRA's targets are not in it.
+    """
+    one, two = (_run(config, n, tokens, rows, dtype, tuning, attention) for n in (1, 2))
+    block = Part(
+        saved=two.saved - one.saved,
+        kept=two.kept - one.kept,
+        forward=_difference(two.forward, one.forward),
+        backward=_difference(two.backward, one.backward),
+    )
+    ends = Part(
+        saved=one.saved - block.saved,
+        kept=one.kept - block.kept,
+        forward=_difference(one.forward, block.forward),
+        backward=_difference(one.backward, block.backward),
+    )
+    whole_first = _run(config, 1, tokens, rows, dtype, tuning, attention, whole_first=True)
+    outside = whole_first.saved - block.saved
+    return DryRun(block, ends, outside, two.block_input, two.forward_scratch, two.backward_scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    saved: int
+    kept: int
+    forward: tuple[Operator, ...]
+    backward: tuple[Operator, ...]
+    block_input: int
+    forward_scratch: int
+    backward_scratch: int
+
+
+def _run(
+    config: PretrainedConfig,
+    num_layers: int,
+    tokens: int,
+    rows: int,
+    dtype: torch.dtype,
+    tuning: LoraSettings | FullSettings | None,
+    attention: AttentionCost,
+    *,
+    whole_first: bool = False,
+) -> _Measured:
+    """With `whole_first`, the first block's input takes gradient, so that it saves what every block does."""
+    model = meta_model(with_layers(config, num_layers))
+    nn.Module.to(model, dtype).eval().requires_grad_(False)
+    outer: nn.Module = model
+    if isinstance(tuning, LoraSettings):
+        with torch.device("meta"):
+            outer = lora.new_adapter(model, tuning, seed=0)
+    elif tuning is not None:
+        model.requires_grad_(True)
+    trained = [p for p in outer.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    if whole_first and tuning is not None:
+        model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
+    ids, positions = (torch.empty(1, tokens, dtype=torch.int64, device="meta") for _ in range(2))
+    picked = torch.empty(rows, dtype=torch.int64, device="meta")
+    weights = (*outer.parameters(), *outer.buffers(), *(p.grad for p in trained if p.grad is not None))
+    recorder = Recorder((*weights, ids, positions, picked))
+    with attention_hook(model), recorder, torch.set_grad_enabled(tuning is not None):
+        states = model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, attention_context=_StandIn(attention)
+        ).last_hidden_state[0]
+        block_input = states.numel() * states.element_size()
+        out = states[picked]
+        del states
+        saved = recorder.live - out.numel() * out.element_size()
+        forward_scratch, kept = recorder.peak - saved, recorder.kept
+        forward = tuple(recorder.operators)
+        recorder.operators.clear()
+        backward_scratch = 0
+        if tuning is not None:
+            recorder.peak = recorder.live
+            out.backward(torch.empty_like(out))
+            backward_scratch = recorder.peak - saved
+    return _Measured(saved, kept, forward, tuple(recorder.operators), block_input, forward_scratch, backward_scratch)
+
+
+def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The config of the same model with fewer blocks, all of the kind that most are."""
+    small = copy.deepcopy(config.get_text_config())
+    small.num_hidden_layers = num_layers
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[-num_layers:]
+    for name, value in (("first_k_dense_replace", 0), ("mlp_only_layers", [])):
+        if hasattr(small, name):
+            setattr(small, name, value)
+    return small
+
+
+def _difference(more: tuple[Operator, ...], less: tuple[Operator, ...]) -> tuple[Operator, ...]:
+    """`more` without the calls of `less`, each once."""
+    rest = list(more)
+    for operator in less:
+        if operator in rest:
+            rest.remove(operator)
+    return tuple(rest)

@@ -1,0 +1,351 @@
+"""Memory of one rank in training, by what it holds and by phase, before anything is loaded.
+
+States (weights, gradients, AdamW's moments, adapters) follow from the shape and how it is sharded; what a block saves
+for its backward and needs in passing comes from a `dry_run` of the real modules; the head's buffers from its chunk
+budget. The peak is that of the worst phase. All figures are bytes of tensors; `DEVICE_BYTES` and `FRAGMENTATION` say
+what a GPU needs on top.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig
+
+from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
+from macpo.engine.dry_run import AttentionCost, DryRun, Recorder, dry_run
+from macpo.engine.errors import ConfigError
+from macpo.engine.flops import ModelShape, counts_of_lengths, head_is_target, is_target
+from macpo.kernels import Segments, prefix_attention
+from macpo.kernels.linear_logp.head import default_chunk_rows
+
+DEVICE_BYTES = 1.2e9
+"""CUDA context, cuBLAS workspaces and NCCL's channels of a process, which no tensor holds."""
+FRAGMENTATION = 0.04
+"""Of the peak: what torch's allocator holds in blocks too small to be used."""
+NF4_BYTES = 0.5 + 4 / 64
+"""A weight in 4 bits and a float32 scale for 64 of them (QLoRA, arXiv 2305.14314, without double quantisation)."""
+GATHERED_BLOCKS = 3
+"""Blocks whose whole weights FSDP2 holds at once: the one at work, the next, and the buffer that one arrives in."""
+KEPT_GRADIENT_BYTES = 2 << 30
+"""`PolicyModule.synchronise`: gradients up to this stay whole between the micro-batches of a step."""
+
+WHOLE = ParallelSettings()
+Row = Sequence[tuple[int, Sequence[int]]]
+"""The groups of a packed row: (prompt tokens, [tokens of each response])."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How one model is trained: everything but the model and the data."""
+
+    tuning: LoraSettings | FullSettings
+    parallel: ParallelSettings = WHOLE
+    dtype: torch.dtype = torch.bfloat16
+    """Of frozen weights and of the computation."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    ranks: int = 1
+    ranks_per_node: int = 8
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with groups of their own."""
+        return self.ranks // self.parallel.tensor
+
+    @property
+    def shards(self) -> int:
+        """Ranks that one copy of the weights is sharded over, beside tensor parallelism."""
+        if self.parallel.sharding == "shard":
+            return self.data_ranks
+        if self.parallel.sharding == "hybrid":
+            return max(1, min(self.ranks, self.ranks_per_node) // self.parallel.tensor)
+        return 1
+
+    @property
+    def full(self) -> bool:
+        return isinstance(self.tuning, FullSettings)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether FSDP2 makes the weights of a block when it runs: shards, or float32 weights for 16-bit products."""
+        return self.shards > 1 or (self.full and self.dtype != torch.float32)
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter; 0 with full tuning."""
+        return self.tuning.rank if isinstance(self.tuning, LoraSettings) else 0
+
+    @property
+    def targets(self) -> tuple[str, ...] | Literal["all-linear"]:
+        return self.tuning.target_modules if isinstance(self.tuning, LoraSettings) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    saved: float
+    """Activations from the forward to the backward."""
+    head: float
+    """Of the loss: the rows that it reads, their gradient, a chunk of logits, d W of a trained head."""
+    scratch: float
+    """What a block needs beyond what is saved, at its worst moment; with checkpointing its recomputed activations."""
+    gathered: float
+    """Weights of blocks and head that FSDP2 or tensor parallelism hold whole, and gradients on their way."""
+    host: float
+    """Activations that wait in host memory."""
+    phases: tuple[tuple[str, float], ...]
+
+    @property
+    def peak(self) -> float:
+        return max(size for _, size in self.phases)
+
+    @property
+    def phase(self) -> str:
+        """In which the peak is."""
+        return max(self.phases, key=lambda item: item[1])[0]
+
+    @property
+    def device(self) -> float:
+        """What the process takes of a GPU: the peak and what torch and the driver add."""
+        return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES
+
+
+def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) -> Memory:
+    """Memory of the rank that trains `config`'s model on `num_rows` packed rows a step, of which `row` is the largest.
+
+    Raises:
+        ConfigError: a model that transformers does not know, or that tensor parallelism cannot split.
+    """
+    local = tensor_config(config, setup.parallel.tensor)
+    shape, counts = ModelShape.of(local), counts_of_lengths(row)
+    run = row_run(local, setup, row)
+    itemsize = setup.dtype.itemsize
+    states = _states(shape, ModelShape.of(config), setup)
+    saved, recomputed, host = _activations(shape, run, setup)
+    head, head_kept = head_bytes(shape, counts.rows, setup)
+    gathered, reduced = _gathered(shape, setup)
+    scratch = recomputed + run.backward_scratch
+    kept_gradients = states.gradients
+    if setup.gathers and num_rows > 1 and 4 * states.trained <= KEPT_GRADIENT_BYTES:
+        kept_gradients = max(kept_gradients, 4.0 * states.trained)
+    before = kept_gradients if num_rows > 1 else 0.0
+    always = states.weights + states.optimizer
+    first_block = saved + scratch + gathered + reduced
+    one_block = run.ends.saved + (run.block_input + recomputed if recomputed else run.block.saved)
+    through_head = 2 * counts.rows * shape.hidden * itemsize + 2 * run.block_input
+    flat = 4.0 * states.trained if setup.ranks > 1 and not setup.gathers else 0.0
+    phases = (
+        ("forward", always + before + gathered + saved + max(run.forward_scratch + recomputed, head)),
+        ("head backward", always + max(before, head_kept) + gathered + saved + through_head),
+        ("backward", always + max(before, head_kept) + first_block),
+        ("last backward", always + kept_gradients + one_block + run.backward_scratch + gathered + reduced),
+        ("optimizer", always + kept_gradients + flat),
+    )
+    return Memory(
+        weights=states.weights,
+        gradients=kept_gradients,
+        optimizer=states.optimizer,
+        saved=saved,
+        head=head,
+        scratch=scratch,
+        gathered=gathered + reduced,
+        host=host,
+        phases=phases,
+    )
+
+
+def checkpoint_bytes(config: PretrainedConfig, setup: Setup) -> float:
+    """A checkpoint inside a stage: float32 weights that train and their two moments, of all ranks together."""
+    return 12.0 * _states(ModelShape.of(config), ModelShape.of(config), replace(setup, ranks=1)).trained
+
+
+def policy_bytes(config: PretrainedConfig, setup: Setup) -> float:
+    """The stage's result: float32 weights, or an adapter alone."""
+    return checkpoint_bytes(config, setup) / 3
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    weights: float
+    gradients: float
+    optimizer: float
+    trained: float
+    """Numbers that train, of all shards of one tensor-parallel rank."""
+
+
+def _states(shape: ModelShape, whole: ModelShape, setup: Setup) -> _States:
+    """Of a rank; `whole` is the model before tensor parallelism, whose embedding and head are split by vocabulary."""
+    tensor, itemsize = setup.parallel.tensor, setup.dtype.itemsize
+    head = 0 if whole.tied else whole.vocab * whole.hidden + whole.vocab * whole.head_bias
+    outside = (whole.others + head) / tensor
+    blocks = sum(layer.num_parameters for layer in shape.layers)
+    if isinstance(setup.tuning, LoraSettings):
+        trained = float(shape.adapter_parameters(setup.rank, setup.targets))
+        packed = 0.0
+        if setup.tuning.quantization == "nf4":
+            packed = float(sum(m.numel for layer in shape.layers for m in layer.matrices if m.linear))
+        frozen = (blocks - packed + outside) * itemsize + packed * NF4_BYTES
+        weights = (frozen + 4 * trained) / setup.shards
+    else:
+        trained = blocks + outside
+        weights = 4 * trained / setup.shards
+    return _States(weights, 4 * trained / setup.shards, 8 * trained / setup.shards, trained)
+
+
+def _activations(shape: ModelShape, run: DryRun, setup: Setup) -> tuple[float, float, float]:
+    """(saved, recomputed at once, in host memory)."""
+    layers, block = len(shape.layers), run.block
+    kind = setup.parallel.checkpointing
+    recomputed = 0.0
+    if kind == "off":
+        each = float(block.saved)
+    else:
+        each = float(run.block_input)
+        if kind == "selective":
+            each += block.kept
+        recomputed = max(0.0, block.saved - (each - run.block_input if kind == "selective" else 0.0))
+    host = 0.0
+    if setup.parallel.offload_activations:
+        # the block at work is on the device; on a CPU the copies are where the tensors were
+        host = each * layers
+        recomputed = block.saved if kind == "off" else recomputed + each
+        each = 0.0 if setup.device == "cuda" else each
+    return (run.ends.saved if kind == "off" else run.outside) + layers * each, recomputed, host
+
+
+def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
+    """(whole weights, gradients between a block's backward and its reduction)."""
+    itemsize = setup.dtype.itemsize
+    head = shape.vocab * shape.hidden * itemsize
+    if not setup.gathers:
+        return (head if setup.parallel.tensor > 1 else 0.0), 0.0
+    layer = max(shape.layers, key=lambda layer: layer.num_parameters)
+    block = float(layer.num_parameters * itemsize)
+    trained = layer.num_parameters
+    if isinstance(setup.tuning, LoraSettings):
+        if setup.tuning.quantization == "nf4":
+            block = float(sum(m.numel * (NF4_BYTES if m.linear else itemsize) for m in layer.matrices))
+        trained = sum(setup.rank * (m.inputs + m.outputs) for m in layer.matrices if is_target(m, setup.targets))
+        block += 4 * trained
+    outside = shape.others * itemsize + (0 if shape.tied else head)
+    reduced = trained * (itemsize + 4.0)
+    return outside + GATHERED_BLOCKS * block + (head if setup.parallel.tensor > 1 else 0.0), reduced
+
+
+def head_bytes(shape: ModelShape, num_rows: int, setup: Setup, *, chunk_rows: int | None = None) -> tuple[float, float]:
+    """(at its worst moment, kept as gradient of the weight) for N rows [N, H] through `pair_loss`."""
+    itemsize = setup.dtype.itemsize
+    wide = max(4, itemsize)
+    chunk = min(num_rows, chunk_rows or default_chunk_rows(shape.vocab, setup.device))
+    rows = 2.0 * num_rows * shape.hidden * itemsize  # what the loss reads, and its gradient
+    logits = float(chunk * shape.vocab * wide)
+    if setup.dtype != torch.float32 and setup.device == "cpu":
+        logits += chunk * shape.vocab * itemsize  # d in 16 bits lies beside the logits there
+    if not (setup.full or head_is_target(setup.targets)):
+        return rows + logits, 0.0
+    weight = float(shape.vocab * shape.hidden)
+    rounded = 0 if itemsize == 4 else weight * itemsize
+    # g h of a chunk, rounded, goes into dW
+    return rows + max(
+        logits + weight * wide + chunk * shape.hidden * itemsize, weight * wide + rounded
+    ), weight * itemsize
+
+
+def tensor_config(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
+    """What one rank of a tensor-parallel group holds of the blocks: its heads and its part of the MLP's width.
+
+    Raises:
+        ConfigError: sizes that the ranks do not divide, or a family without a head size in its config.
+    """
+    text = config.get_text_config()
+    if ranks == 1:
+        return text
+    local: Any = copy.deepcopy(text)
+    if not getattr(text, "base_model_tp_plan", None) or not hasattr(text, "num_key_value_heads"):
+        raise ConfigError(f"{text.model_type} has no plan for tensor parallelism", "set tensor to 1")
+    local.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        count = getattr(text, name)
+        if count % ranks:
+            raise ConfigError(f"{name} is {count}, which {ranks} ranks do not divide", "use fewer ranks")
+        setattr(local, name, count // ranks)
+    assert isinstance(local, PretrainedConfig)
+    return local
+
+
+def row_run(config: PretrainedConfig, setup: Setup, row: Row) -> DryRun:
+    """The dry run of a packed row with the device's attention; kept, because many setups ask for the same one."""
+    quantized = isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization != "none"
+    tuning = setup.tuning.model_copy(update={"quantization": "none"}) if quantized else setup.tuning
+    key = config.to_json_string(use_diff=False)
+    return _row_run(key, _Kept(config), setup.dtype, tuning, setup.device, tuple((p, tuple(r)) for p, r in row))
+
+
+class _Kept:
+    """A config that counts as equal to any other: its JSON is the key."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kept)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _row_run(
+    key: str,
+    kept: _Kept,
+    dtype: torch.dtype,
+    tuning: LoraSettings | FullSettings,
+    device: str,
+    row: tuple[tuple[int, tuple[int, ...]], ...],
+) -> DryRun:
+    shape, counts = ModelShape.of(kept.config), counts_of_lengths(row)
+    attention = attention_cost(shape, row, dtype, device)
+    return dry_run(kept.config, counts.tokens, counts.rows, dtype=dtype, tuning=tuning, attention=attention)
+
+
+def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str) -> AttentionCost:
+    """What `prefix_attention` keeps and needs for one layer.
+
+    On a GPU the Triton kernels keep q, k, v, o and a float32 number a token and head. On a CPU the operator is run
+    once, with the row's own segments: what it pads and copies depends on the lengths.
+    """
+    tokens, heads = counts_of_lengths(row).tokens, shape.heads
+    if device == "cuda":
+        return AttentionCost(saved=4 * heads * tokens, backward=4 * heads * tokens)
+    segments = Segments.from_lengths(row)
+    sizes = (heads, shape.kv_heads, shape.kv_heads)
+    q, k, v = (torch.zeros(tokens, n, shape.qk_dim, dtype=dtype, requires_grad=True) for n in sizes)
+    prefix_attention(q, k, v, segments)  # makes the masks, which all layers share
+    inputs = (q, k, v)
+    places = {x.untyped_storage()._cdata for x in inputs}
+    kept: set[int] = set()
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept.add(x.untyped_storage()._cdata)
+        return x
+
+    with Recorder(inputs) as recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = prefix_attention(q, k, v, segments)
+        keeps_output = out.untyped_storage()._cdata in kept
+        alive, forward = recorder.live, recorder.peak - recorder.live
+        upstream = torch.zeros_like(out)
+        recorder.peak = before = recorder.live
+        out.backward(upstream)
+        results = sum(x.numel() * x.element_size() for x in inputs)
+        backward = max(0, recorder.peak - before - results)
+    saved = alive - out.numel() * out.element_size()
+    return AttentionCost(saved, bool(kept & places), keeps_output, forward, backward)
