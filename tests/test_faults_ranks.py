@@ -89,13 +89,16 @@ def test_both_ranks_killed_at_random_times(clean: bytes, tmp_path: Path) -> None
     """Again and again until a run has got to its end; no kill costs more than one interval between checkpoints."""
     wanted = int(os.environ.get("MACPO_KILLS", "4"))
     rng = random.Random(wanted)
+    began = time.monotonic()
+    assert ranks(2, functools.partial(small, tmp_path / "timed")) == [0, 0]
+    whole = time.monotonic() - began
     kills, round_ = 0, 0
     while kills < wanted:
         workdir = tmp_path / str(round_)
         round_ += 1
         for _ in range(wanted - kills):
             pids = start_ranks(2, functools.partial(small, workdir))
-            time.sleep(rng.uniform(0.0, 1.0))
+            time.sleep(rng.uniform(0.0, whole))
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             codes = [wait(pid) for pid in pids]
@@ -238,6 +241,18 @@ def test_sharded_training_is_killed_and_resumed_to_the_same_bits(tmp_path: Path)
 
     assert ranks(2, body) == [7, KILLED]
     assert trained(tmp_path / "killed", job) == clean
+
+
+def test_ranks_that_split_layers_stop_together_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """Both have the same groups, and only the second hears of the stop."""
+    job = functools.partial(small, parallel=ParallelSettings(tensor=2))
+    clean = trained(tmp_path / "clean", job)
+
+    def body(world: World) -> None:
+        job(tmp_path / "run", world, should_stop=stop_after(3) if world.rank == 1 else None)
+
+    assert ranks(2, body) == [75, 75] and saved_steps(tmp_path / "run") == [2, 3]
+    assert trained(tmp_path / "run", job) == clean
 
 
 def seen(folder: Path) -> list[list[int]]:
