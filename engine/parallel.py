@@ -9,6 +9,7 @@ Each step wraps what the one before it made; nothing here changes the loss. The 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
         precision = MixedPrecisionPolicy(
             policy.compute_dtype if mixed else None, torch.float32, cast_forward_inputs=False
         )
-        options: dict[str, Any] = {"mesh": data, "mp_policy": precision, "shard_placement_fn": _across}
+        across = partial(_across, ranks=devices["shard"].size())
+        options: dict[str, Any] = {"mesh": data, "mp_policy": precision, "shard_placement_fn": across}
         for block in blocks:
             fully_shard(block, reshard_after_forward=True, **options)
         # embeddings and head: gathered once from the forward to the backward, because the loss reads the head
@@ -73,11 +75,11 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
     return policy
 
 
-def _across(parameter: nn.Parameter) -> Shard | None:
-    """FSDP2 cuts rows, but columns of a matrix whose rows tensor parallelism has cut, so that both stay simple."""
-    if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0) or parameter.dim() < 2:
+def _across(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """FSDP2 cuts rows, but columns (evenly, as it must) of a matrix whose rows tensor parallelism has cut."""
+    if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0):
         return None
-    return Shard(1)
+    return Shard(1) if parameter.dim() == 2 and parameter.shape[1] % ranks == 0 else None
 
 
 def spreads(settings: ParallelSettings, world: World) -> bool:

@@ -1,0 +1,169 @@
+"""What a block keeps for its backward, compiled blocks, a merged adapter, Liger's modules: nothing changes the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import model_of
+from parallel_cases import LORA, PAIRS, TIED, Case, policy_of, run
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from macpo.engine import activations, liger, parallel
+from macpo.engine.attention import attention_hook
+from macpo.engine.config import ParallelSettings
+from macpo.engine.model import PolicyModule
+from macpo.engine.objectives import reference_logps, sft
+from macpo.engine.pack import pack
+from macpo.engine.parallel import parallelize
+from macpo.engine.scoring import score
+from macpo.engine.world import World
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("case", [TIED, LORA], ids=["full", "lora"])
+def test_what_is_kept_does_not_change_a_bit(case: Case) -> None:
+    plain = run(case, ParallelSettings())
+    for changes in (
+        {"checkpointing": "full"},
+        {"checkpointing": "selective"},
+        {"offload_activations": True},
+        {"checkpointing": "full", "offload_activations": True},
+    ):
+        found = run(case, ParallelSettings.model_validate(changes))
+        different = [name for name, tensor in plain.items() if not torch.equal(found[name], tensor)]
+        assert not different, (changes, different)
+
+
+def test_checkpointing_keeps_less_and_selective_repeats_no_product() -> None:
+    (batch,) = pack(PAIRS, max_tokens=1 << 20)
+    saved_bytes, products = {}, {}
+    for kind in ("off", "selective", "full"):
+        policy = parallelize(policy_of(TIED), ParallelSettings.model_validate({"checkpointing": kind}), World())
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss, _ = sft()(policy, batch, 1)
+            loss.backward()
+        saved_bytes[kind] = sum(size for address, size in seen.items() if address not in weights)
+        counts = counter.get_flop_counts()["Global"]
+        products[kind] = sum(flops for op, flops in counts.items() if "mm" in str(op))
+    assert saved_bytes["full"] < saved_bytes["off"] / 4
+    assert products["off"] == products["selective"] < products["full"]
+
+
+def test_offloading_copies_activations_once_and_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Tensor] = []
+    pack_tensor = activations._HostStore.pack
+
+    def noted(store: Any, tensor: Tensor) -> Any:
+        before = len(store._copies)
+        packed = pack_tensor(store, tensor)
+        if len(store._copies) > before:
+            copied.append(tensor)
+        return packed
+
+    monkeypatch.setattr(activations._HostStore, "pack", noted)
+    (batch,) = pack(PAIRS, max_tokens=1 << 20)
+    policy = parallelize(policy_of(TIED), ParallelSettings(offload_activations=True), World())
+    loss, _ = sft()(policy, batch, 1)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    assert len(copied) > 20 and not any(t.untyped_storage().data_ptr() in weights for t in copied)
+    loss.backward()
+
+
+def test_compiled_blocks_are_exact_and_one_graph_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backend that runs the captured graph as it is; inductor takes a minute a case on two cores."""
+    monkeypatch.setattr(parallel, "compile_block", lambda block: activations.compile_block(block, backend="aot_eager"))
+    graphs = torch._dynamo.utils.counters["stats"]
+    case = Case("llama", ("q_proj", "down_proj"))
+    plain = run(case, ParallelSettings())
+    before = graphs["unique_graphs"]
+    found = run(case, ParallelSettings(compile=True, checkpointing="selective", offload_activations=True))
+    assert set(found) == set(plain)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    made = graphs["unique_graphs"] - before
+    # the first block's input takes no gradient, because the embedding is frozen
+    assert made <= 2, f"{made} graphs for 8 lengths and two blocks"
+    torch._dynamo.reset()
+
+
+def test_merged_adapter_equals_adapter() -> None:
+    policy = policy_of(LORA)
+    with_adapter = reference_logps(score(policy, PAIRS))
+    merged = PolicyModule(policy.model.merge_and_unload())
+    torch.testing.assert_close(reference_logps(score(merged, PAIRS)), with_adapter, rtol=1e-5, atol=1e-4)
+    plain = reference_logps(score(PolicyModule(model_of("qwen3")), PAIRS))
+    assert (plain - with_adapter).abs().max() > 0.1
+
+
+def test_a_block_that_runs_again_in_the_backward_still_has_the_hook() -> None:
+    """train() holds the hook over forward and backward; a caller who does not gets the same gradients."""
+    (batch,) = pack(PAIRS, max_tokens=1 << 20)
+    grads = []
+    for held in (True, False):
+        policy = parallelize(policy_of(TIED), ParallelSettings(checkpointing="full"), World())
+        loss, _ = sft()(policy, batch, 1)
+        if held:
+            with attention_hook(policy.base):
+                loss.backward()
+        else:
+            loss.backward()
+        grads.append([p.grad for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+# --- Liger ---
+
+
+@pytest.mark.parametrize(
+    "model_type, settings, device, reason",
+    [
+        ("llama", ParallelSettings(), "cpu", "do not run on cpu"),
+        ("llama", ParallelSettings(liger="off"), "cuda", "is off"),
+        ("llama", ParallelSettings(tensor=2), "cuda", "tensor parallelism"),
+        ("gpt_neox", ParallelSettings(), "cuda", "none for gpt_neox"),
+    ],
+)
+def test_where_liger_is_not_used(model_type: str, settings: ParallelSettings, device: str, reason: str) -> None:
+    pytest.importorskip("liger_kernel")
+    assert reason in (liger.why_not(model_type, settings, torch.device(device)) or "")
+
+
+def test_liger_replaces_modules_of_this_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    patched, other = model_of("llama"), model_of("llama")
+    assert not liger.use_liger(patched, ParallelSettings(), torch.device("cpu"))
+    try:
+        assert liger.use_liger(patched, ParallelSettings(), torch.device("cuda"))
+        names = {type(m).__name__ if "forward" not in vars(m) else m._get_name() for m in patched.modules()}
+        assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= names
+        changed = {name for name, value in vars(modeling_llama).items() if before.get(name) is not value}
+        assert changed == {"apply_rotary_pos_emb"}
+        plain = score(PolicyModule(other), PAIRS)  # RoPE of CPU tensors is the family's own
+        assert plain[0][0].sum_logp < 0
+        assert "forward" not in vars(patched), "the head stays ours"
+        assert not liger.use_liger(model_of("gpt_neox"), ParallelSettings(), torch.device("cuda"))
+    finally:
+        vars(modeling_llama).update(before)
+
+
+def test_liger_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liger, "find_spec", lambda name: None)
+    assert liger.why_not("llama", ParallelSettings(), torch.device("cuda")) == "liger-kernel is not installed"
