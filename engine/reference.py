@@ -128,9 +128,10 @@ def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) ->
         except (SafetensorError, OSError) as error:
             why = f"it cannot be read ({' '.join(str(error).split())[:120]})"
         else:
-            if about.get("key") != key:
+            whose, _, digest = about.get("entry", "").partition(":")
+            if whose != key:
                 why = "it belongs to something else"
-            elif list(parts.shape) != shape or parts.dtype != torch.float64 or about.get("sha256") != _digest(parts):
+            elif list(parts.shape) != shape or parts.dtype != torch.float64 or digest != _digest(parts):
                 why = "its content was changed"
         if not why:
             rows: list[list[float]] = parts.tolist()
@@ -142,7 +143,8 @@ def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) ->
 
 def _write(path: Path, key: str, parts: Tensor) -> None:
     parts = parts.to("cpu", torch.float64).contiguous()
-    files.atomic_write(path, save({"parts": parts}, metadata={"key": key, "sha256": _digest(parts)}))
+    # one value: safetensors writes several in an order that changes from process to process
+    files.atomic_write(path, save({"parts": parts}, metadata={"entry": f"{key}:{_digest(parts)}"}))
 
 
 def _digest(parts: Tensor) -> str:
