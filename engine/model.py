@@ -1,4 +1,4 @@
-"""A policy = backbone + response-only head; the pool of loaded base models; saving.
+"""A policy = backbone + response-only head; what of it is trained, on one rank or many; saving.
 
 T tokens of a packed row, N response tokens, H hidden size, V vocabulary.
 """
