@@ -14,18 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from macpo import world
-from macpo.agents import (
-    agent_chat,
-    encode,
-    encode_pairs,
-    imitate,
-    likelihoods,
-    load_policy,
-    prefer,
-    read_reference,
-    reference_parts,
-    shared_parts,
-)
+from macpo.agents import agent_chat, encode, encode_pairs, likelihoods, load_policy, shared_parts
 from macpo.config import Recipe
 from macpo.datasets import fingerprint, load_preferences, shuffled_prompts
 from macpo.engine.config import ComputeSettings, PreferenceSettings
@@ -39,6 +28,7 @@ from macpo.engine.stages import Graph
 from macpo.evaluate import preference_metrics
 from macpo.examples import load_examples
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
+from macpo.learning import imitate, prefer, read_reference, reference_parts
 from macpo.standalone_config import KINDS, NAME, ExampleData, PairData, PreferenceRecipe, Standalone
 from macpo.steps import Builder, Plan, Point, StageName
 

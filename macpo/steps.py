@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from macpo import agents, heldout, negatives, pairs, positives, prompts
+from macpo import agents, heldout, learning, negatives, pairs, positives, prompts
 from macpo.config import AgentSettings, Recipe
 from macpo.datasets import fingerprint
 from macpo.engine.config import PreferenceSettings
@@ -17,7 +17,7 @@ from macpo.engine.stages import Graph, Stage
 from macpo.evaluate import Role
 from macpo.standalone_config import StandaloneRecipe
 
-COSTS = {prompts.pretrain_base: 30.0, agents.imitate: 3.0, agents.prefer: 4.0, heldout.evaluate_policy: 2.0}
+COSTS = {prompts.pretrain_base: 30.0, learning.imitate: 3.0, learning.prefer: 4.0, heldout.evaluate_policy: 2.0}
 """Relative durations, for the order in which parallel jobs take stages."""
 
 StageName = str
@@ -182,7 +182,7 @@ class Steps(Builder):
             "seed": self.seed(agent, policy),
         }
         inputs = self.base(agent) | {"examples": folder} | ({"policy": start} if start else {})
-        return self.add(f"init-{agent.name}-{policy}", self.compute(agents.imitate), settings, inputs)
+        return self.add(f"init-{agent.name}-{policy}", self.compute(learning.imitate), settings, inputs)
 
     def prefer(self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName) -> StageName:
         """Preference training from the previous policy, by default its own frozen reference."""
@@ -193,7 +193,7 @@ class Steps(Builder):
             "seed": self.seed(agent, f"iteration {t}"),
         }
         inputs = self.base(agent) | {"pairs": chosen} | ({"policy": start} if start else {})
-        return self.add(f"iter{t}-{agent.name}-train", self.compute(agents.prefer), settings, inputs)
+        return self.add(f"iter{t}-{agent.name}-train", self.compute(learning.prefer), settings, inputs)
 
     # --- generation -----------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ class Steps(Builder):
             "seed": self.seed(student, "positive"),
         }
         inputs = self.base(student) | {"examples": human}
-        policy = self.add("ceiling", self.compute(agents.imitate), settings, inputs)
+        policy = self.add("ceiling", self.compute(learning.imitate), settings, inputs)
         self.evaluate(student, 0, policy, "ceiling")
 
     # --- shared ---------------------------------------------------------------------------------------------

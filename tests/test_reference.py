@@ -40,6 +40,11 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # forks need a quiet parent, and two cores have other tests to run
+
+
 def key_of(base: Path, groups: list[PrefixGroup] = GROUPS, **changes: str) -> str:
     adapter = changes.pop("adapter", None)
     return reference_key(

@@ -55,6 +55,11 @@ OPTIM = {"learning_rate": 1e-3, "batch": 8}
 DPO = PreferenceSettings(learning_rate=1e-3, batch=16, sft_weight=0.0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # forks need a quiet parent, and two cores have other tests to run
+
+
 def recipe_of(kind: str, base: Path | None, output: Path, **changes: Any) -> Standalone:
     """A recipe that runs in a second, on a folder model or (base None) one made on the spot."""
     tree: dict[str, Any] = {
