@@ -19,6 +19,7 @@ from macpo.engine.chat import Chat
 from macpo.engine.config import InitSettings
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
+from macpo.engine.loading import quiet_transformers
 from macpo.engine.pack import PrefixGroup
 from macpo.engine.records import Example, Message, Prompt
 
@@ -114,7 +115,8 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out_d
     """The Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, template."""
     with explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out_dir)
+        with quiet_transformers():
+            model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
 
 
