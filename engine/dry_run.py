@@ -102,7 +102,7 @@ class AttentionCost:
     """What the attention operator keeps beside its result, and needs in passing, in bytes of a packed row."""
 
     saved: int = 0
-    keeps_inputs: bool = True
+    keeps: tuple[bool, bool, bool] = (True, True, True)
     """Whether q, k and v are kept as they come."""
     keeps_output: bool = True
     forward: int = 0
@@ -128,7 +128,8 @@ class _Attend(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         del scratch
         extra = [_bytes(q, cost.saved)]
-        ctx.save_for_backward(*((q, k, v) if cost.keeps_inputs else ()), *((out,) if cost.keeps_output else ()), *extra)
+        inputs = [x for x, keep in zip((q, k, v), cost.keeps, strict=True) if keep]
+        ctx.save_for_backward(*inputs, *((out,) if cost.keeps_output else ()), *extra)
         ctx.shapes, ctx.cost = (q.shape, k.shape, v.shape), cost
         return out
 

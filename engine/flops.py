@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from macpo.engine.activations import blocks_of
 from macpo.engine.errors import ConfigError
+from macpo.engine.loading import quiet_transformers
 from macpo.engine.pack import PrefixGroup
 
 Tuning = Literal["lora", "full"]
@@ -274,7 +275,7 @@ def _head(shape: ModelShape, counts: Counts) -> float:
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The config's causal LM without memory for its weights. Raises ConfigError where transformers knows none."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quiet_transformers():
             model: Any = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, ImportError) as error:
         why = " ".join(str(error).split())[:200]

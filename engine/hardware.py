@@ -25,6 +25,8 @@ class Gpu:
     """As torch.cuda.get_device_name calls it; other boards of the same chip have other clocks and are not meant."""
     bf16_flops: float
     """Dense bfloat16 tensor-core FLOP/s, a multiply-add counted as two."""
+    float32_flops: float
+    """Float32 FLOP/s without tensor cores."""
     memory_bytes: int
     """Total memory that the driver reports."""
     bandwidth_bytes_per_s: float
@@ -38,10 +40,10 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", "NVIDIA A100-SXM4-80GB", 312e12, 81920 * MIB, 2.039e12, 300e9, 25e9),
-        Gpu("H100", "NVIDIA H100 80GB HBM3", 989.4e12, 81559 * MIB, 3.35e12, 450e9, 50e9),
-        Gpu("H200", "NVIDIA H200", 989.4e12, 143771 * MIB, 4.8e12, 450e9, 50e9),
-        Gpu("B200", "NVIDIA B200", 2250e12, 183359 * MIB, 7.7e12, 900e9, 50e9),
+        Gpu("A100", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 81920 * MIB, 2.039e12, 300e9, 25e9),
+        Gpu("H100", "NVIDIA H100 80GB HBM3", 989.4e12, 66.9e12, 81559 * MIB, 3.35e12, 450e9, 50e9),
+        Gpu("H200", "NVIDIA H200", 989.4e12, 66.9e12, 143771 * MIB, 4.8e12, 450e9, 50e9),
+        Gpu("B200", "NVIDIA B200", 2250e12, 75e12, 183359 * MIB, 7.7e12, 900e9, 50e9),
     )
 }
 

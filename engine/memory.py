@@ -28,8 +28,11 @@ DEVICE_BYTES = 1.2e9
 """CUDA context, cuBLAS workspaces and NCCL's channels of a process, which no tensor holds."""
 FRAGMENTATION = 0.04
 """Of the peak: what torch's allocator holds in blocks too small to be used."""
-NF4_BYTES = 0.5 + 4 / 64
-"""A weight in 4 bits and a float32 scale for 64 of them (QLoRA, arXiv 2305.14314, without double quantisation)."""
+NF4_BYTES = 0.5
+"""A weight in 4 bits."""
+NF4_SCALES = 1 / 64 + 4 / (64 * 256)
+"""Its share of a scale in 8 bits for 64 weights, and of a float32 one for 256 of these (QLoRA, arXiv 2305.14314,
+section 3). Scales are not parameters, so no rank shards them."""
 GATHERED_BLOCKS = 3
 """Blocks whose whole weights FSDP2 holds at once: the one at work, the next, and the buffer that one arrives in."""
 KEPT_GRADIENT_BYTES = 2 << 30
@@ -103,6 +106,8 @@ class Memory:
     host: float
     """Activations that wait in host memory."""
     phases: tuple[tuple[str, float], ...]
+    pooled: float = 0.0
+    """Of a base model that stays loaded beside the float32 copy that trains; in every phase."""
 
     @property
     def peak(self) -> float:
@@ -134,11 +139,17 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
     head, head_kept = head_bytes(shape, counts.rows, setup)
     gathered, reduced = _gathered(shape, setup)
     scratch = recomputed + run.backward_scratch
+    if (
+        isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization == "nf4"
+    ):  # one weight at a time is unpacked
+        scratch += max((m.numel for layer in shape.layers for m in layer.matrices if m.linear), default=0) * itemsize
     kept_gradients = states.gradients
     if setup.gathers and num_rows > 1 and 4 * states.trained <= KEPT_GRADIENT_BYTES:
         kept_gradients = max(kept_gradients, 4.0 * states.trained)
     before = kept_gradients if num_rows > 1 else 0.0
-    always = states.weights + states.optimizer
+    spread = setup.ranks > 1 and (setup.parallel.sharding != "replicate" or setup.parallel.tensor > 1)
+    pooled = float(shape.num_parameters * itemsize) if setup.full and not spread else 0.0
+    always = states.weights + states.optimizer + pooled
     first_block = saved + scratch + gathered + reduced
     one_block = run.ends.saved + (run.block_input + recomputed if recomputed else run.block.saved)
     through_head = 2 * counts.rows * shape.hidden * itemsize + 2 * run.block_input
@@ -160,6 +171,7 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
         gathered=gathered + reduced,
         host=host,
         phases=phases,
+        pooled=pooled,
     )
 
 
@@ -194,7 +206,7 @@ def _states(shape: ModelShape, whole: ModelShape, setup: Setup) -> _States:
         if setup.tuning.quantization == "nf4":
             packed = float(sum(m.numel for layer in shape.layers for m in layer.matrices if m.linear))
         frozen = (blocks - packed + outside) * itemsize + packed * NF4_BYTES
-        weights = (frozen + 4 * trained) / setup.shards
+        weights = (frozen + 4 * trained) / setup.shards + packed * NF4_SCALES
     else:
         trained = blocks + outside
         weights = 4 * trained / setup.shards
@@ -331,7 +343,6 @@ def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str)
     q, k, v = (torch.zeros(tokens, n, shape.qk_dim, dtype=dtype, requires_grad=True) for n in sizes)
     prefix_attention(q, k, v, segments)  # makes the masks, which all layers share
     inputs = (q, k, v)
-    places = {x.untyped_storage()._cdata for x in inputs}
     kept: set[int] = set()
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -348,4 +359,5 @@ def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str)
         results = sum(x.numel() * x.element_size() for x in inputs)
         backward = max(0, recorder.peak - before - results)
     saved = alive - out.numel() * out.element_size()
-    return AttentionCost(saved, bool(kept & places), keeps_output, forward, backward)
+    keeps_q, keeps_k, keeps_v = (x.untyped_storage()._cdata in kept for x in inputs)
+    return AttentionCost(saved, (keeps_q, keeps_k, keeps_v), keeps_output, forward, backward)

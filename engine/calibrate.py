@@ -1,0 +1,136 @@
+"""One measured training step of a small model on this machine: what it takes beside what `step_time` says.
+
+The model is random, the pairs are noise of ordinary lengths; a step is the trainer's: forward, loss, backward, norm,
+AdamW.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from macpo.engine import hardware, lora
+from macpo.engine.attention import attention_hook
+from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
+from macpo.engine.loading import quiet_transformers
+from macpo.engine.memory import Row, Setup
+from macpo.engine.model import PolicyModule
+from macpo.engine.objectives import preference
+from macpo.engine.optim import Optimizer
+from macpo.engine.pack import PrefixGroup, pack
+from macpo.engine.parallel import parallelize
+from macpo.engine.step_time import Machine, step_time
+from macpo.engine.world import World
+
+MODELS = {
+    "cpu": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},
+    "cuda": {"hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 32, "intermediate_size": 8192},
+}
+"""Of the calibration step: large enough to be no measurement of Python, small enough to take a few seconds."""
+
+
+def calibration_config(device: str, vocab: int = 8192) -> LlamaConfig:
+    """The shape of the calibration step for `cpu` or `cuda`."""
+    sizes = MODELS[device]
+    heads = sizes["num_attention_heads"] // 4
+    return LlamaConfig(vocab_size=vocab, num_key_value_heads=heads, max_position_embeddings=4096, **sizes)
+
+
+def pairs(count: int, prompt: int, response: int, vocab: int, *, seed: int = 0) -> list[PrefixGroup]:
+    """Random pairs whose lengths vary by a third about the means."""
+    draw = random.Random(seed)
+
+    def ids(mean: int) -> list[int]:
+        return [draw.randrange(3, vocab) for _ in range(draw.randint(max(1, mean * 2 // 3), mean * 4 // 3))]
+
+    return [PrefixGroup(ids(prompt), [ids(response), ids(response)]) for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of one step, and what was predicted for it."""
+
+    seconds: float
+    predicted: float
+
+
+def calibrate(
+    setup: Setup,
+    machine: Machine,
+    *,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Machine:
+    """`machine` scaled by the calibration step of `setup`'s device, dtype and tuning on this machine, one rank."""
+    config = calibration_config(setup.device)
+    groups = pairs(16, 120, 50, config.vocab_size)
+    measured = measure(config, setup, machine, groups, repeats=repeats, clock=clock)
+    return machine.calibrated(measured.seconds, measured.predicted)
+
+
+def measure(
+    config: PretrainedConfig,
+    setup: Setup,
+    machine: Machine,
+    groups: list[PrefixGroup],
+    *,
+    max_tokens: int = 8192,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measured:
+    """Median seconds of whole steps over `groups`, after two that are not counted.
+
+    Args:
+        setup: of one rank on this machine.
+        clock: seconds; `time.process_time` with one thread does not see what else the machine does.
+    """
+    policy = _policy(config, setup)
+    batches = pack(groups, max_tokens=max_tokens)
+    objective = preference(PreferenceSettings(), torch.zeros(len(groups), 2))
+    optimizer = Optimizer(policy.trainable_parameters(), PreferenceSettings())
+    cuda = setup.device == "cuda"
+    seconds = []
+    with attention_hook(policy.base):
+        for _ in range(repeats + 2):
+            start = clock()
+            stats = torch.zeros(1, device=policy.device)
+            for batch in batches:
+                loss, _ = objective(policy, batch, len(groups))
+                loss.backward()
+                stats[0] += loss.detach()
+            norm = float(optimizer.reduce(World(), stats))
+            optimizer.update(1e-6, norm)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(clock() - start)
+    predicted = step_time(config, setup, machine, [row_of(groups, batch.groups) for batch in batches]).total
+    return Measured(statistics.median(seconds[2:]), predicted)
+
+
+def this_machine(device: str) -> Machine:
+    """The machine that this process runs on; of a GPU that is not in `hardware.GPUS`, an H100's, to be calibrated."""
+    if device == "cpu":
+        return Machine.of_cpu(torch.get_num_threads())
+    return Machine.of_gpu(hardware.of_device("cuda") or hardware.GPUS["H100"])
+
+
+def row_of(groups: list[PrefixGroup], indices: tuple[int, ...]) -> Row:
+    """The lengths of packed groups."""
+    return [(len(groups[i].prompt_ids), [len(response) for response in groups[i].responses]) for i in indices]
+
+
+def _policy(config: PretrainedConfig, setup: Setup) -> PolicyModule:
+    with torch.device(setup.device), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config)
+    full = isinstance(setup.tuning, FullSettings)
+    model = model.to(torch.float32 if full else setup.dtype).eval().requires_grad_(full)
+    if isinstance(setup.tuning, LoraSettings):
+        model = lora.new_adapter(model, setup.tuning, seed=0)
+    policy = PolicyModule(model, compute_dtype=setup.dtype)
+    return parallelize(policy, setup.parallel, World())
