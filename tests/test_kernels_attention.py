@@ -8,7 +8,7 @@ from kernel_checks import assert_close
 
 from macpo.kernels import Segments, paged_attention, prefix_attention, write_kv
 from macpo.kernels.paged_attention import reference as paged_reference
-from macpo.kernels.prefix_attention import reference, torch_impl
+from macpo.kernels.prefix_attention import cpu_impl, reference
 from macpo.kernels.prefix_attention.segments import visible
 
 LAYOUTS = {
@@ -104,6 +104,13 @@ def test_groups_do_not_see_each_other():
     after = prefix_attention(q, k2, v2, segments)
     assert torch.equal(before[5:], after[5:])
     assert not torch.equal(before[:5], after[:5])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf[:5] = torch.nan
+    out = prefix_attention(*leaves, segments)
+    out[5:].sum().backward()
+    assert torch.equal(before[5:], out[5:]) and all(leaf.grad[5:].isfinite().all() for leaf in leaves)
 
 
 def test_without_group_borders_the_result_is_the_same():
@@ -114,12 +121,50 @@ def test_without_group_borders_the_result_is_the_same():
     assert_close(prefix_attention(q, k, v, without), expected, torch.float32)
 
 
+@pytest.mark.parametrize("layout", ["pair", "scoring", "equal groups", "two buckets"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_padded_groups_give_the_same(monkeypatch, layout, window):
+    """What other devices than CPUs run where Triton does not."""
+    monkeypatch.setattr(cpu_impl, "make_plan", lambda *args: None)
+    test_values_and_gradients_equal_float64(layout, (6, 2), None, window)
+
+
+def test_runs_of_another_kind_are_not_mistaken():
+    """A prefix inside its own run, a run that begins before its tokens, prefixes that overlap: the dense rule holds."""
+    cases = [
+        [(0, 2, 0)] * 4,  # the prefix is the run's own beginning
+        [(0, 0, 0)] * 3 + [(0, 2, 2)] * 3,  # tokens 3, 4, 5 see from 2 on
+        [(0, 0, 0)] * 4 + [(0, 3, 4)] * 2 + [(1, 4, 6)] * 2,
+        [(0, 0, 0)] * 4 + [(0, 3, 4)] * 2 + [(0, 3, 6)] * 2,  # a part of the first run, twice: of the packed kind
+    ]
+    for number, marks in enumerate(cases):
+        columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*marks, strict=True)]
+        segments = Segments(*columns)
+        assert (cpu_impl.make_plan(segments, None, 16, torch.float32) is None) == (number < 3)
+        tensors = qkv(len(marks), 2, 2, 8)
+        expected = run(reference.prefix_attention, [x.double() for x in tensors], segments)
+        for value, wanted in zip(run(prefix_attention, tensors, segments), expected, strict=True):
+            assert_close(value, wanted, torch.float32)
+
+
+def test_runs_are_joined_where_a_call_costs_more():
+    """Many short groups make few calls, long ones of different length a call each without padding."""
+    short = Segments.from_lengths([(5 + i % 3, [3, 4, 2]) for i in range(50)])
+    calls = cpu_impl.make_plan(short, None, 256, torch.float32)
+    assert len(calls) == 3 and all(call.queries.runs == 50 for call in calls)
+    long = Segments.from_lengths([(300, [90, 40]), (150, [60, 70])])
+    calls = cpu_impl.make_plan(long, None, 256, torch.float32)
+    assert [call.queries.ranges for call in calls] == [((0, 390),), ((430, 640),), ((390, 430),), ((640, 710),)]
+    assert [call.keys.ranges[0] for call in calls] == [(0, 390), (430, 640), (0, 300), (430, 580)]
+    assert [call.mask is None for call in calls] == [True, True, False, False]
+
+
 def test_the_plan_is_made_once(monkeypatch):
     segments = Segments.from_lengths(LAYOUTS["ragged"])
     q, k, v, _ = qkv(segments.num_tokens, 2, 2, 4)
     calls = []
-    plan = torch_impl._plan
-    monkeypatch.setattr(torch_impl, "_plan", lambda *args: calls.append(args) or plan(*args))
+    plan = cpu_impl.make_plan
+    monkeypatch.setattr(cpu_impl, "make_plan", lambda *args: calls.append(args) or plan(*args))
     for _ in range(3):
         prefix_attention(q, k, v, segments)
     prefix_attention(q, k, v, segments, window=2)

@@ -164,7 +164,7 @@ def test_packed_training_is_padded_training(tmp_path: Path) -> None:
     settings = DPO.model_copy(update=SLOW | {"sft_weight": 0.0, "schedule": "constant"})
     packed = run_dpo(tmp_path, settings)
     model = model_of("llama").requires_grad_(True)
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=settings.adam_betas, weight_decay=0.0)
+    adamw = torch.optim.AdamW(model.parameters(), lr=3e-5, betas=settings.adam_betas, weight_decay=0.0)
 
     def sums(indices: list[int]) -> Tensor:
         logps = separate_logps(model, [PAIRS[i] for i in indices])

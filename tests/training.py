@@ -24,7 +24,7 @@ SFT = OptimSettings(learning_rate=3e-3, epochs=2, batch=4, warmup_fraction=0.2, 
 DPO = PreferenceSettings(learning_rate=3e-3, epochs=2, batch=4, save_every_steps=2)
 # Adam divides by the gradient's size, so where a gradient is near zero its rounding moves the weight by a share of the
 # learning rate. Runs that sum in another order are compared at a rate at which that share stays below 1e-6.
-SLOW = {"learning_rate": 1e-4}
+SLOW = {"learning_rate": 3e-5}
 DOCUMENTS = some_groups(num_responses=1, count=11)  # 3 steps an epoch, the last of 3 groups
 PAIRS = some_groups(num_responses=2, count=11)
 
@@ -119,9 +119,6 @@ def assert_same_training(a: list[dict[str, float]], b: list[dict[str, float]]) -
     assert len(a) == len(b) == 6
     for x, y in zip(a, b, strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-6, abs=1e-6)
-        # a margin of 0 but for rounding, as in DPO's first step, has no sign to compare
-        unclear = {"accuracy"} if abs(x.get("margin", 1.0)) < 1e-6 else set()
-        x, y = ({name: value for name, value in row.items() if name not in unclear} for row in (x, y))
         # in the first step the policy is its own reference: which reward is larger, rounding decides
         first, second = ({k: v for k, v in row.items() if k != "accuracy" or row["step"] > 1} for row in (x, y))
         assert first == pytest.approx(second, rel=1e-5, abs=1e-5)  # summed log-probs, of size 100

@@ -1,5 +1,7 @@
 """prefix_attention with torch's scaled_dot_product_attention: groups padded to a common length.
 
+On a CPU `cpu_impl.py` does it with less work, wherever tokens come in runs as `Segments.from_lengths` makes them.
+
 Legend: t packed tokens, b groups of a bucket, l longest group of the bucket, h heads, d head size.
 """
 
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from macpo.kernels.prefix_attention import cpu_impl
 from macpo.kernels.prefix_attention.segments import Segments
 
 
@@ -31,6 +34,14 @@ def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None
 ) -> Tensor:
     """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; see `op.prefix_attention`."""
+    if q.device.type == "cpu":
+        width = q.shape[1] * q.shape[2]
+        calls = segments.cached(
+            ("cpu", q.dtype, window, width),
+            lambda: cpu_impl.make_plan(segments.to("cpu"), window, width, q.dtype),
+        )
+        if calls is not None:
+            return cpu_impl.prefix_attention(q, k, v, calls, scale)
     buckets: list[_Bucket] = segments.cached(
         (q.device, q.dtype, window), lambda: _plan(segments.to(q.device), window, q.dtype)
     )
