@@ -189,7 +189,7 @@ def assign(root: Node, wish: str, problems: list[Problem]) -> None:
     except ConfigError as error:
         problems.extend(error.problems)
         return
-    if not text.strip():
+    if text.strip() in _NULL:  # a whole document of nothing is an empty recipe, a value of nothing is null
         value = Node(None, source)
     spot = root
     for index, part in enumerate(parts):

@@ -216,6 +216,7 @@ def test_overrides_reach_lists_missing_blocks_and_whole_blocks() -> None:
         ("seed", "--set seed: expected a.b.c=value"),
         ("=3", "expected a.b.c=value"),
         ("seed=", "--set seed=: seed: got null, allowed: a whole number"),
+        ("seed=null", "--set seed=null: seed: got null, allowed: a whole number"),
         ("seed=[", "--set seed=[: not valid YAML"),
         ("seed=!!python/name:os.system", "--set seed=!!python/name:os.system: the tag"),
         ("optim={beta: 1, beta: 2}", "beta: the key is given again"),

@@ -20,6 +20,7 @@ from forks import forked
 from test_cli import macpo
 from test_kill_resume import content
 from test_ranks import torchrun
+from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +41,7 @@ from macpo.engine.scoring import score
 from macpo.engine.stages import Stage
 from macpo.engine.trainer import train
 from macpo.examples import load_examples
+from macpo.iteration import build_plan
 from macpo.kernels import pair_loss, sequence_sums
 from macpo.launch import run, run_recipe
 from macpo.standalone import pair_metrics, read_sets
@@ -438,3 +440,14 @@ def test_columns_have_other_names_and_prompts_are_held_out_by_content(tmp_path: 
         read_sets(data | {"test_prompts": 9}, "sft", 0)
     with pytest.raises(ConfigError, match=r"data\.columns: got 'promt'"):
         load_examples(path, columns={"promt": "question"})
+
+
+def test_the_method_takes_every_loss_and_refuses_an_adapter_that_is_not_there(tmp_path: Path) -> None:
+    made = tiny(tmp_path, student_training={"preference": {"loss": "orpo"}})
+    assert made.student_training.preference.sft_weight == 1.0
+    preference = {"reference": "adapter-off"}  # teacher0 trains all its weights
+    with pytest.raises(ValueError, match=r"teacher_training\.preference\.reference: .* teacher0 does not have"):
+        tiny(tmp_path, teacher_training={"preference": preference})
+    plan = build_plan(tiny(tmp_path, student_training={"preference": {"reference_model": str(make_base(tmp_path))}}))
+    settings = plan.graph.stage("iter1-student-train").settings
+    assert list(settings["reference_weights"]) == [str(tmp_path)], "other weights under that name make it stale"
