@@ -7,17 +7,22 @@ The dump is faulthandler's own thread, so it also works where Python waits insid
 from __future__ import annotations
 
 import faulthandler
+import os
 import time
 
+_APART_S = 0.25
 _timeout_s: float | None = None
 _armed = 0.0
 
 
 def watch(timeout_s: float) -> None:
-    """From here on, dump all stacks whenever `beat` was not called for so long; also at a crash inside a library."""
+    """From here on, dump all stacks whenever `beat` was not called for so long; also at a crash inside a library.
+
+    Ranks that wait for the one that hangs dump theirs, too: one after another, so that the lines stay apart.
+    """
     global _timeout_s
     faulthandler.enable()
-    _timeout_s = timeout_s
+    _timeout_s = timeout_s + _APART_S * int(os.environ.get("LOCAL_RANK", "0"))
     _arm()
 
 
