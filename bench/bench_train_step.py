@@ -49,7 +49,7 @@ class Case:
     """A model, how it is trained, and against whom."""
 
     name: str
-    model: dict[str, int | bool]
+    model: dict[str, Any]
     tuning: Literal["full", "lora"]
     dtype: torch.dtype
     pairs_per_step: int

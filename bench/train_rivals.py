@@ -128,7 +128,7 @@ def model_of(setup: Setup, half_base: bool) -> Any:
     """The case's random model, with an adapter where one is trained; the same weights every time."""
     torch.manual_seed(SEED)
     with setup.device:
-        model = LlamaForCausalLM(setup.config)
+        model: Any = LlamaForCausalLM(setup.config)
     if setup.tuning == "full":
         return model
     if half_base:
@@ -196,6 +196,8 @@ def _trl(rival: Rival, setup: Setup, work: Work, folder: Path) -> Outcome:
 
     class Timed(trl.DPOTrainer):  # type: ignore[misc,unused-ignore]
         """TRL's trainer, untouched, with its reference pass timed and its losses kept."""
+
+        train_dataset: Any
 
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
             _reset_peak(setup.device)
