@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
@@ -28,7 +29,7 @@ from macpo.engine.parallel import parallelize
 from macpo.engine.step_time import Machine, step_time
 from macpo.engine.world import World
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},
     "cuda": {"hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 32, "intermediate_size": 8192},
 }
@@ -113,10 +114,10 @@ def measure(
     return Measured(statistics.median(seconds[2:]), predicted)
 
 
-def this_machine(device: str) -> Machine:
+def this_machine(device: str, threads: int | None = None) -> Machine:
     """The machine that this process runs on; of a GPU that is not in `hardware.GPUS`, an H100's, to be calibrated."""
     if device == "cpu":
-        return Machine.of_cpu(torch.get_num_threads())
+        return Machine.of_cpu(threads or torch.get_num_threads())
     return Machine.of_gpu(hardware.of_device("cuda") or hardware.GPUS["H100"])
 
 

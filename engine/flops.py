@@ -8,6 +8,7 @@ token. With u = one head product over these rows: scoring is 1u, a frozen head 2
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -289,14 +290,16 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 @lru_cache(maxsize=32)
 def _shape(model_type: str, config_json: str) -> ModelShape:
     config: Any = AutoConfig.for_model(model_type, **_plain(config_json))
-    model = meta_model(config)
-    blocks = blocks_of(model)
+    num_layers = config.num_hidden_layers
+    alike = not any("expert" in key or "moe" in key or "block_type" in key for key in config.to_dict())
+    model = meta_model(_first_block(config) if alike else config)
+    blocks = list(blocks_of(model))
     head: Any = model.get_output_embeddings()
     tied = bool(config.tie_word_embeddings)
     vocab, hidden = head.weight.shape
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layers = tuple(_layer(block, config, index) for index, block in enumerate(blocks))
+    layers = tuple(_layer(blocks[index if len(blocks) > 1 else 0], config, index) for index in range(num_layers))
     bias = head.bias is not None
     total = sum(p.numel() for p in model.parameters())  # a tied weight is one parameter
     own_head = (0 if tied else vocab * hidden) + vocab * bias
@@ -310,9 +313,18 @@ def _shape(model_type: str, config_json: str) -> ModelShape:
         vocab=vocab,
         tied=tied,
         layers=layers,
-        others=total - own_head - sum(layer.num_parameters for layer in layers),
+        others=total - own_head - sum(layer.num_parameters for layer in layers[: len(blocks)]),
         head_bias=bias,
     )
+
+
+def _first_block(config: Any) -> PretrainedConfig:
+    """All blocks of a dense model have the same weights, so one of them is built."""
+    small: PretrainedConfig = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    return small
 
 
 def _plain(config_json: str) -> dict[str, Any]:

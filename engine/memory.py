@@ -106,6 +106,7 @@ class Memory:
     host: float
     """Activations that wait in host memory."""
     phases: tuple[tuple[str, float], ...]
+    on_gpu: bool = True
     pooled: float = 0.0
     """Of a base model that stays loaded beside the float32 copy that trains; in every phase."""
 
@@ -120,8 +121,8 @@ class Memory:
 
     @property
     def device(self) -> float:
-        """What the process takes of a GPU: the peak and what torch and the driver add."""
-        return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES
+        """What the process takes of its device: of a GPU the peak and what torch and the driver add."""
+        return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES if self.on_gpu else self.peak
 
 
 def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) -> Memory:
@@ -171,13 +172,14 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
         gathered=gathered + reduced,
         host=host,
         phases=phases,
+        on_gpu=setup.device == "cuda",
         pooled=pooled,
     )
 
 
 def checkpoint_bytes(config: PretrainedConfig, setup: Setup) -> float:
     """A checkpoint inside a stage: float32 weights that train and their two moments, of all ranks together."""
-    return 12.0 * _states(ModelShape.of(config), ModelShape.of(config), replace(setup, ranks=1)).trained
+    return 12.0 * _states(ModelShape.of(config), ModelShape.of(config), replace(setup, ranks=1, parallel=WHOLE)).trained
 
 
 def policy_bytes(config: PretrainedConfig, setup: Setup) -> float:

@@ -48,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--examples", type=int, default=2, help="pairs to show with prompt and response tokens marked")
     check.set_defaults(command=_check)
 
-    plan = commands.add_parser("plan", parents=[recipe], help="stages, and estimates of tokens, disk, memory, time")
+    plan = commands.add_parser(
+        "plan", parents=[common], help="a recipe's stages with memory, time and disk; or which settings fit some GPUs"
+    )
+    plan.add_argument("recipe", type=Path, nargs="?", help="recipe (YAML), or the folder of a run")
+    _overrides(plan)
+    _fitting(plan)
     plan.set_defaults(command=_plan)
 
     run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
@@ -72,6 +77,29 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
     export.set_defaults(command=_export)
     return root
+
+
+def _fitting(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--model", metavar="SHAPE|FOLDER", help="no recipe: llama-3-8b and the like, or a folder")
+    plan.add_argument("--table", action="store_true", help="no recipe: a 70B student, 8B teachers; 1, 2 and 8 nodes")
+    plan.add_argument("--gpu", help="h100, h200, a100 or b200 (default h100; of a recipe: this machine)")
+    plan.add_argument("--gpus", type=_positive, help="ranks that share a stage (default 8; of a recipe: 1)")
+    plan.add_argument("--calibrate", action="store_true", help="measure one step on this machine and scale by it")
+    plan.add_argument("--tuning", choices=("lora", "full"), help="with --model (default lora)")
+    for name, what in (
+        ("--pairs", "of a step over all GPUs (default 128)"),
+        ("--prompt-tokens", "mean of a prompt (default 200)"),
+        ("--response-tokens", "mean of an answer (default 80)"),
+        ("--microbatch-tokens", "of a packed row (default 8192)"),
+    ):
+        plan.add_argument(name, type=_positive, help=f"with --model or --table: {what}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:
@@ -121,12 +149,25 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from macpo import launch, planning, standalone
+    from macpo import launch, plan_tables, planning, standalone
     from macpo.config import Recipe
+    from macpo.engine.errors import ConfigError
 
+    if arguments.recipe is None:
+        print(plan_tables.show(arguments))
+        return
+    odd = [name for name in plan_tables.WITHOUT_RECIPE if getattr(arguments, name)]
+    if odd:
+        raise ConfigError(f"--{odd[0].replace('_', '-')} does not go with a recipe", "leave out one of them")
     recipe = launch.load(arguments.recipe, arguments.overrides)
-    if not _printed(arguments, recipe):
-        print(planning.show(recipe) if isinstance(recipe, Recipe) else standalone.show_plan(recipe))
+    if _printed(arguments, recipe):
+        return
+    if isinstance(recipe, Recipe):
+        print(planning.show(recipe, planning.hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
+    elif arguments.gpu or arguments.gpus or arguments.calibrate:
+        raise ConfigError("--gpu, --gpus and --calibrate are for recipes of the method", "plan with --model instead")
+    else:
+        print(standalone.show_plan(recipe))
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -11,21 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from macpo.config import AgentSettings, Recipe
 from macpo.datasets import load_preferences
+from macpo.engine.calibrate import calibrate, this_machine
 from macpo.engine.compute import device_of, dtype_of, memory_budget
-from macpo.engine.config import LoraSettings
-from macpo.engine.errors import MacpoError
+from macpo.engine.config import FullSettings, LoraSettings
+from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import free_bytes
-from macpo.engine.loading import local_folder, read_json_object
+from macpo.engine.fitting import Option, Workload, option
+from macpo.engine.flops import ModelShape
+from macpo.engine.memory import Setup
 from macpo.engine.pretrain import llama_shape
+from macpo.engine.shapes import config_of
 from macpo.engine.stages import Stage
+from macpo.engine.step_time import Machine
 from macpo.iteration import build_plan
+from macpo.learning import TUNING
+from macpo.plan_tables import gpu_of
 from macpo.steps import Plan
 
-FLOP_PER_S = {"cpu": 4.0e10, "cuda": 3.0e14}
-"""Assumed useful FLOP/s of one CPU thread, and of one H100-class GPU in bfloat16 at about 40% utilisation."""
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""
 CHARS_PER_TOKEN = 4.0
@@ -40,6 +46,16 @@ class Shape:
     num_parameters: int
     bytes_loaded: int
     bytes_policy: int
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a recipe is planned for: one rank's machine and memory, and how many ranks share each stage."""
+
+    machine: Machine
+    room: float
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +77,50 @@ class Estimate:
     base: str
     load: bool
     resident_bytes: int
+    training: Option | None = None
+    """Of a stage that trains: memory, step time and checkpoint."""
+
+
+def hardware_of(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, measure: bool = False) -> Hardware:
+    """The GPUs that are named, or this machine; with `measure` scaled by one step on it.
+
+    Raises:
+        ConfigError: an unknown GPU, or one to be measured that is not here.
+    """
+    compute, ranks = recipe.compute, gpus or 1
+    device = device_of(compute).type
+    if gpu is not None:
+        if measure:
+            raise ConfigError("--calibrate measures this machine", "leave out --gpu or --calibrate")
+        planned = gpu_of(gpu)
+        return Hardware(Machine.of_gpu(planned), float(planned.memory_bytes), ranks)
+    threads = compute.threads or torch.get_num_threads()
+    if device == "cuda":
+        room = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / compute.jobs
+    machine = this_machine(device, threads)
+    if measure:
+        torch.set_num_threads(threads)
+        setup = Setup(FullSettings(), dtype=dtype_of(compute), device="cuda" if device == "cuda" else "cpu")
+        machine = calibrate(setup, machine)
+    return Hardware(machine, room, ranks)
 
 
 def shape_of(agent: AgentSettings, recipe: Recipe) -> Shape:
-    """Parameters and bytes from the `init` block, or from the model folder's config on the meta device."""
+    """Parameters and bytes from the `init` block, or from the model folder's config."""
     size = dtype_of(recipe.compute).itemsize
     if agent.init is not None:
-        config = llama_shape(agent.init)
+        config: PretrainedConfig = llama_shape(agent.init)
         name = f"init {agent.init.hidden_size}x{agent.init.num_layers}"
     else:
-        from transformers import AutoConfig
-
         name = str(agent.model or agent.positive)
-        folder = local_folder(name)
-        read_json_object(folder / "config.json")
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    policy = num_parameters * size
+        config = config_of(name)
+    shape = ModelShape.of(config)
+    policy = shape.num_parameters * 4
     if isinstance(agent.tuning, LoraSettings):
-        names = agent.tuning.target_modules
-        linears = [
-            module
-            for path, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-            and ((names == "all-linear" and "lm_head" not in path) or path.rpartition(".")[2] in names)
-        ]
-        policy = 4 * agent.tuning.rank * sum(m.in_features + m.out_features for m in linears)
-    return Shape(name, num_parameters, num_parameters * size, policy)
+        policy = 4 * shape.adapter_parameters(agent.tuning.rank, agent.tuning.target_modules)
+    return Shape(name, shape.num_parameters, shape.num_parameters * size, policy, config)
 
 
 def sample_lengths(recipe: Recipe) -> Lengths:
@@ -109,8 +138,16 @@ def sample_lengths(recipe: Recipe) -> Lengths:
     return Lengths(min(prompt, limit), min(answer, recipe.sampling.max_new_tokens))
 
 
-def estimate(recipe: Recipe, plan: Plan) -> list[Estimate]:
-    """The stages in order with their estimated costs, and which base has to be loaded under the memory budget."""
+def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> list[Estimate]:
+    """The stages in order with their estimated costs, and which base has to be loaded under the memory budget.
+
+    Args:
+        hardware: that stages are planned for; None is this machine, without memory and step time of the training.
+
+    Raises:
+        ConfigError: settings that a stage's model cannot be trained with.
+    """
+    machine = (hardware or hardware_of(recipe)).machine
     shapes = {agent.name: shape_of(agent, recipe) for agent in (*recipe.teachers, recipe.student)}
     lengths, device = sample_lengths(recipe), device_of(recipe.compute).type
     budget = memory_budget(recipe.compute)
@@ -119,9 +156,15 @@ def estimate(recipe: Recipe, plan: Plan) -> list[Estimate]:
     for stage in plan.graph.stages:
         agent = _agent(stage, shapes)
         tokens, flop, weight_reads, disk = _cost(stage, recipe, lengths, shapes)
-        threads = recipe.compute.threads or os.cpu_count() or 1
-        rate = FLOP_PER_S[device] * (threads if device == "cpu" else 1)
-        seconds = flop / rate + weight_reads / BYTES_PER_S[device]
+        seconds = machine.scale * machine.product(flop, dtype_of(recipe.compute)) + weight_reads / BYTES_PER_S[device]
+        training = None
+        if hardware is not None and (work := _workload(stage, lengths, shapes)) is not None:
+            training = _training(stage, recipe, shapes[work[0]], work[1], hardware)
+            passes = tokens
+            if stage.kind.endswith(".prefer"):  # one pass more, of the reference, a forward alone
+                epochs = stage.settings["optim"]["epochs"]
+                passes = tokens * (epochs + 1 / 3) / (1 + epochs)
+            seconds = passes / work[1].tokens * training.time.total
         load = False
         if agent is not None:
             shape = shapes[agent]
@@ -131,7 +174,9 @@ def estimate(recipe: Recipe, plan: Plan) -> list[Estimate]:
             while sum(resident.values()) > budget and len(resident) > 1:
                 resident.popitem(last=False)
         rows.append(
-            Estimate(stage.name, round(tokens), round(disk), seconds, agent or "", load, sum(resident.values()))
+            Estimate(
+                stage.name, round(tokens), round(disk), seconds, agent or "", load, sum(resident.values()), training
+            )
         )
     return rows
 
@@ -139,6 +184,29 @@ def estimate(recipe: Recipe, plan: Plan) -> list[Estimate]:
 def _agent(stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
     name = stage.settings.get("agent", {}).get("name")
     return name if name in shapes else None
+
+
+def _workload(stage: Stage, lengths: Lengths, shapes: Mapping[str, Shape]) -> tuple[str, Workload] | None:
+    """Who learns in a stage that trains, and what one of its steps holds."""
+    kind, s = stage.kind.rpartition(".")[2], stage.settings
+    if kind == "pretrain_base":
+        optim = s["init"]["pretrain"]
+        work = Workload(optim["batch"], 1, PRETRAIN_DOCUMENT_TOKENS - 1, optim["microbatch_tokens"], answers=1)
+        return next(name for name in shapes if stage.name.endswith(f"base-{name}")), work
+    if kind not in ("imitate", "prefer"):
+        return None
+    prompt, answer = max(1, round(lengths.prompt)), max(1, round(lengths.answer))
+    limit, answers = s["optim"]["microbatch_tokens"], 2 if kind == "prefer" else 1
+    return s["agent"]["name"], Workload(s["optim"]["batch"], prompt, answer, limit, answers)
+
+
+def _training(stage: Stage, recipe: Recipe, shape: Shape, work: Workload, hardware: Hardware) -> Option:
+    """Memory and step time of a stage that trains."""
+    on_cpu = hardware.machine.waits
+    tuning = TUNING.validate_python(stage.settings.get("tuning", {"type": "full"}))
+    dtype = dtype_of(recipe.compute) if on_cpu else torch.bfloat16
+    setup = Setup(tuning, recipe.compute.parallel, dtype, "cpu" if on_cpu else "cuda", hardware.ranks)
+    return option(shape.config, setup, hardware.machine, hardware.room, work)
 
 
 def _cost(
@@ -195,16 +263,28 @@ def _cost(
     return 0, 0, 0, student * row_bytes
 
 
-def show(recipe: Recipe) -> str:
+def show(recipe: Recipe, hardware: Hardware | None = None) -> str:
     """The plan as text; raises ResourceError through the callers' checks when the disk cannot hold it."""
     plan = build_plan(recipe)
-    rows = estimate(recipe, plan)
-    lines = [f"{len(rows)} stages into {recipe.output} (tokens, disk, memory and time are estimates)", ""]
-    lines.append(f"{'stage':44} {'tokens':>13} {'disk':>9} {'time':>9}  base model")
+    hardware = hardware or hardware_of(recipe)
+    rows = estimate(recipe, plan, hardware)
+    width = max(len(row.stage) for row in rows)
+    lines = [
+        f"{len(rows)} stages into {recipe.output}",
+        "tokens, disk, memory and time are estimates; a rank, step and ckpt: memory, step time and checkpoint",
+        "",
+        f"{'stage':{width}} {'tokens':>12} {'disk':>8} {'time':>8} {'a rank':>8} {'step':>7} {'ckpt':>8}  base",
+    ]
     for row in rows:
         base = f"{row.base}{' (load)' if row.load else ''}" if row.base else ""
+        needs = step = saved = ""
+        if row.training is not None:
+            needs, saved = _size(row.training.memory.device), _size(row.training.checkpoint)
+            step = f"{row.training.time.total:.2f} s"
+            base += "" if row.training.fits else f"; DOES NOT FIT: {row.training.why_not}"
         lines.append(
-            f"{row.stage:44} {row.tokens:13,} {_size(row.disk_bytes):>9} {_time(row.seconds):>9}  {base}".rstrip()
+            f"{row.stage:{width}} {row.tokens:12,} {_size(row.disk_bytes):>8} {_time(row.seconds):>8} "
+            f"{needs:>8} {step:>7} {saved:>8}  {base}".rstrip()
         )
     disk, seconds = sum(r.disk_bytes for r in rows), sum(r.seconds for r in rows)
     loads, peak = sum(r.load for r in rows), max(r.resident_bytes for r in rows)
@@ -214,10 +294,16 @@ def show(recipe: Recipe) -> str:
         f"disk: about {_size(disk)}" + (f" of {_size(free)} free" if free is not None else ""),
         f"memory: base models kept loaded up to {_size(memory_budget(recipe.compute))}; at most {_size(peak)} at once, "
         f"{loads} loads",
-        f"time: about {_time(seconds)} in one process on {device_of(recipe.compute).type}"
+        f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
+        + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else ""),
+        f"time: about {_time(seconds)} in one process on {hardware.machine.name}"
         + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else ""),
     ]
     return "\n".join(lines)
+
+
+def _ranks(hardware: Hardware) -> str:
+    return f"{hardware.ranks} ranks" if hardware.ranks > 1 else "one rank"
 
 
 def free_bytes_of(recipe: Recipe) -> int | None:

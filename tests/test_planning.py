@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
+import torch
 from tiny import tiny
 
+from macpo.cli import parser
 from macpo.config import Recipe
+from macpo.engine.config import LoraSettings
+from macpo.engine.errors import ConfigError
+from macpo.engine.fitting import HOST_BYTES, Workload, options
+from macpo.engine.flops import ModelShape
+from macpo.engine.hardware import GPUS
+from macpo.engine.shapes import config_of
+from macpo.engine.step_time import Machine
 from macpo.iteration import build_plan
-from macpo.planning import Estimate, estimate, shape_of, show
+from macpo.plan_tables import tuning_of
+from macpo.planning import Estimate, Hardware, estimate, hardware_of, shape_of, show
 
 
 def rows(recipe: Recipe) -> list[Estimate]:
@@ -49,3 +61,116 @@ def test_more_iterations_cost_more(tmp_path: Path) -> None:
     short, long = (rows(tiny(tmp_path, iterations=t)) for t in (1, 3))
     assert sum(row.tokens for row in long) > sum(row.tokens for row in short)
     assert sum(row.disk_bytes for row in long) > sum(row.disk_bytes for row in short)
+
+
+def test_training_stages_have_memory_step_time_and_checkpoint(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    found = estimate(recipe, build_plan(recipe), hardware_of(recipe))
+    trained = [row for row in found if row.training is not None]
+    trains = {"pretrain_base", "imitate", "prefer"}
+    stages = build_plan(recipe).graph.stages
+    wanted = [stage.name for stage in stages if stage.kind.rpartition(".")[2] in trains]
+    assert [row.stage for row in trained] == wanted and len(wanted) > 10
+    for row in trained:
+        assert row.training is not None and row.training.fits and row.training.time.total > 0
+        assert row.seconds >= row.training.time.total / 2
+    full = next(row for row in trained if row.stage == "base-student")
+    assert full.training is not None
+    assert full.training.checkpoint == 12 * shape_of(recipe.student, recipe).num_parameters
+    text = show(recipe, hardware_of(recipe))
+    assert max(map(len, text.splitlines()[1:])) <= 100 and "ckpt" in text and "DOES NOT FIT" not in text
+    small = Hardware(Machine.of_gpu(GPUS["H100"]), room=1e6)
+    assert "DOES NOT FIT: " in show(recipe, small)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen-2.5-0.5b", 494_032_768),
+        ("qwen-2.5-7b", 7_615_616_512),
+        ("qwen-2.5-72b", 72_706_203_648),
+        ("qwen-3-8b", 8_190_735_360),
+    ],
+)
+def test_named_shapes_have_the_published_parameters(name: str, count: int) -> None:
+    assert ModelShape.of(config_of(name)).num_parameters == count
+
+
+def test_which_settings_fit_and_why_not() -> None:
+    config, work = config_of("llama-3-8b"), Workload()
+    lora, full = (options(config, GPUS["A100"], 1, tuning_of(name), work) for name in ("lora", "full"))
+    assert lora[0].fits and not any(each.fits for each in full)
+    assert all(each.why_not for each in full) and "64 GB of moments" in {each.why_not for each in full}
+    fit = [each.fits for each in lora]
+    assert fit == sorted(fit, reverse=True)
+    times = [each.time.total for each in lora if each.fits]
+    assert all(b > 0.97 * a for a, b in pairwise(times))
+    assert {each.setup.tuning.quantization for each in lora if isinstance(each.setup.tuning, LoraSettings)} == {
+        "none",
+        "nf4",
+    }
+    sharded = options(config, GPUS["A100"], 8, tuning_of("full"), work)
+    assert sharded[0].fits and sharded[0].setup.parallel.sharding == "shard"
+    assert all(each.setup.parallel.sharding != "hybrid" for each in sharded)
+    assert {each.setup.parallel.tensor for each in sharded} == {1, 2, 4, 8}
+
+
+def test_host_memory_helps_where_nothing_else_does() -> None:
+    """One long pair a rank: the inputs of 80 blocks are what is too large."""
+    work = Workload(pairs=8, prompt=60_000, response=10_000, microbatch_tokens=80_000)
+    found = options(config_of("llama-3-70b"), GPUS["H100"], 8, tuning_of("lora"), work)
+    best = found[0]
+    assert best.fits and best.setup.parallel.offload_activations and best.setup.parallel.checkpointing == "full"
+    assert 50e9 < best.memory.host < HOST_BYTES
+    assert not any(each.fits for each in found if not each.setup.parallel.offload_activations)
+
+
+@pytest.mark.parametrize(
+    "options_",
+    [
+        ["--model", "llama-3-8b", "--gpus", "16"],
+        ["--model", "llama-3.2-1b", "--gpus", "1", "--tuning", "full"],
+        ["--table"],
+    ],
+)
+def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = parser().parse_args(["plan", *options_])
+    arguments.command(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    if options_ == ["--table"]:
+        rows = [line.split() for line in lines if " lora " in line or " full " in line]
+        assert [(row[0], row[1], row[2]) for row in rows] == [
+            (model, tuning, nodes) for model in ("llama-3-70b", "llama-3-8b") for tuning in ("lora", "full")
+            for nodes in "128"
+        ]  # fmt: skip
+        assert all(float(row[4]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options_", "message"),
+    [
+        ([], "there is nothing to plan"),
+        (["--table", "--gpus", "8"], "--table shows its own"),
+        (["--model", "gpt-5"], "there is no shape"),
+        (["--model", "llama-3-8b", "--gpu", "v100"], "there is no GPU"),
+        (["--model", "llama-3-8b", "--gpus", "12"], "no whole number of nodes"),
+        (["--model", "llama-3-8b", "--set", "a=1"], "for a recipe"),
+        (["recipe.yaml", "--pairs", "4"], "--pairs does not go with a recipe"),
+        pytest.param(
+            ["--model", "llama-3-8b", "--calibrate"],
+            "to measure a step on",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there may be an H100 here"),
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options_: list[str], message: str) -> None:
+    arguments = parser().parse_args(["plan", *options_])
+    with pytest.raises(ConfigError, match=message):
+        arguments.command(arguments)

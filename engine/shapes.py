@@ -1,0 +1,77 @@
+"""Published shapes of models by name, so that a plan needs no download.
+
+Source of every line: config.json of the model's page on the Hub; `tests/test_planning.py` holds the parameter counts
+that the pages state.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig, PretrainedConfig
+
+from macpo.engine.errors import ConfigError
+from macpo.engine.loading import local_folder, read_json_object
+
+
+class _Shape(NamedTuple):
+    kind: str
+    page: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+    tied: bool = False
+    head_dim: int | None = None
+    positions: int = 8192
+
+
+_SHAPES = {
+    "llama-2-7b": _Shape("llama", "meta-llama/Llama-2-7b-hf", 4096, 32, 32, 32, 11008, 32000, positions=4096),
+    "llama-3-8b": _Shape("llama", "meta-llama/Meta-Llama-3-8B", 4096, 32, 32, 8, 14336, 128256),
+    "llama-3-70b": _Shape("llama", "meta-llama/Meta-Llama-3-70B", 8192, 80, 64, 8, 28672, 128256),
+    "llama-3.2-1b": _Shape("llama", "meta-llama/Llama-3.2-1B", 2048, 16, 32, 8, 8192, 128256, True, 64),
+    "llama-3.2-3b": _Shape("llama", "meta-llama/Llama-3.2-3B", 3072, 28, 24, 8, 8192, 128256, True, 128),
+    "mistral-7b": _Shape("mistral", "mistralai/Mistral-7B-v0.3", 4096, 32, 32, 8, 14336, 32768),
+    "qwen-2.5-0.5b": _Shape("qwen2", "Qwen/Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, True),
+    "qwen-2.5-7b": _Shape("qwen2", "Qwen/Qwen2.5-7B", 3584, 28, 28, 4, 18944, 152064),
+    "qwen-2.5-72b": _Shape("qwen2", "Qwen/Qwen2.5-72B", 8192, 80, 64, 8, 29568, 152064),
+    "qwen-3-8b": _Shape("qwen3", "Qwen/Qwen3-8B", 4096, 36, 32, 8, 12288, 151936, head_dim=128),
+}
+NAMES = tuple(_SHAPES)
+
+
+def config_of(model: str) -> PretrainedConfig:
+    """The config of a named shape, of a model folder, or of a Hub id that is in the cache or can be fetched.
+
+    Raises:
+        ConfigError: none of them.
+    """
+    shape = _SHAPES.get(model.lower())
+    if shape is None:
+        if not Path(model).expanduser().is_dir() and "/" not in model:
+            raise ConfigError(
+                f"there is no shape and no folder {model!r}", f"name a folder or one of {', '.join(NAMES)}"
+            )
+        folder = local_folder(model)
+        read_json_object(folder / "config.json")
+        found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        return found
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "max_position_embeddings": shape.positions,
+    }
+    if shape.head_dim is not None:
+        sizes["head_dim"] = shape.head_dim
+    if shape.kind == "mistral":
+        sizes["sliding_window"] = None
+    return AutoConfig.for_model(shape.kind, **sizes)
