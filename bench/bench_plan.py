@@ -1,6 +1,6 @@
 """Predicted against measured step times on this machine, after one calibration step.
 
-    python -m bench.bench_plan [--device cpu|cuda] [--repeats 5]
+    python -m bench.bench_plan [--device cpu|cuda] [--repeats 7]
 
 One calibration step of one model scales the machine; then whole steps of other shapes, families, tunings, batches and
 lengths are predicted and measured. On a CPU one thread works and its own time counts, so that other work on the machine
@@ -89,7 +89,7 @@ def main() -> None:
     """Print the table; exit 1 where a prediction is more than 25% off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     clock = time.perf_counter if arguments.device == "cuda" else time.process_time
     if arguments.device == "cpu":

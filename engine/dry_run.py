@@ -208,8 +208,9 @@ def dry_run(
         forward=_difference(one.forward, block.forward),
         backward=_difference(one.backward, block.backward),
     )
-    whole_first = _run(config, 1, tokens, rows, dtype, tuning, attention, whole_first=True)
-    outside = whole_first.saved - block.saved
+    outside = ends.saved
+    if isinstance(tuning, LoraSettings):
+        outside = _run(config, 1, tokens, rows, dtype, tuning, attention, whole_first=True).saved - block.saved
     return DryRun(block, ends, outside, two.block_input, two.forward_scratch, two.backward_scratch)
 
 
