@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from macpo.kernels import linear_logp, pair_loss
 from macpo.kernels.linear_logp import chunked, reference
-from macpo.kernels.linear_logp.head import Head
+from macpo.kernels.linear_logp.head import Head, Needs
 from macpo.kernels.linear_logp.tuning import FASTER, route_of
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
@@ -123,7 +123,7 @@ def test_the_epilogue_keeps_no_logits(backend):
     for route in ("epilogue", "vendor"):
         head = Head(weight, None, None, None, 1.0, 1.0, None, backend, route)
         with Largest() as seen:
-            chunked.forward(head, hidden, target, 35, keep_dx=False, keep_d=False)
+            chunked.forward(head, hidden, target, 35, Needs(False, False, False, False, False))
         sizes.append(seen.size)
     # The interpreter copies its arguments, so that the weight is the largest; the logits of a chunk are larger.
     assert sizes[0] <= 300 * 4 * 2 < 35 * 300 * 4 <= sizes[1]
