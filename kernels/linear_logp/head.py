@@ -109,7 +109,10 @@ class Head:
     def block(self, num_rows: int, chunk_rows: int, needs: Needs) -> Tensor | None:
         """Memory for the d of a block of at most `num_rows` rows; None where d may lie in the chunk's."""
         rows_held = min(num_rows, self.block_rows(chunk_rows, needs))
-        return None if rows_held <= chunk_rows else self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
+        if rows_held <= chunk_rows:
+            return None
+        # two 16-bit entries a float32
+        return self.empty(-(-rows_held * self.weight_vh.shape[0] // 2)).view(self.weight_vh.dtype)
 
     def empty(self, *shape: int) -> Tensor:
         """Memory of the dtype and on the device of the logits."""
