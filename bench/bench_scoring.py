@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench import bench_generation
 from bench.bench_generation import Shape, make_model
 from bench.cli import Spec, run_bench
 from bench.device import gemm
@@ -31,14 +33,12 @@ from macpo.engine.scoring import score
 OURS = "macpo score"
 CANDIDATES = 4
 
-SHAPES: dict[str, list[tuple[str, Shape, torch.dtype]]] = {
-    "small": [("Llama 0.1M", Shape(32, 2, 4, 2, 64, 512, "hh-like-8", (4, 8)), torch.float32)],
-    "issue": [("Llama 15M", Shape(288, 6, 6, 6, 768, 32000, "hh-like-64", (4, 8, 16, 32)), torch.float32)],
-    "gpu": [
-        ("Llama 1B", Shape(2048, 16, 32, 8, 8192, 128256, "hh-like-256", (16, 32, 64)), torch.bfloat16),
-        ("Llama 8B", Shape(4096, 32, 32, 8, 14336, 128256, "hh-like-256", (16, 32, 64), False), torch.bfloat16),
-    ],
+BATCHES = {"small": (4, 8), "issue": (4, 8, 16, 32), "gpu": (16, 32, 64)}
+SHAPES = {
+    shapes: [(name, replace(shape, batches=BATCHES[shapes]), dtype) for name, shape, dtype in cases]
+    for shapes, cases in bench_generation.SHAPES.items()
 }
+"""The models and requests of the generation benchmark; batch sizes of the padded peers."""
 
 
 def specs(shapes: str, device: torch.device) -> list[Spec]:

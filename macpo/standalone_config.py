@@ -97,6 +97,9 @@ class StandaloneRecipe(Settings):
                 f"prompt_tokens ({self.max_prompt_tokens}) leaves no room for an answer in context_tokens "
                 f"({self.context_tokens})"
             )
+        for name in ("generation_batch", "wave_requests"):
+            if getattr(self.compute, name) != ComputeSettings.model_fields[name].default:
+                raise ValueError(f"compute.{name} is for generation, and this recipe generates nothing")
         if self.init is not None and self.init.context < self.context_tokens:
             raise ValueError(f"context_tokens ({self.context_tokens}) is beyond init.context ({self.init.context})")
         return self

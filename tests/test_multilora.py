@@ -85,7 +85,7 @@ def test_what_cannot_be_stacked_runs_one_after_the_other(caplog: pytest.LogCaptu
         StackedAdapters(peft, NAMES)
     params = SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
     prompts = some_prompts([4, 7])
-    with caplog.at_level(logging.INFO, "macpo.engine.generation.generator"):
+    with caplog.at_level(logging.WARNING, "macpo.engine.generation.generator"):
         mixed = Generator(peft).generate(prompts, params, adapters=["wide", "default"])
     assert [record.message for record in caplog.records if "one after the other" in record.message]
     alone = [Generator(peft).generate([p], params, adapters=a)[0] for p, a in zip(prompts, ("wide", "default"))]  # noqa: B905

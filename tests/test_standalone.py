@@ -226,6 +226,7 @@ def test_killed_in_every_stage_ends_with_the_same_bits(base: Path, tmp_path: Pat
         ("data: {path: x, test_path: y, test_split: z}", "data.test_split: test_split is for `path`"),
         ("data: {path: x, side: chosen}", "data.side: unknown key"),
         ("prompt_tokens: 2000", "prompt_tokens: prompt_tokens (2000) leaves no room"),
+        ("compute: {wave_requests: 3}", "compute.wave_requests is for generation"),
         ("teachers: []", "teachers: unknown key"),
     ],
 )

@@ -188,7 +188,7 @@ class Generator:
         if not reason and None in names and (len(outer.active_adapters) > 1 or _disabled(outer)):
             reason = "several adapters are active at once, or they are switched off"
         if reason:
-            _log.info("adapters are run one after the other: %s", reason)
+            _log.warning("adapters are run one after the other: %s", reason)
             return None
         return StackedAdapters(outer, [outer.active_adapter if name is None else name for name in names], names)
 

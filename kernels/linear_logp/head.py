@@ -101,7 +101,7 @@ class Head:
         """Rows whose d is in memory at once: a chunk, or for a trained 16-bit W as many as make d the size of W.
 
         One product for dW is then one of several hundred or thousand rows, and its float32 sum is read and written
-        so much less often; on an H200 a pass over it takes longer than a chunk's product.
+        so much less often: at V = 128,256 and H = 4,096 that sum is 2.1 GB, a chunk's d 0.13 GB.
         """
         wide = needs.weight and self.weight_vh.dtype.itemsize == 2
         return max(chunk_rows, self.weight_vh.shape[1]) if wide else chunk_rows
