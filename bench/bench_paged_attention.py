@@ -109,6 +109,7 @@ def make_case(
         peers,
         {"out": expected},
         num_bytes=num_bytes,
+        graph=True,
         ceiling=copy(moved, device),
         ceiling_name=f"copy of {moved / 2**20:.0f} MB",
         ceiling_work=float(moved),

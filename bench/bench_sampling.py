@@ -85,6 +85,7 @@ def make_case(batch: int, vocab: int, name: str, device: torch.device) -> Case:
         {},
         check=Check(logits, params),
         num_bytes=num_bytes,
+        graph=True,
         ceiling=copy(moved, device),
         ceiling_name=f"copy of {moved / 2**20:.0f} MB",
         ceiling_work=float(moved),

@@ -3,7 +3,7 @@
 A case is one input at one shape. Its first peer is ours. A peer that does not import or run is listed with the reason.
 Every other one's results are compared with a float64 reference in the same run: one that computes something else is
 shown as wrong and not timed. Timed calls wait for the device. In each round all peers run once, in an order that
-turns, so a busy machine slows all alike; ratios are medians over rounds. A peer that is far behind has two rounds.
+turns, so a busy machine slows all alike; ratios are medians over rounds (`timing.py`).
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch's profiler is loaded
 
 import torch
-from torch import Tensor
 
 from bench import memory
 from bench.device import device_slug, provenance, synchronise
-
-Outputs: TypeAlias = Mapping[str, Tensor]
-Run: TypeAlias = Callable[[], Outputs]
+from bench.timing import Outputs, Run, calls_for, in_graph, rounds_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # A result is exact up to this relative error (Euclidean norm, against float64): a few times what the project's own
@@ -34,7 +31,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # above, wrong.
 EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 INEXACT_FACTOR = 10
-MIN_SECONDS = 2e-3  # a timed stretch is at least this long on a CPU; shorter calls are repeated
 
 
 class Unavailable(Exception):
@@ -76,6 +72,8 @@ class Case:
     ceiling_name: str = ""
     ceiling_work: float = 0.0
     """FLOP or bytes of `ceiling`."""
+    graph: bool = False
+    """Whether peers are timed inside a CUDA graph, on a GPU."""
     items: float = 0.0
     """What a call brings that users count, such as useful tokens; the table then shows these a second."""
     item_name: str = "tok"
@@ -157,15 +155,6 @@ def prepare(case: Case, peer: Peer) -> tuple[Result, Run | None]:
     return result, None if result.status == "wrong" else run
 
 
-def calls_for(run: Run, device: torch.device, seconds: float) -> int:
-    """How often a timed stretch calls `run`, which took about `seconds`."""
-    if device.type == "cuda" or seconds > 10 * MIN_SECONDS:
-        return 1
-    start = time.perf_counter()
-    run()
-    return max(1, int(MIN_SECONDS / max(time.perf_counter() - start, 1e-7)))
-
-
 def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> list[Result]:
     """Every peer of a case.
 
@@ -185,16 +174,23 @@ def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> 
         results.append(result)
         if run is None:
             continue
-        runs[peer.name] = run
         start = time.perf_counter()
         peak = memory.measure(run, case.device, resident=peer is case.peers[0])
-        num_calls[peer.name] = calls_for(run, case.device, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if case.graph and case.device.type == "cuda":
+            run, refusal = in_graph(run)
+            result.note = "; ".join(filter(None, (result.note, refusal)))
+        runs[peer.name] = run
+        num_calls[peer.name] = calls_for(run, case.device, seconds)
         result.peak_extra_bytes, result.returned_bytes = peak.extra, peak.returned
         result.peak_resident_bytes = peak.resident
     if case.ceiling is not None:
         runs["ceiling"] = case.ceiling
-        case.ceiling()
-        num_calls["ceiling"] = calls_for(case.ceiling, case.device, 0.0)
+        if case.graph and case.device.type == "cuda":
+            runs["ceiling"], _ = in_graph(case.ceiling)
+        runs["ceiling"]()
+        synchronise(case.device)
+        num_calls["ceiling"] = calls_for(runs["ceiling"], case.device, 0.0)
     left = budget_s - (time.perf_counter() - begin)
     taken = rounds_of(runs, num_calls, case.device, repeats, left, case.peers[0].name)
     for result in results:
@@ -205,37 +201,6 @@ def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> 
         summarise(case, result, taken["ceiling"], taken.get(case.peers[0].name), taken["ceiling"], case.ceiling_work)
         results.append(result)
     return results
-
-
-SLOW = 2.5  # a peer this many times slower than ours has two rounds
-
-
-def rounds_of(
-    runs: Mapping[str, Run],
-    num_calls: Mapping[str, int],
-    device: torch.device,
-    repeats: int,
-    budget_s: float,
-    ours: str,
-) -> dict[str, list[float]]:
-    """Seconds a call of each, by round; a peer that is far behind leaves after the second one."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    begin = time.perf_counter()
-    for number in range(repeats):
-        if number >= 2 and time.perf_counter() - begin > budget_s:
-            break
-        if number == 2 and ours in taken:
-            names = [name for name in names if min(taken[name]) < SLOW * min(taken[ours])]
-        turn = number % len(names) if names else 0
-        for name in names[turn:] + names[:turn]:
-            synchronise(device)
-            start = time.perf_counter()
-            for _ in range(num_calls[name]):
-                runs[name]()
-            synchronise(device)
-            taken[name].append((time.perf_counter() - start) / num_calls[name])
-    return taken
 
 
 def summarise(

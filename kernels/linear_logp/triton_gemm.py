@@ -36,6 +36,8 @@ class GemmConfig:
     num_stages: int
     group_n: int
     """Row blocks that are walked before the next vocabulary block, so that both stay in the cache."""
+    flatten: bool = False
+    """Whether tiles and their inner loop become one loop, so that a tile's loads begin in the epilogue before it."""
 
 
 # Capability 9 and 10 have the shared memory for the first two, "older" fits 99 KiB. Not measured on a GPU yet: chosen
@@ -91,11 +93,12 @@ def gemm_logp_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP_N: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and the products [N, V] where p_z is."""
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(vocab, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs):
+    for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs, flatten=FLATTEN):
         group = tile // (GROUP_N * num_blocks_v)
         within = tile % (GROUP_N * num_blocks_v)
         size = tl.minimum(num_blocks_n - group * GROUP_N, GROUP_N)
@@ -264,7 +267,7 @@ def _describable(x: Tensor) -> bool:
 
 def _meta(config: GemmConfig, tma: bool) -> dict[str, int | bool]:
     blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
-    return {"TMA": tma, **blocks, "GROUP_N": config.group_n}
+    return {"TMA": tma, **blocks, "GROUP_N": config.group_n, "FLATTEN": config.flatten}
 
 
 def aot_kernels() -> list[AotKernel]:

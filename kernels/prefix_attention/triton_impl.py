@@ -112,26 +112,47 @@ def backward(
     flip = scale < 0
     q, scale = (-q, -scale) if flip else (q, scale)
     q, k, v, o, do = (x.contiguous() for x in (q, k, v, o, do))
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    dq, dk, dv, delta = (_empty(x.shape, x.dtype, x.device) for x in (q, k, v, lse))
-    last = (num_tokens, head_dim, num_heads // num_kv_heads)
+    dq, delta = dq_and_delta(do, q, k, v, o, lse, visible_3t, key_lists, scale, tiles.dq)
+    dk, dv = dk_and_dv(do, q, k, v, lse, delta, visible_3t, query_lists, scale, tiles.dkv)
+    return -dq if flip else dq, dk, dv
+
+
+def dq_and_delta(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, visible_3t: Tensor, key_lists: Tensor,
+    scale: float, tile: Tile,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq [T, Hq, D], and delta [Hq, T] = rowsum(do * o), which `dk_and_dv` takes. Contiguous inputs, scale >= 0."""
+    (num_tokens, num_heads, head_dim), dq, delta = q.shape, _like(q), _like(lse)
     kernels.dq_kernel[num_heads, key_lists.shape[0]](
         q, k, v, o, do, lse, delta, dq, visible_3t, key_lists, q.stride(0), k.stride(0),
-        *last, key_lists.stride(0), scale, scale * _LOG2_E,
-        **_constants(tiles.dq, head_dim, q.dtype), num_warps=tiles.dq.num_warps, num_stages=tiles.dq.num_stages,
+        num_tokens, head_dim, num_heads // k.shape[1], key_lists.stride(0), scale, scale * _LOG2_E,
+        **_constants(tile, head_dim, q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    for parts in _parts(tiles.dkv, head_dim, q.dtype):
+    return dq, delta
+
+
+def dk_and_dv(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, visible_3t: Tensor, query_lists: Tensor,
+    scale: float, tile: Tile,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv [T, Hkv, D]. Contiguous inputs, scale >= 0."""
+    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    dk, dv = _like(k), _like(v)
+    for parts in _parts(tile, head_dim, q.dtype):
         kernels.dkv_kernel[num_kv_heads, query_lists.shape[0]](
             q, k, v, do, lse, delta, dk, dv, visible_3t, query_lists, q.stride(0), k.stride(0),
-            *last, query_lists.stride(0), scale, scale * _LOG2_E,
-            **parts, num_warps=tiles.dkv.num_warps, num_stages=tiles.dkv.num_stages,
+            num_tokens, head_dim, num_heads // num_kv_heads, query_lists.stride(0), scale, scale * _LOG2_E,
+            **parts, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return -dq if flip else dq, dk, dv
+    return dk, dv
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def _like(x: Tensor) -> Tensor:
+    return _empty(x.shape, x.dtype, x.device)
 
 
 def _padded(head_dim: int) -> int:
