@@ -15,6 +15,7 @@ pytestmark = pytest.mark.parametrize("backend", [TRITON])
 
 HEADS = {"plain": (False, 1.0, None), "scale": (False, -0.5, None), "all": (True, 1.5, 3.0)}  # bias, scale, softcap
 LOW = (torch.bfloat16, torch.float16)
+TWO_ROUNDINGS = 2 * 2.0**-8  # of bfloat16: e and then the gradient
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +206,11 @@ def test_no_rows_and_wrong_inputs(backend, rows, gemm):
         rows.row_logp(torch.zeros(3, 20, device=DEVICE).double(), target, None, 1.0, None)
     with pytest.raises(ValueError, match="bfloat16 or float16, not"):
         rows.row_logp_dlogits_(torch.zeros(3, 20, device=DEVICE), target, None, 1.0, None, torch.float64)
+    hidden, weight = torch.zeros(3, 16, device=DEVICE), torch.zeros(20, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"contiguous \[N, V\]"):
+        gemm.gemm_logp_dlogits(hidden, weight, target, None, 1.0, torch.zeros(3, 40, device=DEVICE)[:, :20])
+    with pytest.raises(ValueError, match="d must be"):
+        gemm.gemm_logp_dlogits(hidden, weight, target, None, 1.0, torch.zeros(3, 20, device=DEVICE).half())
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         gemm.gemm_logp(*torch.zeros(2, 3, 4, device=DEVICE).double(), target, None, 1.0, None)
 
@@ -234,12 +240,15 @@ def test_own_epilogue_equals_float64(backend, gemm, rows, dtype, sizes, head):
     assert_close(got_lse, lse, torch.float32, "lse")
     assert (logp <= 0).all()
     assert all(map(torch.equal, gemm.gemm_logp(hidden, weight, target, *options), (logp, got_lse)))
-    z = torch.empty(num_rows, vocab, device=DEVICE)
-    kept, kept_lse = gemm.gemm_logp_keep(hidden, weight, target, *options, z)
-    assert_close(z, wide[0] @ wide[1].T, torch.float32, "z")
-    assert_close(kept, expected, torch.float32, "logp, z kept")
-    d = rows.row_dlogits_(z.clone()[:4], target[:4], kept_lse[:4], *options, dtype, None)
-    assert_close(d, exact(wide[0] @ wide[1].T, target, *options)[2][:4], dtype, "d")
+    if softcap is not None:
+        return
+    d = torch.full((num_rows, vocab), float("nan"), dtype=dtype, device=DEVICE)
+    again, lse_again = gemm.gemm_logp_dlogits(hidden, weight, target, bias, scale, d)
+    assert torch.equal(again, logp) and torch.equal(lse_again, got_lse)
+    assert_close(d, exact(wide[0] @ wide[1].T, target, *options)[2], dtype, "d")
+    first = d.clone()
+    gemm.gemm_logp_dlogits(hidden, weight, target, bias, scale, d)
+    assert torch.equal(d, first)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
@@ -253,16 +262,18 @@ def test_own_epilogue_reads_nothing_outside(backend, gemm, monkeypatch, poison, 
     target = torch.randint(131, (67,), generator=g).to(DEVICE)
     (hidden, hidden_intact), (weight, weight_intact) = (poisoned(x, poison, pad) for x in clean)
     inner, target_intact = poisoned(target, 2**62)
-    z = torch.empty(67, 131, device=DEVICE)
-    logp, _ = gemm.gemm_logp_keep(hidden, weight, inner, None, 1.0, None, z)
+    outside = torch.full((69, 131), poison, dtype=torch.half, device=DEVICE)
+    d = outside[1:-1]
+    logp, _ = gemm.gemm_logp_dlogits(hidden, weight, inner, None, 1.0, d)
     assert_close(logp, reference.linear_logp(*(x.double() for x in clean), target), torch.float32)
-    assert_close(z, clean[0].double() @ clean[1].double().T, torch.float32)
+    assert_close(d, exact(clean[0].double() @ clean[1].double().T, target, None, 1.0, None)[2], torch.half)
+    assert not outside[[0, -1]].isfinite().any()
     assert_close(gemm.gemm_logp(hidden, weight, inner, None, 1.0, None)[0], logp, torch.float32)
     assert hidden_intact() and weight_intact() and target_intact()
 
 
 def test_own_epilogue_on_confident_rows(backend, gemm):
-    """Logits of 200 in bfloat16 and a runner-up 1.25 below or 12 below: each log-prob to the tolerance by itself."""
+    """Logits of 200 in bfloat16 and a runner-up 1.25 below or 12 below: log-probs and 1 - p to the tolerance each."""
     hidden = (torch.eye(4) * 20).bfloat16().to(DEVICE)
     for second in (9.9375, 9.375):
         weight = torch.cat([torch.eye(4) * 10, torch.eye(4) * second]).bfloat16().to(DEVICE)
@@ -270,6 +281,31 @@ def test_own_epilogue_on_confident_rows(backend, gemm):
         logp, _ = gemm.gemm_logp(hidden, weight, target, None, 1.0, None)
         expected = reference.linear_logp(hidden.double(), weight.double(), target)
         torch.testing.assert_close(logp.double(), expected, rtol=TOLERANCE[torch.float32], atol=0)
+        d = torch.empty(4, 8, dtype=torch.bfloat16, device=DEVICE)
+        gemm.gemm_logp_dlogits(hidden, weight, target, None, 1.0, d)
+        wanted = exact(hidden.double() @ weight.double().T, target, None, 1.0, None)[2]
+        torch.testing.assert_close(d.double(), wanted, rtol=TWO_ROUNDINGS, atol=1e-30)
+
+
+def test_own_epilogue_of_masked_and_huge_logits(backend, gemm):
+    """-inf by the bias in whole tiles and in single entries, one logit of 1e4, and no token as target."""
+    hidden, weight = torch.zeros(4, 16, device=DEVICE).bfloat16(), torch.zeros(600, 16, device=DEVICE).bfloat16()
+    hidden[:, 0] = 1
+    weight[77, 0] = 1e4
+    bias = torch.zeros(600, device=DEVICE).bfloat16()
+    bias[256:512] = float("-inf")
+    bias[5] = float("-inf")
+    for hot in (True, False):
+        target = torch.tensor([77, 3, 599, -100], device=DEVICE)
+        d = torch.empty(4, 600, dtype=torch.bfloat16, device=DEVICE)
+        logp, _ = gemm.gemm_logp_dlogits(hidden, weight, target, bias, 1.0, d)
+        logits = (hidden.double() @ weight.double().T + bias.double())[:3]
+        torch.testing.assert_close(logp[:3].double(), logits.log_softmax(1).gather(1, target[:3, None])[:, 0])
+        wanted = -logits.softmax(1)
+        wanted[range(3), target[:3]] += 1
+        torch.testing.assert_close(d[:3].double(), wanted, rtol=TWO_ROUNDINGS, atol=1e-30)
+        assert logp[3].isnan() and d[3].isnan().all()
+        weight[77, 0] = 0.5 if hot else 0.0
 
 
 def test_rows_twice_are_bit_equal(backend, rows, monkeypatch):

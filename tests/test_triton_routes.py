@@ -11,6 +11,7 @@ from macpo.kernels import linear_logp, pair_loss
 from macpo.kernels.linear_logp import chunked, reference
 from macpo.kernels.linear_logp.head import Head, Needs
 from macpo.kernels.linear_logp.tuning import FASTER, route_of
+from macpo.kernels.pair_loss import reference as pair_reference
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
 
@@ -79,11 +80,11 @@ def test_both_routes_of_the_operators(backend, route, compiled):
     g = torch.Generator().manual_seed(4)
     tensors = [torch.randn(size, 16, generator=g).to(DEVICE) for size in (6, 40)]
     target, grad = torch.randint(40, (6,), generator=g).to(DEVICE), torch.randn(6, generator=g).to(DEVICE)
-    options = {"logit_scale": 0.5, "softcap": 4.0}
 
     def run(fn, inputs, trained, **more):
         leaves = [x.clone().requires_grad_(index in trained) for index, x in enumerate(inputs)]
-        logp = fn(*leaves, target, **options, **more)
+        # the epilogue has no gradient of a softcap
+        logp = fn(*leaves, target, logit_scale=0.5, softcap=None if trained else 4.0, **more)
         if trained:
             logp.backward(grad.to(logp.dtype))
         return [logp.detach(), *(leaves[index].grad for index in trained)]
@@ -103,6 +104,33 @@ def test_both_routes_of_the_operators(backend, route, compiled):
         losses.append([out.loss.detach(), *(x.grad for x in leaves)])
     for value, right in zip(*losses, strict=True):
         assert_close(value, right, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("chunk_rows", [4, 30])
+def test_16_bit_losses_by_the_epilogue(backend, dtype, trained, chunk_rows):
+    """Loss, rewards and gradients against float64: several chunks, a pair longer than a chunk, and one block."""
+    g = torch.Generator().manual_seed(8)
+    hidden = torch.randn(17, 12, generator=g).to(DEVICE, dtype)
+    weight = torch.randn(300, 12, generator=g).to(DEVICE, dtype)
+    target = torch.randint(300, (17,), generator=g).to(DEVICE)
+    cu_rows, refs = torch.tensor([0, 3, 5, 14, 17], dtype=torch.int32), torch.randn(4, generator=g) - 20
+
+    def run(fn, dtype, **more):
+        leaves = [hidden.to(dtype, copy=True).requires_grad_(), weight.to(dtype, copy=True).requires_grad_(trained)]
+        loss = fn(*leaves, target, cu_rows, refs, beta=0.3, **more)
+        loss = getattr(loss, "loss", loss)
+        loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves[: 1 + trained])]
+
+    options = {"backend": backend, "route": "epilogue", "chunk_rows": chunk_rows}
+    got = run(pair_loss, dtype, **options)
+    names_and_dtypes = (("loss", torch.float32), ("dhidden", dtype), ("dweight", dtype))
+    expected = run(pair_reference.pair_loss, torch.float64)
+    for (name, precision), value, right in zip(names_and_dtypes, got, expected, strict=False):
+        assert_close(value, right, precision, name)
+    assert all(map(torch.equal, got, run(pair_loss, dtype, **options)))
 
 
 def test_the_epilogue_keeps_no_logits(backend):
@@ -131,17 +159,20 @@ def test_the_epilogue_keeps_no_logits(backend):
 
 def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    for route, at, dtype, has_lora, message in (
-        ("best", "triton", bf16, False, "unknown route 'best'"),
-        ("epilogue", "torch", bf16, False, "belongs to the triton backend"),
-        ("epilogue", "triton", torch.float64, False, "the inputs float64"),
-        ("epilogue", "triton", bf16, True, "a LoRA is added"),
+    for route, at, dtype, has_lora, softcap, message in (
+        ("best", "triton", bf16, False, None, "unknown route 'best'"),
+        ("epilogue", "torch", bf16, False, None, "belongs to the triton backend"),
+        ("epilogue", "triton", torch.float64, False, None, "the inputs float64"),
+        ("epilogue", "triton", bf16, True, None, "a LoRA is added"),
+        ("epilogue", "triton", bf16, False, 5.0, "slope of a softcap"),
     ):
         with pytest.raises(ValueError, match=message):
-            route_of(route, at, cuda, dtype, has_lora, True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some device")
-    assert route_of(None, "triton", cuda, bf16, False, True) == "vendor"
-    monkeypatch.setitem(FASTER, ("some device", "score"), "epilogue")
-    assert route_of(None, "triton", cuda, bf16, False, True) == "epilogue"
-    assert route_of(None, "triton", cuda, bf16, False, False) == "vendor"
-    assert route_of(None, "triton", cuda, bf16, True, True) == "vendor"
+            route_of(route, at, cuda, dtype, has_lora, softcap, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert route_of(None, "triton", cuda, bf16, False, None, True) == "vendor"
+    monkeypatch.setitem(FASTER, (7, "score"), "epilogue")
+    assert route_of(None, "triton", cuda, bf16, False, None, True) == "epilogue"
+    assert route_of(None, "triton", cuda, bf16, False, 5.0, True) == "epilogue"
+    assert route_of(None, "triton", cuda, torch.float32, False, None, True) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, False, None, False) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, True, None, True) == "vendor"

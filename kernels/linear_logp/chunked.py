@@ -12,16 +12,10 @@ Legend: n rows of a chunk, h hidden size, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from macpo.kernels.linear_logp.head import Gradients, Head, Needs
-
-
-def chunks(begin: int, end: int, chunk_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_rows, end)) for start in range(begin, end, chunk_rows))
+from macpo.kernels.linear_logp.head import Gradients, Head, Needs, chunks
 
 
 def forward(
@@ -31,13 +25,14 @@ def forward(
     num_rows = hidden.shape[0]
     keep_dx, keep_d = keeps(head, needs, num_rows, chunk_rows)
     if keep_d:
-        buffer = head.buffer(min(chunk_rows, num_rows))
-        logp_n, lse_n, d_nv = head.differentiate(hidden, target, buffer, head.block(num_rows, chunk_rows, needs))
+        block = head.block(num_rows, chunk_rows, needs)
+        buffer = head.chunk_buffer(block, min(chunk_rows, num_rows))
+        logp_n, lse_n, d_nv = head.differentiate(hidden, target, buffer, block)
         return logp_n, lse_n, None, d_nv
     logp_n, lse_n = (hidden.new_empty(num_rows, dtype=head.dtype) for _ in range(2))
     if not keep_dx:
         chunk_rows = head.score_rows(chunk_rows)
-    buffer = head.buffer(min(chunk_rows, num_rows) if keep_dx or head.route == "vendor" else 0)
+    buffer = head.buffer(min(chunk_rows, num_rows), score=not keep_dx)
     grads = Gradients(head, hidden, Needs(keep_dx, False, False, False, False))
     for part in chunks(0, num_rows, chunk_rows):
         if keep_dx:
@@ -50,7 +45,7 @@ def forward(
 
 def keeps(head: Head, needs: Needs, num_rows: int, chunk_rows: int) -> tuple[bool, bool]:
     """Whether the forward keeps d W (frozen head), and d (trained head, one block)."""
-    return needs.hidden and not needs.head, needs.head and num_rows <= head.block_rows(chunk_rows, needs)
+    return needs.hidden and not needs.head, needs.head and num_rows <= head.block_rows(num_rows, chunk_rows, needs)
 
 
 def backward(
@@ -65,14 +60,14 @@ def backward(
 ) -> Gradients:
     """Gradients from grad_n [N] = d loss / d logp; d_nv is all rows' d where it was kept."""
     num_rows = hidden.shape[0]
-    grads = Gradients(head, hidden, needs)
+    grads = Gradients(head, hidden, needs, whole=d_nv is not None)
     if d_nv is not None:
         grads.add(slice(0, num_rows), d_nv, grad_n)
     else:
         buffer = head.buffer(min(chunk_rows, num_rows))
         for part in chunks(0, num_rows, chunk_rows):
-            z_nv = head.logits(hidden[part], buffer)
-            grads.add(part, head.dlogits_(z_nv, target[part], lse_n[part]), grad_n[part])
+            d_nv = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
+            grads.add(part, d_nv, grad_n[part])
     if grads.hidden is not None:
         scale_rows_(grads.hidden, grad_n)
     return grads

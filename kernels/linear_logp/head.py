@@ -21,18 +21,32 @@ from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
 from macpo.kernels.linear_logp.filtering import make_filter
 
-# Float32 logits of a default chunk. On a GPU 256 MiB are 512 rows of a vocabulary of 128 Ki: the GEMMs are at full
-# speed, and with dX in bfloat16 4,096 rows of 4,096 need less than 0.30 GB in all.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 896 rows of a vocabulary
+# of 128 Ki: the GEMMs are near full speed, and with dX in bfloat16 4,096 rows of 4,096 need less than 0.30 GB in all.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 252 * 2**20}
+# Of a row and token: float32 logits; d in 16 bits, and the maximum and sum that 256 tokens have in common.
+ROW_BYTES = {"vendor": 4.0, "epilogue": 2.0 + 8 / 256}
 ROW_MULTIPLE = 128
 TRANSPOSE_ROWS = 128
 # Converted at a time where a 16-bit GEMM with float32 output is missing.
 CONVERT_ELEMENTS = 2**21
 
 
-def default_chunk_rows(vocab: int, device: str) -> int:
-    """Rows whose logits fit `CHUNK_BYTES`, a multiple of 128 where there are so many; at least 1."""
-    fit = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab)
+def chunks(begin: int, end: int, chunk_rows: int) -> Iterator[slice]:
+    """Consecutive slices of at most `chunk_rows` rows: as few as there can be, and of nearly one size.
+
+    A small last chunk would read all of W for a few rows. Sizes are multiples of 128 rows where the limit is one.
+    """
+    unit = ROW_MULTIPLE if chunk_rows % ROW_MULTIPLE == 0 else 1
+    num_chunks, num_units = -(-(end - begin) // chunk_rows), -(-(end - begin) // unit)
+    for index in range(num_chunks):
+        start, stop = (begin + unit * (num_units * i // num_chunks) for i in (index, index + 1))
+        yield slice(start, min(stop, end))
+
+
+def default_chunk_rows(vocab: int, device: str, route: str = "vendor") -> int:
+    """Rows whose logits or d fit `CHUNK_BYTES`, a multiple of 128 where there are so many; at least 1."""
+    fit = int(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) / (ROW_BYTES[route] * vocab))
     return max(1, fit // ROW_MULTIPLE * ROW_MULTIPLE or fit)
 
 
@@ -93,26 +107,38 @@ class Head:
     def row_bias(self) -> Tensor | None:
         return None if self.bias_v is None else self.bias_v.to(self.dtype)
 
-    def buffer(self, num_rows: int) -> Tensor:
-        """Memory for the logits of one chunk, used by all."""
-        return self.empty(num_rows * self.weight_vh.shape[0])
+    def buffer(self, num_rows: int, *, score: bool = False) -> Tensor:
+        """Memory for one chunk, used by all: logits, or d on the epilogue route, which scores without any."""
+        num_elements = num_rows * self.weight_vh.shape[0]
+        if self.route == "epilogue":
+            return self.weight_vh.new_empty(0 if score else num_elements)
+        return self.empty(num_elements)
 
-    def block_rows(self, chunk_rows: int, needs: Needs) -> int:
+    def block_rows(self, num_rows: int, chunk_rows: int, needs: Needs) -> int:
         """Rows whose d is in memory at once: a chunk, or for a trained 16-bit W as many as make d the size of W.
 
         One product for dW is then one of several hundred or thousand rows, and its float32 sum is read and written
-        so much less often: at V = 128,256 and H = 4,096 that sum is 2.1 GB, a chunk's d 0.13 GB.
+        so much less often: at V = 128,256 and H = 4,096 that sum is 2.1 GB, a chunk's d 0.13 GB. Where all rows fit
+        into a d of twice that size they are one block: no float32 sum is needed then, and no more memory in all.
         """
-        wide = needs.weight and self.weight_vh.dtype.itemsize == 2
-        return max(chunk_rows, self.weight_vh.shape[1]) if wide else chunk_rows
+        size = self.weight_vh.shape[1]
+        if not needs.weight or self.weight_vh.dtype.itemsize != 2:
+            return chunk_rows
+        return max(chunk_rows, 2 * size if size < num_rows <= 2 * size and self.weight_vh.is_cuda else size)
 
     def block(self, num_rows: int, chunk_rows: int, needs: Needs) -> Tensor | None:
         """Memory for the d of a block of at most `num_rows` rows; None where d may lie in the chunk's."""
-        rows_held = min(num_rows, self.block_rows(chunk_rows, needs))
+        rows_held = min(num_rows, self.block_rows(num_rows, chunk_rows, needs))
         if rows_held <= chunk_rows:
             return None
+        if self.route == "epilogue":
+            return self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
         # two 16-bit entries a float32
         return self.empty(-(-rows_held * self.weight_vh.shape[0] // 2)).view(self.weight_vh.dtype)
+
+    def chunk_buffer(self, block: Tensor | None, num_rows: int) -> Tensor:
+        """`buffer`, which beside a block the epilogue route does not need: a chunk's d is made in the block."""
+        return block if block is not None and self.route == "epilogue" else self.buffer(num_rows)
 
     def empty(self, *shape: int) -> Tensor:
         """Memory of the dtype and on the device of the logits."""
@@ -144,7 +170,7 @@ class Head:
         return 64 * chunk_rows if self.route == "epilogue" else chunk_rows
 
     def score(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob and logsumexp [n]; the epilogue route leaves the buffer alone."""
+        """Log-prob and logsumexp [n]; the epilogue route needs no buffer."""
         if self.route != "epilogue":
             return self.logp(self.logits(hidden_nh, buffer), target_n)
         from macpo.kernels.linear_logp.triton_gemm import gemm_logp
@@ -158,11 +184,13 @@ class Head:
         num_rows, vocab = hidden_nh.shape[0], self.weight_vh.shape[0]
         if block is None:
             return self._differentiate(hidden_nh, target_n, buffer, None)
+        if self.route == "epilogue":  # its chunks need no memory of their own
+            return self._differentiate(hidden_nh, target_n, block, None)
         flat = block[: num_rows * vocab]
         d_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
         logp_n, lse_n = (hidden_nh.new_empty(num_rows, dtype=self.dtype) for _ in range(2))
         step = buffer.numel() // vocab
-        for part in (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)):
+        for part in chunks(0, num_rows, step):
             logp_n[part], lse_n[part], _ = self._differentiate(hidden_nh[part], target_n[part], buffer, d_nv[part])
         return logp_n, lse_n, d_nv
 
@@ -171,13 +199,19 @@ class Head:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.route != "epilogue":
             return self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n, out_nv)
-        from macpo.kernels.linear_logp.triton_gemm import gemm_logp_keep
+        from macpo.kernels.linear_logp.triton_gemm import gemm_logp_dlogits
 
-        z_nv = buffer[: hidden_nh.shape[0] * self.weight_vh.shape[0]].view(hidden_nh.shape[0], -1)
-        logp_n, lse_n = gemm_logp_keep(
-            hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, self.softcap, z_nv
-        )
-        return logp_n, lse_n, self.dlogits_(z_nv, target_n, lse_n, out_nv)
+        d_nv = out_nv
+        if d_nv is None:
+            d_nv = buffer[: hidden_nh.shape[0] * self.weight_vh.shape[0]].view(hidden_nh.shape[0], -1)
+        logp_n, lse_n = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, d_nv)
+        return logp_n, lse_n, d_nv
+
+    def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Tensor:
+        """d [n, V] of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""
+        if self.route == "epilogue":
+            return self._differentiate(hidden_nh, target_n, buffer, None)[2]
+        return self.dlogits_(self.logits(hidden_nh, buffer), target_n, lse_n)
 
     def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
         return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
@@ -201,20 +235,27 @@ class Gradients:
         hidden: [N, H]: all rows.
         needs: only these are computed.
         filter_eps: leave negligible blocks of the vocabulary out of the GEMMs with W and for dW (`filtering.py`).
+        whole: all rows will come in one `add`, so that on a GPU the one product for dW rounds it to W's dtype itself.
 
     Attributes:
         hidden: [N, H] in hidden's dtype: d W per row, before g; the backward multiplies by it.
-        weight, bias, lora_a, lora_b: float32 sums of g d ..., in the shapes of these inputs.
+        weight, bias, lora_a, lora_b: float32 sums of g d ..., in the shapes of these inputs (weight: see `whole`).
         skipped_mass: scalar: most that filtering left out of a row, as a sum of |d|.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, needs: Needs, filter_eps: float | None = None) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, needs: Needs, filter_eps: float | None = None, *, whole: bool = False
+    ) -> None:
         self.head, self.rows, self.needs, self.filter_eps = head, hidden, needs, filter_eps
         self.skipped_mass = hidden.new_zeros((), dtype=head.dtype)
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
         # The first product overwrites dW, which saves a pass over it; with a filter it does not reach every row.
         self.weight_is_set = filter_eps is not None or hidden.shape[0] == 0
-        self.weight = head.empty(*head.weight_vh.shape) if needs.weight else None
+        self.weight = None
+        if needs.weight and whole and not self.weight_is_set and hidden.is_cuda:
+            self.weight = torch.empty_like(head.weight_vh, memory_format=torch.contiguous_format)
+        elif needs.weight:
+            self.weight = head.empty(*head.weight_vh.shape)
         if self.weight is not None and self.weight_is_set:
             self.weight.zero_()
         self.bias = self._zeros(head.bias_v) if needs.bias else None
@@ -288,7 +329,7 @@ def add_product_(
 ) -> None:
     """out += d' x, accumulated in float32; x is rounded to d's dtype first, which is exact where d is float32.
 
-    With `overwrite` out = d' x, whatever out held.
+    With `overwrite` out = d' x, whatever out held; out may then have d's dtype, to which the float32 sum is rounded.
     """
     x_nk, d_vn = x_nk.to(d_nv.dtype), d_nv.T
     if d_nv.dtype == out_vk.dtype:

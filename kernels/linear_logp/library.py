@@ -89,9 +89,10 @@ def linear_logp_backward(
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
+    route: str = "vendor",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias and the LoRA's factors from grad [N] = d loss / d logp."""
-    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
+    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     wanted = Needs(*needs)
     if not wanted.head and wanted.hidden:
         empties = (weight.new_empty(0) for _ in range(4))
@@ -119,6 +120,7 @@ def _(
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
+    route: str = "vendor",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return fake_gradients((hidden, weight, bias, lora_a, lora_b), needs)
 
@@ -163,7 +165,7 @@ def refuse_double_backward(op: str) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, lora_a, lora_b, target, *ctx.scalars, needs, _ = inputs
+    hidden, weight, bias, lora_a, lora_b, target, *ctx.scalars, needs, ctx.route = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
@@ -176,7 +178,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     rest = [None] * 8
     if grad is None:
         return (None,) * 5 + tuple(rest)
-    grads = linear_logp_backward(grad, *ctx.saved_tensors, *ctx.scalars, ctx.needs)
+    grads = linear_logp_backward(grad, *ctx.saved_tensors, *ctx.scalars, ctx.needs, ctx.route)
     return (*or_none(grads, ctx.needs), *rest)
 
 

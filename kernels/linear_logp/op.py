@@ -53,8 +53,9 @@ def linear_logp(
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: Gemma's `final_logit_softcapping`.
         lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
-        chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU. For a
-            trained 16-bit weight their gradients wait for each other besides, in as much memory as the weight has.
+        chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 252 MiB on a GPU. For a
+            trained 16-bit weight their gradients wait for each other besides, in as much memory as the weight has, or
+            twice as much on a GPU where all rows fit into that.
         backend: force one; default by device (`macpo.kernels.backend`).
         route: "vendor" or "epilogue" (`tuning.py`), for measurements; default what was measured faster on this device.
 
@@ -70,6 +71,8 @@ def linear_logp(
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     chosen_backend = backend_of("linear_logp", hidden.device.type, backend)
     needs = takes_grad(hidden, weight, bias, a, b)
+    score = not any(needs)
+    chosen_route = route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, softcap, score)
     logp: Tensor = library.linear_logp(
         hidden,
         weight,
@@ -80,10 +83,10 @@ def linear_logp(
         float(scaling),
         float(logit_scale),
         None if softcap is None else float(softcap),
-        rows_of_chunk(chunk_rows, weight),
+        rows_of_chunk(chunk_rows, weight, chosen_route),
         chosen_backend,
         needs,
-        route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, not any(needs)),
+        chosen_route,
     )[0]
     return logp
 
@@ -94,10 +97,10 @@ def backend_of(op: str, device: str, backend: str | None) -> str:
     return explain(op, device, backend).backend
 
 
-def rows_of_chunk(chunk_rows: int | None, weight: Tensor) -> int:
+def rows_of_chunk(chunk_rows: int | None, weight: Tensor, route: str) -> int:
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    return chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type)
+    return chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type, route)
 
 
 def takes_grad(*inputs: Tensor | None) -> list[bool]:

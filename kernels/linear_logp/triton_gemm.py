@@ -1,8 +1,12 @@
-"""The head's product with an epilogue of its own in Triton: log-probs without logits in memory.
+"""The head's product with an epilogue of its own in Triton: log-probs, and their gradient, without logits in memory.
 
 A persistent grid walks tiles of [BLOCK_N rows, BLOCK_V tokens]. Each tile ends in one maximum and one sum a row, and
 in the target's logit where the tile holds it; a second kernel joins the tiles of a row in a fixed order. Results do
 not depend on the number of programs, so neither on the device's size.
+
+For a gradient each tile also leaves e = exp(y - its row's maximum in the tile), in the gradient's dtype: at most 1, so
+that 16 bits hold it to half a unit whatever the logits are. Once the logsumexp is known, one pass turns it in place
+into d logp / d z = -e exp(maximum - logsumexp) * scale; the target's own entry is the sum of all others' mass.
 bfloat16 and float16 products are exact with float32 accumulators; float32 inputs are multiplied as IEEE float32
 (input_precision="ieee"), not TF32: exact, and without tensor cores.
 Legend: n rows, h hidden size, v vocabulary, t vocabulary tiles.
@@ -20,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finite_or_zero
+from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finite_or_zero, narrow
 from macpo.kernels.linear_logp.triton_rows import combine
 from macpo.kernels.triton_support import AotKernel
 
@@ -36,18 +40,18 @@ class GemmConfig:
     num_stages: int
     group_n: int
     """Row blocks that are walked before the next vocabulary block, so that both stay in the cache."""
-    flatten: bool = False
-    """Whether tiles and their inner loop become one loop, so that a tile's loads begin in the epilogue before it."""
 
 
-# Capability 9 and 10 have the shared memory for the first two, "older" fits 99 KiB. Not measured on a GPU yet: chosen
-# so that no register spills, and by the bytes that a tile draws from the cache for each product.
-LARGE = GemmConfig(256, 128, 64, 8, 3, 8)
+# LARGE is the fastest on an H200 (`bench.tune`). The others are not measured: chosen so that no register spills, and by
+# the bytes that a tile draws from the cache. Capability 9 and 10 have the shared memory for the first two, OLDER fits
+# 99 KiB.
+LARGE = GemmConfig(128, 256, 64, 8, 4, 16)
 MEDIUM = GemmConfig(128, 128, 64, 8, 4, 16)
 FEW = GemmConfig(64, 128, 64, 4, 4, 1)
 OLDER = GemmConfig(128, 128, 32, 8, 3, 16)
 IEEE = GemmConfig(64, 64, 16, 4, 2, 16)
 FEW_ROWS = 64
+DLOGITS_TILES = 16  # of a row that a program turns into the gradient
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def gemm_logp_kernel(
     p_m,
     p_rest,
     p_y,
-    p_z,
+    p_d,
     stride_hidden,
     stride_weight,
     num_rows,
@@ -93,12 +97,11 @@ def gemm_logp_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP_N: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
-    """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and the products [N, V] where p_z is."""
+    """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and e [N, V] where p_d is."""
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(vocab, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs):
         group = tile // (GROUP_N * num_blocks_v)
         within = tile % (GROUP_N * num_blocks_v)
         size = tl.minimum(num_blocks_n - group * GROUP_N, GROUP_N)
@@ -115,9 +118,6 @@ def gemm_logp_kernel(
         row_n = start_n + tl.arange(0, BLOCK_N)
         col_v = start_v + tl.arange(0, BLOCK_V)
         m_n, m_v = row_n < num_rows, col_v < vocab
-        if p_z is not None:
-            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
-            tl.store(p_z + at_nv, z_nv, mask=m_n[:, None] & m_v[None, :])
         if has_bias != 0:
             z_nv += tl.load(p_bias + col_v, mask=m_v, other=0.0)[None, :]
         if capped != 0:  # noqa: SIM108
@@ -136,6 +136,28 @@ def gemm_logp_kernel(
         y_nv = tl.where(here_nv, float("-inf"), y_nv)
         e_nv = tl.exp(y_nv - finite_or_zero(max_n)[:, None])
         tl.store(p_rest + at_n, tl.sum(e_nv, axis=1), mask=m_n)
+        if p_d is not None:
+            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
+            tl.store(p_d + at_nv, narrow(e_nv, p_d.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def dlogits_kernel(
+    p_d, p_m, p_lse, p_own, p_target, num_rows, vocab, scale, BLOCK_V: tl.constexpr, TILES: tl.constexpr
+):
+    """TILES tiles of one row of e, in place, to d logp / d z; the target's entry is p_own [N] * scale."""
+    programs = tl.cdiv(vocab, TILES * BLOCK_V)  # of a row
+    row = (tl.program_id(0) // programs).to(tl.int64)
+    tile_t = tl.program_id(0) % programs * TILES + tl.arange(0, TILES)
+    col_tv = tile_t[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    m_tv = col_tv < vocab
+    max_t = tl.load(p_m + tile_t.to(tl.int64) * num_rows + row, mask=tile_t * BLOCK_V < vocab, other=float("-inf"))
+    factor_t = tl.exp(max_t - tl.load(p_lse + row)) * scale
+    p_row = p_d + row * vocab
+    d_tv = -tl.load(p_row + col_tv, mask=m_tv, other=0.0).to(tl.float32) * factor_t[:, None]
+    target = tl.load(p_target + row).to(tl.int32)
+    d_tv = tl.where(col_tv == target, tl.load(p_own + row) * scale, d_tv)
+    tl.store(p_row + col_tv, narrow(d_tv, p_d.dtype.element_ty), mask=m_tv)
 
 
 def gemm_logp(
@@ -164,27 +186,19 @@ def gemm_logp(
     return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, None)
 
 
-def gemm_logp_keep(
-    hidden_nh: Tensor,
-    weight_vh: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    z_nv: Tensor,
+def gemm_logp_dlogits(
+    hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, d_nv: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`gemm_logp`, and the products into z [N, V], so that `row_dlogits_` needs one pass over them and no more.
+    """`gemm_logp` without a softcap, and d logp / d z = (onehot - softmax) * scale into d [N, V].
 
     Raises:
-        ValueError: as `gemm_logp`; z is not float32, contiguous, of that shape.
+        ValueError: as `gemm_logp`; d is not contiguous, of that shape and of hidden's dtype.
     """
-    if (
-        z_nv.shape != (hidden_nh.shape[0], weight_vh.shape[0])
-        or z_nv.dtype != torch.float32
-        or not z_nv.is_contiguous()
-    ):
-        raise ValueError(f"z must be float32 [N, V] and contiguous, got {z_nv.dtype} {list(z_nv.shape)}")
-    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, z_nv)
+    if d_nv.shape != (hidden_nh.shape[0], weight_vh.shape[0]) or not d_nv.is_contiguous():
+        raise ValueError(f"d must be contiguous [N, V], got {list(d_nv.shape)}, strides {d_nv.stride()}")
+    if d_nv.dtype != hidden_nh.dtype:
+        raise ValueError(f"d must be {hidden_nh.dtype} as the head is, got {d_nv.dtype}")
+    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, None, d_nv)
 
 
 def _gemm_logp(
@@ -194,7 +208,7 @@ def _gemm_logp(
     bias_v: Tensor | None,
     scale: float,
     softcap: float | None,
-    z_nv: Tensor | None,
+    d_nv: Tensor | None,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
     (num_rows, width), vocab, device = hidden_nh.shape, weight_vh.shape[0], hidden_nh.device
@@ -207,7 +221,7 @@ def _gemm_logp(
     if num_rows == 0:
         return logp_n, lse_n
     major, num_processors = _device(device)
-    config = choose(hidden_nh.dtype, num_rows, major, keep=z_nv is not None)
+    config = choose(hidden_nh.dtype, num_rows, major)
     tma = tma and major >= 9 and config is not IEEE and _describable(hidden_nh) and _describable(weight_vh)
     num_parts = triton.cdiv(vocab, config.block_v)
     m_tn, rest_tn = (torch.empty(num_parts, num_rows, dtype=torch.float32, device=device) for _ in range(2))
@@ -222,7 +236,7 @@ def _gemm_logp(
         m_tn,
         rest_tn,
         y_n,
-        z_nv,
+        d_nv,
         hidden_nh.stride(0),
         weight_vh.stride(0),
         num_rows,
@@ -237,11 +251,16 @@ def _gemm_logp(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    combine(m_tn, rest_tn, y_n, logp_n, lse_n)
+    own_n = None if d_nv is None else torch.empty_like(logp_n)
+    combine(m_tn, rest_tn, y_n, logp_n, lse_n, own_n)
+    if d_nv is not None:
+        dlogits_kernel[(triton.cdiv(num_parts, DLOGITS_TILES) * num_rows,)](
+            d_nv, m_tn, lse_n, own_n, target_n.contiguous(), num_rows, vocab, scale, config.block_v, DLOGITS_TILES
+        )
     return logp_n, lse_n
 
 
-def choose(dtype: torch.dtype, num_rows: int, major: int, *, keep: bool) -> GemmConfig:
+def choose(dtype: torch.dtype, num_rows: int, major: int) -> GemmConfig:
     """The configuration for inputs of `dtype` on a device of compute capability `major`."""
     if dtype == torch.float32:
         return IEEE
@@ -249,7 +268,7 @@ def choose(dtype: torch.dtype, num_rows: int, major: int, *, keep: bool) -> Gemm
         return FEW
     if major not in (9, 10):
         return OLDER
-    return LARGE if major == 9 and not keep else MEDIUM  # LARGE spills with the store of z, and on capability 10
+    return LARGE if major == 9 else MEDIUM
 
 
 def _device(device: torch.device) -> tuple[int, int]:
@@ -267,7 +286,7 @@ def _describable(x: Tensor) -> bool:
 
 def _meta(config: GemmConfig, tma: bool) -> dict[str, int | bool]:
     blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
-    return {"TMA": tma, **blocks, "GROUP_N": config.group_n, "FLATTEN": config.flatten}
+    return {"TMA": tma, **blocks, "GROUP_N": config.group_n}
 
 
 def aot_kernels() -> list[AotKernel]:
@@ -281,15 +300,25 @@ def aot_kernels() -> list[AotKernel]:
         **dict.fromkeys(("scale", "softcap"), "fp32"),
     }
     cases = [  # configuration, its name, whether with z, capabilities
-        (LARGE, "large", (False,), (90,)),
-        (MEDIUM, "medium", (False,), (100,)),
-        (MEDIUM, "medium", (True,), (90, 100)),
+        (LARGE, "large", (False, True), (90,)),
+        (MEDIUM, "medium", (False, True), (100,)),
         (OLDER, "older", (False, True), (80,)),
         (FEW, "few", (False, True), (80, 90, 100)),
         (IEEE, "ieee", (False, True), (80, 90, 100)),
     ]
     kernels = []
     for dtype, name in TRITON_NAMES.items():
+        for block_v in sorted({config.block_v for config, *_ in cases if (config is IEEE) == (dtype == torch.float32)}):
+            signature = {"p_d": f"*{name}", **dict.fromkeys(("p_m", "p_lse", "p_own"), "*fp32"), "p_target": "*i64"}
+            kernels.append(
+                AotKernel(
+                    f"linear_logp_gemm_dlogits/{name}/{block_v}",
+                    dlogits_kernel,
+                    {**signature, "num_rows": "i32", "vocab": "i32", "scale": "fp32"},
+                    {"BLOCK_V": block_v, "TILES": DLOGITS_TILES},
+                    aligned=(*signature, "vocab"),
+                )
+            )
         for config, size, keeps, capabilities in cases:
             if (config is IEEE) != (dtype == torch.float32):
                 continue
@@ -297,18 +326,18 @@ def aot_kernels() -> list[AotKernel]:
                 able = tuple(capability for capability in capabilities if capability >= 90 or not tma)
                 if not able or (tma and config is IEEE):
                     continue
-                signature: dict[str, str] = dict(common)
+                signature = dict(common)
                 constexprs: dict[str, Any] = _meta(config, tma)
                 if keep:
-                    signature["p_z"] = "*fp32"
+                    signature["p_d"] = f"*{name}"
                 else:
-                    constexprs["p_z"] = None
+                    constexprs["p_d"] = None
                 for operand, rows in (("hidden", config.block_n), ("weight", config.block_v)):
                     signature[operand] = f"tensordesc<{name}[{rows}, {config.block_h}]>" if tma else f"*{name}"
                 aligned = [argument for argument, kind in signature.items() if kind.startswith("*") or kind == "i64"]
                 kernels.append(
                     AotKernel(
-                        f"linear_logp_gemm/{name}/{size}" + "/tma" * tma + "/keep" * keep,
+                        f"linear_logp_gemm/{name}/{size}" + "/tma" * tma + "/gradient" * keep,
                         gemm_logp_kernel,
                         signature,
                         constexprs,

@@ -28,7 +28,7 @@ from macpo.kernels.triton_support import AotKernel
 
 # A tile of a row is BLOCK_R x BLOCK_C consecutive entries; a thread holds 4 columns of each of the BLOCK_R lines, so
 # that its running maxima and sums need nothing of other threads until the end of the row.
-BLOCK_R, BLOCK_C, NUM_WARPS = 4, 2048, 16
+BLOCK_R, BLOCK_C, NUM_WARPS = 2, 2048, 16
 TILE = BLOCK_R * BLOCK_C
 FEW_ROWS = 132  # multiprocessors of an H100 or H200; rows are split below it
 PROGRAMS = 264  # as many programs as then share them: two on each
@@ -215,19 +215,7 @@ def _gradient_memory(z_nv: Tensor, dtype: torch.dtype, out: Tensor | None, *, sp
 def aot_kernels() -> list[AotKernel]:
     """Every row kernel in every configuration that the launchers choose."""
     numbers = {"vocab": "i32", "num_tiles": "i32", "scale": "fp32", "softcap": "fp32"}
-    kernels = [
-        AotKernel(
-            "linear_logp_combine",
-            combine_kernel,
-            {
-                **dict.fromkeys(("p_m", "p_rest", "p_y", "p_logp", "p_lse"), "*fp32"),
-                "num_rows": "i32",
-                "num_parts": "i32",
-            },
-            {"BLOCK_N": COMBINE_ROWS, "BLOCK_S": COMBINE_PARTS},
-            aligned=("p_m", "p_rest", "p_y", "p_logp", "p_lse"),
-        )
-    ]
+    kernels = [_combine_aot(own) for own in (False, True)]
     for with_bias in (False, True):
         for capped in (False, True):
             tags = "/bias" * with_bias + "/softcap" * capped
@@ -247,6 +235,17 @@ def aot_kernels() -> list[AotKernel]:
                 known = {"p_lse": "*fp32", "p_grad": "*fp32", "split_tiles": "i32", "has_grad": "i32", **d}
                 kernels.append(_aot(f"dlogits/{name}{tags}", row_dlogits_kernel, {**common, **known}, meta))
     return kernels + triton_gemm.aot_kernels() + triton_filter.aot_kernels()
+
+
+def _combine_aot(own: bool) -> AotKernel:
+    pointers = ("p_m", "p_rest", "p_y", "p_logp", "p_lse", *(("p_own",) if own else ()))
+    return AotKernel(
+        "linear_logp_combine" + "/own" * own,
+        combine_kernel,
+        {**dict.fromkeys(pointers, "*fp32"), "num_rows": "i32", "num_parts": "i32"},
+        {"BLOCK_N": COMBINE_ROWS, "BLOCK_S": COMBINE_PARTS} | ({} if own else {"p_own": None}),
+        aligned=pointers,
+    )
 
 
 def _aot(name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, object]) -> AotKernel:

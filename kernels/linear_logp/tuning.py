@@ -2,7 +2,7 @@
 
 - "vendor": the vendor's GEMM writes float32 products, a row kernel reads them.
 - "epilogue": our own GEMM (`triton_gemm`) reduces each tile to log-prob partials as it is computed. Scoring then never
-  has logits in memory; for a loss the products are stored once and read once.
+  has logits in memory; for a loss each tile leaves its exponentials, which one pass turns into the gradient.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import torch
 
 Route: TypeAlias = Literal["vendor", "epilogue"]
 
-# (torch.cuda.get_device_name, "score" or "loss") -> the faster route by bench/bench_linear_logp.py. Empty: nothing has
-# been measured on a GPU yet.
-FASTER: dict[tuple[str, str], Route] = {}
+# (compute capability, "score" or "loss") -> the faster route for 16-bit heads, by bench.bench_linear_logp and
+# bench.bench_pair_loss on an H200. Others have not been measured and take the vendor's.
+FASTER: dict[tuple[int, str], Route] = {(9, "score"): "epilogue", (9, "loss"): "epilogue"}
 
 
 @torch.compiler.assume_constant_result
 def route_of(
-    route: str | None, backend: str, device: torch.device, dtype: torch.dtype, has_lora: bool, score: bool
+    route: str | None,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_lora: bool,
+    softcap: float | None,
+    score: bool,
 ) -> str:
     """The route of one call: what was asked for, else what is faster by the table.
 
@@ -36,8 +42,11 @@ def route_of(
         reason = "its accumulators are float32, the inputs float64"
     elif has_lora:
         reason = "a LoRA is added to products in memory"
+    elif softcap is not None and not score:
+        reason = "it does not keep the slope of a softcap"
     if route == "epilogue" and reason:
         raise ValueError(f"route 'epilogue' cannot be used: {reason}")
-    if route is None and not reason and device.type == "cuda":
-        return FASTER.get((torch.cuda.get_device_name(device), "score" if score else "loss"), "vendor")
+    if route is None and not reason and device.type == "cuda" and dtype != torch.float32:
+        major, _ = torch.cuda.get_device_capability(device)
+        return FASTER.get((major, "score" if score else "loss"), "vendor")
     return route or "vendor"

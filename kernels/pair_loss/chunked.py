@@ -20,8 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from macpo.kernels.linear_logp.chunked import chunks
-from macpo.kernels.linear_logp.head import Gradients, Head, Needs
+from macpo.kernels.linear_logp.head import Gradients, Head, Needs, chunks
 from macpo.kernels.pair_loss.losses import LOSSES, REFERENCE_FREE, LossSettings, PairScores, sft
 from macpo.kernels.pair_loss.sequences import row_sequences, row_weights, segment_sums, to_device
 
@@ -133,15 +132,16 @@ def pair_loss(
 ) -> Result:
     """Loss and gradients; see `op.pair_loss`, and `library.py` for the way back."""
     logp_n = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
-    grads = Gradients(head, hidden, needs, filter_eps)
+    block_rows = head.block_rows(hidden.shape[0], chunk_rows, needs)
+    grads = Gradients(head, hidden, needs, filter_eps, whole=hidden.shape[0] <= block_rows)
     # g is about beta / num_pairs, which times hidden may be too small for float16. A power of two rounds nothing.
     narrow = head.weight_vh.dtype == torch.float16
     grad_scale = 2.0 ** round(math.log2(pairs.num_pairs / pairs.settings.beta)) if narrow else 1.0
     grad_n = None
     if needs.head:
         grad_n = torch.empty_like(logp_n)
-        buffer = head.buffer(min(hidden.shape[0], chunk_rows))
-        block, block_rows = head.block(hidden.shape[0], chunk_rows, needs), head.block_rows(chunk_rows, needs)
+        block = head.block(hidden.shape[0], chunk_rows, needs)
+        buffer = head.chunk_buffer(block, min(hidden.shape[0], chunk_rows))
         for first, last in pairs.groups(block_rows):
             part = pairs.rows(first, last)
             if part.stop - part.start <= block_rows:
@@ -153,7 +153,7 @@ def pair_loss(
     else:
         if not needs.hidden:
             chunk_rows = head.score_rows(chunk_rows)
-        buffer = head.buffer(min(hidden.shape[0], chunk_rows) if needs.hidden or head.route == "vendor" else 0)
+        buffer = head.buffer(min(hidden.shape[0], chunk_rows), score=not needs.hidden)
         for part in chunks(0, hidden.shape[0], chunk_rows):
             if needs.hidden:
                 logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer)
@@ -191,10 +191,10 @@ def _long_pair(
     rows = pairs.rows(pair, pair + 1)
     lse_n = torch.empty_like(logp_n)
     for part in chunks(rows.start, rows.stop, chunk_rows):
-        logp_n[part], lse_n[part] = head.logp(head.logits(hidden[part], buffer), target[part])
+        logp_n[part], lse_n[part] = head.score(hidden[part], target[part], buffer)
     grad_n[rows] = pairs.row_grads(logp_n, pair, pair + 1)
     for part in chunks(rows.start, rows.stop, chunk_rows):
-        d_nv = head.dlogits_(head.logits(hidden[part], buffer), target[part], lse_n[part])
+        d_nv = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
         grads.add(part, d_nv, grad_n[part] * grad_scale)
 
 

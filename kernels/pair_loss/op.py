@@ -88,6 +88,8 @@ def pair_loss(
     check_filter(filter_eps, chosen_backend, hidden.device.type)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     needs = takes_grad(hidden, weight, bias, a, b)
+    score = not any(needs)
+    chosen_route = route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, softcap, score)
     total, sft_loss, logps, rewards, skipped_mass, *_ = library.pair_loss(
         hidden,
         weight,
@@ -108,10 +110,10 @@ def pair_loss(
         float(logit_scale),
         None if softcap is None else float(softcap),
         None if filter_eps is None else float(filter_eps),
-        rows_of_chunk(chunk_rows, weight),
+        rows_of_chunk(chunk_rows, weight, chosen_route),
         chosen_backend,
         needs,
-        route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, not any(needs)),
+        chosen_route,
     )
     margin = rewards[0::2] - rewards[1::2]
     return PairLoss(
