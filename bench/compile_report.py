@@ -151,7 +151,7 @@ def compile_ptx(entry: AotKernel, target: int) -> tuple[int, str, str]:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", target, 32),
-            options={"num_warps": entry.num_warps, "num_stages": entry.num_stages},
+            options={"num_warps": entry.num_warps, "num_stages": entry.num_stages, "maxnreg": entry.max_registers},
         )
     return compiled.metadata.shared, compiled.asm["ptx"], printed.getvalue()
 

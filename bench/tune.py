@@ -29,7 +29,7 @@ from torch import Tensor
 from bench.attention_inputs import AttentionInputs, attention_inputs, hh_like
 from bench.device import copy, gemm, provenance
 from bench.harness import finite
-from bench.timing import captured
+from bench.timing import Outputs, captured
 
 DEVICE = torch.device("cuda")
 VOCAB = 128_256
@@ -84,21 +84,21 @@ def under(module: Any, values: dict[str, Any], run: Callable[[], Any]) -> Callab
 ATTENTION = {"hh64": hh_like(64), "8k": [(8192, [512, 512])]}
 # (block of queries, of keys, warps, stages)
 FORWARD = [
-    *((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)),
-    *((64, 128, 4, 2), (128, 32, 8, 3), (128, 32, 4, 4), (64, 64, 4, 2), (64, 32, 4, 4)),
+    *((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)),
+    *((128, 128, 8, 3), (64, 128, 4, 2), (128, 32, 4, 4), (64, 32, 4, 2)),
 ]
 BACKWARD_DQ = [
-    *((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2)),
-    *((64, 128, 4, 2), (128, 64, 4, 2)),
+    *((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
+    *((128, 32, 8, 3), (64, 32, 4, 2), (64, 32, 8, 2)),
 ]
 BACKWARD_DKV = [
-    *((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (32, 128, 4, 3)),
-    *((128, 64, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3), (64, 64, 8, 3)),
+    *((64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3)),
+    *((32, 128, 8, 2), (32, 128, 8, 3), (128, 128, 8, 2), (32, 128, 4, 3)),
 ]
 
 
 def attention() -> Iterator[Trial]:
-    for (name, groups), size in product(ATTENTION.items(), (128, 64)):
+    for (name, groups), size in product(ATTENTION.items(), (128, 64, 256)):
         pairs = attention_inputs(groups, 1, 1, 16, torch.float32, torch.device("cpu")).visible_pairs
         for kernel, configs, factor in (
             ("forward", FORWARD, 4.0),
@@ -171,10 +171,12 @@ def _decode(batch: int, context: int, config: tuple[int, int, int, int]) -> Call
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 
-# tokens a tile of the scan, tokens a program of it; tile and warps of the draw
+# tokens a tile of the scan, tokens and registers of a program of it; tile and warps of the draw
 SAMPLING = [
-    *((256, 8192, 1024, 4), (512, 8192, 1024, 4), (256, 4096, 1024, 4), (512, 4096, 1024, 4), (256, 16384, 1024, 4)),
-    *((512, 16384, 1024, 4), (128, 8192, 1024, 4), (256, 8192, 2048, 8), (256, 8192, 1024, 8), (256, 8192, 512, 2)),
+    *((256, 8192, 96, 1024, 4), (256, 8192, 80, 1024, 4), (256, 8192, 128, 1024, 4), (512, 8192, 168, 1024, 4)),
+    *((256, 13312, 96, 1024, 4), (256, 16384, 96, 1024, 4), (512, 16384, 168, 1024, 4), (512, 16384, 224, 1024, 4)),
+    *((256, 4096, 96, 1024, 4), (256, 4096, 80, 1024, 4), (256, 8192, 96, 512, 4), (256, 8192, 96, 1024, 8)),
+    *((512, 13312, 168, 1024, 4), (512, 16384, 128, 1024, 4), (256, 8192, 96, 2048, 4)),
 ]
 
 
@@ -190,7 +192,7 @@ def sampling() -> Iterator[Trial]:
     yield Trial("sample", "B256 temperature", "copy", make, 0.0, 256.0 * VOCAB * 4, False)
 
 
-def _sampling(setting: dict[str, float], config: tuple[int, int, int, int]) -> Callable[[], Any]:
+def _sampling(setting: dict[str, float], config: tuple[int, int, int, int, int]) -> Callable[[], Any]:
     from bench.head_inputs import head_inputs
     from macpo.kernels import SampleParams
     from macpo.kernels.sampling import triton_impl
@@ -200,7 +202,7 @@ def _sampling(setting: dict[str, float], config: tuple[int, int, int, int]) -> C
     params = SampleParams(7, **setting, batch=256, device=DEVICE)  # type: ignore[arg-type]
     index = torch.arange(256, device=DEVICE)
     keys = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=1)
-    values = dict(zip(("SCAN_BLOCK", "CHUNK", "DRAW_BLOCK", "DRAW_WARPS"), config, strict=True))
+    values = dict(zip(("SCAN_BLOCK", "CHUNK", "SCAN_REGISTERS", "DRAW_BLOCK", "DRAW_WARPS"), config, strict=True))
     return under(triton_impl, values, lambda: triton_impl.sample(logits, params, keys, index))
 
 
@@ -233,39 +235,26 @@ def _rows(num_rows: int, kernel: str, config: tuple[int, int, int]) -> Callable[
     return under(triton_impl, values, lambda: d() and None)
 
 
-# (rows, tokens, depth, warps, stages, rows of blocks together, flattened)
+# (rows, tokens, depth, warps, stages, blocks of rows together)
 GEMM = [
-    *((256, 128, 64, 8, 3, 8, False), (256, 128, 64, 8, 3, 8, True), (256, 128, 64, 8, 4, 8, False)),
-    *((256, 128, 64, 8, 4, 8, True), (128, 256, 64, 8, 3, 16, True), (128, 256, 64, 8, 4, 16, True)),
-    *((128, 256, 64, 8, 4, 16, False), (128, 128, 64, 4, 4, 16, True), (128, 128, 64, 8, 4, 16, True)),
-    *((128, 128, 64, 8, 4, 16, False), (128, 128, 128, 8, 3, 16, True), (256, 128, 64, 8, 4, 16, True)),
-    *((256, 128, 64, 8, 4, 4, True), (256, 64, 64, 8, 4, 8, True)),
+    *((128, 256, 64, 8, 4, 16), (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 16), (128, 256, 64, 8, 4, 32)),
+    *((256, 128, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8), (128, 128, 64, 4, 3, 16), (128, 128, 64, 8, 4, 16)),
+    *((64, 256, 64, 4, 2, 16), (64, 256, 64, 4, 3, 16), (128, 256, 32, 8, 6, 16)),
 ]
+PARTS = ("logits", "dx", "dx over logits", "dw", "dw in 16 bits")
 
 
 def products() -> Iterator[Trial]:
-    for hidden in (4096, 2048):
-        for num_rows in (4096, 2048, 1024, 512):
-            flop = 2.0 * num_rows * hidden * VOCAB
-            yield Trial(
-                "gemm",
-                f"H{hidden}",
-                f"vendor, bf16 out, {num_rows}",
-                partial(_unit, num_rows, hidden),
-                flop,
-                ours=False,
-            )
-            for name in ("logits", "dx", "dx contiguous", "dw", "dw added"):
-                if num_rows == 4096 and name == "logits":
-                    continue
-                make = partial(_vendor, name, num_rows, hidden)
-                yield Trial("gemm", f"H{hidden}", f"vendor, {name}, {num_rows}", make, flop, ours=False)
-        flop = 2.0 * 4096 * hidden * VOCAB
-        for config, keep in product(GEMM, (False, True)):
-            num_rows = 1024 if keep else 4096
-            make = partial(_epilogue, num_rows, hidden, config, keep)
-            case = f"H{hidden} epilogue" + ", kept" * keep
-            yield Trial("gemm", case, str(config), make, 2.0 * num_rows * hidden * VOCAB)
+    for hidden, num_rows in product((4096, 2048), (4096, 1024, 896, 768, 512)):
+        flop, case = 2.0 * num_rows * hidden * VOCAB, f"H{hidden} N{num_rows}"
+        yield Trial("gemm", case, "vendor, scores", partial(_unit, num_rows, hidden), flop, ours=False)
+        for name in PARTS:
+            if name != "logits" or num_rows < 4096:
+                yield Trial("gemm", case, f"vendor, {name}", partial(_vendor, name, num_rows, hidden), flop, ours=False)
+        if num_rows in (4096, 896):
+            for config, gradient in product(GEMM, (False, True)):
+                make = partial(_epilogue, num_rows, hidden, config, gradient)
+                yield Trial("gemm", case + " own" + ", gradient" * gradient, str(config), make, flop)
 
 
 def _matrix(*shape: int) -> Tensor:
@@ -283,23 +272,25 @@ def _vendor(name: str, num_rows: int, hidden: int) -> Callable[[], Any]:
     if name == "logits":
         z = torch.empty(num_rows, VOCAB, device=DEVICE)
         return lambda: product_(x, w, z)
-    # as the row kernel leaves it: over the front of float32 rows
-    d = _matrix(num_rows, VOCAB if name == "dx contiguous" else 2 * VOCAB)[:, :VOCAB]
+    # over the front of float32 rows, as the row kernel leaves it, or by itself
+    d = _matrix(num_rows, 2 * VOCAB if name == "dx over logits" else VOCAB)[:, :VOCAB]
     if name.startswith("dx"):
         out = torch.empty_like(x)
         return lambda: torch.mm(d, w, out=out)
-    dw = torch.zeros(VOCAB, hidden, device=DEVICE)
-    return lambda: add_product_(dw, d, x, overwrite=name == "dw")
+    dw = torch.zeros(VOCAB, hidden, device=DEVICE, dtype=torch.float32 if name == "dw" else torch.bfloat16)
+    return lambda: add_product_(dw, d, x, overwrite=True)
 
 
-def _epilogue(num_rows: int, hidden: int, config: tuple[Any, ...], keep: bool) -> Callable[[], Any]:
+def _epilogue(num_rows: int, hidden: int, config: tuple[int, ...], gradient: bool) -> Callable[[], Any]:
     from macpo.kernels.linear_logp import triton_gemm
 
     x, w = _matrix(num_rows, hidden), _matrix(VOCAB, hidden)
     target = torch.randint(VOCAB, (num_rows,), device=DEVICE)
-    z = torch.empty(num_rows, VOCAB, device=DEVICE) if keep else None
+    d = torch.empty(num_rows, VOCAB, device=DEVICE, dtype=torch.bfloat16)
     chosen = triton_gemm.GemmConfig(*config)
-    run = partial(triton_gemm._gemm_logp, x, w, target, None, 1.0, None, z)
+    run = partial(triton_gemm.gemm_logp, x, w, target, None, 1.0, None)
+    if gradient:
+        run = partial(triton_gemm.gemm_logp_dlogits, x, w, target, None, 1.0, d)
     return under(triton_gemm, {"choose": lambda *_, **__: chosen}, run)
 
 
@@ -321,7 +312,12 @@ def chosen_of(parts: Sequence[str], only: str, ours: bool = True) -> list[Trial]
 
 def milliseconds(run: Callable[[], Any]) -> float:
     """Median time of a call inside a CUDA graph."""
-    replay = captured(lambda: run() or {})
+
+    def call() -> Outputs:
+        run()
+        return {}
+
+    replay = captured(call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def stretch(calls: int) -> float:

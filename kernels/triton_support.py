@@ -61,6 +61,8 @@ class AotKernel:
     """Arguments that the launcher passes as multiples of 16 (pointers and strides), as Triton specialises them."""
     wgmma: bool = False
     """Whether sm_90 code must hold wgmma instructions."""
+    max_registers: int | None = None
+    """Of a thread, where the launcher limits them."""
     max_spill_bytes: int = 0
     """Most bytes of registers that may spill to local memory."""
     capabilities: tuple[int, ...] = field(default=(80, 90, 100))

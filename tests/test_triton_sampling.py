@@ -25,7 +25,7 @@ if triton_support.INSTALLED:
 
     @triton.jit
     def noise_kernel(
-        p_seed, p_keys, p_position, p_token, p_word, p_u, p_gumbel, p_tile,
+        p_seed, p_keys, p_position, p_token, p_word, p_u, p_gumbel, p_tile, p_top,
         start, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -36,7 +36,12 @@ if triton_support.INSTALLED:
         tl.store(p_u + row * BLOCK + at, triton_noise.uniform(words))
         tl.store(p_u + (tl.num_programs(0) + row) * BLOCK + at, triton_noise.one_less_uniform(words))
         tl.store(p_gumbel + row * BLOCK + at, triton_noise.gumbel(words))
-        tile = triton_noise.tile_words(start, c0, c1, c2, high, k0, k1, BLOCK, BLOCKS)
+        a0, a1, a2, a3, b0, b1, b2, b3 = triton_noise.tile_blocks(
+            start, c0, c1, c2, high, k0, k1, 2, BLOCK // 2, BLOCKS
+        )
+        tile = tl.reshape(triton_noise.in_token_order(a0, a1, a2, a3, b0, b1, b2, b3, 2, BLOCK // 2, BLOCKS), [BLOCK])
+        top = triton_noise.largest_word(a0, a1, a2, a3, b0, b1, b2, b3, BLOCKS)
+        tl.store(p_top + row, top.to(tl.int64))
         tl.store(p_tile + row * BLOCK + at, tile.to(tl.int64))
 
 
@@ -116,15 +121,17 @@ def test_noise_has_the_bits_of_philox(blocks):
     tokens = torch.randint(0, op.MAX_VOCAB, (batch, count), generator=g, dtype=torch.int32)
     tokens[0, :2] = torch.tensor([0, op.MAX_VOCAB - 1])
     words, tile = (torch.empty(batch, count, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    top = torch.empty(batch, dtype=torch.int64, device=DEVICE)
     u, noise = torch.empty(2, batch, count, device=DEVICE), torch.empty(batch, count, device=DEVICE)
     inputs = [x.to(DEVICE) for x in (seed, keys, positions, tokens)]
-    noise_kernel[(batch,)](*inputs, words, u, noise, tile, 4096, BLOCK=count, BLOCKS=blocks, num_warps=1)
+    noise_kernel[(batch,)](*inputs, words, u, noise, tile, top, 4096, BLOCK=count, BLOCKS=blocks, num_warps=1)
     wanted = token_words(seed, keys, positions, tokens.long())
     assert torch.equal(words.cpu(), wanted)
     assert torch.equal(u[0].cpu(), uniform(wanted)) and torch.equal(u[1].cpu(), 1 - uniform(wanted))
     torch.testing.assert_close(noise.cpu(), gumbel(wanted), rtol=1e-6, atol=1e-6)
     in_tile = torch.arange(4096, 4096 + count).expand(batch, -1)
     assert torch.equal(tile.cpu(), token_words(seed, keys, positions, in_tile))
+    assert torch.equal(top, tile.amax(1))
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 318])  # no choice; the smallest; a tail after the scan's tiles of 256

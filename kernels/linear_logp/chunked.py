@@ -12,10 +12,10 @@ Legend: n rows of a chunk, h hidden size, v vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from macpo.kernels.linear_logp.head import Gradients, Head, Needs, chunks
+from macpo.kernels.linear_logp.scaling import scale_rows
 
 
 def forward(
@@ -69,14 +69,5 @@ def backward(
             d_nv = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
             grads.add(part, d_nv, grad_n[part])
     if grads.hidden is not None:
-        scale_rows_(grads.hidden, grad_n)
+        scale_rows(grads.hidden, grad_n, in_place=True)
     return grads
-
-
-def scale_rows(dx_nh: Tensor, grad_n: Tensor) -> Tensor:
-    """dX = g (d W), by rows, in dX's dtype: one rounding."""
-    return (dx_nh * grad_n[:, None]).to(dx_nh.dtype)
-
-
-def scale_rows_(dx_nh: Tensor, grad_n: Tensor) -> Tensor:
-    return torch.mul(dx_nh, grad_n[:, None], out=dx_nh)

@@ -21,9 +21,9 @@ from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
 from macpo.kernels.linear_logp.filtering import make_filter
 
-# Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 896 rows of a vocabulary
-# of 128 Ki: the GEMMs are near full speed, and with dX in bfloat16 4,096 rows of 4,096 need less than 0.30 GB in all.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 252 * 2**20}
+# Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 1,024 rows of 128 Ki
+# tokens, for which the GEMMs are near full speed; beside the gradients 4,096 rows then need less than 0.30 GB.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # Of a row and token: float32 logits; d in 16 bits, and the maximum and sum that 256 tokens have in common.
 ROW_BYTES = {"vendor": 4.0, "epilogue": 2.0 + 8 / 256}
 ROW_MULTIPLE = 128
@@ -35,9 +35,10 @@ CONVERT_ELEMENTS = 2**21
 def chunks(begin: int, end: int, chunk_rows: int) -> Iterator[slice]:
     """Consecutive slices of at most `chunk_rows` rows: as few as there can be, and of nearly one size.
 
-    A small last chunk would read all of W for a few rows. Sizes are multiples of 128 rows where the limit is one.
+    A small last chunk would read all of W for a few rows. Sizes are multiples of the vendor's tiles of 256 or 128 rows
+    where the limit is one.
     """
-    unit = ROW_MULTIPLE if chunk_rows % ROW_MULTIPLE == 0 else 1
+    unit = next(unit for unit in (2 * ROW_MULTIPLE, ROW_MULTIPLE, 1) if chunk_rows % unit == 0)
     num_chunks, num_units = -(-(end - begin) // chunk_rows), -(-(end - begin) // unit)
     for index in range(num_chunks):
         start, stop = (begin + unit * (num_units * i // num_chunks) for i in (index, index + 1))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from macpo.kernels.linear_logp import chunked
 from macpo.kernels.linear_logp.head import Gradients, Head, Needs
+from macpo.kernels.linear_logp.scaling import scale_rows
 
 
 @torch.library.custom_op("macpo::linear_logp", mutates_args=())
@@ -96,7 +97,7 @@ def linear_logp_backward(
     wanted = Needs(*needs)
     if not wanted.head and wanted.hidden:
         empties = (weight.new_empty(0) for _ in range(4))
-        return (chunked.scale_rows(dx, grad), *empties)  # type: ignore[return-value]
+        return (scale_rows(dx, grad), *empties)  # type: ignore[return-value]
     d_nv = (kept.T if head.transposed(hidden.shape[0]) else kept) if kept.numel() else None
     grads = chunked.backward(head, hidden, target, lse, d_nv, grad, wanted, chunk_rows)
     return as_outputs(grads, hidden)

@@ -53,7 +53,7 @@ def linear_logp(
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: Gemma's `final_logit_softcapping`.
         lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
-        chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 252 MiB on a GPU. For a
+        chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU. For a
             trained 16-bit weight their gradients wait for each other besides, in as much memory as the weight has, or
             twice as much on a GPU where all rows fit into that.
         backend: force one; default by device (`macpo.kernels.backend`).

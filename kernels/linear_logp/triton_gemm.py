@@ -42,10 +42,11 @@ class GemmConfig:
     """Row blocks that are walked before the next vocabulary block, so that both stay in the cache."""
 
 
-# LARGE is the fastest on an H200 (`bench.tune`). The others are not measured: chosen so that no register spills, and by
-# the bytes that a tile draws from the cache. Capability 9 and 10 have the shared memory for the first two, OLDER fits
-# 99 KiB.
+# The LARGE ones are the fastest on an H200 (`bench.tune`). The others are not measured: chosen so that no register
+# spills, and by the bytes that a tile draws from the cache. Capability 9 and 10 have the shared memory for the first
+# three, OLDER fits 99 KiB.
 LARGE = GemmConfig(128, 256, 64, 8, 4, 16)
+LARGE_GRADIENT = GemmConfig(128, 256, 64, 8, 3, 16)  # a stage less, for the tile that is on its way to memory
 MEDIUM = GemmConfig(128, 128, 64, 8, 4, 16)
 FEW = GemmConfig(64, 128, 64, 4, 4, 1)
 OLDER = GemmConfig(128, 128, 32, 8, 3, 16)
@@ -81,7 +82,7 @@ def gemm_logp_kernel(
     p_m,
     p_rest,
     p_y,
-    p_d,
+    d,
     stride_hidden,
     stride_weight,
     num_rows,
@@ -98,7 +99,7 @@ def gemm_logp_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and e [N, V] where p_d is."""
+    """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and e [N, V] where d is."""
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(vocab, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs):
@@ -124,21 +125,25 @@ def gemm_logp_kernel(
             y_nv = softcap * cap(z_nv * scale / softcap)[0]
         else:
             y_nv = z_nv * scale
-        y_nv = tl.where(m_v[None, :], y_nv, float("-inf"))
-        # The target first: its sum and that of the exponentials are then never in registers together.
-        target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
-        here_nv = (target_n - start_v).to(tl.int32)[:, None] == tl.arange(0, BLOCK_V)[None, :]
-        owned_n = (target_n >= start_v) & (target_n < tl.minimum(start_v + BLOCK_V, vocab))
-        tl.store(p_y + row_n, tl.sum(tl.where(here_nv, y_nv, 0.0), axis=1), mask=m_n & owned_n)
+        if start_v + BLOCK_V > vocab:
+            y_nv = tl.where(m_v[None, :], y_nv, float("-inf"))
         max_n = tl.max(y_nv, axis=1)
         at_n = block_v.to(tl.int64) * num_rows + row_n
         tl.store(p_m + at_n, max_n, mask=m_n)
-        y_nv = tl.where(here_nv, float("-inf"), y_nv)
+        target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
+        owned_n = (target_n >= start_v) & (target_n < tl.minimum(start_v + BLOCK_V, vocab))
+        if tl.max(owned_n.to(tl.int32), axis=0) != 0:  # most tiles hold no row's target
+            here_nv = (target_n - start_v).to(tl.int32)[:, None] == tl.arange(0, BLOCK_V)[None, :]
+            tl.store(p_y + row_n, tl.sum(tl.where(here_nv, y_nv, 0.0), axis=1), mask=m_n & owned_n)
+            y_nv = tl.where(here_nv, float("-inf"), y_nv)
         e_nv = tl.exp(y_nv - finite_or_zero(max_n)[:, None])
         tl.store(p_rest + at_n, tl.sum(e_nv, axis=1), mask=m_n)
-        if p_d is not None:
-            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
-            tl.store(p_d + at_nv, narrow(e_nv, p_d.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+        if d is not None:
+            if TMA:
+                d.store([start_n, start_v], narrow(e_nv, hidden.dtype))
+            else:
+                at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
+                tl.store(d + at_nv, narrow(e_nv, d.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -221,13 +226,14 @@ def _gemm_logp(
     if num_rows == 0:
         return logp_n, lse_n
     major, num_processors = _device(device)
-    config = choose(hidden_nh.dtype, num_rows, major)
-    tma = tma and major >= 9 and config is not IEEE and _describable(hidden_nh) and _describable(weight_vh)
+    config = choose(hidden_nh.dtype, num_rows, major, gradient=d_nv is not None)
+    described = [x for x in (hidden_nh, weight_vh, d_nv) if x is not None]
+    tma = tma and major >= 9 and config is not IEEE and all(map(_describable, described))
     num_parts = triton.cdiv(vocab, config.block_v)
     m_tn, rest_tn = (torch.empty(num_parts, num_rows, dtype=torch.float32, device=device) for _ in range(2))
     y_n = torch.full((num_rows,), float("nan"), device=device)  # stays where the target is no token
     num_programs = min(triton.cdiv(num_rows, config.block_n) * num_parts, num_processors * (8 // config.num_warps))
-    blocks = [config.block_n, config.block_h], [config.block_v, config.block_h]
+    blocks = [config.block_n, config.block_h], [config.block_v, config.block_h], [config.block_n, config.block_v]
     gemm_logp_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(hidden_nh, blocks[0]) if tma else hidden_nh,
         TensorDescriptor.from_tensor(weight_vh, blocks[1]) if tma else weight_vh,
@@ -236,7 +242,7 @@ def _gemm_logp(
         m_tn,
         rest_tn,
         y_n,
-        d_nv,
+        TensorDescriptor.from_tensor(d_nv, blocks[2]) if tma and d_nv is not None else d_nv,
         hidden_nh.stride(0),
         weight_vh.stride(0),
         num_rows,
@@ -260,7 +266,7 @@ def _gemm_logp(
     return logp_n, lse_n
 
 
-def choose(dtype: torch.dtype, num_rows: int, major: int) -> GemmConfig:
+def choose(dtype: torch.dtype, num_rows: int, major: int, *, gradient: bool) -> GemmConfig:
     """The configuration for inputs of `dtype` on a device of compute capability `major`."""
     if dtype == torch.float32:
         return IEEE
@@ -268,7 +274,9 @@ def choose(dtype: torch.dtype, num_rows: int, major: int) -> GemmConfig:
         return FEW
     if major not in (9, 10):
         return OLDER
-    return LARGE if major == 9 else MEDIUM
+    if major == 10:
+        return MEDIUM
+    return LARGE_GRADIENT if gradient else LARGE
 
 
 def _device(device: torch.device) -> tuple[int, int]:
@@ -300,7 +308,8 @@ def aot_kernels() -> list[AotKernel]:
         **dict.fromkeys(("scale", "softcap"), "fp32"),
     }
     cases = [  # configuration, its name, whether with z, capabilities
-        (LARGE, "large", (False, True), (90,)),
+        (LARGE, "large", (False,), (90,)),
+        (LARGE_GRADIENT, "large", (True,), (90,)),
         (MEDIUM, "medium", (False, True), (100,)),
         (OLDER, "older", (False, True), (80,)),
         (FEW, "few", (False, True), (80, 90, 100)),
@@ -328,12 +337,13 @@ def aot_kernels() -> list[AotKernel]:
                     continue
                 signature = dict(common)
                 constexprs: dict[str, Any] = _meta(config, tma)
+                tiles = {"hidden": (config.block_n, config.block_h), "weight": (config.block_v, config.block_h)}
                 if keep:
-                    signature["p_d"] = f"*{name}"
+                    tiles["d"] = (config.block_n, config.block_v)
                 else:
-                    constexprs["p_d"] = None
-                for operand, rows in (("hidden", config.block_n), ("weight", config.block_v)):
-                    signature[operand] = f"tensordesc<{name}[{rows}, {config.block_h}]>" if tma else f"*{name}"
+                    constexprs["d"] = None
+                for operand, (rows, columns) in tiles.items():
+                    signature[operand] = f"tensordesc<{name}[{rows}, {columns}]>" if tma else f"*{name}"
                 aligned = [argument for argument, kind in signature.items() if kind.startswith("*") or kind == "i64"]
                 kernels.append(
                     AotKernel(

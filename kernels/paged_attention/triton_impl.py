@@ -42,13 +42,14 @@ class Config(NamedTuple):
 
 
 def config(head_dim: int, dtype: torch.dtype) -> Config:
-    """Small tiles and several programs an SM keep the loads in flight; five stages hold two tiles of K and V.
+    """Small tiles and several programs an SM keep the loads in flight; the stages hold two or three tiles of K and V.
 
-    The block table, K and V are loaded through one another, so of five stages two are the tiles' own.
+    The block table, K and V are loaded through one another, so of the stages some are the table's. 16-bit heads of 128:
+    the fastest of `bench.tune` on an H200; heads of 64 and 256 by the same bytes a tile, not measured.
     """
     if dtype == torch.float32:  # no tensor cores: eight warps share the products, so that nothing spills
         return Config(16 if head_dim > 128 else 32, 8, 5)
-    return Config(64 if head_dim <= 64 else 32, 4, 5)
+    return Config(32 if head_dim <= 64 else 16, 2, 6)
 
 
 def num_splits(batch: int, num_heads: int, num_kv_heads: int, capacity: int) -> int:

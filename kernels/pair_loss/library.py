@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macpo.kernels.linear_logp.chunked import scale_rows
 from macpo.kernels.linear_logp.head import Head, Needs
 from macpo.kernels.linear_logp.library import (
     as_outputs,
@@ -21,6 +20,7 @@ from macpo.kernels.linear_logp.library import (
     or_none,
     refuse_double_backward,
 )
+from macpo.kernels.linear_logp.scaling import scale_, scale_rows, with_dimension
 from macpo.kernels.pair_loss import chunked
 from macpo.kernels.pair_loss.losses import LossSettings
 
@@ -120,23 +120,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * 5 + tuple(rest)
     grad_n, unit, hidden, *sums = ctx.saved_tensors
-    dhidden = scale_rows(hidden, grad_n * grad) if ctx.needs[0] else None
-    return (dhidden, *or_none([_scaled(x, grad * unit) for x in sums], ctx.needs[1:]), *rest)
-
-
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor in x's dtype, rounded once; in x itself where this is the only backward, so that dW exists once."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or _graph_is_kept():
-        return (x * _with_dimension(factor, x)).to(x.dtype)
-    if x.device.type != "cpu":
-        return torch.mul(x, _with_dimension(factor, x), out=x)
-    value = float(factor)
-    return x if value == 1.0 else x.mul_(value)
-
-
-def _with_dimension(factor: Tensor, x: Tensor) -> Tensor:
-    """A factor that takes part in type promotion, so that it is not rounded to x's dtype."""
-    return factor.reshape((1,) * max(1, x.dim()))
+    # In the memory of what was kept where this is the only backward, so that large gradients exist once.
+    once = type(hidden) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
+    dhidden = scale_rows(hidden, grad_n * grad, in_place=once and hidden.is_cuda) if ctx.needs[0] else None
+    scaled = [scale_(x, grad * unit) if once else (x * with_dimension(grad * unit, x)).to(x.dtype) for x in sums]
+    return (dhidden, *or_none(scaled, ctx.needs[1:]), *rest)
 
 
 def _graph_is_kept() -> bool:

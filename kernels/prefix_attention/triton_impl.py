@@ -38,8 +38,9 @@ class Tiles:
     """Has block sizes of its own; `forward` and `dq` share theirs, and so their lists of blocks."""
 
 
-# By padded head size and bytes of an element. Chosen from what the compiler reports (no spills but where `_SPILLS` says
-# so; shared memory below the device's limit), not tuned by timing.
+# By padded head size and bytes of an element. 16-bit heads in _LARGE: the fastest of `bench.tune` on an H200
+# (small tiles, of which several fit a multiprocessor). All others are chosen from what the compiler reports (no
+# spills but where `_SPILLS` says so; shared memory below the device's limit).
 _FLOAT32 = {
     (64, 4): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 16, 1)),
@@ -47,9 +48,9 @@ _FLOAT32 = {
 }
 # Compute capability 9.x and 10.x: 227 KiB of shared memory a block.
 _LARGE = _FLOAT32 | {
-    (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)),
-    (256, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
+    (64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (128, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (256, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
 }
 # All others: 99 KiB.
 _SMALL = _FLOAT32 | {

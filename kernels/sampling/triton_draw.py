@@ -157,7 +157,7 @@ def _candidates(
     return bound, length
 
 
-@triton.jit(do_not_specialize=["plane", "num_splits", "num_groups"])
+@triton.jit(do_not_specialize=["plane", "num_splits", "num_groups", "vocab"])
 def draw_kernel(
     p_logits, p_seen, p_seed, p_keys, p_position, p_temperature, p_top_p, p_top_k, p_min_p, p_penalty,
     p_part, p_part_id, p_group, p_active, p_list_s, p_list_id,

@@ -18,13 +18,14 @@ from macpo.kernels.triton_support import AotKernel
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 SCAN_BLOCK = 256  # a program is one warp, so that its maxima need no barrier
-CHUNK = 8192  # tokens of a row that a program scans
+SCAN_REGISTERS = 96  # of a thread of the scan at most, so that more programs share a multiprocessor
+CHUNK = 13312  # tokens of a row that a program scans
 MAX_SPLITS = 64
 CAP = 4096  # candidates that a list can hold; rows no longer than this are searched whole
 MAX_GROUPS = 4096
 GROUPS = (16, 128)  # tokens of a group, the smallest that makes no more than MAX_GROUPS
 PROBE = 256  # groups that a list without top-k is made from
-DRAW_BLOCK, DRAW_WARPS = 1024, 4
+DRAW_BLOCK, DRAW_WARPS = 512, 4
 JOIN_WARPS = 1  # of draw_kernel without filters
 
 
@@ -77,7 +78,7 @@ def sample(
     strides = (logits.stride(0), seen.stride(0), batch * splits, splits, vocab)
     scan_kernel[(splits, batch)](
         *settings, part, part_id, group_max, *strides, chunk, num_groups,
-        BLOCK=SCAN_BLOCK, GROUP=group, num_warps=1, num_stages=1,
+        BLOCK=SCAN_BLOCK, GROUP=group, num_warps=1, num_stages=1, maxnreg=SCAN_REGISTERS,
     )  # fmt: skip
     draw_kernel[(batch,)](
         *settings, part, part_id, group_max, active, list_s, list_id, ids, raw, processed,
@@ -112,7 +113,7 @@ def aot_kernels() -> list[AotKernel]:
                     num_warps=1,
                     num_stages=1,
                     aligned=(*(key for key in signature if key.startswith("p_")), "stride_row", "chunk"),
-                    max_spill_bytes=16,  # Triton 3.6 spills two registers at 128, with float32 logits
+                    max_registers=SCAN_REGISTERS,
                 )
             )
         for filtered in (False, True):

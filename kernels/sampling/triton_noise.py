@@ -55,17 +55,37 @@ def token_words(token, c0, c1, c2, high, k0, k1):
 
 
 @triton.jit
-def tile_words(start, c0, c1, c2, high, k0, k1, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """32 random bits of tokens start .. start + BLOCK - 1; start is a multiple of 8.
+def tile_blocks(start, c0, c1, c2, high, k0, k1, LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """The random words of the LINES x WIDTH tokens from `start`, a multiple of 8, on, as Philox makes them.
 
-    A thread makes BLOCKS (1 or 2) consecutive blocks of four words: as many tokens as it loads in 16 bytes.
+    A thread makes BLOCKS (1 or 2) consecutive blocks of four words of a line: as many tokens as it loads in 16 bytes.
+    The second four words are the first's again where BLOCKS is 1.
     """
-    block = start // 4 + BLOCKS * tl.arange(0, BLOCK // (4 * BLOCKS))
+    column = BLOCKS * tl.arange(0, WIDTH // (4 * BLOCKS))
+    block = start // 4 + tl.arange(0, LINES)[:, None] * (WIDTH // 4) + column[None, :]
     a0, a1, a2, a3 = philox_words(c0, c1, c2, block.to(tl.uint32) | high, k0, k1)
     if BLOCKS == 2:
         b0, b1, b2, b3 = philox_words(c0, c1, c2, (block + 1).to(tl.uint32) | high, k0, k1)
+    else:
+        b0, b1, b2, b3 = a0, a1, a2, a3
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@triton.jit
+def largest_word(a0, a1, a2, a3, b0, b1, b2, b3, BLOCKS: tl.constexpr):
+    """The largest word of `tile_blocks`."""
+    top = tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3))
+    if BLOCKS == 2:
+        top = tl.maximum(top, tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3)))
+    return tl.max(tl.max(top, 0), 0)
+
+
+@triton.jit
+def in_token_order(a0, a1, a2, a3, b0, b1, b2, b3, LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """The words of `tile_blocks`, one a token: [LINES, WIDTH]."""
+    if BLOCKS == 2:
         a0, a1, a2, a3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
-    return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [BLOCK])
+    return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [LINES, WIDTH])
 
 
 @triton.jit
