@@ -46,7 +46,7 @@ class FusedLinear(PeftLinear):
         None too where tensor parallelism has split the layer, and under autocast, which chooses dtypes itself.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or self.disable_adapters or self.merged or self.fan_in_fan_out:
+        if len(names) != 1 or self.disable_adapters or self.merged:
             return None
         (name,), base = names, self.base_layer
         if type(base) is not nn.Linear or isinstance(base.weight, DTensor) or base.weight.dtype != x.dtype:
