@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError
+from macpo.engine.lora_linear import LORA_LINEAR
 
 _aten = torch.ops.aten
 PRODUCTS = (
@@ -27,6 +28,7 @@ PRODUCTS = (
     _aten.bmm.default,
     _aten.baddbmm.default,
     _aten._grouped_mm.default,
+    LORA_LINEAR,
 )
 """What `selective` keeps: results that cost most to compute again. Attention's products are a small share of them."""
 COMPILED_VARIANTS = 64  # torch.compile keeps them by code object, which all models of a process share

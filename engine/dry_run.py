@@ -24,12 +24,14 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from macpo.engine import lora
+from macpo.engine.activations import PRODUCTS
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.flops import meta_model
+from macpo.engine.lora_linear import LORA_LINEAR, products, use_fused_lora
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten._grouped_mm}
+_PRODUCTS = {operator.overloadpacket for operator in PRODUCTS} | {_aten.addmm_}
 _FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.detach, _aten.new_empty_strided}
 
 
@@ -66,6 +68,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is LORA_LINEAR:  # the operators inside it
+            with self:
+                return products(*args, **kwargs)
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         out = func(*args, **kwargs)
         outputs = [x for x in tree_iter(out) if isinstance(x, Tensor)]
@@ -182,6 +187,7 @@ def dry_run(
     dtype: torch.dtype,
     tuning: LoraSettings | FullSettings | None,
     attention: AttentionCost,
+    fused_lora: bool = True,
 ) -> DryRun:
     """Forward and backward of a packed row through models of one and two of the config's blocks.
 
@@ -191,11 +197,13 @@ def dry_run(
         dtype: of frozen weights and activations.
         tuning: what takes gradient; None is scoring, which saves nothing.
         attention: of the device's operator for this row.
+        fused_lora: whether adapters run through `lora_linear`; else through peft's own forward.
 
     Raises:
         ConfigError: transformers knows no causal LM for the config, or the LoRA's targets are not in it.
     """
-    one, two = (_run(config, n, tokens, rows, dtype, tuning, attention) for n in (1, 2))
+    given = (tokens, rows, dtype, tuning, attention, fused_lora)
+    one, two = (_run(config, n, *given) for n in (1, 2))
     block = Part(
         saved=two.saved - one.saved,
         kept=two.kept - one.kept,
@@ -210,7 +218,7 @@ def dry_run(
     )
     outside = ends.saved
     if isinstance(tuning, LoraSettings):
-        outside = _run(config, 1, tokens, rows, dtype, tuning, attention, whole_first=True).saved - block.saved
+        outside = _run(config, 1, *given, whole_first=True).saved - block.saved
     return DryRun(block, ends, outside, two.block_input, two.forward_scratch, two.backward_scratch)
 
 
@@ -233,6 +241,7 @@ def _run(
     dtype: torch.dtype,
     tuning: LoraSettings | FullSettings | None,
     attention: AttentionCost,
+    fused_lora: bool,
     *,
     whole_first: bool = False,
 ) -> _Measured:
@@ -243,13 +252,16 @@ def _run(
     if isinstance(tuning, LoraSettings):
         with torch.device("meta"):
             outer = lora.new_adapter(model, tuning, seed=0)
+        if fused_lora:
+            use_fused_lora(outer)
     elif tuning is not None:
         model.requires_grad_(True)
     trained = [p for p in outer.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     if whole_first and tuning is not None:
-        model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
+        source = torch.zeros((), dtype=dtype, device="meta", requires_grad=True)  # a large leaf would count as saved
+        model.get_input_embeddings().register_forward_hook(lambda *args: args[2] + source)
     ids, positions = (torch.empty(1, tokens, dtype=torch.int64, device="meta") for _ in range(2))
     picked = torch.empty(rows, dtype=torch.int64, device="meta")
     weights = (*outer.parameters(), *outer.buffers(), *(p.grad for p in trained if p.grad is not None))

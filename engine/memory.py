@@ -79,6 +79,12 @@ class Setup:
         return self.shards > 1 or (self.full and self.dtype != torch.float32)
 
     @property
+    def fused_lora(self) -> bool:
+        """Whether adapters run through `lora_linear`: over whole layers that are not in 4 bits."""
+        whole = self.parallel.tensor == 1
+        return isinstance(self.tuning, LoraSettings) and self.tuning.quantization == "none" and whole
+
+    @property
     def rank(self) -> int:
         """Of the adapter; 0 with full tuning."""
         return self.tuning.rank if isinstance(self.tuning, LoraSettings) else 0
@@ -301,7 +307,8 @@ def row_run(config: PretrainedConfig, setup: Setup, row: Row) -> DryRun:
     quantized = isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization != "none"
     tuning = setup.tuning.model_copy(update={"quantization": "none"}) if quantized else setup.tuning
     key = config.to_json_string(use_diff=False)
-    return _row_run(key, _Kept(config), setup.dtype, tuning, setup.device, tuple((p, tuple(r)) for p, r in row))
+    lengths = tuple((prompt, tuple(responses)) for prompt, responses in row)
+    return _row_run(key, _Kept(config), setup.dtype, tuning, setup.fused_lora, setup.device, lengths)
 
 
 class _Kept:
@@ -323,12 +330,14 @@ def _row_run(
     kept: _Kept,
     dtype: torch.dtype,
     tuning: LoraSettings | FullSettings,
+    fused_lora: bool,
     device: str,
     row: tuple[tuple[int, tuple[int, ...]], ...],
 ) -> DryRun:
     shape, counts = ModelShape.of(kept.config), counts_of_lengths(row)
     attention = attention_cost(shape, row, dtype, device)
-    return dry_run(kept.config, counts.tokens, counts.rows, dtype=dtype, tuning=tuning, attention=attention)
+    ways: dict[str, Any] = {"tuning": tuning, "fused_lora": fused_lora}
+    return dry_run(kept.config, counts.tokens, counts.rows, dtype=dtype, attention=attention, **ways)
 
 
 def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str) -> AttentionCost:

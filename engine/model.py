@@ -29,6 +29,7 @@ from macpo.engine.loading import (
     load_causal_lm,
     quiet_transformers,
 )
+from macpo.engine.lora_linear import use_fused_lora
 from macpo.engine.pack import PackedBatch
 from macpo.engine.world import World
 from macpo.kernels import linear_logp
@@ -85,6 +86,7 @@ class PolicyModule(nn.Module):
         super().__init__()
         from macpo.engine.probe import verify  # it builds a policy itself
 
+        use_fused_lora(model)
         self.model = model
         self.compute_dtype = compute_dtype or self.base.dtype
         self.home = home or self.base.device

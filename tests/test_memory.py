@@ -116,6 +116,7 @@ CASES: dict[str, tuple[str, LoraSettings | FullSettings, str, torch.dtype, dict[
     "lora-checkpointed": ("llama", ALL, "full", torch.float32, sizes(4, 128)),
     "full-checkpointed": ("llama", FULL, "full", torch.float32, sizes(8, 128)),
     "lora-selective": ("llama", ALL, "selective", torch.float32, sizes(4, 128)),
+    "bf16-selective": ("llama", ALL, "selective", torch.bfloat16, sizes(4, 128)),
     "full-selective": ("llama", FULL, "selective", torch.float32, sizes(4, 128)),
     "qwen3": ("qwen3", FULL, "full", torch.float32, sizes(4, 128, head_dim=32)),
     "gemma3": ("gemma3_text", ALL, "off", torch.float32, sizes(2, 128, head_dim=32)),

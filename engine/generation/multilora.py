@@ -21,6 +21,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from macpo.engine.lora_linear import FusedLinear
+
 Layout = tuple[tuple[int, float], ...]  # (rank, scaling) of each adapter in a layer; rank 0 where it has none
 
 
@@ -112,7 +114,7 @@ def why_not(model: nn.Module) -> str:
             return f"{name} is replaced as a whole by an adapter"
         if not isinstance(module, LoraLayer):
             continue
-        if type(module) is not LoraLinear:
+        if type(module) is not LoraLinear and type(module) is not FusedLinear:
             return f"{name} is a {type(module).__name__}"
         if module.merged:
             return f"an adapter is merged into {name}"
