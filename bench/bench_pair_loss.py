@@ -87,7 +87,9 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
     """The case, its float64 reference computed."""
     inputs, ref_logps, *references = materials(shape, dtype, kind, device)
     wanted = ("loss", "dhidden", "dweight") if trained else ("loss", "dhidden")
-    reference, free = ({name: found[name] for name in wanted} for found in references)
+    referred, free = ({name: found[name] for name in wanted} for found in references)
+    # Liger gives no log-probs of the sequences.
+    reference = {**referred, "logps": reference_logp(inputs).view(inputs.num_sequences, -1).sum(1)}
     inputs.hidden.requires_grad_(True)
     inputs.weight.requires_grad_(trained)
     units = 3 if trained else 2
@@ -98,7 +100,13 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
             Peer(name, partial(build_per_token, inputs, ref_logps, factory))
             for name, factory in head_peers.per_token(device).items()
         ),
-        Peer(LIGER, partial(build_liger, inputs, shape.prompt, True), partial(unpad, inputs, shape.prompt), note="4u"),
+        Peer(
+            LIGER,
+            partial(build_liger, inputs, shape.prompt, True),
+            partial(unpad, inputs, shape.prompt),
+            referred,
+            note="4u",
+        ),
         Peer(LIGER_FREE, partial(build_liger, inputs, 0, False), partial(unpad, inputs, 0), free),
     ]
     return Case(
@@ -139,7 +147,8 @@ def gradients(inputs: HeadInputs, loss: Tensor, hidden: Tensor | None = None) ->
 def build_ours(inputs: HeadInputs, ref_logps: Tensor) -> Run:
     def run() -> Outputs:
         result = pair_loss(inputs.hidden, inputs.weight, inputs.target, inputs.cu_rows, ref_logps, beta=BETA)
-        return gradients(inputs, result.loss)
+        logps = torch.stack([result.chosen_logps, result.rejected_logps], dim=1).flatten()
+        return {**gradients(inputs, result.loss), "logps": logps}
 
     return run
 
@@ -149,7 +158,8 @@ def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[],
 
     def run() -> Outputs:
         logp = logp_of(inputs.hidden, inputs.weight, inputs.target)
-        return gradients(inputs, dpo(logp, inputs.num_sequences, ref_logps))
+        logps = logp.detach().view(inputs.num_sequences, -1).sum(1)
+        return {**gradients(inputs, dpo(logp, inputs.num_sequences, ref_logps)), "logps": logps}
 
     return run
 

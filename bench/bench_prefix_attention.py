@@ -11,6 +11,7 @@ prompts' keys and values in the timed call, because a model has to. FLOP are tho
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -190,9 +191,11 @@ def torch_varlen() -> Callable[..., Tensor]:
     except ImportError as error:
         raise Unavailable(f"this torch has no varlen_attn: {error}") from error
 
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
         return varlen_attn(
-            *(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k), window_size=(-1, 0), enable_gqa=True
+            *(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k), window_size=(-1, 0), **grouped
         )
 
     return attend

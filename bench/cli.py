@@ -47,13 +47,13 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
     parser.add_argument("--shapes", choices=SHAPES, help="default: gpu on a GPU, else issue")
     parser.add_argument("--repeats", type=int, default=15, help="rounds at most")
     parser.add_argument("--seconds", type=float, default=600.0, help="time for all cases; those left over are named")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name holds this")
+    parser.add_argument("--only", default="", metavar="SUBSTRING,...", help="cases whose name holds one of these")
     parser.add_argument("--peers", metavar="NAME,...", help="besides ours only peers whose name holds one of these")
     parser.add_argument("--json-dir", type=Path, help="folder of the result; default bench/results/<device>")
     args = parser.parse_args(argv)
     shapes = args.shapes or default_shapes(args.device)
     prepare_torch()
-    todo = [spec for spec in specs(shapes, args.device) if args.only in spec.name]
+    todo = [spec for spec in specs(shapes, args.device) if any(part in spec.name for part in args.only.split(","))]
     if not todo:
         parser.error(f"no case fits --only {args.only!r}")
     print(f"{bench}: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)

@@ -36,6 +36,40 @@ def eager() -> LogpFn:
     return _eager
 
 
+class _Float32Logits(torch.autograd.Function):
+    """The head with float32 logits of 16-bit inputs, all in memory: exact, and its gradient's GEMMs in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logits_nv = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        logp_nv = logits_nv.log_softmax(-1)
+        ctx.save_for_backward(hidden, weight, target, logp_nv)
+        return logp_nv.gather(1, target[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, logp_nv = ctx.saved_tensors
+        d_nv = logp_nv.exp_().neg_()
+        d_nv.scatter_add_(1, target[:, None], torch.ones_like(d_nv[:, :1]))
+        d_nv = (d_nv * grads[0][:, None]).to(hidden.dtype)
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        return (d_nv @ weight if needs_hidden else None, d_nv.T @ hidden if needs_weight else None, None)
+
+
+def float32_logits(device: torch.device) -> LogpFn:
+    """What eager code does that keeps float32 logits: exact."""
+    if device.type != "cuda":
+        raise Unavailable("torch has 16-bit products with float32 results on CUDA only")
+
+    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        if hidden.dtype == torch.float32:
+            raise Unavailable("torch eager has float32 logits already")
+        logp: Tensor = _Float32Logits.apply(hidden, weight, target)
+        return logp
+
+    return run
+
+
 @functools.cache
 def compiled() -> LogpFn:
     return torch.compile(_eager, dynamic=False)
@@ -168,6 +202,7 @@ def per_token(device: torch.device) -> dict[str, Callable[[], LogpFn]]:
     """Every peer that gives a log-prob a token and takes a gradient a token, by name; ours is not among them."""
     return {
         "torch eager": eager,
+        "torch eager, float32 logits": functools.partial(float32_logits, device),
         "torch.compile": compiled,
         "TRL fused head": trl,
         "Liger FLCE (per token)": functools.partial(liger_flce, device),

@@ -1,6 +1,6 @@
 """Times launch configurations of the Triton kernels on the GPU that is there: where their committed tables come from.
 
-    python -m bench.tune [--part attention,decode,sample,rows,gemm] [--only SUBSTRING] [--jobs 14] [--json FILE]
+    python -m bench.tune [--part attention,decode,sample,rows,gemm] [--only SUBSTRING,...] [--jobs 14] [--json FILE]
 
 Nothing is searched at run time; what wins here is written into the kernels' tables by hand. All configurations are
 compiled first, by `--jobs` processes side by side. Each trial is then timed inside a CUDA graph: the median of five
@@ -173,10 +173,10 @@ def _decode(batch: int, context: int, config: tuple[int, int, int, int]) -> Call
 
 # tokens a tile of the scan, tokens and registers of a program of it; tile and warps of the draw
 SAMPLING = [
-    *((256, 8192, 96, 1024, 4), (256, 8192, 80, 1024, 4), (256, 8192, 128, 1024, 4), (512, 8192, 168, 1024, 4)),
-    *((256, 13312, 96, 1024, 4), (256, 16384, 96, 1024, 4), (512, 16384, 168, 1024, 4), (512, 16384, 224, 1024, 4)),
-    *((256, 4096, 96, 1024, 4), (256, 4096, 80, 1024, 4), (256, 8192, 96, 512, 4), (256, 8192, 96, 1024, 8)),
-    *((512, 13312, 168, 1024, 4), (512, 16384, 128, 1024, 4), (256, 8192, 96, 2048, 4)),
+    *((256, 13312, 96, 512, 4), (256, 13312, 80, 512, 4), (256, 13312, 128, 512, 4), (512, 16384, 128, 512, 4)),
+    *((512, 13312, 128, 512, 4), (256, 8192, 96, 512, 4), (256, 16384, 96, 512, 4), (256, 10240, 80, 512, 4)),
+    *((512, 16384, 112, 512, 4), (512, 8192, 128, 512, 4), (128, 13312, 64, 512, 4), (256, 13312, 96, 512, 2)),
+    *((256, 13312, 96, 1024, 4), (256, 13312, 96, 512, 8)),
 ]
 
 
@@ -237,21 +237,20 @@ def _rows(num_rows: int, kernel: str, config: tuple[int, int, int]) -> Callable[
 
 # (rows, tokens, depth, warps, stages, blocks of rows together)
 GEMM = [
-    *((128, 256, 64, 8, 4, 16), (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 16), (128, 256, 64, 8, 4, 32)),
-    *((256, 128, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8), (128, 128, 64, 4, 3, 16), (128, 128, 64, 8, 4, 16)),
-    *((64, 256, 64, 4, 2, 16), (64, 256, 64, 4, 3, 16), (128, 256, 32, 8, 6, 16)),
+    *((128, 256, 64, 8, 4, 16), (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 16), (128, 256, 64, 8, 3, 8)),
+    *((256, 128, 64, 8, 3, 8), (128, 128, 64, 4, 3, 16), (128, 256, 64, 8, 3, 32)),
 ]
 PARTS = ("logits", "dx", "dx over logits", "dw", "dw in 16 bits")
 
 
 def products() -> Iterator[Trial]:
-    for hidden, num_rows in product((4096, 2048), (4096, 1024, 896, 768, 512)):
+    for hidden, num_rows in product((4096, 2048), (4096, 1024, 768, 512)):
         flop, case = 2.0 * num_rows * hidden * VOCAB, f"H{hidden} N{num_rows}"
         yield Trial("gemm", case, "vendor, scores", partial(_unit, num_rows, hidden), flop, ours=False)
         for name in PARTS:
             if name != "logits" or num_rows < 4096:
                 yield Trial("gemm", case, f"vendor, {name}", partial(_vendor, name, num_rows, hidden), flop, ours=False)
-        if num_rows in (4096, 896):
+        if num_rows in (4096, 1024):
             for config, gradient in product(GEMM, (False, True)):
                 make = partial(_epilogue, num_rows, hidden, config, gradient)
                 yield Trial("gemm", case + " own" + ", gradient" * gradient, str(config), make, flop)
@@ -307,7 +306,8 @@ def compile_share(job: tuple[Sequence[str], str, int, int]) -> None:
 
 
 def chosen_of(parts: Sequence[str], only: str, ours: bool = True) -> list[Trial]:
-    return [t for t in trials(parts) if only in f"{t.case} {t.config}" and (t.ours or not ours)]
+    kept = only.split(",")
+    return [t for t in trials(parts) if any(k in f"{t.case} {t.config}" for k in kept) and (t.ours or not ours)]
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -336,7 +336,7 @@ def milliseconds(run: Callable[[], Any]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="attention,decode,sample,rows,gemm")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="trials whose case and configuration hold this")
+    parser.add_argument("--only", default="", metavar="SUBSTRING,...", help="trials whose name holds one of these")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes that compile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
