@@ -106,10 +106,10 @@ def test_both_routes_of_the_operators(backend, route, compiled):
         assert_close(value, right, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("chunk_rows", [4, 30])
-def test_16_bit_losses_by_the_epilogue(backend, dtype, trained, chunk_rows):
+def test_losses_by_the_epilogue(backend, dtype, trained, chunk_rows):
     """Loss, rewards and gradients against float64: several chunks, a pair longer than a chunk, and one block."""
     g = torch.Generator().manual_seed(8)
     hidden = torch.randn(17, 12, generator=g).to(DEVICE, dtype)
@@ -165,6 +165,7 @@ def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
         ("epilogue", "triton", torch.float64, False, None, "the inputs float64"),
         ("epilogue", "triton", bf16, True, None, "a LoRA is added"),
         ("epilogue", "triton", bf16, False, 5.0, "slope of a softcap"),
+        ("epilogue", "triton", torch.float16, False, None, "float16 cannot hold"),
     ):
         with pytest.raises(ValueError, match=message):
             route_of(route, at, cuda, dtype, has_lora, softcap, False)
@@ -175,4 +176,7 @@ def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
     assert route_of(None, "triton", cuda, bf16, False, 5.0, True) == "epilogue"
     assert route_of(None, "triton", cuda, torch.float32, False, None, True) == "vendor"
     assert route_of(None, "triton", cuda, bf16, False, None, False) == "vendor"
+    assert route_of(None, "triton", cuda, torch.float16, False, None, False) == "vendor"
     assert route_of(None, "triton", cuda, bf16, True, None, True) == "vendor"
+    with pytest.raises(ValueError, match="finished gradients"):
+        route_of("epilogue", "triton", cuda, bf16, False, None, False, filtered=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from macpo.kernels.linear_logp.head import Gradients, Head, Needs, chunks
+from macpo.kernels.linear_logp.head import Gradient, Gradients, Head, Needs, chunks
 from macpo.kernels.linear_logp.scaling import scale_rows
 
 
@@ -27,8 +27,9 @@ def forward(
     if keep_d:
         block = head.block(num_rows, chunk_rows, needs)
         buffer = head.chunk_buffer(block, min(chunk_rows, num_rows))
-        logp_n, lse_n, d_nv = head.differentiate(hidden, target, buffer, block)
-        return logp_n, lse_n, None, d_nv
+        found = head.differentiate(hidden, target, buffer, block)
+        d_nv = found.d_nv if found.factor_n is None else scale_rows(found.d_nv, found.factor_n, in_place=True)
+        return found.logp_n, found.lse_n, None, d_nv
     logp_n, lse_n = (hidden.new_empty(num_rows, dtype=head.dtype) for _ in range(2))
     if not keep_dx:
         chunk_rows = head.score_rows(chunk_rows)
@@ -36,8 +37,9 @@ def forward(
     grads = Gradients(head, hidden, Needs(keep_dx, False, False, False, False))
     for part in chunks(0, num_rows, chunk_rows):
         if keep_dx:
-            logp_n[part], lse_n[part], d_nv = head.differentiate(hidden[part], target[part], buffer)
-            grads.add(part, d_nv)
+            found = head.differentiate(hidden[part], target[part], buffer)
+            logp_n[part], lse_n[part] = found.logp_n, found.lse_n
+            grads.add(part, found)
         else:
             logp_n[part], lse_n[part] = head.score(hidden[part], target[part], buffer)
     return logp_n, lse_n, grads.hidden, None
@@ -62,12 +64,12 @@ def backward(
     num_rows = hidden.shape[0]
     grads = Gradients(head, hidden, needs, whole=d_nv is not None)
     if d_nv is not None:
-        grads.add(slice(0, num_rows), d_nv, grad_n)
+        grads.add(slice(0, num_rows), Gradient(lse_n, lse_n, d_nv), grad_n)
     else:
         buffer = head.buffer(min(chunk_rows, num_rows))
         for part in chunks(0, num_rows, chunk_rows):
-            d_nv = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
-            grads.add(part, d_nv, grad_n[part])
+            found = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
+            grads.add(part, found, grad_n[part])
     if grads.hidden is not None:
         scale_rows(grads.hidden, grad_n, in_place=True)
     return grads

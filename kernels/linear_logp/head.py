@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from torch import Tensor
 from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
 from macpo.kernels.linear_logp.filtering import make_filter
+from macpo.kernels.linear_logp.scaling import scale_rows
 
 # Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 1,024 rows of 128 Ki
 # tokens, for which the GEMMs are near full speed; beside the gradients 4,096 rows then need less than 0.30 GB.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-# Of a row and token: float32 logits; d in 16 bits, and the maximum and sum that 256 tokens have in common.
-ROW_BYTES = {"vendor": 4.0, "epilogue": 2.0 + 8 / 256}
+# Of a row and token: float32 logits; d in 16 bits, and the sum that 256 tokens have in common.
+ROW_BYTES = {"vendor": 4.0, "epilogue": 2.0 + 4 / 256}
 ROW_MULTIPLE = 128
 TRANSPOSE_ROWS = 128
 # Converted at a time where a 16-bit GEMM with float32 output is missing.
@@ -69,6 +71,16 @@ class Needs:
     @property
     def any(self) -> bool:
         return self.hidden or self.head
+
+
+class Gradient(NamedTuple):
+    """What rows make of their logits; d logp / d z = factor * d by rows."""
+
+    logp_n: Tensor
+    lse_n: Tensor
+    d_nv: Tensor
+    factor_n: Tensor | None = None
+    """None stands for 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,39 +192,30 @@ class Head:
 
     def differentiate(
         self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, block: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-prob, logsumexp [n] and d [n, V]: in `block`, chunk by chunk, or perhaps in the buffer's memory."""
+    ) -> Gradient:
+        """Log-probs and the gradient of the logits: in `block`, chunk by chunk, or perhaps in the buffer's memory."""
         num_rows, vocab = hidden_nh.shape[0], self.weight_vh.shape[0]
+        if self.route == "epilogue":
+            from macpo.kernels.linear_logp.triton_gemm import gemm_logp_dlogits
+
+            d_nv = (buffer if block is None else block)[: num_rows * vocab].view(num_rows, vocab)
+            found = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, d_nv)
+            return Gradient(*found[:2], d_nv, found[2])
         if block is None:
-            return self._differentiate(hidden_nh, target_n, buffer, None)
-        if self.route == "epilogue":  # its chunks need no memory of their own
-            return self._differentiate(hidden_nh, target_n, block, None)
+            return Gradient(*self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n))
         flat = block[: num_rows * vocab]
         d_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
         logp_n, lse_n = (hidden_nh.new_empty(num_rows, dtype=self.dtype) for _ in range(2))
-        step = buffer.numel() // vocab
-        for part in chunks(0, num_rows, step):
-            logp_n[part], lse_n[part], _ = self._differentiate(hidden_nh[part], target_n[part], buffer, d_nv[part])
-        return logp_n, lse_n, d_nv
+        for part in chunks(0, num_rows, buffer.numel() // vocab):
+            z_nv = self.logits(hidden_nh[part], buffer)
+            logp_n[part], lse_n[part], _ = self.logp_dlogits_(z_nv, target_n[part], d_nv[part])
+        return Gradient(logp_n, lse_n, d_nv)
 
-    def _differentiate(
-        self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, out_nv: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.route != "epilogue":
-            return self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n, out_nv)
-        from macpo.kernels.linear_logp.triton_gemm import gemm_logp_dlogits
-
-        d_nv = out_nv
-        if d_nv is None:
-            d_nv = buffer[: hidden_nh.shape[0] * self.weight_vh.shape[0]].view(hidden_nh.shape[0], -1)
-        logp_n, lse_n = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, d_nv)
-        return logp_n, lse_n, d_nv
-
-    def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Tensor:
-        """d [n, V] of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""
+    def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Gradient:
+        """The gradient of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""
         if self.route == "epilogue":
-            return self._differentiate(hidden_nh, target_n, buffer, None)[2]
-        return self.dlogits_(self.logits(hidden_nh, buffer), target_n, lse_n)
+            return self.differentiate(hidden_nh, target_n, buffer)
+        return Gradient(lse_n, lse_n, self.dlogits_(self.logits(hidden_nh, buffer), target_n, lse_n))
 
     def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
         return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
@@ -267,13 +270,13 @@ class Gradients:
         assert like is not None
         return torch.zeros(like.shape, dtype=self.head.dtype, device=like.device)
 
-    def add(self, part: slice, d_nv: Tensor, grad_n: Tensor | None = None) -> None:
-        """Take in the rows `part`: d [n, V]; grad_n [n], needed where the head takes gradient.
+    def add(self, part: slice, found: Gradient, grad_n: Tensor | None = None) -> None:
+        """Take in the rows `part`: their gradient d; g = grad_n [n], needed where the head takes gradient.
 
         hidden[part] = d W + s (d B) A; weight += d' (g h), bias += d' g, lora_b += d' (g u) with u = s h A',
         lora_a += s (g d B)' h.
         """
-        head, hidden_nh = self.head, self.rows[part]
+        head, hidden_nh, d_nv, factor_n = self.head, self.rows[part], found.d_nv, found.factor_n
         kept = None if self.filter_eps is None else make_filter(d_nv, self.filter_eps, head.backend)
         if kept is not None:
             self.skipped_mass = torch.maximum(self.skipped_mass, kept.mass.to(head.dtype))
@@ -284,12 +287,14 @@ class Gradients:
                 torch.mm(d_nv, head.weight_vh, out=dx_nh)
             else:
                 kept.product_(d_nv, head.weight_vh, dx_nh)
+            if factor_n is not None:
+                scale_rows(dx_nh, factor_n, in_place=True)
             if through_nr is not None and head.lora_a_rh is not None:
                 dx_nh.copy_((through_nr @ head.lora_a_rh.to(head.dtype)).add_(dx_nh))
         if not self.needs.head:
             return
         assert grad_n is not None
-        grad_n1 = grad_n[:, None]
+        grad_n1 = (grad_n if factor_n is None else grad_n * factor_n)[:, None]
         if self.weight is not None and kept is None:
             add_product_(self.weight, d_nv, hidden_nh * grad_n1, head.backend, overwrite=not self.weight_is_set)
             self.weight_is_set = True

@@ -1,12 +1,14 @@
 """The head's product with an epilogue of its own in Triton: log-probs, and their gradient, without logits in memory.
 
-A persistent grid walks tiles of [BLOCK_N rows, BLOCK_V tokens]. Each tile ends in one maximum and one sum a row, and
-in the target's logit where the tile holds it; a second kernel joins the tiles of a row in a fixed order. Results do
-not depend on the number of programs, so neither on the device's size.
+A persistent grid walks tiles of [BLOCK_N rows, BLOCK_V tokens]. With base_n = the target's logit of row n, found by a
+dot product before, each tile ends in one sum a row of e = exp(y - base) over all tokens but the target, and in the
+target's logit where the tile holds it. `triton_join` adds the tiles of a row in a fixed order. Results do not depend on
+the number of programs, so neither on the device's size.
 
-For a gradient each tile also leaves e = exp(y - its row's maximum in the tile), in the gradient's dtype: at most 1, so
-that 16 bits hold it to half a unit whatever the logits are. Once the logsumexp is known, one pass turns it in place
-into d logp / d z = -e exp(maximum - logsumexp) * scale; the target's own entry is the sum of all others' mass.
+For a gradient the tiles leave e itself, in the gradient's dtype: e of every likely token is at least 1, so 16 bits hold
+it to half a unit. With minus the sum of the others in the target's place it is the gradient
+but for one factor a row, d logp / d z = factor e, which the row's results of later products take. Where the target is
+about 70 nats below the best token e becomes too large; a second kernel finds such rows and computes them anew.
 bfloat16 and float16 products are exact with float32 accumulators; float32 inputs are multiplied as IEEE float32
 (input_precision="ieee"), not TF32: exact, and without tensor cores.
 Legend: n rows, h hidden size, v vocabulary, t vocabulary tiles.
@@ -24,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finite_or_zero, narrow
-from macpo.kernels.linear_logp.triton_rows import combine
+from macpo.kernels.linear_logp.triton_join import bases, join, repair
+from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, load_block, narrow
 from macpo.kernels.triton_support import AotKernel
 
 
@@ -52,25 +54,6 @@ FEW = GemmConfig(64, 128, 64, 4, 4, 1)
 OLDER = GemmConfig(128, 128, 32, 8, 3, 16)
 IEEE = GemmConfig(64, 64, 16, 4, 2, 16)
 FEW_ROWS = 64
-DLOGITS_TILES = 16  # of a row that a program turns into the gradient
-
-
-@triton.jit
-def load_block(
-    operand, row, col, num_rows, num_cols, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr
-):
-    """[BLOCK_R, BLOCK_C] of a row-major matrix from (row, col) on, 0 beyond its columns; by descriptor or pointer."""
-    if TMA:
-        block_rc = operand.load([row, col])
-    else:
-        # Rows beyond the end read the last row again: they are masked where results are stored, so only columns,
-        # over which the product sums, need a mask here.
-        row_r = tl.minimum(row + tl.arange(0, BLOCK_R), num_rows - 1).to(tl.int64)
-        col_c = col + tl.arange(0, BLOCK_C)
-        block_rc = tl.load(
-            operand + row_r[:, None] * stride + col_c[None, :], mask=(col_c < num_cols)[None, :], other=0.0
-        )
-    return block_rc
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_programs", "has_bias", "capped"])
@@ -79,7 +62,7 @@ def gemm_logp_kernel(
     weight,
     p_target,
     p_bias,
-    p_m,
+    p_base,
     p_rest,
     p_y,
     d,
@@ -99,7 +82,7 @@ def gemm_logp_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """Partial maxima and sums [T, N] of the rows' logits, target logits [N], and e [N, V] where d is."""
+    """Partial sums [T, N] of the rows' e, target logits [N], and e [N, V] where d is."""
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(vocab, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_blocks_n * num_blocks_v, num_programs):
@@ -127,42 +110,20 @@ def gemm_logp_kernel(
             y_nv = z_nv * scale
         if start_v + BLOCK_V > vocab:
             y_nv = tl.where(m_v[None, :], y_nv, float("-inf"))
-        max_n = tl.max(y_nv, axis=1)
-        at_n = block_v.to(tl.int64) * num_rows + row_n
-        tl.store(p_m + at_n, max_n, mask=m_n)
         target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
         owned_n = (target_n >= start_v) & (target_n < tl.minimum(start_v + BLOCK_V, vocab))
         if tl.max(owned_n.to(tl.int32), axis=0) != 0:  # most tiles hold no row's target
             here_nv = (target_n - start_v).to(tl.int32)[:, None] == tl.arange(0, BLOCK_V)[None, :]
             tl.store(p_y + row_n, tl.sum(tl.where(here_nv, y_nv, 0.0), axis=1), mask=m_n & owned_n)
             y_nv = tl.where(here_nv, float("-inf"), y_nv)
-        e_nv = tl.exp(y_nv - finite_or_zero(max_n)[:, None])
-        tl.store(p_rest + at_n, tl.sum(e_nv, axis=1), mask=m_n)
+        e_nv = tl.exp(y_nv - tl.load(p_base + row_n, mask=m_n, other=0.0)[:, None])
+        tl.store(p_rest + block_v.to(tl.int64) * num_rows + row_n, tl.sum(e_nv, axis=1), mask=m_n)
         if d is not None:
             if TMA:
                 d.store([start_n, start_v], narrow(e_nv, hidden.dtype))
             else:
                 at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
                 tl.store(d + at_nv, narrow(e_nv, d.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def dlogits_kernel(
-    p_d, p_m, p_lse, p_own, p_target, num_rows, vocab, scale, BLOCK_V: tl.constexpr, TILES: tl.constexpr
-):
-    """TILES tiles of one row of e, in place, to d logp / d z; the target's entry is p_own [N] * scale."""
-    programs = tl.cdiv(vocab, TILES * BLOCK_V)  # of a row
-    row = (tl.program_id(0) // programs).to(tl.int64)
-    tile_t = tl.program_id(0) % programs * TILES + tl.arange(0, TILES)
-    col_tv = tile_t[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    m_tv = col_tv < vocab
-    max_t = tl.load(p_m + tile_t.to(tl.int64) * num_rows + row, mask=tile_t * BLOCK_V < vocab, other=float("-inf"))
-    factor_t = tl.exp(max_t - tl.load(p_lse + row)) * scale
-    p_row = p_d + row * vocab
-    d_tv = -tl.load(p_row + col_tv, mask=m_tv, other=0.0).to(tl.float32) * factor_t[:, None]
-    target = tl.load(p_target + row).to(tl.int32)
-    d_tv = tl.where(col_tv == target, tl.load(p_own + row) * scale, d_tv)
-    tl.store(p_row + col_tv, narrow(d_tv, p_d.dtype.element_ty), mask=m_tv)
 
 
 def gemm_logp(
@@ -188,13 +149,20 @@ def gemm_logp(
     Raises:
         ValueError: another dtype, or columns that are not contiguous.
     """
-    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, None)
+    logp_n, lse_n, _ = _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, None)
+    return logp_n, lse_n
 
 
 def gemm_logp_dlogits(
     hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, d_nv: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`gemm_logp` without a softcap, and d logp / d z = (onehot - softmax) * scale into d [N, V].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gemm_logp` without a softcap, and d logp / d z = (onehot - softmax) * scale as factor * d, by rows.
+
+    Args:
+        d_nv: [N, V], dtype of hidden, but not float16, whose range is too small; contiguous; overwritten.
+
+    Returns:
+        (logp [N], lse [N], factor [N]), float32.
 
     Raises:
         ValueError: as `gemm_logp`; d is not contiguous, of that shape and of hidden's dtype.
@@ -203,6 +171,8 @@ def gemm_logp_dlogits(
         raise ValueError(f"d must be contiguous [N, V], got {list(d_nv.shape)}, strides {d_nv.stride()}")
     if d_nv.dtype != hidden_nh.dtype:
         raise ValueError(f"d must be {hidden_nh.dtype} as the head is, got {d_nv.dtype}")
+    if d_nv.dtype == torch.float16:
+        raise ValueError("float16 cannot hold exponentials of any size")
     return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, None, d_nv)
 
 
@@ -215,31 +185,34 @@ def _gemm_logp(
     softcap: float | None,
     d_nv: Tensor | None,
     tma: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     (num_rows, width), vocab, device = hidden_nh.shape, weight_vh.shape[0], hidden_nh.device
     if hidden_nh.dtype not in TRITON_NAMES or hidden_nh.stride(1) != 1 or weight_vh.stride(1) != 1:
         raise ValueError(
             f"need float32, bfloat16 or float16 with contiguous columns, got {hidden_nh.dtype}, "
             f"strides {hidden_nh.stride()} and {weight_vh.stride()}"
         )
-    logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
     if num_rows == 0:
-        return logp_n, lse_n
+        logp_n, lse_n, factor_n = (torch.empty(0, device=device) for _ in range(3))
+        return logp_n, lse_n, factor_n
+    target_n, bias_v = target_n.contiguous(), None if bias_v is None else bias_v.to(torch.float32).contiguous()
+    head = (hidden_nh, weight_vh, target_n, bias_v, scale, softcap)
+    base_n = bases(*head)
     major, num_processors = _device(device)
     config = choose(hidden_nh.dtype, num_rows, major, gradient=d_nv is not None)
     described = [x for x in (hidden_nh, weight_vh, d_nv) if x is not None]
     tma = tma and major >= 9 and config is not IEEE and all(map(_describable, described))
     num_parts = triton.cdiv(vocab, config.block_v)
-    m_tn, rest_tn = (torch.empty(num_parts, num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    rest_tn = torch.empty(num_parts, num_rows, dtype=torch.float32, device=device)
     y_n = torch.full((num_rows,), float("nan"), device=device)  # stays where the target is no token
     num_programs = min(triton.cdiv(num_rows, config.block_n) * num_parts, num_processors * (8 // config.num_warps))
     blocks = [config.block_n, config.block_h], [config.block_v, config.block_h], [config.block_n, config.block_v]
     gemm_logp_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(hidden_nh, blocks[0]) if tma else hidden_nh,
         TensorDescriptor.from_tensor(weight_vh, blocks[1]) if tma else weight_vh,
-        target_n.contiguous(),
-        m_tn if bias_v is None else bias_v.to(torch.float32).contiguous(),
-        m_tn,
+        target_n,
+        base_n if bias_v is None else bias_v,
+        base_n,
         rest_tn,
         y_n,
         TensorDescriptor.from_tensor(d_nv, blocks[2]) if tma and d_nv is not None else d_nv,
@@ -257,13 +230,9 @@ def _gemm_logp(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    own_n = None if d_nv is None else torch.empty_like(logp_n)
-    combine(m_tn, rest_tn, y_n, logp_n, lse_n, own_n)
-    if d_nv is not None:
-        dlogits_kernel[(triton.cdiv(num_parts, DLOGITS_TILES) * num_rows,)](
-            d_nv, m_tn, lse_n, own_n, target_n.contiguous(), num_rows, vocab, scale, config.block_v, DLOGITS_TILES
-        )
-    return logp_n, lse_n
+    found = join(rest_tn, y_n, base_n, target_n, scale, d_nv)
+    repair(*head, *found, d_nv)
+    return found
 
 
 def choose(dtype: torch.dtype, num_rows: int, major: int, *, gradient: bool) -> GemmConfig:
@@ -302,7 +271,7 @@ def aot_kernels() -> list[AotKernel]:
     integers = ("num_rows", "vocab", "width", "num_programs", "has_bias", "capped")
     common = {
         "p_target": "*i64",
-        **dict.fromkeys(("p_bias", "p_m", "p_rest", "p_y"), "*fp32"),
+        **dict.fromkeys(("p_bias", "p_base", "p_rest", "p_y"), "*fp32"),
         **dict.fromkeys(("stride_hidden", "stride_weight"), "i64"),
         **dict.fromkeys(integers, "i32"),
         **dict.fromkeys(("scale", "softcap"), "fp32"),
@@ -317,23 +286,12 @@ def aot_kernels() -> list[AotKernel]:
     ]
     kernels = []
     for dtype, name in TRITON_NAMES.items():
-        for block_v in sorted({config.block_v for config, *_ in cases if (config is IEEE) == (dtype == torch.float32)}):
-            signature = {"p_d": f"*{name}", **dict.fromkeys(("p_m", "p_lse", "p_own"), "*fp32"), "p_target": "*i64"}
-            kernels.append(
-                AotKernel(
-                    f"linear_logp_gemm_dlogits/{name}/{block_v}",
-                    dlogits_kernel,
-                    {**signature, "num_rows": "i32", "vocab": "i32", "scale": "fp32"},
-                    {"BLOCK_V": block_v, "TILES": DLOGITS_TILES},
-                    aligned=(*signature, "vocab"),
-                )
-            )
         for config, size, keeps, capabilities in cases:
             if (config is IEEE) != (dtype == torch.float32):
                 continue
             for keep, tma in product(keeps, (False, True)):
                 able = tuple(capability for capability in capabilities if capability >= 90 or not tma)
-                if not able or (tma and config is IEEE):
+                if not able or (tma and config is IEEE) or (keep and dtype == torch.float16):
                     continue
                 signature = dict(common)
                 constexprs: dict[str, Any] = _meta(config, tma)
@@ -355,6 +313,7 @@ def aot_kernels() -> list[AotKernel]:
                         config.num_stages,
                         aligned=(*aligned, "vocab", "width"),
                         wgmma=config is not IEEE,
+                        max_spill_bytes=0 if tma or size != "large" else 64,  # for what descriptors cannot describe
                         capabilities=able,
                     )
                 )

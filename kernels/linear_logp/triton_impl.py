@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from macpo.kernels.linear_logp import triton_filter, triton_gemm, triton_scale
+from macpo.kernels.linear_logp import triton_filter, triton_gemm, triton_join, triton_scale
 from macpo.kernels.linear_logp.triton_math import TRITON_NAMES
 from macpo.kernels.linear_logp.triton_rows import (
     COMBINE_PARTS,
@@ -215,7 +215,16 @@ def _gradient_memory(z_nv: Tensor, dtype: torch.dtype, out: Tensor | None, *, sp
 def aot_kernels() -> list[AotKernel]:
     """Every row kernel in every configuration that the launchers choose."""
     numbers = {"vocab": "i32", "num_tiles": "i32", "scale": "fp32", "softcap": "fp32"}
-    kernels = [_combine_aot(own) for own in (False, True)]
+    pointers = ("p_m", "p_rest", "p_y", "p_logp", "p_lse")
+    kernels = [
+        AotKernel(
+            "linear_logp_combine",
+            combine_kernel,
+            {**dict.fromkeys(pointers, "*fp32"), "num_rows": "i32", "num_parts": "i32"},
+            {"BLOCK_N": COMBINE_ROWS, "BLOCK_S": COMBINE_PARTS},
+            aligned=pointers,
+        )
+    ]
     for with_bias in (False, True):
         for capped in (False, True):
             tags = "/bias" * with_bias + "/softcap" * capped
@@ -234,17 +243,12 @@ def aot_kernels() -> list[AotKernel]:
                 kernels.append(_aot(f"row_dlogits/{name}{tags}", row_logp_kernel, {**common, **results, **d}, meta))
                 known = {"p_lse": "*fp32", "p_grad": "*fp32", "split_tiles": "i32", "has_grad": "i32", **d}
                 kernels.append(_aot(f"dlogits/{name}{tags}", row_dlogits_kernel, {**common, **known}, meta))
-    return kernels + triton_gemm.aot_kernels() + triton_filter.aot_kernels() + triton_scale.aot_kernels()
-
-
-def _combine_aot(own: bool) -> AotKernel:
-    pointers = ("p_m", "p_rest", "p_y", "p_logp", "p_lse", *(("p_own",) if own else ()))
-    return AotKernel(
-        "linear_logp_combine" + "/own" * own,
-        combine_kernel,
-        {**dict.fromkeys(pointers, "*fp32"), "num_rows": "i32", "num_parts": "i32"},
-        {"BLOCK_N": COMBINE_ROWS, "BLOCK_S": COMBINE_PARTS} | ({} if own else {"p_own": None}),
-        aligned=pointers,
+    return (
+        kernels
+        + triton_gemm.aot_kernels()
+        + triton_join.aot_kernels()
+        + triton_filter.aot_kernels()
+        + triton_scale.aot_kernels()
     )
 
 

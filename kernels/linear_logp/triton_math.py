@@ -84,6 +84,20 @@ def finish(m, rest, target_logit):
 
 
 @triton.jit
+def finish_above(base, rest, target_logit):
+    """`finish` with any base near which no exponential overflows, such as the target's logit itself."""
+    gap = target_logit - base
+    e_t = tl.exp(gap)
+    total = rest + e_t
+    confident = rest < e_t  # so p > 1/2
+    little = log1p(tl.where(confident, rest, 0.0) / tl.where(confident, e_t, 1.0))
+    log_total = tl.log(total)
+    logp = tl.where(confident, -little, tl.minimum(gap - log_total, 0.0))
+    logp = tl.where(total == total, logp, total)  # min() of a GPU drops NaN
+    return logp, tl.where(confident, target_logit + little, base + log_total), total
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 x rounded to the nearest DTYPE; by hand where the interpreter would cut bits off instead."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
@@ -99,3 +113,21 @@ def dot(a, b, acc):
     if INTERPRETED:  # which multiplies the bit patterns of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_block(
+    operand, row, col, num_rows, num_cols, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr
+):
+    """[BLOCK_R, BLOCK_C] of a row-major matrix from (row, col) on, 0 beyond its columns; by descriptor or pointer."""
+    if TMA:
+        block_rc = operand.load([row, col])
+    else:
+        # Rows beyond the end read the last row again: they are masked where results are stored, so only columns,
+        # over which the product sums, need a mask here.
+        row_r = tl.minimum(row + tl.arange(0, BLOCK_R), num_rows - 1).to(tl.int64)
+        col_c = col + tl.arange(0, BLOCK_C)
+        block_rc = tl.load(
+            operand + row_r[:, None] * stride + col_c[None, :], mask=(col_c < num_cols)[None, :], other=0.0
+        )
+    return block_rc

@@ -152,10 +152,8 @@ def row_partials_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
-def combine_kernel(
-    p_m, p_rest, p_y, p_logp, p_lse, p_own, num_rows, num_parts, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Join partial sums [S, N] in a fixed order: log-prob, logsumexp and, where p_own is, 1 - p of the target [N]."""
+def combine_kernel(p_m, p_rest, p_y, p_logp, p_lse, num_rows, num_parts, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Join partial sums [S, N] in a fixed order: log-prob and logsumexp [N]."""
     row_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = row_n < num_rows
     max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -171,11 +169,9 @@ def combine_kernel(
         rest_n = rest_n * tl.exp(max_n - base_n) + tl.sum(sum_sn, axis=0)
         max_n = new_n
     target_n = tl.load(p_y + row_n, mask=m_n, other=0.0)
-    logp_n, lse_n, total_n = finish(max_n, rest_n, target_n)
+    logp_n, lse_n, _ = finish(max_n, rest_n, target_n)
     tl.store(p_logp + row_n, logp_n, mask=m_n)
     tl.store(p_lse + row_n, lse_n, mask=m_n)
-    if p_own is not None:
-        tl.store(p_own + row_n, rest_n / total_n, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "split_tiles", "has_grad"])
@@ -220,14 +216,9 @@ def row_dlogits_kernel(
         tl.store(p_d + row * stride_d + col_c, narrow(d_c, p_d.dtype.element_ty), mask=m_c)
 
 
-def combine(
-    m_sn: Tensor, rest_sn: Tensor, y_n: Tensor, logp_n: Tensor, lse_n: Tensor, own_n: Tensor | None = None
-) -> None:
-    """Log-prob and logsumexp [N] from partial maxima and sums [S, N] and target logits [N], all float32 contiguous.
-
-    With `own_n`, also 1 - p of the target, which is summed and not subtracted.
-    """
+def combine(m_sn: Tensor, rest_sn: Tensor, y_n: Tensor, logp_n: Tensor, lse_n: Tensor) -> None:
+    """Log-prob and logsumexp [N] from partial maxima and sums [S, N] and target logits [N], all float32 contiguous."""
     num_parts, num_rows = m_sn.shape
     combine_kernel[(triton.cdiv(num_rows, COMBINE_ROWS),)](
-        m_sn, rest_sn, y_n, logp_n, lse_n, own_n, num_rows, num_parts, COMBINE_ROWS, COMBINE_PARTS, num_warps=4
+        m_sn, rest_sn, y_n, logp_n, lse_n, num_rows, num_parts, COMBINE_ROWS, COMBINE_PARTS, num_warps=4
     )

@@ -2,7 +2,7 @@
 
 - "vendor": the vendor's GEMM writes float32 products, a row kernel reads them.
 - "epilogue": our own GEMM (`triton_gemm`) reduces each tile to log-prob partials as it is computed. Scoring then never
-  has logits in memory; for a loss each tile leaves its exponentials, which one pass turns into the gradient.
+  has logits in memory; for a loss each tile leaves its exponentials, which are the gradient but for a factor a row.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def route_of(
     has_lora: bool,
     softcap: float | None,
     score: bool,
+    filtered: bool = False,
 ) -> str:
     """The route of one call: what was asked for, else what is faster by the table.
 
@@ -44,6 +45,10 @@ def route_of(
         reason = "a LoRA is added to products in memory"
     elif softcap is not None and not score:
         reason = "it does not keep the slope of a softcap"
+    elif dtype == torch.float16 and not score:
+        reason = "float16 cannot hold exponentials of any size"
+    elif filtered:
+        reason = "a filter looks at finished gradients"
     if route == "epilogue" and reason:
         raise ValueError(f"route 'epilogue' cannot be used: {reason}")
     if route is None and not reason and device.type == "cuda" and dtype != torch.float32:

@@ -145,9 +145,10 @@ def pair_loss(
         for first, last in pairs.groups(block_rows):
             part = pairs.rows(first, last)
             if part.stop - part.start <= block_rows:
-                logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer, block)
+                found = head.differentiate(hidden[part], target[part], buffer, block)
+                logp_n[part] = found.logp_n
                 grad_n[part] = pairs.row_grads(logp_n, first, last)
-                grads.add(part, d_nv, grad_n[part] * grad_scale)
+                grads.add(part, found, grad_n[part] * grad_scale)
             else:
                 _long_pair(head, hidden, target, pairs, first, chunk_rows, buffer, logp_n, grad_n, grads, grad_scale)
     else:
@@ -156,8 +157,9 @@ def pair_loss(
         buffer = head.buffer(min(hidden.shape[0], chunk_rows), score=not needs.hidden)
         for part in chunks(0, hidden.shape[0], chunk_rows):
             if needs.hidden:
-                logp_n[part], _, d_nv = head.differentiate(hidden[part], target[part], buffer)
-                grads.add(part, d_nv)
+                found = head.differentiate(hidden[part], target[part], buffer)
+                logp_n[part] = found.logp_n
+                grads.add(part, found)
             else:
                 logp_n[part], _ = head.score(hidden[part], target[part], buffer)
         if needs.hidden:
@@ -194,8 +196,8 @@ def _long_pair(
         logp_n[part], lse_n[part] = head.score(hidden[part], target[part], buffer)
     grad_n[rows] = pairs.row_grads(logp_n, pair, pair + 1)
     for part in chunks(rows.start, rows.stop, chunk_rows):
-        d_nv = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
-        grads.add(part, d_nv, grad_n[part] * grad_scale)
+        found = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
+        grads.add(part, found, grad_n[part] * grad_scale)
 
 
 def check_bounds(cu_rows: Tensor, num_rows: int) -> list[int]:

@@ -89,7 +89,9 @@ def pair_loss(
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     needs = takes_grad(hidden, weight, bias, a, b)
     score = not any(needs)
-    chosen_route = route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, softcap, score)
+    chosen_route = route_of(
+        route, chosen_backend, hidden.device, hidden.dtype, lora is not None, softcap, score, filter_eps is not None
+    )
     total, sft_loss, logps, rewards, skipped_mass, *_ = library.pair_loss(
         hidden,
         weight,

@@ -114,6 +114,7 @@ def aot_kernels() -> list[AotKernel]:
                     num_stages=1,
                     aligned=(*(key for key in signature if key.startswith("p_")), "stride_row", "chunk"),
                     max_registers=SCAN_REGISTERS,
+                    max_spill_bytes=56,  # Triton 3.9; 3.6 needs no more registers than it is given
                 )
             )
         for filtered in (False, True):
@@ -127,6 +128,7 @@ def aot_kernels() -> list[AotKernel]:
                     constants | {"FILTERED": filtered, "MAX_GROUPS": MAX_GROUPS},
                     num_warps=DRAW_WARPS if filtered else JOIN_WARPS,
                     num_stages=1,
+                    max_spill_bytes=16 if filtered else 0,
                     aligned=(*(key for key in signature if key.startswith("p_")), "stride_row"),
                 )
             )

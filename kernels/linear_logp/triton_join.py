@@ -1,0 +1,220 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What `triton_gemm` needs before and after its product: bases of the rows, their sums joined, and rows computed anew.
+
+Legend: n rows, h hidden size, v vocabulary, t vocabulary tiles; e = exp(y - base), rest its sum without the target.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finish_above, load_block, narrow
+from macpo.kernels.triton_support import AotKernel
+
+BASE_BLOCK = 1024
+JOIN_ROWS, JOIN_PARTS = 32, 64
+REPAIR_N, REPAIR_V, REPAIR_H = 16, 64, 64
+# A sum of e above this, or none at all: the target is about 70 nats below the best token. Products of e with weights or
+# hidden states of any size that models have are still far from the end of float32 then.
+MOST = tl.constexpr(1e30)
+
+
+@triton.jit
+def base_kernel(
+    p_hidden, p_weight, p_target, p_bias, p_base, stride_hidden, stride_weight, vocab, width, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The target's logit of one row; NaN where the target is no token."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(p_target + row)
+    known = (target >= 0) & (target < vocab)
+    own = tl.where(known, target, 0)
+    z_h = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        h = start + tl.arange(0, BLOCK)
+        x_h = tl.load(p_hidden + row * stride_hidden + h, mask=h < width, other=0.0).to(tl.float32)
+        w_h = tl.load(p_weight + own * stride_weight + h, mask=h < width, other=0.0).to(tl.float32)
+        z_h += x_h * w_h
+    y = tl.sum(z_h, axis=0)
+    if p_bias is not None:
+        y += tl.load(p_bias + own)
+    y *= scale
+    if CAPPED:
+        y = softcap * cap(y / softcap)[0]
+    tl.store(p_base + row, tl.where(known, y, float("nan")))
+
+
+@triton.jit
+def _write(row_n, m_n, rest_n, y_n, base_n, p_target, p_logp, p_lse, p_factor, d, vocab, scale):
+    """Log-prob, logsumexp and the gradient's factor of rows, and the target's entry of their gradient where d is."""
+    logp_n, lse_n, total_n = finish_above(base_n, rest_n, y_n)
+    tl.store(p_logp + row_n, logp_n, mask=m_n)
+    tl.store(p_lse + row_n, tl.where(rest_n <= MOST, lse_n, float("nan")), mask=m_n)
+    tl.store(p_factor + row_n, -scale / total_n, mask=m_n)
+    if d is not None:
+        target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
+        known_n = m_n & (target_n >= 0) & (target_n < vocab)
+        tl.store(d + row_n.to(tl.int64) * vocab + target_n, narrow(-rest_n, d.dtype.element_ty), mask=known_n)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+def join_kernel(
+    p_rest, p_y, p_base, p_target, p_logp, p_lse, p_factor, d, num_rows, num_parts, vocab, scale,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [T, N] added in a fixed order; see `_write`. A row that overflowed has NaN for its logsumexp."""
+    row_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = row_n < num_rows
+    rest_n = tl.zeros((BLOCK_N,), tl.float32)
+    for begin in range(0, num_parts, BLOCK_T):
+        part_t = begin + tl.arange(0, BLOCK_T)
+        at_tn = part_t.to(tl.int64)[:, None] * num_rows + row_n[None, :]
+        rest_n += tl.sum(tl.load(p_rest + at_tn, mask=(part_t < num_parts)[:, None] & m_n[None, :], other=0.0), axis=0)
+    y_n, base_n = tl.load(p_y + row_n, mask=m_n, other=0.0), tl.load(p_base + row_n, mask=m_n, other=0.0)
+    _write(row_n, m_n, rest_n, y_n, base_n, p_target, p_logp, p_lse, p_factor, d, vocab, scale)
+
+
+@triton.jit
+def _logits(
+    p_hidden, p_weight, p_bias, start_n, start_v, num_rows, vocab, width, stride_hidden, stride_weight, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_V] logits, -inf beyond the vocabulary."""
+    z_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start_h in range(0, width, BLOCK_H):
+        h_nh = load_block(p_hidden, start_n, start_h, num_rows, width, stride_hidden, BLOCK_N, BLOCK_H, False)
+        w_vh = load_block(p_weight, start_v, start_h, vocab, width, stride_weight, BLOCK_V, BLOCK_H, False)
+        z_nv = dot(h_nh, w_vh.T, z_nv)
+    col_v = start_v + tl.arange(0, BLOCK_V)
+    if p_bias is not None:
+        z_nv += tl.load(p_bias + col_v, mask=col_v < vocab, other=0.0)[None, :]
+    y_nv = z_nv * scale
+    if CAPPED:
+        y_nv = softcap * cap(y_nv / softcap)[0]
+    return tl.where((col_v < vocab)[None, :], y_nv, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def repair_kernel(
+    p_hidden, p_weight, p_target, p_bias, p_logp, p_lse, p_factor, d, stride_hidden, stride_weight,
+    num_rows, vocab, width, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rows without a logsumexp again, with their largest logit as the base; in no hurry, for there are none."""
+    start_n = tl.program_id(0) * BLOCK_N
+    row_n = start_n + tl.arange(0, BLOCK_N)
+    lse_n = tl.load(p_lse + row_n, mask=row_n < num_rows, other=0.0)
+    m_n = (row_n < num_rows) & (lse_n != lse_n)
+    if tl.max(m_n.to(tl.int32), axis=0) == 0:
+        return
+    max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    for start_v in range(0, vocab, BLOCK_V):
+        y_nv = _logits(p_hidden, p_weight, p_bias, start_n, start_v, num_rows, vocab, width, stride_hidden,
+                       stride_weight, scale, softcap, CAPPED, BLOCK_N, BLOCK_V, BLOCK_H)  # fmt: skip
+        max_n = tl.maximum(max_n, tl.max(y_nv, axis=1))
+    rest_n = tl.zeros((BLOCK_N,), tl.float32)
+    target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
+    known_n = (target_n >= 0) & (target_n < vocab)
+    own_n = tl.where(known_n, 0.0, float("nan"))
+    for start_v in range(0, vocab, BLOCK_V):
+        y_nv = _logits(p_hidden, p_weight, p_bias, start_n, start_v, num_rows, vocab, width, stride_hidden,
+                       stride_weight, scale, softcap, CAPPED, BLOCK_N, BLOCK_V, BLOCK_H)  # fmt: skip
+        col_v = start_v + tl.arange(0, BLOCK_V)
+        here_nv = target_n.to(tl.int32)[:, None] == col_v[None, :]
+        own_n += tl.sum(tl.where(here_nv & known_n[:, None], y_nv, 0.0), axis=1)
+        e_nv = tl.where(here_nv, 0.0, tl.exp(y_nv - max_n[:, None]))
+        rest_n += tl.sum(e_nv, axis=1)
+        if d is not None:
+            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
+            tl.store(d + at_nv, narrow(e_nv, d.dtype.element_ty), mask=m_n[:, None] & (col_v < vocab)[None, :])
+    if d is not None:
+        tl.debug_barrier()  # the target's entry is another thread's
+    _write(row_n, m_n, rest_n, own_n, max_n, p_target, p_logp, p_lse, p_factor, d, vocab, scale)
+
+
+def bases(
+    hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """The targets' logits [N] float32, by dot products; bias float32 or None."""
+    (num_rows, width), base_n = hidden_nh.shape, torch.empty(len(target_n), device=hidden_nh.device)
+    base_kernel[(num_rows,)](
+        hidden_nh, weight_vh, target_n, bias_v, base_n, hidden_nh.stride(0), weight_vh.stride(0),
+        weight_vh.shape[0], width, scale, softcap or 1.0, softcap is not None, BASE_BLOCK,
+    )  # fmt: skip
+    return base_n
+
+
+def join(
+    rest_tn: Tensor, y_n: Tensor, base_n: Tensor, target_n: Tensor, scale: float, d_nv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, lse, factor) [N] from the tiles' sums [T, N], and the targets' entries of d [N, V] where it is given."""
+    num_parts, num_rows = rest_tn.shape
+    logp_n, lse_n, factor_n = (torch.empty_like(y_n) for _ in range(3))
+    vocab = 0 if d_nv is None else d_nv.shape[1]
+    join_kernel[(triton.cdiv(num_rows, JOIN_ROWS),)](
+        rest_tn, y_n, base_n, target_n, logp_n, lse_n, factor_n, d_nv, num_rows, num_parts, vocab, scale,
+        JOIN_ROWS, JOIN_PARTS,
+    )  # fmt: skip
+    return logp_n, lse_n, factor_n
+
+
+def repair(
+    hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
+    logp_n: Tensor, lse_n: Tensor, factor_n: Tensor, d_nv: Tensor | None,
+) -> None:  # fmt: skip
+    """Rows whose logsumexp is NaN anew, in place."""
+    num_rows, width = hidden_nh.shape
+    repair_kernel[(triton.cdiv(num_rows, REPAIR_N),)](
+        hidden_nh, weight_vh, target_n, bias_v, logp_n, lse_n, factor_n, d_nv, hidden_nh.stride(0),
+        weight_vh.stride(0), num_rows, weight_vh.shape[0], width, scale, softcap or 1.0, softcap is not None,
+        REPAIR_N, REPAIR_V, REPAIR_H,
+    )  # fmt: skip
+
+
+def aot_kernels() -> list[AotKernel]:
+    """Every dtype, with and without a bias, a softcap and a gradient, as the launchers above choose."""
+    strides = {"stride_hidden": "i64", "stride_weight": "i64"}
+    found = [("p_logp", "*fp32"), ("p_lse", "*fp32"), ("p_factor", "*fp32")]
+    numbers = {"vocab": "i32", "width": "i32", "scale": "fp32", "softcap": "fp32"}
+    kernels = []
+    for dtype, name in TRITON_NAMES.items():
+        gradients = (None, f"*{name}") if dtype != torch.float16 else (None,)
+        for d in gradients:
+            signature = {"p_rest": "*fp32", "p_y": "*fp32", "p_base": "*fp32", "p_target": "*i64", **dict(found)}
+            signature |= {"num_rows": "i32", "num_parts": "i32", "vocab": "i32", "scale": "fp32"}
+            if dtype != torch.float16:
+                kernels.append(_aot(f"join/{name}", join_kernel, signature, {"BLOCK_N": 32, "BLOCK_T": 64}, d))
+        for with_bias, capped in ((False, False), (True, False), (False, True), (True, True)):
+            tags = f"{name}" + "/bias" * with_bias + "/softcap" * capped
+            inputs = {"p_hidden": f"*{name}", "p_weight": f"*{name}", "p_target": "*i64", **strides, **numbers}
+            constexprs: dict[str, object] = {"CAPPED": capped}
+            if with_bias:
+                inputs["p_bias"] = "*fp32"
+            else:
+                constexprs["p_bias"] = None
+            sizes = {"BLOCK": BASE_BLOCK}
+            kernels.append(_aot(f"base/{tags}", base_kernel, inputs | {"p_base": "*fp32"}, constexprs | sizes))
+            sizes = {"BLOCK_N": REPAIR_N, "BLOCK_V": REPAIR_V, "BLOCK_H": REPAIR_H}
+            inputs = inputs | dict(found) | {"num_rows": "i32"}
+            for d in gradients:
+                if d is None or not capped:
+                    kernels.append(_aot(f"repair/{tags}", repair_kernel, inputs, constexprs | sizes, d))
+    return kernels
+
+
+def _aot(
+    name: str, kernel: object, signature: dict[str, str], constexprs: dict[str, object], d: str | bool | None = False
+) -> AotKernel:
+    """`d` is the type of the gradient's pointer, None where there is none, False for a kernel that never has one."""
+    if isinstance(d, str):
+        signature, name = signature | {"d": d}, name + "/gradient"
+    elif d is None:
+        constexprs = constexprs | {"d": None}
+    aligned = [key for key, kind in signature.items() if kind.startswith("*") or "stride" in key]
+    spills = 16 if name.startswith("repair/fp32") else 0
+    return AotKernel(
+        f"linear_logp_{name}", kernel, signature, constexprs, aligned=(*aligned, "vocab"), max_spill_bytes=spills
+    )
