@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds them
 
-from bench import device, harness, head_inputs, memory, run_all  # noqa: E402
+from bench import bench_train_step, device, gpu_suite, harness, head_inputs, memory, run_all, tune  # noqa: E402
 from bench.cli import run_bench  # noqa: E402
 from bench.harness import Case, Peer, Result  # noqa: E402
 
@@ -92,6 +92,37 @@ def test_gpu_cases_are_those_that_the_targets_name():
         assert any(name.startswith(f"B{batch} context{context} ") for name in found["paged_attention"])
     assert {"B256 V128256 temperature", "B256 V128256 top-k50 top-p0.7"} <= set(found["sampling"])
     assert {"hh64", "8k-prompt"} == {name.split()[0] for name in found["prefix_attention"]}
+
+
+def test_the_gpu_suite_goes_on_where_it_stopped(tmp_path, capfd):
+    """One operator and the tests of one file on a CPU; a result that is there is not made again."""
+    options = ["--out", str(tmp_path), "--shapes", "small", "--minutes", "2"]
+    assert gpu_suite.main(["--part", "kernels", "--only", "paged", *options]) == 0
+    path = tmp_path / "paged_attention.json"
+    assert json.loads(path.read_text())["cases"][0]["results"][0]["status"] == "exact"
+    path.write_text(path.read_text().replace("macpo paged_attention", "kept paged_attention"))
+    assert gpu_suite.main(["--part", "kernels", "--only", "paged", *options]) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("$ -m bench.bench_paged_attention") == 1 and "kept paged_attention" in shown
+    assert not list(tmp_path.glob(".*"))
+    assert gpu_suite.main(["--part", "tests", *options[:-1], "0"]) == 1
+    assert "kernel_tests: no time left" in capfd.readouterr().out
+
+
+def test_the_gpu_suite_names_what_exists():
+    """Every case that a job asks for, every test file, every part of the tuning script."""
+    for job in gpu_suite.jobs("kernels", "gpu"):
+        module = import_module(job.command[1])
+        only = job.command[job.command.index("--only") + 1].split(",")
+        names = [spec.name for spec in module.specs("gpu", CPU)]
+        assert all(any(part in name for name in names) for part in only), job.name
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in gpu_suite.KERNEL_TESTS)
+    parts = [job.command[3] for job in gpu_suite.jobs("tune", "gpu")]
+    assert all(tune.trials([part]) for part in parts)
+    cases = {case.name for shapes in ("gpu", "small") for case in bench_train_step.CASES[shapes]}
+    for shapes in ("gpu", "small"):
+        asked = [job.command[job.command.index("--only") + 1] for job in gpu_suite.jobs("train", shapes)]
+        assert set(asked) <= cases
 
 
 def toy_case(peers: list[Peer]) -> Case:
