@@ -26,7 +26,7 @@ from bench.run_all import result_of
 
 KERNEL_TESTS = (
     *("test_triton_head", "test_triton_prefix", "test_triton_decode", "test_triton_sampling", "test_triton_routes"),
-    *("test_kernels_logp", "test_pair_loss"),
+    *("test_kernels_logp", "test_pair_loss", "test_kernels_cuda"),
 )
 ALL, EXACT = "", "TRL,float32"  # peers
 
@@ -70,7 +70,7 @@ def slug(name: str) -> str:
 def jobs(part: str, shapes: str) -> list[Job]:
     if part == "tests":
         files = [f"tests/{name}.py" for name in KERNEL_TESTS]
-        options = ("-q", "-k", "triton or Triton", "-n", str(min(14, os.cpu_count() or 1)), "-p", "no:cacheprovider")
+        options = ("-q", "-k", "triton or Triton or cuda", "-n", str(min(14, os.cpu_count() or 1)), "-p", "no:cacheprovider")
         return [Job("kernel_tests", 150, ("-m", "bench.pytest_report", "{folder}/tests.json", *options, *files))]
     if part == "tune":
         names = ("attention", "decode", "sample", "rows", "gemm")
