@@ -70,7 +70,8 @@ def slug(name: str) -> str:
 def jobs(part: str, shapes: str) -> list[Job]:
     if part == "tests":
         files = [f"tests/{name}.py" for name in KERNEL_TESTS]
-        options = ("-q", "-k", "triton or Triton or cuda", "-n", str(min(14, os.cpu_count() or 1)), "-p", "no:cacheprovider")
+        processes = str(min(14, os.cpu_count() or 1))
+        options = ("-q", "-k", "triton or Triton or cuda", "-n", processes, "-p", "no:cacheprovider")
         return [Job("kernel_tests", 150, ("-m", "bench.pytest_report", "{folder}/tests.json", *options, *files))]
     if part == "tune":
         names = ("attention", "decode", "sample", "rows", "gemm")
