@@ -159,24 +159,24 @@ def test_the_epilogue_keeps_no_logits(backend):
 
 def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    for route, at, dtype, has_lora, softcap, message in (
-        ("best", "triton", bf16, False, None, "unknown route 'best'"),
-        ("epilogue", "torch", bf16, False, None, "belongs to the triton backend"),
-        ("epilogue", "triton", torch.float64, False, None, "the inputs float64"),
-        ("epilogue", "triton", bf16, True, None, "a LoRA is added"),
-        ("epilogue", "triton", bf16, False, 5.0, "slope of a softcap"),
-        ("epilogue", "triton", torch.float16, False, None, "float16 cannot hold"),
+    for route, at, dtype, options, message in (
+        ("best", "triton", bf16, {}, "unknown route 'best'"),
+        ("epilogue", "torch", bf16, {}, "belongs to the triton backend"),
+        ("epilogue", "triton", torch.float64, {}, "the inputs float64"),
+        ("epilogue", "triton", bf16, {"lora": True}, "a LoRA is added"),
+        ("epilogue", "triton", bf16, {"softcap": True}, "slope of a softcap"),
+        ("epilogue", "triton", torch.float16, {}, "float16 cannot hold"),
+        ("epilogue", "triton", bf16, {"filtered": True}, "finished gradients"),
+        ("epilogue", "triton", bf16, {"contiguous": False}, "not contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            route_of(route, at, cuda, dtype, has_lora, softcap, False)
+            route_of(route, at, cuda, dtype, score=False, **options)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert route_of(None, "triton", cuda, bf16, False, None, True) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, score=True) == "vendor"
     monkeypatch.setitem(FASTER, (7, "score"), "epilogue")
-    assert route_of(None, "triton", cuda, bf16, False, None, True) == "epilogue"
-    assert route_of(None, "triton", cuda, bf16, False, 5.0, True) == "epilogue"
-    assert route_of(None, "triton", cuda, torch.float32, False, None, True) == "vendor"
-    assert route_of(None, "triton", cuda, bf16, False, None, False) == "vendor"
-    assert route_of(None, "triton", cuda, torch.float16, False, None, False) == "vendor"
-    assert route_of(None, "triton", cuda, bf16, True, None, True) == "vendor"
-    with pytest.raises(ValueError, match="finished gradients"):
-        route_of("epilogue", "triton", cuda, bf16, False, None, False, filtered=True)
+    assert route_of(None, "triton", cuda, bf16, score=True) == "epilogue"
+    assert route_of(None, "triton", cuda, bf16, score=True, softcap=True) == "epilogue"
+    assert route_of(None, "triton", cuda, torch.float32, score=True) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, score=False) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, score=True, lora=True) == "vendor"
+    assert route_of(None, "triton", cuda, bf16, score=True, contiguous=False) == "vendor"

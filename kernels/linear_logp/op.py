@@ -71,8 +71,16 @@ def linear_logp(
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     chosen_backend = backend_of("linear_logp", hidden.device.type, backend)
     needs = takes_grad(hidden, weight, bias, a, b)
-    score = not any(needs)
-    chosen_route = route_of(route, chosen_backend, hidden.device, hidden.dtype, lora is not None, softcap, score)
+    chosen_route = route_of(
+        route,
+        chosen_backend,
+        hidden.device,
+        hidden.dtype,
+        score=not any(needs),
+        lora=lora is not None,
+        softcap=softcap is not None,
+        contiguous=hidden.stride(1) == weight.stride(1) == 1,
+    )
     logp: Tensor = library.linear_logp(
         hidden,
         weight,

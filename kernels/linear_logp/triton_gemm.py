@@ -193,7 +193,7 @@ def _gemm_logp(
             f"strides {hidden_nh.stride()} and {weight_vh.stride()}"
         )
     if num_rows == 0:
-        logp_n, lse_n, factor_n = (torch.empty(0, device=device) for _ in range(3))
+        logp_n, lse_n, factor_n = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(3))
         return logp_n, lse_n, factor_n
     target_n, bias_v = target_n.contiguous(), None if bias_v is None else bias_v.to(torch.float32).contiguous()
     head = (hidden_nh, weight_vh, target_n, bias_v, scale, softcap)
@@ -204,7 +204,9 @@ def _gemm_logp(
     tma = tma and major >= 9 and config is not IEEE and all(map(_describable, described))
     num_parts = triton.cdiv(vocab, config.block_v)
     rest_tn = torch.empty(num_parts, num_rows, dtype=torch.float32, device=device)
-    y_n = torch.full((num_rows,), float("nan"), device=device)  # stays where the target is no token
+    y_n = torch.full(
+        (num_rows,), float("nan"), dtype=torch.float32, device=device
+    )  # stays where the target is no token
     num_programs = min(triton.cdiv(num_rows, config.block_n) * num_parts, num_processors * (8 // config.num_warps))
     blocks = [config.block_n, config.block_h], [config.block_v, config.block_h], [config.block_n, config.block_v]
     gemm_logp_kernel[(num_programs,)](

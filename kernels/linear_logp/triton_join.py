@@ -139,7 +139,8 @@ def bases(
     hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The targets' logits [N] float32, by dot products; bias float32 or None."""
-    (num_rows, width), base_n = hidden_nh.shape, torch.empty(len(target_n), device=hidden_nh.device)
+    (num_rows, width), device = hidden_nh.shape, hidden_nh.device
+    base_n = torch.empty(num_rows, dtype=torch.float32, device=device)
     base_kernel[(num_rows,)](
         hidden_nh, weight_vh, target_n, bias_v, base_n, hidden_nh.stride(0), weight_vh.stride(0),
         weight_vh.shape[0], width, scale, softcap or 1.0, softcap is not None, BASE_BLOCK,

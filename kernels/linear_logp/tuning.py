@@ -24,10 +24,12 @@ def route_of(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    has_lora: bool,
-    softcap: float | None,
+    *,
     score: bool,
+    lora: bool = False,
+    softcap: bool = False,
     filtered: bool = False,
+    contiguous: bool = True,
 ) -> str:
     """The route of one call: what was asked for, else what is faster by the table.
 
@@ -41,14 +43,16 @@ def route_of(
         reason = f"it belongs to the triton backend, this is {backend}"
     elif dtype == torch.float64:
         reason = "its accumulators are float32, the inputs float64"
-    elif has_lora:
+    elif lora:
         reason = "a LoRA is added to products in memory"
-    elif softcap is not None and not score:
+    elif softcap and not score:
         reason = "it does not keep the slope of a softcap"
     elif dtype == torch.float16 and not score:
         reason = "float16 cannot hold exponentials of any size"
     elif filtered:
         reason = "a filter looks at finished gradients"
+    elif not contiguous:
+        reason = "rows of hidden states or weights are not contiguous"
     if route == "epilogue" and reason:
         raise ValueError(f"route 'epilogue' cannot be used: {reason}")
     if route is None and not reason and device.type == "cuda" and dtype != torch.float32:

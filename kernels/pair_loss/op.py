@@ -88,9 +88,16 @@ def pair_loss(
     check_filter(filter_eps, chosen_backend, hidden.device.type)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     needs = takes_grad(hidden, weight, bias, a, b)
-    score = not any(needs)
     chosen_route = route_of(
-        route, chosen_backend, hidden.device, hidden.dtype, lora is not None, softcap, score, filter_eps is not None
+        route,
+        chosen_backend,
+        hidden.device,
+        hidden.dtype,
+        score=not any(needs),
+        lora=lora is not None,
+        softcap=softcap is not None,
+        filtered=filter_eps is not None,
+        contiguous=hidden.stride(1) == weight.stride(1) == 1,
     )
     total, sft_loss, logps, rewards, skipped_mass, *_ = library.pair_loss(
         hidden,
