@@ -25,6 +25,18 @@ def row_logp(
     return logp_n, lse_n
 
 
+def row_partials(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    top_n, rest_n, hit_n = (z_nv.new_empty(z_nv.shape[0]) for _ in range(3))
+    for part in _blocks(z_nv):
+        y_nv, target_b1 = _logits_(z_nv[part].clone(), bias_v, scale, softcap), target_n[part, None]
+        hit_n[part], top_n[part] = y_nv.gather(1, target_b1).squeeze(1), y_nv.amax(dim=-1)
+        shift_b = top_n[part].masked_fill(top_n[part] == float("-inf"), 0.0)
+        rest_n[part] = y_nv.sub_(shift_b[:, None]).exp_().scatter_(1, target_b1, 0.0).sum(dim=-1)
+    return top_n, rest_n, hit_n
+
+
 def row_logp_dlogits_(
     z_nv: Tensor,
     target_n: Tensor,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finite_or_zero, narrow
 from macpo.kernels.linear_logp.triton_rows import combine
 from macpo.kernels.triton_support import AotKernel
+
+
+class Parts(NamedTuple):
+    """What the product leaves of its tiles."""
+
+    m_tn: Tensor
+    """[T, N]: maximum of a row's logits in the tile."""
+    rest_tn: Tensor
+    """[T, N]: sum of exp(y - m) over the tile's tokens but the target."""
+    y_n: Tensor
+    """[N]: logit of the target; NaN where that is no token."""
+    block_v: int
+    """Tokens of a tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +201,7 @@ def gemm_logp(
     Raises:
         ValueError: another dtype, or columns that are not contiguous.
     """
-    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, None)
+    return _joined(partials(hidden_nh, weight_vh, target_n, bias_v, scale, softcap, None), None)
 
 
 def gemm_logp_dlogits(
@@ -199,14 +212,21 @@ def gemm_logp_dlogits(
     Raises:
         ValueError: as `gemm_logp`; d is not contiguous, of that shape and of hidden's dtype.
     """
-    if d_nv.shape != (hidden_nh.shape[0], weight_vh.shape[0]) or not d_nv.is_contiguous():
-        raise ValueError(f"d must be contiguous [N, V], got {list(d_nv.shape)}, strides {d_nv.stride()}")
-    if d_nv.dtype != hidden_nh.dtype:
-        raise ValueError(f"d must be {hidden_nh.dtype} as the head is, got {d_nv.dtype}")
-    return _gemm_logp(hidden_nh, weight_vh, target_n, bias_v, scale, None, d_nv)
+    parts = partials(hidden_nh, weight_vh, target_n, bias_v, scale, None, d_nv)
+    own_n = torch.empty_like(parts.y_n)
+    logp_n, lse_n = _joined(parts, own_n)
+    exponentials_to_dlogits_(d_nv, parts, lse_n, own_n, target_n, scale)
+    return logp_n, lse_n
 
 
-def _gemm_logp(
+def _joined(parts: Parts, own_n: Tensor | None) -> tuple[Tensor, Tensor]:
+    logp_n, lse_n = torch.empty_like(parts.y_n), torch.empty_like(parts.y_n)
+    if logp_n.numel():
+        combine(parts.m_tn, parts.rest_tn, parts.y_n, logp_n, lse_n, own_n)
+    return logp_n, lse_n
+
+
+def partials(
     hidden_nh: Tensor,
     weight_vh: Tensor,
     target_n: Tensor,
@@ -214,24 +234,31 @@ def _gemm_logp(
     scale: float,
     softcap: float | None,
     d_nv: Tensor | None,
-    tma: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Parts:
+    """The product alone: what its tiles leave, and without a softcap e = exp(y - m) in d [N, V] where that is given.
+
+    Raises:
+        ValueError: as `gemm_logp_dlogits`.
+    """
     (num_rows, width), vocab, device = hidden_nh.shape, weight_vh.shape[0], hidden_nh.device
     if hidden_nh.dtype not in TRITON_NAMES or hidden_nh.stride(1) != 1 or weight_vh.stride(1) != 1:
         raise ValueError(
             f"need float32, bfloat16 or float16 with contiguous columns, got {hidden_nh.dtype}, "
             f"strides {hidden_nh.stride()} and {weight_vh.stride()}"
         )
-    logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
-    if num_rows == 0:
-        return logp_n, lse_n
+    if d_nv is not None and (d_nv.shape != (num_rows, vocab) or not d_nv.is_contiguous()):
+        raise ValueError(f"d must be contiguous [N, V], got {list(d_nv.shape)}, strides {d_nv.stride()}")
+    if d_nv is not None and d_nv.dtype != hidden_nh.dtype:
+        raise ValueError(f"d must be {hidden_nh.dtype} as the head is, got {d_nv.dtype}")
     major, num_processors = _device(device)
     config = choose(hidden_nh.dtype, num_rows, major, gradient=d_nv is not None)
     described = [x for x in (hidden_nh, weight_vh, d_nv) if x is not None]
-    tma = tma and major >= 9 and config is not IEEE and all(map(_describable, described))
+    tma = major >= 9 and config is not IEEE and all(map(_describable, described))
     num_parts = triton.cdiv(vocab, config.block_v)
     m_tn, rest_tn = (torch.empty(num_parts, num_rows, dtype=torch.float32, device=device) for _ in range(2))
     y_n = torch.full((num_rows,), float("nan"), device=device)  # stays where the target is no token
+    if num_rows == 0:
+        return Parts(m_tn, rest_tn, y_n, config.block_v)
     num_programs = min(triton.cdiv(num_rows, config.block_n) * num_parts, num_processors * (8 // config.num_warps))
     blocks = [config.block_n, config.block_h], [config.block_v, config.block_h], [config.block_n, config.block_v]
     gemm_logp_kernel[(num_programs,)](
@@ -257,13 +284,24 @@ def _gemm_logp(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    own_n = None if d_nv is None else torch.empty_like(logp_n)
-    combine(m_tn, rest_tn, y_n, logp_n, lse_n, own_n)
-    if d_nv is not None:
-        dlogits_kernel[(triton.cdiv(num_parts, DLOGITS_TILES) * num_rows,)](
-            d_nv, m_tn, lse_n, own_n, target_n.contiguous(), num_rows, vocab, scale, config.block_v, DLOGITS_TILES
+    return Parts(m_tn, rest_tn, y_n, config.block_v)
+
+
+def exponentials_to_dlogits_(
+    d_nv: Tensor, parts: Parts, lse_n: Tensor, own_n: Tensor, target_n: Tensor, scale: float
+) -> None:
+    """e as `partials` left it, in place to (onehot - softmax) * scale from float32 logsumexps and the targets' entries.
+
+    Args:
+        d_nv: [N, V].
+        lse_n: [N] logsumexp.
+        own_n: [N] d logp / d y of the target: 1 - p.
+    """
+    num_rows, vocab = d_nv.shape
+    if num_rows:
+        dlogits_kernel[(triton.cdiv(parts.m_tn.shape[0], DLOGITS_TILES) * num_rows,)](
+            d_nv, parts.m_tn, lse_n, own_n, target_n.contiguous(), num_rows, vocab, scale, parts.block_v, DLOGITS_TILES
         )
-    return logp_n, lse_n
 
 
 def choose(dtype: torch.dtype, num_rows: int, major: int, *, gradient: bool) -> GemmConfig:
