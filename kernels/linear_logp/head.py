@@ -1,5 +1,7 @@
 """The GEMMs of a head, shared by linear_logp and pair_loss: logits of a chunk, gradients of the inputs.
 
+`shard.py` has the head of a process that holds a part of the vocabulary.
+
 For every loss of log-probs, d loss / d z = g_row * d with d = d logp / d z: one scalar a row. d goes into the GEMMs
 as it is, and g scales the small operands: dX = g (d W) by rows, dW = d' (g h). So d never waits for g, and no pass
 over [n, V] is spent on it.
