@@ -31,6 +31,8 @@ from transformers import PreTrainedModel
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.loading import local_folder, read_json_object, weight_files
+from macpo.engine.vocab_parallel import own_rows, vocab_shard
+from macpo.kernels import VocabShard
 
 _ADAPTER = "default"
 
@@ -168,10 +170,11 @@ def save_adapter(
 
 
 class HeadWeights(NamedTuple):
-    """A linear layer as numbers: weight [V, H] and bias [V]."""
+    """A linear layer as numbers: weight [V, H] and bias [V]; with `shard` this rank's rows of them."""
 
     weight: Tensor
     bias: Tensor | None
+    shard: VocabShard | None = None
 
 
 def linear_weights(layer: nn.Module) -> HeadWeights:
@@ -183,19 +186,24 @@ def linear_weights(layer: nn.Module) -> HeadWeights:
     if not isinstance(layer, LoraLayer):
         if not isinstance(layer, nn.Linear):
             raise ConfigError(f"the output layer is a {type(layer).__name__}", "use a model with a linear lm_head")
-        return HeadWeights(whole(layer.weight), None if layer.bias is None else whole(layer.bias))
+        shard = vocab_shard(layer.weight)
+        rows = whole if shard is None else own_rows
+        return HeadWeights(rows(layer.weight), None if layer.bias is None else rows(layer.bias), shard)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not isinstance(layer, LoraLinear) or any(
         layer.use_dora.get(name) or layer.lora_bias.get(name) for name in names
     ):
         raise ConfigError("the adapter on the output layer is not plain LoRA", "leave lm_head out of target_modules")
     base = layer.get_base_layer()
-    weight = whole(base.weight)
+    shard = vocab_shard(base.weight)
+    rows = whole if shard is None else own_rows
+    weight = rows(base.weight)
     if not layer.disable_adapters and not layer.merged:
         for name in names:
-            delta = whole(layer.lora_B[name].weight) @ whole(layer.lora_A[name].weight)
+            a = whole(layer.lora_A[name].weight)  # every rank has it, and adds to its gradient what its rows give
+            delta = rows(layer.lora_B[name].weight) @ (a if shard is None else shard.replicated(a))
             weight = weight + (delta * layer.scaling[name]).to(weight.dtype)
-    return HeadWeights(weight, None if base.bias is None else whole(base.bias))
+    return HeadWeights(weight, None if base.bias is None else rows(base.bias), shard)
 
 
 def whole(weight: Tensor) -> Tensor:

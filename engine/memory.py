@@ -108,7 +108,7 @@ class Memory:
     scratch: float
     """What a block needs beyond what is saved, at its worst moment; with checkpointing its recomputed activations."""
     gathered: float
-    """Weights of blocks and head that FSDP2 or tensor parallelism hold whole, and gradients on their way."""
+    """Weights of blocks, embedding and head that FSDP2 holds whole, and gradients on their way."""
     host: float
     """Activations that wait in host memory."""
     phases: tuple[tuple[str, float], ...]
@@ -160,6 +160,8 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
     first_block = saved + scratch + gathered + reduced
     one_block = run.ends.saved + (run.block_input + recomputed if recomputed else run.block.saved)
     through_head = 2 * counts.rows * shape.hidden * itemsize + 2 * run.block_input
+    if setup.parallel.tensor > 1:  # dX on its way between the ranks
+        through_head += 4 * counts.rows * shape.hidden
     flat = 4.0 * states.trained if setup.ranks > 1 and not setup.gathers else 0.0
     phases = (
         ("forward", always + before + gathered + saved + max(run.forward_scratch + recomputed, head)),
@@ -243,11 +245,11 @@ def _activations(shape: ModelShape, run: DryRun, setup: Setup) -> tuple[float, f
 
 
 def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
-    """(whole weights, gradients between a block's backward and its reduction)."""
-    itemsize = setup.dtype.itemsize
-    head = shape.vocab * shape.hidden * itemsize
+    """(weights that this rank's shards are gathered to, gradients between a block's backward and its reduction)."""
     if not setup.gathers:
-        return (head if setup.parallel.tensor > 1 else 0.0), 0.0
+        return 0.0, 0.0
+    itemsize = setup.dtype.itemsize
+    head = 0 if shape.tied else shape.vocab * shape.hidden
     layer = max(shape.layers, key=lambda layer: layer.num_parameters)
     block = float(layer.num_parameters * itemsize)
     trained = layer.num_parameters
@@ -256,23 +258,26 @@ def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
             block = float(sum(m.numel * (NF4_BYTES if m.linear else itemsize) for m in layer.matrices))
         trained = sum(setup.rank * (m.inputs + m.outputs) for m in layer.matrices if is_target(m, setup.targets))
         block += 4 * trained
-    outside = shape.others * itemsize + (0 if shape.tied else head)
+    outside = (shape.others + head) * itemsize / setup.parallel.tensor  # split by vocabulary
     reduced = trained * (itemsize + 4.0)
-    return outside + GATHERED_BLOCKS * block + (head if setup.parallel.tensor > 1 else 0.0), reduced
+    return outside + GATHERED_BLOCKS * block, reduced
 
 
 def head_bytes(shape: ModelShape, num_rows: int, setup: Setup, *, chunk_rows: int | None = None) -> tuple[float, float]:
-    """(at its worst moment, kept as gradient of the weight) for N rows [N, H] through `pair_loss`."""
-    itemsize = setup.dtype.itemsize
+    """(at its worst moment, kept as gradient of the weight) for N rows [N, H] through `pair_loss`.
+
+    With tensor parallelism of the largest part of the vocabulary, which is this rank's.
+    """
+    itemsize, vocab = setup.dtype.itemsize, -(-shape.vocab // setup.parallel.tensor)
     wide = max(4, itemsize)
-    chunk = min(num_rows, chunk_rows or default_chunk_rows(shape.vocab, setup.device))
+    chunk = min(num_rows, chunk_rows or default_chunk_rows(vocab, setup.device))
     rows = 2.0 * num_rows * shape.hidden * itemsize  # what the loss reads, and its gradient
-    logits = float(chunk * shape.vocab * wide)
+    logits = float(chunk * vocab * wide)
     if setup.dtype != torch.float32 and setup.device == "cpu":
-        logits += chunk * shape.vocab * itemsize  # d in 16 bits lies beside the logits there
+        logits += chunk * vocab * itemsize  # d in 16 bits lies beside the logits there
     if not (setup.full or head_is_target(setup.targets)):
         return rows + logits, 0.0
-    weight = float(shape.vocab * shape.hidden)
+    weight = float(vocab * shape.hidden)
     rounded = 0 if itemsize == 4 else weight * itemsize
     # g h of a chunk, rounded, goes into dW
     return rows + max(

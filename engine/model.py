@@ -32,7 +32,7 @@ from macpo.engine.loading import (
 from macpo.engine.lora_linear import use_fused_lora
 from macpo.engine.pack import PackedBatch
 from macpo.engine.world import World
-from macpo.kernels import linear_logp
+from macpo.kernels import VocabShard, linear_logp
 
 __all__ = [
     "Head",
@@ -55,6 +55,8 @@ class Head(NamedTuple):
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    shard: VocabShard | None = None
+    """Where tensor parallelism cuts the vocabulary: weight and bias are this rank's rows."""
 
 
 class PolicyModule(nn.Module):
@@ -140,10 +142,13 @@ class PolicyModule(nn.Module):
         return out.last_hidden_state[0]
 
     def head(self) -> Head:
-        """Weight [V, H], bias [V], scale and softcap of the output layer, as the architecture's config says."""
+        """Weight [V, H], bias [V], scale and softcap of the output layer, as the architecture's config says.
+
+        Weight and bias are this rank's rows where the vocabulary is cut (`engine/vocab_parallel.py`).
+        """
         base = self.base
         config = base.config.get_text_config()
-        weight, bias = lora.linear_weights(base.get_output_embeddings())
+        weight, bias, shard = lora.linear_weights(base.get_output_embeddings())
         if isinstance(self, FSDPModule) and weight.device.type == "cpu":
             weight, bias = _alias(weight), None if bias is None else _alias(bias)
         factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
@@ -153,7 +158,7 @@ class PolicyModule(nn.Module):
         for factor in factors:
             scale *= 1.0 if factor is None else float(factor)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(weight, bias, scale, float(softcap) if softcap else None)
+        return Head(weight, bias, scale, float(softcap) if softcap else None, shard)
 
     def forward(self, batch: PackedBatch, reduce: Callable[[Tensor, Head, PackedBatch], T_]) -> T_:
         """backbone -> rows that predict a response token [N, H] -> `reduce(rows, head, batch)`."""
@@ -218,7 +223,13 @@ def _alias(weight: Tensor) -> Tensor:
 def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
     """rows [N, H] -> log-prob of `batch.target` [N] float32."""
     return linear_logp(
-        rows, head.weight, batch.target, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+        rows,
+        head.weight,
+        batch.target,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        shard=head.shard,
     )
 
 

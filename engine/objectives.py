@@ -118,6 +118,7 @@ class _Preference:
                 bias=head.bias,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
+                shard=head.shard,
                 **options,
             )
             num_pairs = len(batch.groups)

@@ -160,10 +160,11 @@ def _row_time(
 
 
 def _head(shape: ModelShape, counts: Counts, setup: Setup, machine: Machine) -> float:
-    """The loss over N rows [N, H]; with tensor parallelism every rank computes all of it."""
+    """The loss over N rows [N, H]; with tensor parallelism a rank's part of the vocabulary."""
     trained = setup.full or head_is_target(setup.targets)
-    products = (3 if trained else 2) * 2.0 * counts.rows * shape.hidden * shape.vocab
-    logits = machine.logit_passes * 4.0 * counts.rows * shape.vocab
+    vocab = -(-shape.vocab // setup.parallel.tensor)
+    products = (3 if trained else 2) * 2.0 * counts.rows * shape.hidden * vocab
+    logits = machine.logit_passes * 4.0 * counts.rows * vocab
     return machine.product(products, setup.dtype) + logits / machine.bandwidth
 
 
@@ -190,8 +191,8 @@ def _waiting(
     if tensor > 1:
         passes = 6 if setup.parallel.checkpointing == "full" else 4
         sums = passes * len(shape.layers) * counts.tokens * shape.hidden * itemsize
-        head = shape.vocab * shape.hidden * itemsize
-        shown += (2 * sums + head) * (tensor - 1) / tensor / _speed(tensor, setup, machine)
+        sums += counts.rows * (4 * shape.hidden + 20)  # dX of the head; a maximum and two float64 sums a row
+        shown += 2 * sums * (tensor - 1) / tensor / _speed(tensor, setup, machine)
     return shown
 
 

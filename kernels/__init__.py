@@ -6,6 +6,7 @@ Each operator is a folder: `reference.py` the definition, `op.py` the contract a
 
 from macpo.kernels.backend import BackendError, Choice, explain, use_backend
 from macpo.kernels.linear_logp.op import linear_logp
+from macpo.kernels.linear_logp.shard import VocabShard
 from macpo.kernels.paged_attention.op import paged_attention, write_kv
 from macpo.kernels.paged_attention.slots import slot_attention
 from macpo.kernels.pair_loss.op import pair_loss
@@ -22,6 +23,7 @@ __all__ = [
     "PairLoss",
     "SampleParams",
     "Segments",
+    "VocabShard",
     "explain",
     "linear_logp",
     "paged_attention",

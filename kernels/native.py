@@ -114,6 +114,23 @@ def row_logp(
     return logp_n, lse_n
 
 
+def row_partials(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What rows add to a softmax over more tokens than theirs, [n] float32; arguments and errors as `row_logp`.
+
+    Returns:
+        (largest logit m, sum of exp(y - m) over all tokens but the target, the target's logit).
+    """
+    z, lanes = _layout(z_nv)
+    top_n, rest_n, hit_n = (torch.empty(z_nv.shape[0]) for _ in range(3))
+    _loaded().row_partials(
+        _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0,
+        _view(target_n), _view(top_n), _view(rest_n), _view(hit_n), _threads(z.numel()),
+    )  # fmt: skip
+    return top_n, rest_n, hit_n
+
+
 def row_logp_dlogits_(
     z_nv: Tensor,
     target_n: Tensor,

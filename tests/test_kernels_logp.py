@@ -355,7 +355,7 @@ def test_the_custom_operator_is_what_it_declares(needs, chunk_rows):
 
 def test_default_chunks_are_whole_tiles_within_the_budget():
     assert default_chunk_rows(128_256, "cuda") == 512 and 4 * 512 * 128_256 + 2 * 4096 * 4096 < 0.30e9
-    assert default_chunk_rows(128_256, "cuda", "epilogue") == 1024 and (2 + 8 / 256) * 1024 * 128_256 < 0.27e9
+    assert default_chunk_rows(128_256, "cuda", "epilogue") == 1024 and (2 + 4 / 256) * 1024 * 128_256 < 0.27e9
     assert default_chunk_rows(32_000, "cpu") == 256 and default_chunk_rows(10**9, "cpu") == 1
     assert default_chunk_rows(100_000, "cpu") == 83
 

@@ -29,7 +29,9 @@ from macpo.engine.optim import Optimizer
 from macpo.engine.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.world import World
+from macpo.kernels import VocabShard
 from macpo.kernels.linear_logp.head import Head, Needs
+from macpo.kernels.linear_logp.shard import ShardHead
 from macpo.kernels.pair_loss import chunked
 from macpo.kernels.pair_loss.losses import LossSettings
 
@@ -154,23 +156,27 @@ def test_activations_and_states_are_the_counted_tensors(name: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", [ALL, FULL])
-def test_head_buffers_are_the_counted_tensors(tuning: Any) -> None:
+@pytest.mark.parametrize("tensor", [1, 3])
+def test_head_buffers_are_the_counted_tensors(tuning: Any, tensor: int) -> None:
     """Within 10%: the loss itself, without the operator around it that hides its buffers.
 
     What torch's row kernels need in passing is the difference: 4 MiB.
     """
-    vocab, hidden, pairs, chunk = 30_000, 64, 10, 400
+    vocab, hidden, pairs, chunk = 30_000 * tensor, 64, 10, 400
     shape = ModelShape.of(model_of("llama", hidden_size=hidden, vocab_size=vocab).config)
     bounds = list(range(0, 40 * (2 * pairs + 1), 40))
-    states, weight = torch.randn(bounds[-1], hidden), torch.randn(vocab, hidden)
+    states, weight = torch.randn(bounds[-1], hidden), torch.randn(30_000, hidden)
     target = torch.randint(vocab, (bounds[-1],))
     needs = Needs(True, isinstance(tuning, FullSettings), False, False, False)
     head = Head(weight, None, None, None, 1.0, 1.0, None, "torch")
+    if tensor > 1:  # what the others would add has the size of what is there
+        shard = VocabShard(vocab, 0, tensor, maximum=torch.clone, total=torch.clone)
+        head = ShardHead(weight, None, None, None, 1.0, 1.0, None, "torch", shard=shard)
     settings = LossSettings("sigmoid", 0.1, 0.0, None, None, 0.0)
     with Recorder((states, weight, target)) as recorder:
         of_pairs = chunked.Pairs(bounds, torch.zeros(2 * pairs), settings, pairs, states.new_empty(0))
         chunked.pair_loss(head, states, target, of_pairs, needs, chunk)
-    setup = Setup(tuning, dtype=torch.float32, device="cpu")
+    setup = Setup(tuning, ParallelSettings(tensor=tensor), torch.float32, "cpu", ranks=tensor)
     predicted, _ = head_bytes(shape, bounds[-1], setup, chunk_rows=chunk)
     assert predicted == pytest.approx(recorder.peak + states.nbytes, rel=0.10)  # the rows are given to the loss
 
@@ -206,6 +212,7 @@ def test_what_lowers_memory_and_what_it_costs() -> None:
     offloaded = peak(offload_activations=True)
     assert offloaded.saved < whole.saved and offloaded.host > 0
     assert peak(tensor=2).weights < 0.6 * whole.weights
+    assert peak(tensor=2).gathered < 0.6 * whole.gathered, "no rank gathers the head"
     quantised = LoraSettings(quantization="nf4")
     assert peak(quantised).weights < 0.6 * peak(SOME).weights
     assert peak(SOME).gradients < 0.1 * whole.gradients

@@ -167,6 +167,7 @@ def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
         ("epilogue", "triton", bf16, {"softcap": True}, "slope of a softcap"),
         ("epilogue", "triton", torch.float16, {}, "float16 cannot hold"),
         ("epilogue", "triton", bf16, {"filtered": True}, "finished gradients"),
+        ("epilogue", "triton", bf16, {"sharded": True}, "another process may have"),
         ("epilogue", "triton", bf16, {"contiguous": False}, "not contiguous"),
     ):
         with pytest.raises(ValueError, match=message):

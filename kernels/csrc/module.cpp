@@ -69,6 +69,18 @@ void row_logp(Strided<const float> z, bool lanes, Floats bias, float scale, floa
     macpo::row_logp(from, head, target.data(), logp.data(), lse.data(), threads);
 }
 
+void row_partials(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
+                  View<const int64_t, 1> target, View<float, 1> top, View<float, 1> rest, View<float, 1> hit,
+                  int threads) {
+    const macpo::Products from = products(z, lanes);
+    const macpo::Head head = make_head(from, bias, scale, softcap);
+    check_targets(target, from.rows, from.vocab);
+    const size_t n = target.shape(0);
+    need(top.shape(0) == n && rest.shape(0) == n && hit.shape(0) == n, "top, rest and hit must be [N]");
+    nb::gil_scoped_release unlocked;
+    macpo::row_partials(from, head, target.data(), top.data(), rest.data(), hit.data(), threads);
+}
+
 void row_dlogits(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
                  View<const int64_t, 1> target, View<const float, 1> lse, Floats grad,
                  nb::ndarray<nb::ndim<2>, nb::device::cpu> d, bool half, int threads) {
@@ -184,6 +196,9 @@ NB_MODULE(_native, m) {
     m.doc() = "C++ CPU kernels of macpo; macpo.kernels.native is the one place that loads them.";
     m.def("row_logp", &row_logp, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(), arg("scale"),
           arg("softcap"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(), arg("threads"));
+    m.def("row_partials", &row_partials, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
+          arg("scale"), arg("softcap"), arg("target").noconvert(), arg("top").noconvert(), arg("rest").noconvert(),
+          arg("hit").noconvert(), arg("threads"));
     m.def("row_dlogits", &row_dlogits, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
           arg("scale"), arg("softcap"), arg("target").noconvert(), arg("lse").noconvert(),
           arg("grad").noconvert().none(), arg("d").noconvert(), arg("half"), arg("threads"));

@@ -195,15 +195,18 @@ void store_logp(const Products& z, const Head& head, int64_t row, int64_t target
     logp[row] = static_cast<float>(logit_at(z, head, row, target) - exact);
 }
 
-double one_lse(const Products& z, const Head& head, int64_t row) {
+// Maximum and sum of a row, without the token `skip` where that is one of them.
+Running one_sums(const Products& z, const Head& head, int64_t row, int64_t skip) {
     const float* from = z.data + row * z.stride;
     float buffer[kPiece];
     Running all;
     for (int64_t i = 0; i < z.vocab; i += kPiece) {
         const int64_t count = std::min(kPiece, z.vocab - i);
+        const bool here = skip >= i && skip < i + count;
         const float* y = from + i;
-        if (!is_plain(head)) {
+        if (here || !is_plain(head)) {
             row_logits(from + i, head.bias ? head.bias + i : nullptr, count, head, buffer);
+            if (here) buffer[skip - i] = -kInf;
             y = buffer;
         }
         float top;
@@ -211,8 +214,10 @@ double one_lse(const Products& z, const Head& head, int64_t row) {
         top_and_sum(y, count, &top, &sum);
         all.add(top, sum);
     }
-    return all.logsumexp();
+    return all;
 }
+
+double one_lse(const Products& z, const Head& head, int64_t row) { return one_sums(z, head, row, -1).logsumexp(); }
 
 void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t target, float lse, float grad,
                  const Gradient& d) {
@@ -231,8 +236,9 @@ void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t targe
     store(&hit, 1, d.data, row * d.stride + target, d.format);
 }
 
-void lanes_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse,
-                [[maybe_unused]] int threads) {
+// Maxima and sums of all rows, each without its token `skip` [rows] where that is given.
+std::vector<Running> lanes_sums(const Products& z, const Head& head, const int64_t* skip,
+                                [[maybe_unused]] int threads) {
     const int64_t n = z.rows, chunks = (z.vocab + kChunk - 1) / kChunk;
     std::vector<float> tops(static_cast<size_t>(chunks * n));
     std::vector<double> sums(static_cast<size_t>(chunks * n));
@@ -242,21 +248,33 @@ void lanes_logp(const Products& z, const Head& head, const int64_t* target, floa
         const int64_t first = c * kChunk, depth = std::min(kChunk, z.vocab - first);
         for (int64_t row = 0; row < n; row += kWidth) {
             const int64_t width = std::min(kWidth, n - row);
+            bool here = false;
+            if (skip != nullptr)
+                for (int64_t i = row; i < row + width; ++i) here = here || (skip[i] >= first && skip[i] < first + depth);
             const float* y = z.data + first * z.stride + row;
             int64_t stride = z.stride;
-            if (!is_plain(head)) {
+            if (here || !is_plain(head)) {
                 lane_logits(y, stride, head.bias ? head.bias + first : nullptr, depth, width, head, buffer);
                 y = buffer;
                 stride = kWidth;
             }
+            if (here)
+                for (int64_t i = 0; i < width; ++i) {
+                    const int64_t token = skip[row + i] - first;
+                    if (token >= 0 && token < depth) buffer[token * kWidth + i] = -kInf;
+                }
             lane_sums(y, stride, depth, width, &tops[c * n + row], &sums[c * n + row]);
         }
     }
-    for (int64_t row = 0; row < n; ++row) {
-        Running all;
-        for (int64_t c = 0; c < chunks; ++c) all.add(tops[c * n + row], sums[c * n + row]);
-        store_logp(z, head, row, target[row], all.logsumexp(), logp, lse);
-    }
+    std::vector<Running> all(static_cast<size_t>(n));
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t c = 0; c < chunks; ++c) all[row].add(tops[c * n + row], sums[c * n + row]);
+    return all;
+}
+
+void lanes_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse, int threads) {
+    const std::vector<Running> all = lanes_sums(z, head, nullptr, threads);
+    for (int64_t row = 0; row < z.rows; ++row) store_logp(z, head, row, target[row], all[row].logsumexp(), logp, lse);
 }
 
 void lanes_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
@@ -281,6 +299,23 @@ void row_logp(const Products& z, const Head& head, const int64_t* target, float*
     for (int64_t row = 0; row < z.rows; ++row) {
         store_logp(z, head, row, target[row], one_lse(z, head, row), logp, lse);
     }
+}
+
+void row_partials(const Products& z, const Head& head, const int64_t* target, float* top, float* rest, float* hit,
+                  int threads) {
+    const auto store_sums = [&](int64_t row, Running all) {
+        hit[row] = logit_at(z, head, row, target[row]);
+        all.add(hit[row], 0.0);
+        top[row] = all.top;
+        rest[row] = static_cast<float>(all.sum);
+    };
+    if (z.lanes) {
+        const std::vector<Running> all = lanes_sums(z, head, target, threads);
+        for (int64_t row = 0; row < z.rows; ++row) store_sums(row, all[row]);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < z.rows; ++row) store_sums(row, one_sums(z, head, row, target[row]));
 }
 
 void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,

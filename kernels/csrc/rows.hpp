@@ -30,6 +30,10 @@ struct Gradient {
 // logp [rows] of the targets and lse [rows].
 void row_logp(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse, int threads);
 
+// Maximum [rows], sum of e^(y - maximum) over all tokens but the target [rows], and the target's logit [rows].
+void row_partials(const Products& z, const Head& head, const int64_t* target, float* top, float* rest, float* hit,
+                  int threads);
+
 // d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap)^2) * scale, times grad [rows] where it is not null.
 void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
                  const Gradient& d, int threads);

@@ -1,5 +1,7 @@
 """The GEMMs of a head, shared by linear_logp and pair_loss: logits of a chunk, gradients of the inputs.
 
+`shard.py` has the head of a process that holds a part of the vocabulary.
+
 For every loss of log-probs, d loss / d z = g_row * d with d = d logp / d z: one scalar a row. d goes into the GEMMs
 as it is, and g scales the small operands: dX = g (d W) by rows, dW = d' (g h). So d never waits for g, and no pass
 over [n, V] is spent on it.
@@ -202,14 +204,18 @@ class Head:
             found = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, d_nv)
             return Gradient(*found[:2], d_nv, found[2])
         if block is None:
-            return Gradient(*self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n))
+            return self._differentiate(hidden_nh, target_n, buffer, None)
         flat = block[: num_rows * vocab]
         d_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
         logp_n, lse_n = (hidden_nh.new_empty(num_rows, dtype=self.dtype) for _ in range(2))
         for part in chunks(0, num_rows, buffer.numel() // vocab):
-            z_nv = self.logits(hidden_nh[part], buffer)
-            logp_n[part], lse_n[part], _ = self.logp_dlogits_(z_nv, target_n[part], d_nv[part])
+            found = self._differentiate(hidden_nh[part], target_n[part], buffer, d_nv[part])
+            logp_n[part], lse_n[part] = found.logp_n, found.lse_n
         return Gradient(logp_n, lse_n, d_nv)
+
+    def _differentiate(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, out_nv: Tensor | None) -> Gradient:
+        """Of one chunk, by logits; d in `out` where that is given."""
+        return Gradient(*self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n, out_nv))
 
     def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Gradient:
         """The gradient of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from macpo.kernels.backend import explain
 from macpo.kernels.linear_logp import library
+from macpo.kernels.linear_logp import shard as sharded
 from macpo.kernels.linear_logp.head import default_chunk_rows
+from macpo.kernels.linear_logp.shard import HeadOf, ShardHead, VocabShard
 from macpo.kernels.linear_logp.tuning import route_of
 
 
@@ -39,6 +41,7 @@ def linear_logp(
     chunk_rows: int | None = None,
     backend: str | None = None,
     route: str | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """log softmax(head(hidden))[target], row by row; differentiable in hidden, weight, bias and the LoRA's factors.
 
@@ -58,6 +61,8 @@ def linear_logp(
             twice as much on a GPU where all rows fit into that.
         backend: force one; default by device (`macpo.kernels.backend`).
         route: "vendor" or "epilogue" (`tuning.py`), for measurements; default what was measured faster on this device.
+        shard: the vocabulary is cut between processes (`shard.py`): weight, bias and the LoRA's b have this process's
+            rows, hidden, target and the LoRA's a are the same everywhere, and so is the result. Eager only.
 
     Returns:
         [N] float32 (float64 for float64 inputs), never above 0.
@@ -68,6 +73,7 @@ def linear_logp(
         RuntimeError: a backward with create_graph=True.
     """
     check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
+    check_shard(weight, shard)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     chosen_backend = backend_of("linear_logp", hidden.device.type, backend)
     needs = takes_grad(hidden, weight, bias, a, b)
@@ -79,8 +85,13 @@ def linear_logp(
         score=not any(needs),
         lora=lora is not None,
         softcap=softcap is not None,
+        sharded=shard is not None,
         contiguous=hidden.stride(1) == weight.stride(1) == 1,
     )
+    chunk_rows = rows_of_chunk(chunk_rows, weight, chosen_route, shard)
+    if shard is not None:
+        head_of = shard_head(scaling, logit_scale, softcap, chosen_backend, shard)
+        return sharded.linear_logp(head_of, hidden, weight, bias, a, b, target, shard, chunk_rows, needs)
     logp: Tensor = library.linear_logp(
         hidden,
         weight,
@@ -91,7 +102,7 @@ def linear_logp(
         float(scaling),
         float(logit_scale),
         None if softcap is None else float(softcap),
-        rows_of_chunk(chunk_rows, weight, chosen_route),
+        chunk_rows,
         chosen_backend,
         needs,
         chosen_route,
@@ -105,10 +116,16 @@ def backend_of(op: str, device: str, backend: str | None) -> str:
     return explain(op, device, backend).backend
 
 
-def rows_of_chunk(chunk_rows: int | None, weight: Tensor, route: str) -> int:
+def rows_of_chunk(chunk_rows: int | None, weight: Tensor, route: str, shard: VocabShard | None = None) -> int:
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    return chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type, route)
+    vocab = weight.shape[0] if shard is None else shard.most
+    return chunk_rows or default_chunk_rows(vocab, weight.device.type, route)
+
+
+def shard_head(lora_scaling: float, scale: float, softcap: float | None, backend: str, shard: VocabShard) -> HeadOf:
+    scalars = float(lora_scaling), float(scale), None if softcap is None else float(softcap)
+    return lambda weight, bias, a, b: ShardHead(weight, bias, a, b, *scalars, backend, shard=shard)
 
 
 def takes_grad(*inputs: Tensor | None) -> list[bool]:
@@ -139,6 +156,14 @@ def check_head(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if lora is not None:
         _check_lora(weight, *lora)
+
+
+def check_shard(weight: Tensor, shard: VocabShard | None) -> None:
+    """Raise ValueError where the weight is not this process's part."""
+    if shard is not None and weight.shape[0] != shard.count:
+        raise ValueError(
+            f"part {shard.rank} of {shard.size} of {shard.vocab} tokens has {shard.count}, weight {weight.shape[0]}"
+        )
 
 
 def _check_lora(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:

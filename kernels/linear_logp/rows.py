@@ -32,6 +32,17 @@ def logp(
     return cast(tuple[Tensor, Tensor], kernels.row_logp(z_nv, target_n, bias_v, scale, softcap))
 
 
+def partials(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, *, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a row adds to a softmax over more tokens than z's, each [N] of z's dtype; z is unchanged.
+
+    (largest logit m, sum of exp(y - m) over all tokens but the target, the target's logit).
+    """
+    kernels = _kernels(z_nv, backend)
+    return cast(tuple[Tensor, Tensor, Tensor], kernels.row_partials(z_nv, target_n, bias_v, scale, softcap))
+
+
 def logp_dlogits_(
     z_nv: Tensor,
     target_n: Tensor,
@@ -68,7 +79,7 @@ def dlogits_(
 
 
 def _kernels(z_nv: Tensor, backend: str) -> ModuleType:
-    """The module with `row_logp`, `row_logp_dlogits_` and `row_dlogits_`; float64 is for checks, and torch's."""
+    """The module with `row_logp`, `row_partials` and the two that give d; float64 is for checks, and torch's."""
     if backend == "torch" or z_nv.dtype == torch.float64:
         return rows_torch
     if backend == "native":

@@ -25,6 +25,17 @@ def row_logp(
     return logp_n, lse_n
 
 
+def row_partials(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    top_n, rest_n, hit_n = (z_nv.new_empty(z_nv.shape[0]) for _ in range(3))
+    for part in _blocks(z_nv):
+        y_nv = z_nv[part].clone()
+        top_n[part], rest_n[part], hit_n[part] = _partials_(_logits_(y_nv, bias_v, scale, softcap), target_n[part])
+        del y_nv  # before the next block's is made
+    return top_n, rest_n, hit_n
+
+
 def row_logp_dlogits_(
     z_nv: Tensor,
     target_n: Tensor,
@@ -96,6 +107,14 @@ def _logp_(y_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
     sums_n = y_nv.sub_(shift_n[:, None]).exp_().sum(dim=-1)
     lse_n = sums_n.double().log_().add_(shift_n)  # in float64, so that logp is rounded once, at its own size
     return (hit_n - lse_n).to(y_nv.dtype), lse_n.to(y_nv.dtype)
+
+
+def _partials_(y_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of exp(y - maximum) without the target, and the target's logit; y is consumed."""
+    hit_n, top_n = y_nv.gather(1, target_n[:, None]).squeeze(1), y_nv.amax(dim=-1)
+    shift_n = top_n.masked_fill(top_n == float("-inf"), 0.0)
+    rest_n = y_nv.sub_(shift_n[:, None]).exp_().scatter_(1, target_n[:, None], 0.0).sum(dim=-1)
+    return top_n, rest_n, hit_n
 
 
 def _dlogits_(

@@ -20,6 +20,7 @@ from macpo.kernels.linear_logp.triton_rows import (
     COMBINE_ROWS,
     combine,
     combine_kernel,
+    join_parts,
     row_dlogits_kernel,
     row_logp_kernel,
     row_partials_kernel,
@@ -56,31 +57,28 @@ def row_logp(
     logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
     if num_rows == 0:
         return logp_n, lse_n
-    target_n = target_n.contiguous()
-    scalars = {"scale": scale, "softcap": softcap or 1.0, "CAPPED": softcap is not None}
-    num_tiles, split_tiles, num_splits = _splits(num_rows, vocab)
-    if num_splits > 1:
-        m_sn, rest_sn = (torch.empty(num_splits, num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
-        y_n = torch.empty_like(logp_n)
-        row_partials_kernel[(num_rows, num_splits)](
-            z_nv,
-            target_n,
-            bias_v,
-            m_sn,
-            rest_sn,
-            y_n,
-            z_nv.stride(0),
-            num_rows,
-            vocab,
-            num_tiles,
-            split_tiles,
-            **scalars,
-            **TILE_META,
-        )
-        combine(m_sn, rest_sn, y_n, logp_n, lse_n)
+    if _splits(num_rows, vocab)[2] > 1:
+        combine(*_partials(z_nv, target_n, bias_v, scale, softcap), logp_n, lse_n)
     else:
-        _whole_rows(z_nv, target_n, bias_v, logp_n, lse_n, None, scalars)
+        scalars = {"scale": scale, "softcap": softcap or 1.0, "CAPPED": softcap is not None}
+        _whole_rows(z_nv, target_n.contiguous(), bias_v, logp_n, lse_n, None, scalars)
     return logp_n, lse_n
+
+
+def row_partials(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(maximum m, sum of exp(y - m) over all but the target, the target's logit), each [N] float32; as `row_logp`.
+
+    Raises:
+        ValueError: z is not float32 with contiguous columns.
+    """
+    num_rows, _, bias_v = _check(z_nv, bias_v)
+    if num_rows == 0:
+        none = torch.empty(0, dtype=torch.float32, device=z_nv.device)
+        return none, none, none
+    m_sn, rest_sn, y_n = _partials(z_nv, target_n, bias_v, scale, softcap)
+    return *join_parts(m_sn, rest_sn), y_n
 
 
 def row_logp_dlogits_(
@@ -154,6 +152,34 @@ def row_dlogits_(
             **TILE_META,
         )
     return d_nv
+
+
+def _partials(
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maxima and sums [S, N] of the splits of at least one row, and the targets' logits [N]."""
+    num_rows, vocab = z_nv.shape
+    num_tiles, split_tiles, num_splits = _splits(num_rows, vocab)
+    m_sn, rest_sn = (torch.empty(num_splits, num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
+    y_n = torch.empty(num_rows, dtype=torch.float32, device=z_nv.device)
+    row_partials_kernel[(num_rows, num_splits)](
+        z_nv,
+        target_n.contiguous(),
+        bias_v,
+        m_sn,
+        rest_sn,
+        y_n,
+        z_nv.stride(0),
+        num_rows,
+        vocab,
+        num_tiles,
+        split_tiles,
+        scale,
+        softcap or 1.0,
+        softcap is not None,
+        **TILE_META,
+    )
+    return m_sn, rest_sn, y_n
 
 
 def _whole_rows(

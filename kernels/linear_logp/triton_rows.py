@@ -8,6 +8,7 @@ consecutive entries of one row.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -222,3 +223,10 @@ def combine(m_sn: Tensor, rest_sn: Tensor, y_n: Tensor, logp_n: Tensor, lse_n: T
     combine_kernel[(triton.cdiv(num_rows, COMBINE_ROWS),)](
         m_sn, rest_sn, y_n, logp_n, lse_n, num_rows, num_parts, COMBINE_ROWS, COMBINE_PARTS, num_warps=4
     )
+
+
+def join_parts(m_sn: Tensor, rest_sn: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum [N] of rows from those of their parts [S, N], float32, where no log-prob is wanted yet."""
+    m_n = m_sn.amax(dim=0)
+    shift_n = m_n.masked_fill(m_n == float("-inf"), 0.0)
+    return m_n, torch.sum(rest_sn * (m_sn - shift_n).exp_(), dim=0)

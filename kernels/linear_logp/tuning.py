@@ -29,6 +29,7 @@ def route_of(
     lora: bool = False,
     softcap: bool = False,
     filtered: bool = False,
+    sharded: bool = False,
     contiguous: bool = True,
 ) -> str:
     """The route of one call: what was asked for, else what is faster by the table.
@@ -51,6 +52,8 @@ def route_of(
         reason = "float16 cannot hold exponentials of any size"
     elif filtered:
         reason = "a filter looks at finished gradients"
+    elif sharded:
+        reason = "its base is the target's logit, which another process may have"
     elif not contiguous:
         reason = "rows of hidden states or weights are not contiguous"
     if route == "epilogue" and reason:

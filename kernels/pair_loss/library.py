@@ -65,11 +65,7 @@ def pair_loss(
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
     pairs = chunked.Pairs(bounds, ref_logps, settings, num_pairs, hidden.new_empty(0, dtype=head.dtype))
-    out = chunked.pair_loss(head, hidden, target, pairs, Needs(*needs), chunk_rows, filter_eps)
-    unit = out.loss.new_full((), 1 / out.grad_scale)
-    grads = as_outputs(out.grads, hidden)
-    skipped = out.grads.skipped_mass
-    return (out.loss, out.sft_loss, out.logps, out.rewards, skipped, or_empty(out.grad_n, out.loss), unit, *grads)
+    return outputs_of(chunked.pair_loss(head, hidden, target, pairs, Needs(*needs), chunk_rows, filter_eps), hidden)
 
 
 @pair_loss.register_fake
@@ -107,24 +103,32 @@ def _(
     return (*scalars, *sums, skipped, grad_n, unit, *grads)  # type: ignore[return-value]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def outputs_of(out: chunked.Result, hidden: Tensor) -> Outputs:
+    unit = out.loss.new_full((), 1 / out.grad_scale)
+    grads = as_outputs(out.grads, hidden)
+    skipped = out.grads.skipped_mass
+    return (out.loss, out.sft_loss, out.logps, out.rewards, skipped, or_empty(out.grad_n, out.loss), unit, *grads)
+
+
+def keep(ctx: Any, needs: Sequence[bool], output: Outputs) -> None:
+    """What `input_gradients` needs, from the forward."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.needs = list(inputs[-2])
+    ctx.needs = list(needs)
     ctx.save_for_backward(*output[5:])
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def input_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight, bias and the LoRA's factors from that of the loss."""
     refuse_double_backward("pair_loss")
-    rest = [None] * 18
     if grad is None:
-        return (None,) * 5 + tuple(rest)
+        return (None,) * 5
     grad_n, unit, hidden, *sums = ctx.saved_tensors
     # In the memory of what was kept where this is the only backward, so that large gradients exist once.
     once = type(hidden) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
     dhidden = scale_rows(hidden, grad_n * grad, in_place=once and hidden.is_cuda) if ctx.needs[0] else None
     scaled = [scale_(x, grad * unit) if once else (x * with_dimension(grad * unit, x)).to(x.dtype) for x in sums]
-    return (dhidden, *or_none(scaled, ctx.needs[1:]), *rest)
+    return dhidden, *or_none(scaled, ctx.needs[1:])
 
 
 def _graph_is_kept() -> bool:
@@ -133,6 +137,14 @@ def _graph_is_kept() -> bool:
         return bool(torch._C._autograd._get_current_graph_task_keep_graph())
     except AttributeError:  # not a public function
         return True
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    keep(ctx, inputs[-2], output)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return *input_gradients(ctx, grad), *[None] * 18
 
 
 pair_loss.register_autograd(_backward, setup_context=_setup)

@@ -5,9 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from macpo.kernels.linear_logp.op import LoraLike, backend_of, check_head, rows_of_chunk, takes_grad
+from macpo.kernels.linear_logp.op import (
+    LoraLike,
+    backend_of,
+    check_head,
+    check_shard,
+    rows_of_chunk,
+    shard_head,
+    takes_grad,
+)
+from macpo.kernels.linear_logp.shard import VocabShard
 from macpo.kernels.linear_logp.tuning import route_of
 from macpo.kernels.pair_loss import library
+from macpo.kernels.pair_loss import shard as sharded
 from macpo.kernels.pair_loss.losses import LossSettings, check_loss
 from macpo.kernels.pair_loss.result import PairLoss
 
@@ -34,6 +44,7 @@ def pair_loss(
     chunk_rows: int | None = None,
     backend: str | None = None,
     route: str | None = None,
+    shard: VocabShard | None = None,
 ) -> PairLoss:
     """Contrastive loss of B pairs; differentiable in hidden, weight, bias and the LoRA's factors.
 
@@ -60,8 +71,8 @@ def pair_loss(
         num_pairs: pairs of the global batch, by which sums are divided; default B.
         filter_eps: leave blocks of the vocabulary out of the gradient GEMMs where |d log-prob / d logit| is below this
             in every row of a chunk; `skipped_mass` bounds the error. The loss stays exact. Not for torch's backend on a
-            GPU.
-        bias, logit_scale, softcap, lora, chunk_rows, backend, route: as in `linear_logp`.
+            GPU, nor for a shard.
+        bias, logit_scale, softcap, lora, chunk_rows, backend, route, shard: as in `linear_logp`.
 
     Returns:
         PairLoss; only its `loss` carries gradient.
@@ -72,9 +83,11 @@ def pair_loss(
         RuntimeError: a backward with create_graph=True.
     """
     check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
+    check_shard(weight, shard)
     if sft_weight is None:
         sft_weight = 1.0 if loss == "orpo" else 0.0
-    check_loss(LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight), ref_logps is not None)
+    settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
+    check_loss(settings, ref_logps is not None)
     if cu_rows.device.type != "cpu" or cu_rows.dtype != torch.int32 or cu_rows.dim() != 1:
         raise ValueError(f"cu_rows must be int32 [2B + 1] on the CPU, got {cu_rows.dtype} on {cu_rows.device}")
     if cu_rows.shape[0] < 3 or cu_rows.shape[0] % 2 == 0:
@@ -85,7 +98,7 @@ def pair_loss(
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
     chosen_backend = backend_of("pair_loss", hidden.device.type, backend)
-    check_filter(filter_eps, chosen_backend, hidden.device.type)
+    check_filter(filter_eps, chosen_backend, hidden.device.type, shard)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     needs = takes_grad(hidden, weight, bias, a, b)
     chosen_route = route_of(
@@ -97,9 +110,19 @@ def pair_loss(
         lora=lora is not None,
         softcap=softcap is not None,
         filtered=filter_eps is not None,
+        sharded=shard is not None,
         contiguous=hidden.stride(1) == weight.stride(1) == 1,
     )
-    total, sft_loss, logps, rewards, skipped_mass, *_ = library.pair_loss(
+    chunk_rows = rows_of_chunk(chunk_rows, weight, chosen_route, shard)
+    ref_logps = None if ref_logps is None else ref_logps.detach()
+    if shard is not None:
+        head_of = shard_head(scaling, logit_scale, softcap, chosen_backend, shard)
+        inputs = hidden, weight, bias, a, b
+        shard_outputs = sharded.pair_loss(
+            head_of, *inputs, target, cu_rows, ref_logps, settings, num_pairs or batch, shard, chunk_rows, needs
+        )
+        return _result(*shard_outputs[:5])
+    outputs = library.pair_loss(
         hidden,
         weight,
         bias,
@@ -107,7 +130,7 @@ def pair_loss(
         b,
         target,
         cu_rows,
-        None if ref_logps is None else ref_logps.detach(),
+        ref_logps,
         loss,
         float(beta),
         float(label_smoothing),
@@ -119,11 +142,15 @@ def pair_loss(
         float(logit_scale),
         None if softcap is None else float(softcap),
         None if filter_eps is None else float(filter_eps),
-        rows_of_chunk(chunk_rows, weight, chosen_route),
+        chunk_rows,
         chosen_backend,
         needs,
         chosen_route,
     )
+    return _result(*outputs[:5])
+
+
+def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor, skipped_mass: Tensor) -> PairLoss:
     margin = rewards[0::2] - rewards[1::2]
     return PairLoss(
         loss=total,
@@ -138,9 +165,11 @@ def pair_loss(
     )
 
 
-def check_filter(filter_eps: float | None, backend: str, device: str) -> None:
+def check_filter(filter_eps: float | None, backend: str, device: str, shard: VocabShard | None = None) -> None:
     if filter_eps is None:
         return
+    if shard is not None:
+        raise ValueError("filter_eps: a head whose vocabulary is cut between processes has none of this")
     if not filter_eps > 0:
         raise ValueError(f"filter_eps must be positive, got {filter_eps}")
     if backend == "torch" and device != "cpu":

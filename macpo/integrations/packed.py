@@ -159,6 +159,7 @@ def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
             bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            shard=head.shard,
         )
 
 

@@ -219,6 +219,7 @@ class PreferenceTrainer(Trainer):
                     bias=head.bias,
                     logit_scale=head.logit_scale,
                     softcap=head.softcap,
+                    shard=head.shard,
                     **self._options,
                 )
 

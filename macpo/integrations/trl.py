@@ -231,6 +231,7 @@ def _loss_function(args: DPOConfig, ref_sums: Tensor) -> Callable[[Tensor, Head,
                 bias=head.bias,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
+                shard=head.shard,
             )
         chosen, rejected = out.chosen_logps, out.rejected_logps
         if args.ld_alpha is not None:  # TRL logs the weighted sums

@@ -1,0 +1,51 @@
+"""The head under tensor parallelism: every rank keeps its rows and makes the logits of its own tokens.
+
+What travels is a few numbers a row and the gradient of the hidden states (`kernels/linear_logp/shard.py`). A head that
+is not cut by its vocabulary, or that leaves a rank without any row, is gathered instead, and every rank computes all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from macpo.kernels import VocabShard
+
+
+def vocab_shard(weight: Tensor) -> VocabShard | None:
+    """How tensor parallelism cuts a head's weight [V, H] over the ranks; None where all of it is to be read.
+
+    That is where it is not cut, or by columns, or where a rank would have no row: V rows in parts of ceil(V / ranks).
+    """
+    if not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard(0):
+        return None
+    vocab, ranks = weight.shape[0], weight.device_mesh.size()
+    if vocab <= (ranks - 1) * -(-vocab // ranks):
+        return None
+    group = weight.device_mesh.get_group()
+
+    def maximum(x: Tensor) -> Tensor:
+        return _reduced(x.clone(), dist.ReduceOp.MAX, group)
+
+    def total(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)  # 16-bit sums would be rounded once a rank
+        return _reduced(x.to(wide, copy=True), dist.ReduceOp.SUM, group).to(x.dtype)
+
+    return VocabShard(vocab, weight.device_mesh.get_local_rank(), ranks, maximum, total)
+
+
+def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def own_rows(weight: Tensor) -> Tensor:
+    """This rank's rows of a weight that is cut by rows; their gradient is that of the shard."""
+    if not isinstance(weight, DTensor):
+        raise TypeError("a weight that tensor parallelism has not cut has no rows of this rank alone")
+    return weight.to_local(grad_placements=[Shard(0)])
+
+
+__all__ = ["own_rows", "vocab_shard"]
