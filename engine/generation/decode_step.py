@@ -121,10 +121,10 @@ class DecodeStep:
         token, position, to_go, count, adapter, seed, top_k = self._ints[:, :b]
         temperature, top_p, min_p, penalty = self._floats[:, :b]
         table = self._table[:b]
-        live = to_go > 0
+        idle = to_go == 0
         block = table.gather(1, (position // size)[:, None])[:, 0].long()
-        slots = torch.where(live, block * size + position % size, -1)
-        lens = torch.where(live, position + 1, 1).int()  # an idle row reads one token
+        slots = (block * size + position % size).masked_fill(idle, -1)
+        lens = (position + 1).masked_fill(idle, 1).int()  # an idle row reads one token
         if self.adapters is not None:
             self.adapters.select(adapter)
         logits = next_logits(self.model, token, position, PagedDecode(self.pool, table, lens, slots), None)

@@ -195,17 +195,18 @@ class PoolSession:
 
 def _capture(step: DecodeStep, bucket: int, memory: Any) -> torch.cuda.CUDAGraph:
     """All rows idle meanwhile: nothing is written but the log."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step.step(bucket)  # compiles kernels and makes workspaces
-        with _waiting_is_an_error():
+    with torch.cuda.device(step.model.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step.step(bucket)  # compiles kernels and makes workspaces
+            with _waiting_is_an_error():
+                step.step(bucket)
+        torch.cuda.current_stream().wait_stream(stream)
+        step.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             step.step(bucket)
-    torch.cuda.current_stream().wait_stream(stream)
-    step.clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-        step.step(bucket)
     return graph
 
 
