@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Output, Request, SamplingParams, context, sampling
-from macpo.engine.generation.decode_step import StepShape, facts_of
+from macpo.engine.generation.decode_step import LOG_STEPS, StepShape, facts_of
 from macpo.engine.generation.kv_cache import LayerShape
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.pool_runner import SYNC_STEPS
@@ -116,6 +116,16 @@ def test_stop_texts_and_a_head_wider_than_the_tokenizer() -> None:
     assert {output.samples[0].finish_reason for output in slots} == {"stop"}
     for max_batch in (3, 64):
         assert_equal(paged(model, tokenizer, max_batch=max_batch).generate(prompts, params), slots)
+
+
+def test_answers_longer_than_the_log() -> None:
+    """The log is handed over in the middle of a batch that nobody has left, also where stop texts are looked for."""
+    model, tokenizer = model_of("llama", max_position_embeddings=256), character_tokenizer(VOCAB)
+    prompts = some_prompts([4, 20])
+    for stop in ((), ("#never#",)):
+        params = SamplingParams(max_new_tokens=2 * LOG_STEPS + 5, seed=3, ignore_eos=True, stop=stop)
+        slots = Generator(model, tokenizer, cache="slots").generate(prompts, params)
+        assert_equal(paged(model, tokenizer).generate(prompts, params), slots)
 
 
 def test_shared_blocks_are_not_written_after_the_fork(llama: PreTrainedModel) -> None:

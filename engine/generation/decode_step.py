@@ -146,7 +146,7 @@ class DecodeStep:
 
     def end(self, rows: Sequence[int]) -> None:
         """These rows have ended by the host's judgement."""
-        self._to_go[torch.tensor(rows, device=self._to_go.device)] = 0
+        self._to_go[torch.tensor(rows, dtype=torch.int64, device=self._to_go.device)] = 0
 
     def take(self, num_rows: int, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, raw and processed log-probs [num_rows, num_steps] of the steps since the last call."""

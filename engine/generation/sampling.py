@@ -86,13 +86,11 @@ def noise_key(row: Row) -> tuple[int, int, int]:
 
 def mark_seen(seen: Tensor, rows: Sequence[Row]) -> None:
     """Prompt and answer of the penalised rows become true in seen [>= rows, V], in place."""
-    marked = [
-        (index, token)
-        for index, row in enumerate(rows)
-        if row.params.repetition_penalty != 1.0
-        for token in (*row.request.prompt_ids, *row.tokens)
-        if token < seen.shape[1]
-    ]
-    if marked:
-        at = torch.tensor(marked, device=seen.device)
-        seen[at[:, 0], at[:, 1]] = True
+    marked = [(i, row) for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
+    if not marked:
+        return
+    ids = [torch.tensor([*row.request.prompt_ids, *row.tokens]) for _, row in marked]
+    at = torch.tensor([i for i, _ in marked]).repeat_interleave(torch.tensor(list(map(len, ids))))
+    pairs = torch.stack((at, torch.cat(ids)))
+    at, token = pairs[:, pairs[1] < seen.shape[1]].to(seen.device)
+    seen[at, token] = True
