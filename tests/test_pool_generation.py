@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from macpo.engine.generation.kv_cache import LayerShape
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.pool_runner import SYNC_STEPS
 from macpo.engine.generation.pool_session import PoolSession, pool_why_not, waiting_part
+from macpo.engine.generation.rows import Row
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
 FREE = SamplingParams(max_new_tokens=16, seed=5, ignore_eos=True)
@@ -118,6 +120,21 @@ def test_stop_texts_and_a_head_wider_than_the_tokenizer() -> None:
         assert_equal(paged(model, tokenizer, max_batch=max_batch).generate(prompts, params), slots)
 
 
+def test_a_row_that_met_a_stop_text_idles_among_the_others(llama: PreTrainedModel) -> None:
+    """One of 17: too few to change the batch for. It was ended at the first look and has written nothing since."""
+    tokenizer, prompts, new = character_tokenizer(VOCAB), some_prompts([5] * 17), 2 * SYNC_STEPS + 4
+    free = SamplingParams(max_new_tokens=new, seed=4, ignore_eos=True)
+    generator = paged(llama, tokenizer)
+    text = generator.generate(prompts, free)[3].samples[0].text or ""
+    generator._session = None
+    params = [replace(free, stop=(text[2:5],)) if i == 3 else free for i in range(17)]
+    assert generator.generate(prompts, params)[3].samples[0].text == text[: text.index(text[2:5])]
+    assert generator._session is not None
+    k, _ = generator._session.pool.layer(0)
+    assert 5 + SYNC_STEPS < 16 < 5 + new - 1
+    assert int((k.flatten(1) == 0).all(1).sum()) == 1 + 1  # its second block, and the trash block
+
+
 def test_answers_longer_than_the_log() -> None:
     """The log is handed over in the middle of a batch that nobody has left, also where stop texts are looked for."""
     model, tokenizer = model_of("llama", max_position_embeddings=256), character_tokenizer(VOCAB)
@@ -153,8 +170,43 @@ def test_rows_idle_for_fewer_steps_than_lie_between_two_looks(llama: PreTrainedM
         lambda _, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     generator.generate(some_prompts([11]), SamplingParams(max_new_tokens=SYNC_STEPS + 4, n=3, ignore_eos=True))
-    handle.remove()
     assert forwarded == [11, *[4] * (SYNC_STEPS + 3)]
+    long = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    (whole,) = generator.generate(some_prompts([11]), long)
+    tokens = whole.samples[0].token_ids
+    at = max(map(tokens.index, tokens[: 2 * SYNC_STEPS - 2]))  # the latest that has not come before
+    assert at > SYNC_STEPS
+    forwarded.clear()
+    generator.generate(some_prompts([11]), replace(long, stop_token_ids=(tokens[at],)))
+    handle.remove()
+    assert forwarded == [11, *[1] * 2 * SYNC_STEPS]
+
+
+def test_a_row_that_has_ended_idles_and_writes_nothing(llama: PreTrainedModel) -> None:
+    """Ended by its budget, by a stop token, by the host, or with the run: pool and place in the sequence stay."""
+    plan = {"max_new_tokens": 9, "ignore_eos": True}
+    rows = [
+        Row(i, Request(str(i), (5, 6, 7), SamplingParams(**plan)), 0, budget, frozenset(stop))
+        for i, (budget, stop) in enumerate([(2, []), (9, range(VOCAB)), (9, []), (9, [])])
+    ]
+    for row in rows:
+        row.tokens = [8]
+    session = PoolSession(llama, shapes_of(llama), 16, 4, 4, StepShape(1, 64, VOCAB, facts_of([rows[0].params])))
+    session.start(None)
+    with attention_hook(llama), torch.no_grad():
+        session.step.load(rows, [[1], [2], [3], [4]])
+        session.run_step(4)
+        assert session.step.going(4) == [False, False, True, True]
+        session.step.end([2])
+        assert session.step.going(4) == [False, False, False, True]
+        pools = session.pool.layer(0)
+        assert [int((pools[0][block] != 0).any(-1).any(-1).sum()) for block in range(5)] == [0, 1, 1, 1, 1]
+        session.run_step(4)
+        assert [int((pools[0][block] != 0).any(-1).any(-1).sum()) for block in range(5)] == [0, 1, 1, 1, 2]
+        tokens, raw_logps, logps = session.step.take(4, 2)
+        assert tokens.shape == raw_logps.shape == logps.shape == (4, 2)
+        session.start(None)
+        assert session.step.going(4) == [False] * 4
 
 
 def test_adapters_share_a_batch_and_keep_their_tensors() -> None:
