@@ -111,7 +111,7 @@ class DecodeStep:
 
     def clear(self) -> None:
         """No row is left, whatever was going on."""
-        self._to_go.zero_()
+        self._ints.zero_()  # an adapter's place, too, may be one that the next stack lacks
         self._table.fill_(TRASH)
         self._cursor.zero_()
 
