@@ -7,6 +7,10 @@ static batches of prompts sorted by length, at several batch sizes, each until i
 is the one to compare with. `generate_batch` is transformers' continuous batching, told each request's length. Useful
 tokens are those that a request asked for. Every answer is checked: each of its tokens must have the largest logit of a
 teacher-forced forward, up to a tie.
+
+`macpo Generator` takes the path of its default (on a GPU the block pool with CUDA graphs, on a CPU slots); its other
+paths are peers, so `--peers slots` or `--peers pool` compares them. Below the table stands each one's share of the
+decode floor (`bench/decode_floor.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bench.cli import Spec, run_bench
+from bench.decode_floor import decode_floor
 from bench.device import gemm
 from bench.harness import Case, Outputs, Peer, Run, Unavailable
 from bench.request_file import GenerationRequest, load
@@ -103,6 +108,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     step = torch.randn(min(256, len(requests)), shape.hidden, dtype=dtype, device=device)
     peers = [
         Peer(OURS, partial(build_ours, model, requests)),
+        *(Peer(f"{OURS}, {path}", partial(build_ours, model, requests, **options)) for path, options in paths(device)),
         *(Peer(f"generate, batches of {b}", partial(build_generate, model, requests, b)) for b in shape.batches),
         *(
             Peer(f"generate, static cache, compiled, {b}", partial(build_static, model, requests, b))
@@ -110,6 +116,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         ),
         Peer("generate_batch", partial(build_continuous, model, requests)),
     ]
+    floor = decode_floor(model, requests)
     return Case(
         f"{name} {shape.requests}",
         {**vars(shape), "useful_tokens": useful, "prompt_tokens": sum(len(r.prompt_ids) for r in requests)},
@@ -123,16 +130,26 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         ceiling_name="vendor GEMM, head of one decode step",
         ceiling_work=2.0 * step.shape[0] * shape.hidden * shape.vocab,
         items=useful,
+        floor_ms=floor.total_ms,
+        floor_name=str(floor),
     )
+
+
+def paths(device: torch.device) -> list[tuple[str, dict[str, Any]]]:
+    """Our paths besides the default one, with the generator's options."""
+    pool: dict[str, Any] = {"cache": "pool", "use_graphs": False}
+    if device.type == "cuda":
+        return [("pool without graphs", pool), ("slots", {"cache": "slots"})]
+    return [("pool", pool)]
 
 
 def as_outputs(answers: Sequence[Sequence[int]]) -> Outputs:
     return {str(i): torch.tensor(answer) for i, answer in enumerate(answers)}
 
 
-def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Run:
+def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest], **options: Any) -> Run:
     params = [SamplingParams(temperature=0, max_new_tokens=r.new_tokens, ignore_eos=True) for r in requests]
-    generator = Generator(model, max_batch=min(256, len(requests)))
+    generator = Generator(model, max_batch=min(256, len(requests)), **options)
 
     def run() -> Outputs:
         outputs = generator.generate([r.prompt_ids for r in requests], params)

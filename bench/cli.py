@@ -75,7 +75,7 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
         print("\n".join(table(case, results)), flush=True)
         # Only what is written stays: the case's tensors go.
         bare = Case(case.name, case.shape, case.dtype, case.device, (), {}, flop=case.flop, num_bytes=case.num_bytes)
-        bare.ceiling_name = case.ceiling_name
+        bare.ceiling_name, bare.floor_ms, bare.floor_name = case.ceiling_name, case.floor_ms, case.floor_name
         done.append((bare, results))
         del case
         gc.collect()

@@ -33,6 +33,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 LOGPS, EXACT_LOGPS = ("logp", "logps"), 1e-5
 EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 INEXACT_FACTOR = 10
+CEILING_NOTE = "the ceiling"
 
 
 class Unavailable(Exception):
@@ -81,6 +82,10 @@ class Case:
     item_name: str = "tok"
     unit_work: float = 0.0
     """Work that counts as 1 in `floor_units`: one head GEMM for a head; 0 for all of the case's own work."""
+    floor_ms: float = 0.0
+    """Least time that the whole case can take here, where that was worked out from measured rates."""
+    floor_name: str = ""
+    """What it is made of."""
 
 
 @dataclass
@@ -200,7 +205,7 @@ def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> 
         if result.peer in runs:
             summarise(case, result, taken[result.peer], taken.get(case.peers[0].name), taken.get("ceiling"))
     if case.ceiling is not None:
-        result = Result(f"({case.ceiling_name})", "exact", note="the ceiling")
+        result = Result(f"({case.ceiling_name})", "exact", note=CEILING_NOTE)
         summarise(case, result, taken["ceiling"], taken.get(case.peers[0].name), taken["ceiling"], case.ceiling_work)
         results.append(result)
     return results
@@ -243,8 +248,16 @@ def table(case: Case, results: Iterable[Result]) -> Iterator[str]:
     """Lines of one case."""
     yield f"{case.name}  [{case.ceiling_name or 'no ceiling'}]"
     yield header()
+    results = list(results)
     for result in results:
         yield "  " + row_text(result)
+    if case.floor_ms:
+        yield f"  [{case.floor_name}]"
+        yield "  of the floor: " + ", ".join(
+            f"{result.peer} {case.floor_ms / result.median_ms:.0%}"
+            for result in results
+            if result.median_ms and result.note != CEILING_NOTE
+        )
 
 
 def header() -> str:
@@ -311,6 +324,8 @@ def save(
                 "ceiling": case.ceiling_name,
                 "flop": case.flop,
                 "bytes": case.num_bytes,
+                "floor_ms": case.floor_ms,
+                "floor": case.floor_name,
                 "results": [finite(asdict(result)) for result in results],
             }
             for case, results in cases

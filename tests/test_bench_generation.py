@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds them
 
-from bench import bench_generation, bench_scoring, request_file  # noqa: E402
+from bench import bench_generation, bench_scoring, decode_floor, request_file  # noqa: E402
 from bench.cli import run_bench  # noqa: E402
+from bench.harness import measure, table  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -43,6 +45,35 @@ def test_a_wrong_answer_is_seen():
     assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
     for wrong in ((outputs["3"] + 1) % shape.vocab, outputs["3"][:-1]):
         assert bench_generation.greedy_gap(model, requests, dtype, {**outputs, "3": wrong}) == float("inf")
+
+
+def test_our_other_paths_are_peers_and_the_floor_is_below_all():
+    """Also of a shape whose head is a matrix of its own; the floor's parts add up, and the table names everyone."""
+    for tied in (True, False):
+        (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+        case = bench_generation.make_case("x", replace(shape, tied=tied), dtype, CPU)
+        ours = [peer for peer in case.peers if peer.name.startswith(bench_generation.OURS)]
+        assert [peer.name for peer in ours] == ["macpo Generator", "macpo Generator, pool"]
+        case.peers, case.ceiling = ours, None
+        results = measure(case, 2, 30.0)
+        assert [result.status for result in results] == ["exact", "exact"]
+        assert 0 < case.floor_ms < min(result.median_ms for result in results)
+        *_, parts, shares = table(case, results)
+        numbers = [float(part.split()[-1]) for part in (p.split(" at ")[0] for p in parts.strip(" []").split(","))]
+        assert sum(numbers) == pytest.approx(case.floor_ms, rel=0.02)
+        assert f"macpo Generator, pool {case.floor_ms / results[1].median_ms:.0%}" in shares
+
+
+def test_the_floor_counts_what_a_step_reads(monkeypatch):
+    """With rates of 1 byte and 1 product a second the floor is a sum that can be done by hand."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    model = bench_generation.make_model(shape, dtype, CPU)
+    monkeypatch.setattr(decode_floor, "seconds_of", lambda run, device: 2.0**25)
+    requests = [request_file.GenerationRequest([5] * 4, 3), request_file.GenerationRequest([5] * 6, 1)]
+    floor = decode_floor.decode_floor(model, requests)
+    assert floor.bytes_per_s == 1 and decode_floor.kv_bytes(model) == 2 * 2 * 2 * 8 * 4
+    assert floor.keys_values_s == (5 + 6) * decode_floor.kv_bytes(model)  # two steps of the one long answer
+    assert floor.products_s == 2 * 2**25 and floor.prompts_s == 2**25
 
 
 def test_continuous_batching_is_asked_for_the_same_lengths():

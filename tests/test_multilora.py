@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from macpo.engine.generation.multilora import StackedAdapters, why_not
 NAMES = ["default", "wide", "odd"]
 
 
-def three_adapters(**options: object) -> PeftModel:
+def three_adapters(sizes: Mapping[str, int] = MappingProxyType({}), **options: object) -> PeftModel:
     """Ranks, scalings and target modules that differ; "odd" leaves out what the others have."""
-    peft = get_peft_model(model_of("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+    peft = get_peft_model(model_of("llama", **sizes), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
     peft.add_adapter("wide", LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj", "down_proj"], use_rslora=True))
     peft.add_adapter("odd", LoraConfig(r=1, lora_alpha=4, target_modules=["o_proj"]))
     generator = torch.Generator().manual_seed(3)

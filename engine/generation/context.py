@@ -1,7 +1,7 @@
-"""The two attention contexts of generation: prompts that fill the cache, and one token a sequence that reads it.
+"""The attention contexts of generation: prompts that fill a cache, and one token a sequence that reads it.
 
 Legend: T packed tokens, W cache writes, n sequences, Hq query heads, Hkv key-value heads, C columns of the cache
-that are read, D head size.
+that are read, D head size, L blocks of a block table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation.kv_cache import SlotCache
-from macpo.kernels import Segments, prefix_attention, slot_attention
+from macpo.engine.generation.kv_pool import KVPool
+from macpo.kernels import Segments, paged_attention, prefix_attention, slot_attention
 from macpo.kernels.paged_attention.slots import masked_slot_attention, runs_native, slot_mask
 
 
@@ -22,10 +23,9 @@ class PrefillAttention:
 
     def __init__(self, cache: SlotCache, lengths: Sequence[int], slots: Sequence[Sequence[int]], device: torch.device):
         """Prompt i has `lengths[i]` tokens and fills the cache slots `slots[i]`."""
-        self.segments = Segments.from_lengths([(length, []) for length in lengths]).to(device)
+        self.segments, self.last_rows = _packed(lengths, device)
         self.cache = cache
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        self.last_rows = (starts + torch.tensor(list(lengths)) - 1).to(device)  # [prompts]
         copies = [
             (start, n, slot) for start, n, own in zip(starts.tolist(), lengths, slots, strict=True) for slot in own
         ]
@@ -68,6 +68,58 @@ class DecodeAttention:
         if mask is None:
             mask = self._masks[kind] = slot_mask(self.lens, self.columns, *kind)
         return masked_slot_attention(q_bhd, k_pool, v_pool, mask, scale)[None]
+
+
+class PagedPrefill:
+    """Packed prompts attend to themselves; their keys and values go to the blocks of their first samples.
+
+    Where a prompt ends inside a block, the other samples get a copy of that block: its rest is each sample's own.
+    """
+
+    def __init__(
+        self, pool: KVPool, lengths: Sequence[int], tables: Sequence[Sequence[Sequence[int]]], device: torch.device
+    ) -> None:
+        """Prompt i has `lengths[i]` tokens and the block tables `tables[i]`, one a sample."""
+        self.segments, self.last_rows = _packed(lengths, device)
+        self.pool = pool
+        size = pool.block_tokens
+        slots, copies = [], []
+        for length, (first, *others) in zip(lengths, tables, strict=True):
+            token = torch.arange(length)
+            slots.append(torch.tensor(first)[token // size] * size + token % size)
+            if length % size:
+                copies += [(first[length // size], other[length // size]) for other in others]
+        self._slots = torch.cat(slots).to(device)  # [T]
+        self._copies = torch.tensor(copies).T.contiguous().to(device) if copies else None  # [2, copies]
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
+        self.pool.write(_layer(module), k, v, self._slots)
+        if self._copies is not None:
+            self.pool.copy(_layer(module), *self._copies)
+        return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
+
+
+class PagedDecode:
+    """One token of each of n sequences is written to its slot and sees its sequence's context through its table."""
+
+    def __init__(self, pool: KVPool, table: Tensor, lens: Tensor, slots: Tensor) -> None:
+        """table [n, L] int32, lens [n] int32 with the new token, slots [n] int64 (-1: not written)."""
+        self.pool = pool
+        self.table = table
+        self.lens = lens
+        self.slots = slots
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
+        pools = self.pool.write(_layer(module), k, v, self.slots)
+        return paged_attention(q, *pools, self.table, self.lens, scale=scale, window=window)[None]
+
+
+def _packed(lengths: Sequence[int], device: torch.device) -> tuple[Segments, Tensor]:
+    """Prompts beside each other, and the row of each one's last token [prompts]."""
+    segments = Segments.from_lengths([(length, []) for length in lengths]).to(device)
+    return segments, (torch.tensor(list(lengths)).cumsum(0) - 1).to(device)
 
 
 def _layer(module: nn.Module) -> int:

@@ -24,7 +24,8 @@ from transformers import (
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, Stopped
 from macpo.engine.generation.context import DecodeAttention, PrefillAttention
-from macpo.engine.generation.kv_cache import SlotCache
+from macpo.engine.generation.kv_cache import LayerShape, SlotCache
+from macpo.engine.generation.model_facts import num_embeddings
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.probe import expected_window
@@ -37,29 +38,30 @@ STOP_TEXT_STEPS = 8
 """Steps between two looks for stop texts."""
 
 
-def supports_hook(model: PreTrainedModel) -> bool:
-    """Whether packed prefill and cached decoding through the hook give the model's own logits.
+def hooked_layers(model: PreTrainedModel) -> dict[int, LayerShape] | None:
+    """What each layer caches, if packed prefill and cached decoding through the hook give the model's own logits.
 
-    Two short sequences; the model must be in eval mode and gradients off. Where not, one warning says why.
+    Two short sequences; the model must be in eval mode and gradients off. Else None, and one warning says why.
     """
+    cache = SlotCache(len(PROBE_LENGTHS), max(PROBE_LENGTHS))
     try:
-        why = _probe(model)
+        why = _probe(model, cache)
     except (ConfigError, TypeError, ValueError) as error:
         why = str(error).removeprefix("error: ").splitlines()[0]
     if why:
         log.warning("%s is generated with by its own generate(), which is slower: %s", type(model).__name__, why)
-    return not why
+        return None
+    return cache.shapes()
 
 
-def _probe(model: PreTrainedModel) -> str:
-    """What is wrong with the hooked forward; empty where nothing is."""
+def _probe(model: PreTrainedModel, cache: SlotCache) -> str:
+    """What is wrong with the hooked forward over a cache for the probe's sequences; empty where nothing is."""
     window = expected_window(model)
     device = model.device
     vocabulary = num_embeddings(model)
     sequences = [(torch.arange(n, device=device) * 7 + n) % vocabulary for n in PROBE_LENGTHS]
     expected = torch.stack([model(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in sequences]).float()
     lengths = [n - 1 for n in PROBE_LENGTHS]
-    cache = SlotCache(len(sequences), max(PROBE_LENGTHS))
     with attention_hook(model):
         prefill = PrefillAttention(cache, lengths, [[0], [1]], device)
         prompts = torch.cat([ids[:-1] for ids in sequences])[None]
@@ -82,12 +84,6 @@ def _probe(model: PreTrainedModel) -> str:
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     return "" if error <= tolerance else f"its logits through the attention interface differ by {error:.1e}"
-
-
-def num_embeddings(model: PreTrainedModel) -> int:
-    """Token ids that the model can read."""
-    table: Any = model.get_input_embeddings()
-    return int(table.weight.shape[0])
 
 
 class HfRunner:

@@ -9,27 +9,39 @@ never by the batch, the order or the number of processes (in float32, up to logi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
 
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
-from macpo.engine.generation.fallback import HfRunner, num_embeddings, supports_hook
-from macpo.engine.generation.kv_cache import SlotCache
+from macpo.engine.generation.fallback import HfRunner, hooked_layers
+from macpo.engine.generation.kv_cache import LayerShape, SlotCache
+from macpo.engine.generation.kv_pool import Need
+from macpo.engine.generation.model_facts import disabled, eos_ids, head_width, num_embeddings, unwrap
 from macpo.engine.generation.multilora import StackedAdapters, why_not
 from macpo.engine.generation.params import SamplingParams, one_each
+from macpo.engine.generation.pool_runner import PoolRunner
+from macpo.engine.generation.pool_session import (
+    PoolPlan,
+    PoolSession,
+    bucket_of,
+    graphs_why_not,
+    plan_pool,
+    pool_why_not,
+)
 from macpo.engine.generation.request import Output, Request, Sample, content_ids
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import BatchRunner
 from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.generation.slot_runner import SlotRunner
 
 _log = logging.getLogger(__name__)
+CacheKind = Literal["pool", "slots"]
 MAX_PROBLEMS = 10
 """Bad requests that one error names."""
 
@@ -47,6 +59,11 @@ class Generator:
         max_batch: sequences decoded together.
         max_cache_tokens: bound of the key-value cache in tokens; None: what `max_batch` of the longest request need.
         block_tokens: a sequence's share of the cache is rounded up to a multiple of this.
+        cache: "pool" keeps keys and values in blocks that a request's samples share, and decodes by device work of
+            fixed shape; "slots" keeps each sequence in a slot of its own, which is faster on a CPU. None: the pool on
+            a GPU whose kernels take the model, else slots. The pool stays allocated between calls.
+        use_graphs: whether decode steps over the pool are captured as CUDA graphs. None: where that is possible (one
+            log line says why it is not on a GPU); True: an error where it is not.
 
     Models that bypass transformers' attention interface are answered by their own `generate` (one log line says so).
     """
@@ -59,6 +76,8 @@ class Generator:
         max_batch: int = 64,
         max_cache_tokens: int | None = None,
         block_tokens: int = 32,
+        cache: CacheKind | None = None,
+        use_graphs: bool | None = None,
     ) -> None:
         for name, value in (
             ("max_batch", max_batch),
@@ -67,16 +86,24 @@ class Generator:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"got {value}", f"{name} must be at least 1", field=f"generator.{name}")
-        self._outer, self.model = _unwrap(model)
+        if cache not in (None, "pool", "slots"):
+            raise ConfigError(f"got {cache!r}", "cache must be 'pool', 'slots' or None", field="generator.cache")
+        self._outer, self.model = unwrap(model)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.max_cache_tokens = max_cache_tokens
         self.block_tokens = block_tokens
+        self.cache = cache
+        self.use_graphs = use_graphs
         config = self.model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
-        self.num_tokens = _head_width(self.model) if tokenizer is None else min(_head_width(self.model), len(tokenizer))
-        self.eos_ids = _eos_ids(self.model, tokenizer)
-        self._hooked: bool | None = None
+        self.num_tokens = head_width(self.model) if tokenizer is None else min(head_width(self.model), len(tokenizer))
+        self.eos_ids = eos_ids(self.model, tokenizer)
+        self._layers: dict[int, LayerShape] | None = None
+        self._probed: tuple[object, ...] = ()
+        self._session: PoolSession | None = None
+        self._said: set[str] = set()
+        self._stack: StackedAdapters | None = None
 
     def generate(
         self,
@@ -160,43 +187,124 @@ class Generator:
         def make_row(group: Group, sample: int) -> Row:
             return self._row(indices[group.index], group.request, sample)
 
-        if not self._supports_hook():
+        layers = self._hooked_layers()
+        if layers is None:
+            self._refuse_graphs("the model bypasses the attention hook")
             HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop).run(
                 [self._row(i, requests[i], sample) for i in indices for sample in requests[i].samples], on_done
             )
             return
+        options: dict[str, Any] = {"make_row": make_row, "num_tokens": self.num_tokens, "tokenizer": self.tokenizer}
+        options |= {"should_stop": should_stop, "adapters": adapters}
+        with attention_hook(self.model):
+            pool = self._uses_pool(layers)
+            runner = self._pool_runner(part, layers, **options) if pool else self._slot_runner(part, **options)
+            runner.run(on_done)
+
+    def _slot_runner(self, part: Sequence[Request], **options: Any) -> BatchRunner:
+        self._refuse_graphs("the cache is in slots")
         slot_tokens = max(self._reserved(request) for request in part)
         num_slots = min(self.max_batch, sum(len(request.samples) for request in part))
         if self.max_cache_tokens is not None:
             num_slots = min(num_slots, self.max_cache_tokens // slot_tokens)
         cache = SlotCache(num_slots, slot_tokens)
-        with attention_hook(self.model):
-            BatchRunner(
-                self.model, Scheduler(part, num_slots), cache, make_row,
-                num_tokens=self.num_tokens, tokenizer=self.tokenizer, should_stop=should_stop, adapters=adapters,
-            ).run(on_done)  # fmt: skip
+        return SlotRunner(cache, self.model, Scheduler(part, num_slots), **options)
 
-    def _supports_hook(self) -> bool:
-        if self._hooked is None:
-            self._hooked = supports_hook(self.model)
-        return self._hooked
+    def _pool_runner(self, part: Sequence[Request], layers: Mapping[int, LayerShape], **options: Any) -> BatchRunner:
+        plan = plan_pool(
+            part, self._budget,
+            num_stop_ids=max(len(self._stop_ids(request)) for request in part), num_tokens=self.num_tokens,
+            block_tokens=self.block_tokens, max_batch=self.max_batch, max_cache_tokens=self.max_cache_tokens,
+        )  # fmt: skip
+        session = self._session_for(plan, layers)
+        session.start(options["adapters"])
+        self._capture(session, plan.num_slots)
+
+        def need(request: Request) -> Need:
+            return plan.needs[len(request.prompt_ids), self._budget(request)]
+
+        scheduler = Scheduler(part, plan.num_slots, plan.num_blocks, need)
+        return PoolRunner(session, plan.num_blocks, self.model, scheduler, **options)
+
+    def _capture(self, session: PoolSession, num_slots: int) -> None:
+        """Graphs for batches of up to `num_slots`, where they are wanted and possible."""
+        if self.use_graphs is False:
+            session.drop_graphs()
+            return
+        why = graphs_why_not(self.model)
+        if not why:
+            try:
+                session.capture(num_slots, self._outer)
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+        if why:
+            self._refuse_graphs(why)
+            if self.model.device.type == "cuda":
+                self._say(f"decoding runs without CUDA graphs, which is slower: {why}")
+
+    def _session_for(self, plan: PoolPlan, layers: Mapping[int, LayerShape]) -> PoolSession:
+        """The kept session, or a new one that is at least as large."""
+        kept, rows, blocks = self._session, bucket_of(plan.num_slots), plan.num_blocks
+        if kept is None or not kept.serves(plan, layers):
+            if kept is not None:
+                rows, blocks = max(rows, kept.step.num_rows), max(blocks, kept.pool.num_blocks)
+            kept = self._session = None  # its memory first
+            kept = PoolSession(self.model, layers, self.block_tokens, rows, blocks, plan.shape)
+        self._session = kept
+        return kept
+
+    def _uses_pool(self, layers: Mapping[int, LayerShape]) -> bool:
+        if self.cache == "slots" or (self.cache is None and self.model.device.type != "cuda"):
+            return False
+        why = pool_why_not(layers, self.block_tokens, self.model.device)
+        if why and self.cache == "pool":
+            raise ConfigError(
+                f"the block pool does not take {why}", "leave cache to its default", field="generator.cache"
+            )
+        if why:
+            self._say(f"keys and values are kept in slots, which is slower: the block pool does not take {why}")
+        return not why
+
+    def _refuse_graphs(self, why: str) -> None:
+        """Raises where the caller insists on graphs."""
+        if self.use_graphs:
+            raise ConfigError(f"no CUDA graphs: {why}", "leave use_graphs to its default", field="generator.use_graphs")
+
+    def _say(self, text: str) -> None:
+        """A log line, once a generator."""
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s", text)
+
+    def _hooked_layers(self) -> dict[int, LayerShape] | None:
+        """What the layers cache; None where the model bypasses the hook. Asked again where its tensors have changed."""
+        kind = (self.model.dtype, self.model.device)
+        if self._probed != kind:
+            self._layers = hooked_layers(self.model)
+            self._probed = kind
+        return self._layers
 
     def _stacked(self, names: Sequence[str | None]) -> StackedAdapters | None:
         """The adapters for one batch; None, with a log line, where they have to run one after the other."""
         outer: Any = self._outer
-        reason = "the model bypasses the attention hook" if not self._supports_hook() else why_not(outer)
-        if not reason and None in names and (len(outer.active_adapters) > 1 or _disabled(outer)):
+        reason = "the model bypasses the attention hook" if self._hooked_layers() is None else why_not(outer)
+        if not reason and None in names and (len(outer.active_adapters) > 1 or disabled(outer)):
             reason = "several adapters are active at once, or they are switched off"
         if reason:
             _log.warning("adapters are run one after the other: %s", reason)
             return None
-        return StackedAdapters(outer, [outer.active_adapter if name is None else name for name in names], names)
+        own = [outer.active_adapter if name is None else name for name in names]
+        kept = self._stack
+        if kept is None or (kept.names, kept.labels) != (tuple(own), tuple(names)) or not kept.refresh():
+            self._stack = StackedAdapters(outer, own, names)
+        return self._stack
 
     def _row(self, index: int, request: Request, sample: int) -> Row:
-        stop_ids = frozenset(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
-            stop_ids |= self.eos_ids
-        return Row(index, request, sample, self._budget(request), stop_ids)
+        return Row(index, request, sample, self._budget(request), self._stop_ids(request))
+
+    def _stop_ids(self, request: Request) -> frozenset[int]:
+        own = frozenset(request.params.stop_token_ids)
+        return own if request.params.ignore_eos else own | self.eos_ids
 
     def _budget(self, request: Request) -> int:
         budget = request.params.max_new_tokens
@@ -288,38 +396,3 @@ def _shortened(kind: type[MacpoError], problems: list[Problem]) -> MacpoError:
     if len(problems) > len(shown):
         shown.append(Problem(f"and {len(problems) - len(shown)} more like these"))
     return kind(problems=shown)
-
-
-def _unwrap(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
-    """(the module that holds adapters, the Hugging Face model) of a model, a peft wrapper or a PolicyModule."""
-    outer: Any = model
-    if not isinstance(outer, PreTrainedModel) and not hasattr(outer, "get_base_model"):
-        outer = getattr(model, "model", None)
-    base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
-    if not isinstance(base, PreTrainedModel):
-        raise ConfigError(
-            f"cannot generate with a {type(model).__name__}", "give a Hugging Face causal LM or peft model"
-        )
-    return outer, base
-
-
-def _disabled(outer: nn.Module) -> bool:
-    """Whether peft's adapters are switched off."""
-    return any(getattr(module, "disable_adapters", False) is True for module in outer.modules())
-
-
-def _head_width(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ConfigError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
-    return int(head.weight.shape[0])
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """End tokens by the tokenizer, the generation config and the model config, each of which may hold a list."""
-    sources = (tokenizer, model.generation_config, model.config, model.config.get_text_config())
-    found: set[int] = set()
-    for source in sources:
-        value = getattr(source, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or ())
-    return frozenset(found)

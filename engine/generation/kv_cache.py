@@ -6,9 +6,19 @@ S slots, Hkv key-value heads, L tokens of a slot, D head size, n live slots, T t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps of a token."""
+
+    num_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
 
 
 class SlotCache:
@@ -27,6 +37,10 @@ class SlotCache:
     def num_layers(self) -> int:
         """Layers that have written so far."""
         return len(self._layers)
+
+    def shapes(self) -> dict[int, LayerShape]:
+        """Of these layers, by index."""
+        return {i: LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype) for i, (k, v) in self._layers.items()}
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [T, Hkv, D] into (slot, position) [T] each; returns the layer's whole k and v."""

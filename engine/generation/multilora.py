@@ -34,6 +34,11 @@ class _Stack:
     a: Tensor  # [R, in]
     b: Tensor  # [out, R]
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What stays while only weights change."""
+        return self.layout, self.a.dtype, self.a.device
+
 
 class StackedAdapters:
     """The named adapters of a peft model, each token by its own.
@@ -51,23 +56,38 @@ class StackedAdapters:
         reason = why_not(model)
         if reason:
             raise ValueError(reason)
+        self._model = model
         self.names = tuple(names)
-        self._index = {label: index for index, label in enumerate(names if labels is None else labels)}
-        self._layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        self.labels = tuple(names if labels is None else labels)
+        self._layers = _lora_layers(model)
         self._stacks = {id(layer): self._stack(layer) for layer in self._layers}
+        self._tables = {stack.layout: _table(stack.layout).to(stack.a) for stack in self._stacks.values()}
         self._masks: dict[Layout, Tensor] = {}
+
+    def index(self, label: str | None) -> int:
+        """Place of an adapter, for `select`."""
+        return self.labels.index(label)
 
     def assign(self, labels: Sequence[str | None]) -> None:
         """Which adapter each of the T tokens of the next forwards has."""
-        index = torch.tensor([self._index[label] for label in labels])
-        self._masks.clear()
-        for layer in self._layers:
-            stack = self._stacks[id(layer)]
-            if stack.layout not in self._masks:
-                scalings = torch.tensor([scaling for _, scaling in stack.layout])
-                ranks = torch.tensor([rank for rank, _ in stack.layout])
-                table = torch.diag(scalings).repeat_interleave(ranks, dim=1)  # [adapters, R]
-                self._masks[stack.layout] = table[index].to(stack.a)
+        self.select(torch.tensor([self.index(label) for label in labels], device=self._model.device))
+
+    def select(self, index: Tensor) -> None:
+        """As `assign`, by the adapters' places [T] int64, which stay on their device."""
+        self._masks = {layout: table.index_select(0, index) for layout, table in self._tables.items()}
+
+    def refresh(self) -> bool:
+        """Takes the adapters' present weights into the same tensors; False where the shapes no longer fit."""
+        layers = _lora_layers(self._model)
+        if list(map(id, layers)) != list(self._stacks):
+            return False
+        pairs = [(self._stacks[id(layer)], self._stack(layer)) for layer in layers]
+        if any(old.kind != new.kind for old, new in pairs):
+            return False
+        for old, new in pairs:
+            old.a.copy_(new.a)
+            old.b.copy_(new.b)
+        return True
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -103,6 +123,17 @@ class StackedAdapters:
             torch.cat(a) if a else some.new_zeros(0, layer.in_features),
             torch.cat(b, dim=1) if b else some.new_zeros(layer.out_features, 0),
         )
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def _table(layout: Layout) -> Tensor:
+    """[adapters, R]: an adapter's scaling at the columns of its own ranks, 0 elsewhere."""
+    scalings = torch.tensor([scaling for _, scaling in layout])
+    ranks = torch.tensor([rank for rank, _ in layout])
+    return torch.diag(scalings).repeat_interleave(ranks, dim=1)
 
 
 def why_not(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
 from macpo.kernels import SampleParams, sample
 
@@ -19,42 +20,77 @@ class RowSampler:
 
     def __init__(self, rows: Sequence[Row], num_tokens: int, device: torch.device) -> None:
         """num_tokens: ids at or above it are never drawn (a head wider than the tokenizer)."""
-        params = [row.params for row in rows]
-
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
-
         self.num_tokens = num_tokens
-        self.penalised = any(p.repetition_penalty != 1.0 for p in params)
-        self.params = SampleParams(
-            seed=column("seed", torch.int64),
-            temperature=column("temperature", torch.float32),
-            top_p=column("top_p", torch.float32),
-            top_k=column("top_k", torch.int64),
-            min_p=column("min_p", torch.float32),
-            repetition_penalty=column("repetition_penalty", torch.float32),
-            seen=self._seen(rows, device) if self.penalised else None,
-        )
-        keys = [(row.request.key, row.sample, row.request.attempt) for row in rows]
-        self.keys = torch.tensor(keys, dtype=torch.int64, device=device)
+        settings = [row.params for row in rows]
+        seen = None
+        if penalised(settings):
+            seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
+            mark_seen(seen, rows)
+        self.params = sample_params(settings, seen, device)
+        self.keys = torch.tensor([noise_key(row) for row in rows], dtype=torch.int64, device=device)
         self.counts = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64, device=device)
-        self._index = torch.arange(len(rows), device=device)
-
-    def _seen(self, rows: Sequence[Row], device: torch.device) -> Tensor:
-        seen = torch.zeros(len(rows), self.num_tokens, dtype=torch.bool)
-        for mine, row in zip(seen, rows, strict=True):
-            if row.params.repetition_penalty != 1.0:
-                ids = torch.tensor([*row.request.prompt_ids, *row.tokens])
-                mine[ids[ids < self.num_tokens]] = True
-        return seen.to(device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [B, W >= V] -> token ids int64 [B], raw and processed log-probs float32 [B]."""
-        drawable = logits[:, : self.num_tokens]
-        tokens, raw_logps, logps = sample(drawable, self.params, self.keys, self.counts)
-        if logits.shape[1] > self.num_tokens:  # raw log-probs are those of the whole head
-            raw_logps = raw_logps + drawable.float().logsumexp(-1) - logits.float().logsumexp(-1)
-        if self.params.seen is not None:
-            self.params.seen[self._index, tokens] = True
-        self.counts += 1
-        return tokens, raw_logps, logps
+        return draw(logits, self.num_tokens, self.params, self.keys, self.counts)
+
+
+def draw(
+    logits: Tensor, num_tokens: int, params: SampleParams, keys: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token a row; `params.seen` and `counts` are brought up to date in place.
+
+    Args:
+        logits: [B, W >= num_tokens] float.
+        keys: [B, 3] int64 (`noise_key`); counts: [B] int64, tokens of each answer so far.
+
+    Returns:
+        Token ids int64 [B], raw and processed log-probs float32 [B]; waits for no device.
+    """
+    drawable = logits[:, :num_tokens]
+    tokens, raw_logps, logps = sample(drawable, params, keys, counts)
+    if logits.shape[1] > num_tokens:  # raw log-probs are those of the whole head
+        raw_logps = raw_logps + drawable.float().logsumexp(-1) - logits.float().logsumexp(-1)
+    if params.seen is not None:
+        params.seen.scatter_(1, tokens[:, None], True)
+    counts += 1
+    return tokens, raw_logps, logps
+
+
+def sample_params(settings: Sequence[SamplingParams], seen: Tensor | None, device: torch.device) -> SampleParams:
+    """The operator's settings of rows."""
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([getattr(one, name) for one in settings], dtype=dtype, device=device)
+
+    return SampleParams(
+        seed=column("seed", torch.int64),
+        temperature=column("temperature", torch.float32),
+        top_p=column("top_p", torch.float32),
+        top_k=column("top_k", torch.int64),
+        min_p=column("min_p", torch.float32),
+        repetition_penalty=column("repetition_penalty", torch.float32),
+        seen=seen,
+    )
+
+
+def penalised(settings: Sequence[SamplingParams]) -> bool:
+    """Whether some row must know its tokens."""
+    return any(one.repetition_penalty != 1.0 for one in settings)
+
+
+def noise_key(row: Row) -> tuple[int, int, int]:
+    """What the row's noise is drawn by, besides its seed and position."""
+    return row.request.key, row.sample, row.request.attempt
+
+
+def mark_seen(seen: Tensor, rows: Sequence[Row]) -> None:
+    """Prompt and answer of the penalised rows become true in seen [>= rows, V], in place."""
+    marked = [(i, row) for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
+    if not marked:
+        return
+    ids = [torch.tensor([*row.request.prompt_ids, *row.tokens]) for _, row in marked]
+    at = torch.tensor([i for i, _ in marked]).repeat_interleave(torch.tensor(list(map(len, ids))))
+    pairs = torch.stack((at, torch.cat(ids)))
+    at, token = pairs[:, pairs[1] < seen.shape[1]].to(seen.device)
+    seen[at, token] = True

@@ -1,16 +1,18 @@
 """Which request starts when: pure Python, a function of the set of requests alone.
 
 Requests run longest prompt first (so that a batch's contexts are of similar length), ties by id. All samples of a
-request start together, so its prompt is prefilled once; only a request with more samples than slots is cut.
-A slot holds the worst case of any request of the run, so nothing that was admitted is ever preempted.
+request start together, so its prompt is prefilled once; only a request with more samples than slots (or than the
+block pool has room for) is cut. A slot holds the worst case of any request of the run, and blocks are handed out for
+a request's worst case when it starts, so nothing that was admitted is ever preempted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from macpo.engine.generation.kv_pool import Need
 from macpo.engine.generation.request import Request
 
 
@@ -23,16 +25,31 @@ class Group:
     samples: tuple[int, ...]
 
 
-class Scheduler:
-    """Hands out groups as slots fall free, at least an eighth of the slots at a time."""
+def no_blocks(_: Request) -> Need:
+    """Of a request over slots."""
+    return Need(0, 0)
 
-    def __init__(self, requests: Sequence[Request], num_slots: int) -> None:
+
+class Scheduler:
+    """Hands out groups as slots (and blocks of a pool) fall free, at least an eighth of the slots at a time."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        num_slots: int,
+        num_blocks: int = 0,
+        need: Callable[[Request], Need] = no_blocks,
+    ) -> None:
+        """num_blocks: of the whole pool, at least `need(request).blocks(1)` of every request."""
         self.num_slots = num_slots
+        self._num_blocks = num_blocks
+        self._need = need
         order = sorted(range(len(requests)), key=lambda i: _rank(requests[i]))
         self._waiting: deque[Group] = deque(
-            Group(i, requests[i], requests[i].samples[start : start + num_slots])
+            Group(i, requests[i], requests[i].samples[start : start + size])
             for i in order
-            for start in range(0, len(requests[i].samples), num_slots)
+            for size in [self._largest_group(requests[i])]
+            for start in range(0, len(requests[i].samples), size)
         )
         self._num_waiting = sum(len(group.samples) for group in self._waiting)
 
@@ -41,22 +58,48 @@ class Scheduler:
         """Samples that have not started."""
         return self._num_waiting
 
-    def ready(self, num_free: int) -> bool:
-        """Whether so many free slots are worth a refill."""
+    def need(self, group: Group) -> Need:
+        return self._need(group.request)
+
+    def ready(self, num_free: int, num_free_blocks: int = 0) -> bool:
+        """Whether so many free slots and blocks are worth a refill; always where everything is free."""
         if not self._waiting:
             return False
         chunk = min(max(1, self.num_slots // 8), self._num_waiting)
-        return num_free >= max(chunk, len(self._waiting[0].samples))
+        chunk = max(chunk, len(self._waiting[0].samples))
+        if num_free < chunk:
+            return False
+        blocks = sum(self._blocks(group) for group in self._first(chunk))
+        return num_free == self.num_slots or blocks <= num_free_blocks
 
-    def admit(self, num_free: int) -> list[Group]:
+    def admit(self, num_free: int, num_free_blocks: int = 0) -> list[Group]:
         """The groups that start now."""
         groups: list[Group] = []
-        if self.ready(num_free):
-            while self._waiting and len(self._waiting[0].samples) <= num_free:
-                groups.append(self._waiting.popleft())
-                num_free -= len(groups[-1].samples)
-                self._num_waiting -= len(groups[-1].samples)
+        if self.ready(num_free, num_free_blocks):
+            for group in self._first(num_free):
+                num_free_blocks -= self._blocks(group)
+                if num_free_blocks < 0:
+                    break
+                groups.append(group)
+            for group in groups:
+                self._waiting.popleft()
+                self._num_waiting -= len(group.samples)
         return groups
+
+    def _first(self, num_samples: int) -> Iterator[Group]:
+        """The next groups that have at most so many samples together."""
+        for group in self._waiting:
+            num_samples -= len(group.samples)
+            if num_samples < 0:
+                return
+            yield group
+
+    def _blocks(self, group: Group) -> int:
+        return self.need(group).blocks(len(group.samples))
+
+    def _largest_group(self, request: Request) -> int:
+        need = self._need(request)
+        return min(self.num_slots, (self._num_blocks - need.shared) // need.own) if need.own else self.num_slots
 
 
 def _rank(request: Request) -> tuple[int, int, str, int, tuple[int, ...]]:

@@ -201,8 +201,9 @@ class Head:
             from macpo.kernels.linear_logp.triton_gemm import gemm_logp_dlogits
 
             d_nv = (buffer if block is None else block)[: num_rows * vocab].view(num_rows, vocab)
-            found = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, d_nv)
-            return Gradient(*found[:2], d_nv, found[2])
+            scalars = self.row_bias, self.scale
+            logp_n, lse_n, factor_n = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, *scalars, d_nv)
+            return Gradient(logp_n, lse_n, d_nv, factor_n)
         if block is None:
             return self._differentiate(hidden_nh, target_n, buffer, None)
         flat = block[: num_rows * vocab]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from macpo.kernels.backend import explain
 from macpo.kernels.paged_attention import library
 
 
@@ -61,6 +62,16 @@ def paged_attention(
         raise ValueError(f"window must be at least 1, got {window}")
     run = torch.ops.macpo.paged_attention if torch.compiler.is_compiling() else library.run_paged_attention
     return run(q, k_pool, v_pool, block_table, context_lens, scale, window, backend)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:
+    """What of these the backend that runs on the device does not take; empty where it takes them."""
+    if explain("paged_attention", device).backend != "triton":
+        return ""
+    from macpo.kernels.paged_attention import triton_impl
+
+    pool = torch.empty(1, block_tokens, 1, head_dim, dtype=dtype, device="meta")
+    return triton_impl.why_not(pool[0, :1], pool, pool)
 
 
 def write_kv(

@@ -1,0 +1,111 @@
+"""The least time that answering some requests can take on a device, from what is measured on it in the same run.
+
+All requests start together and none waits: step t has the n_t sequences whose answers are longer than t tokens. It
+costs the products of all linear layers with n_t rows (measured in a CUDA graph on a GPU; reading the weights is part
+of that, and they count at the copy's speed where that is slower), and reading every live sequence's keys and values
+at the copy's speed. The prompts cost the products of the linear layers without the head. Attention's own products,
+norms, sampling and launches count as nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bench.device import copy, synchronise
+from bench.request_file import GenerationRequest
+from bench.timing import Outputs, Run, calls_for, in_graph
+from macpo.engine.generation.pool_session import bucket_of
+
+COPY_BYTES = {"cpu": 2**25, "cuda": 2**30}
+PREFILL_ROWS = 2048
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of the parts, and the copy's speed."""
+
+    products_s: float
+    keys_values_s: float
+    prompts_s: float
+    bytes_per_s: float
+
+    @property
+    def total_ms(self) -> float:
+        return (self.products_s + self.keys_values_s + self.prompts_s) * 1e3
+
+    def __str__(self) -> str:
+        return (
+            f"floor {self.total_ms:.3g} ms: weights and products of the steps {self.products_s * 1e3:.3g}, keys and "
+            f"values {self.keys_values_s * 1e3:.3g} at {self.bytes_per_s / 1e9:.3g} GB/s, "
+            f"prompts {self.prompts_s * 1e3:.3g}"
+        )
+
+
+@torch.no_grad()
+def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Floor:
+    """Of greedy answers of exactly the lengths that the requests ask for."""
+    device = model.device
+    num_bytes = COPY_BYTES[device.type]
+    bytes_per_s = num_bytes / seconds_of(copy(num_bytes, device), device)
+    head = model.get_output_embeddings().weight
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    read_s = sum(weight.nbytes for weight in weights) / bytes_per_s
+    longest = max(r.new_tokens for r in requests)
+    # The first token comes from the prompt's forward; the others take a step each.
+    live = [[r for r in requests if r.new_tokens > step] for step in range(1, longest)]
+    buckets = {bucket_of(len(rows)) for rows in live}
+    step_s = {n: max(read_s, seconds_of(_products(weights, n), device)) for n in buckets}
+    contexts = sum(len(r.prompt_ids) + step for step, rows in enumerate(live, 1) for r in rows)
+    body = [weight for weight in weights if weight is not head]
+    rows = min(PREFILL_ROWS, sum(len(r.prompt_ids) for r in requests))
+    prompt_s = seconds_of(_products(body, rows), device) / rows
+    return Floor(
+        sum(step_s[bucket_of(len(rows))] for rows in live),
+        contexts * kv_bytes(model) / bytes_per_s,
+        prompt_s * sum(len(r.prompt_ids) for r in requests),
+        bytes_per_s,
+    )
+
+
+def kv_bytes(model: PreTrainedModel) -> int:
+    """Keys and values of one token in all layers."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers * config.num_key_value_heads * head) * model.dtype.itemsize
+
+
+def _products(weights: Sequence[torch.Tensor], rows: int) -> Run:
+    """x W' for every weight, `rows` rows of x each."""
+    widths = {weight.shape[1] for weight in weights}
+    x = {n: torch.randn(rows, n, dtype=weights[0].dtype, device=weights[0].device) for n in widths}
+
+    def run() -> Outputs:
+        for weight in weights:
+            torch.mm(x[weight.shape[1]], weight.T)
+        return {}
+
+    return run
+
+
+def seconds_of(run: Run, device: torch.device) -> float:
+    """The best of a few timed stretches."""
+    run()
+    if device.type == "cuda":
+        run, _ = in_graph(run)
+    num_calls = calls_for(run, device, 0.0)
+    taken = []
+    for _ in range(REPEATS):
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            run()
+        synchronise(device)
+        taken.append((time.perf_counter() - start) / num_calls)
+    return min(taken)
