@@ -150,12 +150,17 @@ def check_head(
         raise ValueError(f"target must be int64 [{hidden.shape[0]}], got {target.dtype} {list(target.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
-    if not math.isfinite(logit_scale):
+    if not _finite(logit_scale):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (_finite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive, got {softcap}")
     if lora is not None:
         _check_lora(weight, *lora)
+
+
+def _finite(value: float) -> bool:
+    """math.isfinite, for numbers that torch.compile has made symbols as well."""
+    return -math.inf < value < math.inf
 
 
 def check_shard(weight: Tensor, shard: VocabShard | None) -> None:
@@ -174,5 +179,5 @@ def _check_lora(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
         )
     if a.dtype != weight.dtype or b.dtype != weight.dtype:
         raise ValueError(f"lora's a and b must be {weight.dtype}, got {a.dtype} and {b.dtype}")
-    if not math.isfinite(scaling):
+    if not _finite(scaling):
         raise ValueError(f"lora's scaling must be finite, got {scaling}")
