@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -90,8 +91,11 @@ def logits_of(model: PolicyModule | torch.nn.Module, num_ids: int) -> Tensor:
 
 
 def _logits(rows: Tensor, head: Head, _: PackedBatch) -> Tensor:
-    """rows [N, H] -> [N, V]."""
-    logits = torch.nn.functional.linear(rows.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+    """rows [N, H] -> [N, V], of the whole vocabulary where it is cut."""
+    logits = F.linear(rows.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+    if head.shard is not None:
+        first, count = head.shard.first, head.shard.count
+        logits = head.shard.total(F.pad(logits, (first, head.shard.vocab - first - count)))
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
