@@ -21,3 +21,4 @@ if __name__ == "__main__":
         "failed": failed,
     }
     Path(path).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    raise SystemExit(done.returncode)

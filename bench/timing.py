@@ -20,7 +20,8 @@ Outputs: TypeAlias = Mapping[str, Tensor]
 Run: TypeAlias = Callable[[], Outputs]
 
 # A timed stretch is at least this long; shorter calls are repeated. On a GPU the first call of a stretch waits for
-# Python's launches (.8 ms for a loss), the others are launched while it runs, as in a training loop.
+# Python's launches (.8 ms for a loss, by the times of two sizes), the others are launched while it runs, as in a
+# training loop.
 MIN_SECONDS = {"cpu": 2e-3, "cuda": 6e-2}
 
 

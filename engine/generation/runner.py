@@ -3,6 +3,7 @@ the subclass's (`slot_runner`, `pool_runner`)."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -38,7 +39,7 @@ class PrefillContext(AttentionContext, Protocol):
     """[prompts]: each prompt's last token."""
 
 
-class BatchRunner:
+class BatchRunner(ABC):
     """One run of the scheduler's requests; the model's attention hook is on and the model in eval mode.
 
     Live rows are `rows[0:n]`. Between two changes of the batch the steps run on device state alone; a finished row
@@ -66,24 +67,24 @@ class BatchRunner:
         self.device = model.device
         self.rows: list[Row] = []
 
+    @abstractmethod
     def _context(self, part: Part) -> PrefillContext:
         """For the packed prompts of a part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self) -> None:
         """Steps until the batch is worth changing; leaves no step behind that the rows have not taken."""
-        raise NotImplementedError
 
     def _admit(self, num_free: int) -> list[Group]:
         return self.scheduler.admit(num_free)
 
-    def _opened(self, group: Group, rows: list[Row]) -> None:
+    def _opened(self, group: Group, rows: list[Row]) -> None:  # noqa: B027 (a cache may have nothing to do)
         """A group starts as these rows."""
 
-    def _closed(self, row: Row) -> None:
+    def _closed(self, row: Row) -> None:  # noqa: B027
         """A row has ended and leaves the batch."""
 
-    def _moved(self, moves: Sequence[tuple[int, int]], num_tokens: int) -> None:
+    def _moved(self, moves: Sequence[tuple[int, int]], num_tokens: int) -> None:  # noqa: B027
         """Rows of at most `num_tokens` tokens go from place a to place b, for every (a, b)."""
 
     def run(self, on_done: Callable[[Row], None]) -> None:

@@ -44,9 +44,9 @@ class GemmConfig:
     """Row blocks that are walked before the next vocabulary block, so that both stay in the cache."""
 
 
-# The LARGE ones are the fastest on an H200 (`bench.tune`). The others are not measured: chosen so that no register
-# spills, and by the bytes that a tile draws from the cache. Capability 9 and 10 have the shared memory for the first
-# three, OLDER fits 99 KiB.
+# On an H200 (`bench.tune`) LARGE is the fastest; LARGE_GRADIENT was level with it before tiles left by descriptor. The
+# others are not measured: chosen so that no register spills, and by the bytes that a tile draws from the cache.
+# Capability 9 and 10 have the shared memory for the first three, OLDER fits 99 KiB.
 LARGE = GemmConfig(128, 256, 64, 8, 4, 16)
 LARGE_GRADIENT = GemmConfig(128, 256, 64, 8, 3, 16)  # a stage less, for the tile that is on its way to memory
 MEDIUM = GemmConfig(128, 128, 64, 8, 4, 16)

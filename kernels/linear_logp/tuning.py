@@ -14,7 +14,8 @@ import torch
 Route: TypeAlias = Literal["vendor", "epilogue"]
 
 # (compute capability, "score" or "loss") -> the faster route for 16-bit heads, by bench.bench_linear_logp and
-# bench.bench_pair_loss on an H200. Others have not been measured and take the vendor's.
+# bench.bench_pair_loss on an H200 (the loss before its exponentials were referred to the target's logit). Others have
+# not been measured and take the vendor's.
 FASTER: dict[tuple[int, str], Route] = {(9, "score"): "epilogue", (9, "loss"): "epilogue"}
 
 
