@@ -229,6 +229,41 @@ def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor, *, ove
     return dweight_vh
 
 
+def head_logp(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    target_n: Tensor,
+    bias_v: Tensor | None,
+    scale: float,
+    d_nv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and logsumexps of a bfloat16 head's targets, with no logits in memory, and their gradient in `d_nv`.
+
+    d logp / d z = factor * d by rows, as `linear_logp/triton_gemm.py` has it. Sums run in one order, whatever n, other
+    rows and the threads are.
+
+    Args:
+        hidden_nh, weight_vh: [n, h] and [v, h] bfloat16; columns contiguous, h at least 1.
+        target_n: [n] int64.
+        bias_v: [v] float32 or None; logits are scale * (z + bias).
+        d_nv: the transposed view of a [v, n] bfloat16 buffer, or None.
+
+    Returns:
+        (logp, lse, factor), [n] float32.
+
+    Raises:
+        RuntimeError: this CPU cannot (`has_bf16_gemm`). ValueError: dtypes, layouts or sizes that do not fit, targets
+            outside the vocabulary.
+    """
+    _need_bf16_gemm("head_logp", hidden_nh, weight_vh, *(() if d_nv is None else (d_nv,)))
+    logp_n, lse_n, factor_n = (torch.empty(hidden_nh.shape[0]) for _ in range(3))
+    _loaded().head_logp(
+        _strided(hidden_nh), _strided(weight_vh), _optional(bias_v), scale, _view(target_n), _view(logp_n),
+        _view(lse_n), _view(factor_n), None if d_nv is None else _strided(d_nv.T), _threads(weight_vh.numel()),
+    )  # fmt: skip
+    return logp_n, lse_n, factor_n
+
+
 def fits_slot_attention(q: Tensor) -> bool:
     """Whether `slot_attention` takes these queries [b, heads, size]: float32, and a head size from 16 to 128."""
     return q.dtype == torch.float32 and 16 <= q.shape[2] <= 128 and bool(_loaded().has_slot_attention())

@@ -234,19 +234,19 @@ def test_only_one_chunk_of_logits_lives(backend, trained):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_trained_16_bit_head_keeps_d_of_a_block(backend):
-    """As many rows as make d the size of W: 24 in three chunks; of 25, none is kept."""
-    for num_rows, kept in ((24, True), (25, False)):
+    """As many rows as make d twice the size of W: 48 in six chunks; of 49, none is kept."""
+    for num_rows, kept in ((24, True), (48, True), (49, False)):
         hidden, weight, _, target, _, _ = make((num_rows, 24, 100), {}, torch.bfloat16)
         head = Head(weight, None, None, None, 1.0, 1.0, None, backend)
         with LargestTensor() as seen:
             logp, _, _, d = chunked.forward(head, hidden, target, 8, Needs(True, True, False, False, False))
         assert (d is not None) == kept
         if d is not None:
-            assert d.dtype == torch.bfloat16 and seen.elements == weight.numel()
+            assert d.dtype == torch.bfloat16 and seen.elements == num_rows * 100
             y = hidden.double() @ weight.double().T
             exact = torch.nn.functional.one_hot(target, 100) - y.softmax(-1)
             assert_close(d, exact, torch.bfloat16)
-            assert_close(logp, y.log_softmax(-1)[torch.arange(24), target], torch.float32)
+            assert_close(logp, y.log_softmax(-1)[torch.arange(num_rows), target], torch.float32)
 
 
 def test_no_rows():

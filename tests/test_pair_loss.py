@@ -210,7 +210,8 @@ def test_gemms_are_counted(backend, trained, chunk_rows, gemms, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("lengths", "chunk_rows", "logits"), [
     ((8, 8, 8, 8), 8, 4),  # pairs longer than a chunk, in a block of 32 rows: each chunk's logits once
-    ((20, 20, 4, 4), 8, 2 * 5 + 1),  # a pair longer than the block: its logits twice
+    ((36, 40, 4, 4), 8, 2 * 10 + 1),  # a pair longer than the block: its logits twice
+    ((30, 6, 12, 16), 8, 8),  # all rows fit into a block of twice that size
 ])  # fmt: skip
 def test_blocks_of_a_16_bit_head(backend, lengths, chunk_rows, logits, monkeypatch):
     g = torch.Generator().manual_seed(0)
@@ -222,8 +223,8 @@ def test_blocks_of_a_16_bit_head(backend, lengths, chunk_rows, logits, monkeypat
     seen = []
     forward = head_module.Head.logits
     monkeypatch.setattr(head_module.Head, "logits", lambda *args: seen.append(0) or forward(*args))
-    out = pair_loss(hidden, weight, target, cu, ref_logps, chunk_rows=chunk_rows, backend=backend)
-    out.loss.backward()
+    options = {"chunk_rows": chunk_rows, "backend": backend, "route": "vendor"}
+    pair_loss(hidden, weight, target, cu, ref_logps, **options).loss.backward()
     assert len(seen) == logits
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     reference.pair_loss(*exact, target, cu, ref_logps.double()).backward()

@@ -161,7 +161,8 @@ def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     for route, at, dtype, options, message in (
         ("best", "triton", bf16, {}, "unknown route 'best'"),
-        ("epilogue", "torch", bf16, {}, "belongs to the triton backend"),
+        ("epilogue", "torch", bf16, {}, "the torch backend has none"),
+        ("epilogue", "native", torch.float32, {}, "is for bfloat16 on a CPU with AVX512-BF16"),
         ("epilogue", "triton", torch.float64, {}, "the inputs float64"),
         ("epilogue", "triton", bf16, {"lora": True}, "a LoRA is added"),
         ("epilogue", "triton", bf16, {"softcap": True}, "slope of a softcap"),

@@ -5,11 +5,6 @@
 #include <stdexcept>
 #include <vector>
 
-#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
-#define MACPO_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#include <immintrin.h>
-#endif
-
 namespace macpo {
 
 int64_t packed_pairs(int64_t k, int64_t n) { return (k + 1) / 2 * ((n + kPanel - 1) / kPanel) * kPanel; }
@@ -37,12 +32,11 @@ void pack_pairs(const uint16_t* b, int64_t k, int64_t n, int64_t k_stride, int64
 #ifdef MACPO_BF16
 namespace {
 
-constexpr int64_t kRows = 12;      // rows of c in a tile: with its 32 columns 24 of the 32 vector registers hold sums
-constexpr int64_t kTiles = 4;      // tiles below each other that read a panel of b while it is in cache
+constexpr int64_t kRows = 12;      // rows of c at a time: with its 32 columns 24 of the 32 vector registers hold sums
 constexpr int64_t kPairs = 64;     // pairs of k that a sum in registers runs over: longer sums err more than float32's
 constexpr int64_t kCopied = 1024;  // pairs of k of a's rows in a copy that is contiguous, aligned and zero-filled
 constexpr int64_t kPitch = kCopied + 16;  // of that copy: its rows must not fall into the same cache sets
-constexpr int64_t kCopyRows = kRows * kTiles;
+static_assert(kTileRows % kRows == 0);  // parts below each other that read a panel of b while it is in cache
 
 __mmask16 first_lanes(int64_t count) {
     return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count <= 0 ? 0 : (1 << count) - 1);
@@ -77,9 +71,10 @@ MACPO_BF16 void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t pair
     }
 }
 
-// The same for at most kCopyRows rows of a and all of b; `copy` holds kCopyRows * kPitch pairs.
+// The same for at most kTileRows rows of a and all of b, whose tiles `tiles` is given where there is one, as those of
+// row `row` on; `copy` holds kTileRows * kPitch pairs.
 void multiply_rows(const uint16_t* a, int64_t lda, const uint32_t* packed, float* c, int64_t ldc, int64_t m, int64_t n,
-                   int64_t k, bool accumulate, uint32_t* copy) {
+                   int64_t k, bool accumulate, uint32_t* copy, Tiles* tiles, int64_t row) {
     const int64_t pairs = (k + 1) / 2;
     for (int64_t first = 0; first < pairs; first += kCopied) {
         const int64_t held = std::min(kCopied, pairs - first), values = std::min(2 * held, k - 2 * first);
@@ -91,10 +86,33 @@ void multiply_rows(const uint16_t* a, int64_t lda, const uint32_t* packed, float
         for (int64_t column = 0; column < n; column += kPanel) {
             const uint32_t* panel = packed + column * pairs + first * kPanel;
             const __mmask16 left = first_lanes(n - column), right = first_lanes(n - column - 16);
+            float* to = tiles != nullptr && held == pairs ? c : c + column;  // a tile that is done at once needs no more
             for (int64_t from = 0; from < held; from += kPairs)
                 for (int64_t r = 0; r < m; r += kRows)
                     multiply_tile(copy + r * kPitch + from, panel + from * kPanel, std::min(kPairs, held - from),
-                                  c + r * ldc + column, ldc, m - r, left, right, accumulate || first + from > 0);
+                                  to + r * ldc, ldc, m - r, left, right, accumulate || first + from > 0);
+            if (tiles != nullptr && first + held == pairs)
+                tiles->take(to, ldc, row, m, column, std::min(kPanel, n - column));
+        }
+    }
+}
+
+// All of a, in parts for the threads: `c`, or without it `tiles` from memory for one row of tiles a thread.
+void multiply(const uint16_t* a, int64_t lda, const uint32_t* packed, float* c, int64_t ldc, int64_t m, int64_t n,
+              int64_t k, bool accumulate, Tiles* tiles, int threads) {
+    const int64_t blocks = (m + kTileRows - 1) / kTileRows;
+    // columns in a thread's own memory; rows of many must not fall into the same cache sets
+    const int64_t wide = (k + 1) / 2 <= kCopied ? kPanel : (n + kPanel - 1) / kPanel * kPanel + 16;
+    std::vector<uint32_t> copies(static_cast<size_t>(threads) * kTileRows * kPitch);
+    std::vector<float> parts(tiles == nullptr ? 0 : static_cast<size_t>(threads * kTileRows * wide));
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int64_t part = 0; part < threads; ++part) {
+        uint32_t* copy = copies.data() + part * kTileRows * kPitch;
+        for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; ++b) {
+            const int64_t row = b * kTileRows, rows = std::min(kTileRows, m - row);
+            float* to = tiles == nullptr ? c + row * ldc : parts.data() + part * kTileRows * wide;
+            multiply_rows(a + row * lda, lda, packed, to, tiles == nullptr ? ldc : wide, rows, n, k, accumulate, copy,
+                          tiles, row);
         }
     }
 }
@@ -108,19 +126,14 @@ bool has_bf16_gemm() {
 
 void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, float* c, int64_t ldc, int64_t m, int64_t n,
                int64_t k, bool accumulate, int threads) {
-    const int64_t blocks = (m + kCopyRows - 1) / kCopyRows;
     if (!accumulate && k == 0)
         for (int64_t r = 0; r < m; ++r) std::fill(c + r * ldc, c + r * ldc + n, 0.0f);
-    std::vector<uint32_t> copies(static_cast<size_t>(threads) * kCopyRows * kPitch);
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int64_t part = 0; part < threads; ++part) {
-        uint32_t* copy = copies.data() + part * kCopyRows * kPitch;
-        for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; ++b) {
-            const int64_t row = b * kCopyRows;
-            multiply_rows(a + row * lda, lda, packed, c + row * ldc, ldc, std::min(kCopyRows, m - row), n, k,
-                          accumulate, copy);
-        }
-    }
+    multiply(a, lda, packed, c, ldc, m, n, k, accumulate, nullptr, threads);
+}
+
+void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, Tiles& tiles, int64_t m, int64_t n, int64_t k,
+               int threads) {
+    multiply(a, lda, packed, nullptr, 0, m, n, k, false, &tiles, threads);
 }
 
 #else
@@ -128,6 +141,10 @@ void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, float* c,
 bool has_bf16_gemm() { return false; }
 
 void bf16_gemm(const uint16_t*, int64_t, const uint32_t*, float*, int64_t, int64_t, int64_t, int64_t, bool, int) {
+    throw std::runtime_error("bf16_gemm needs a CPU with AVX512-BF16");
+}
+
+void bf16_gemm(const uint16_t*, int64_t, const uint32_t*, Tiles&, int64_t, int64_t, int64_t, int) {
     throw std::runtime_error("bf16_gemm needs a CPU with AVX512-BF16");
 }
 

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
+// Marks functions that only run where has_bf16_gemm().
+#define MACPO_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#include <immintrin.h>
+#endif
+
 namespace macpo {
 
 // Whether this CPU has the instruction (AVX512-BF16); the functions below need it.
@@ -19,5 +25,18 @@ void pack_pairs(const uint16_t* b, int64_t k, int64_t n, int64_t k_stride, int64
 // Every element is summed in an order that depends on k alone.
 void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, float* c, int64_t ldc, int64_t m, int64_t n,
                int64_t k, bool accumulate, int threads);
+
+// What takes a product as it is made, instead of memory for all of it.
+struct Tiles {
+    virtual ~Tiles() = default;
+    // c [rows <= kTileRows, columns <= kPanel], `ldc` apart, is the product's part from (row, column) on. It is the
+    // taker's to change, and another tile's when the call returns. Tiles come from several threads at once.
+    virtual void take(float* c, int64_t ldc, int64_t row, int64_t rows, int64_t column, int64_t columns) = 0;
+};
+constexpr int64_t kTileRows = 48;
+
+// The same sums, handed to `tiles`.
+void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, Tiles& tiles, int64_t m, int64_t n, int64_t k,
+               int threads);
 
 }  // namespace macpo

@@ -12,6 +12,7 @@
 
 #include "attention.hpp"
 #include "gemm.hpp"
+#include "head.hpp"
 #include "pages.hpp"
 #include "rows.hpp"
 #include "sampling.hpp"
@@ -122,6 +123,30 @@ void bf16_gemm(Strided<const int16_t> a, Strided<const int16_t> b, Strided<float
                      n, k, accumulate, threads);
 }
 
+// hidden [n, h], weight [v, h] and d [v, n] are bfloat16 bits as int16; contiguous last axes.
+void head_logp(Strided<const int16_t> hidden, Strided<const int16_t> weight, Floats bias, float scale,
+               View<const int64_t, 1> target, View<float, 1> logp, View<float, 1> lse, View<float, 1> factor,
+               std::optional<Strided<int16_t>> d, int threads) {
+    const size_t n = hidden.shape(0), v = weight.shape(0), h = hidden.shape(1);
+    need(macpo::has_bf16_gemm(), "head_logp needs a CPU with AVX512-BF16");
+    need(weight.shape(1) == h && h > 0, "hidden [n, h] and weight [v, h] do not fit");
+    need((n == 0 || h < 2 || hidden.stride(1) == 1) && (v == 0 || h < 2 || weight.stride(1) == 1),
+         "rows of hidden and weight must be contiguous");
+    need(!bias || bias->shape(0) == v, "bias must have one entry a token");
+    check_targets(target, n, v);
+    need(logp.shape(0) == n && lse.shape(0) == n && factor.shape(0) == n, "logp, lse and factor must be [N]");
+    need(!d || (d->shape(0) == v && d->shape(1) == n && (d->size() == 0 || n < 2 || d->stride(1) == 1)),
+         "d must be [V, N] with contiguous rows");
+    const auto bits = [](const auto& x) { return reinterpret_cast<const uint16_t*>(x.data()); };
+    const macpo::Bf16Head head{bits(hidden), static_cast<int64_t>(n), hidden.stride(0), bits(weight),
+                               static_cast<int64_t>(v), weight.stride(0), static_cast<int64_t>(h),
+                               bias ? bias->data() : nullptr, scale, target.data()};
+    const macpo::HeadResults to{logp.data(), lse.data(), factor.data(),
+                                d ? reinterpret_cast<uint16_t*>(d->data()) : nullptr, d ? d->stride(0) : 0};
+    nb::gil_scoped_release unlocked;
+    macpo::head_logp(head, to, threads);
+}
+
 void slot_attention(nb::ndarray<const float, nb::ndim<3>, nb::device::cpu> q,
                     nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> k,
                     nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
@@ -210,6 +235,9 @@ NB_MODULE(_native, m) {
     m.def("has_bf16_gemm", &macpo::has_bf16_gemm);
     m.def("bf16_gemm", &bf16_gemm, arg("a").noconvert(), arg("b").noconvert(), arg("c").noconvert(),
           arg("accumulate"), arg("threads"));
+    m.def("head_logp", &head_logp, arg("hidden").noconvert(), arg("weight").noconvert(), arg("bias").noconvert().none(),
+          arg("scale"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(),
+          arg("factor").noconvert(), arg("d").noconvert().none(), arg("threads"));
     m.def("has_slot_attention", &macpo::has_slot_attention);
     m.def("slot_attention", &slot_attention, arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
           arg("lens").noconvert(), arg("scale"), arg("window"), arg("out").noconvert(), arg("threads"));

@@ -126,7 +126,7 @@ class Head:
         """Memory for one chunk, used by all: logits, or d on the epilogue route, which scores without any."""
         num_elements = num_rows * self.weight_vh.shape[0]
         if self.route == "epilogue":
-            return self.weight_vh.new_empty(0 if score else num_elements)
+            return self.empty_d(0 if score else num_elements)
         return self.empty(num_elements)
 
     def block_rows(self, num_rows: int, chunk_rows: int, needs: Needs) -> int:
@@ -139,17 +139,12 @@ class Head:
         size = self.weight_vh.shape[1]
         if not needs.weight or self.weight_vh.dtype.itemsize != 2:
             return chunk_rows
-        return max(chunk_rows, 2 * size if size < num_rows <= 2 * size and self.weight_vh.is_cuda else size)
+        return max(chunk_rows, 2 * size if size < num_rows <= 2 * size else size)
 
     def block(self, num_rows: int, chunk_rows: int, needs: Needs) -> Tensor | None:
         """Memory for the d of a block of at most `num_rows` rows; None where d may lie in the chunk's."""
         rows_held = min(num_rows, self.block_rows(num_rows, chunk_rows, needs))
-        if rows_held <= chunk_rows:
-            return None
-        if self.route == "epilogue":
-            return self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
-        # two 16-bit entries a float32
-        return self.empty(-(-rows_held * self.weight_vh.shape[0] // 2)).view(self.weight_vh.dtype)
+        return None if rows_held <= chunk_rows else self.empty_d(rows_held * self.weight_vh.shape[0])
 
     def chunk_buffer(self, block: Tensor | None, num_rows: int) -> Tensor:
         """`buffer`, which beside a block the epilogue route does not need: a chunk's d is made in the block."""
@@ -160,6 +155,12 @@ class Head:
         if self.backend == "native" and self.dtype == torch.float32:
             return native.empty(*shape)
         return self.weight_vh.new_empty(shape, dtype=self.dtype)
+
+    def empty_d(self, num_elements: int) -> Tensor:
+        """Memory of the dtype of d."""
+        if self.weight_vh.dtype.itemsize != 2:
+            return self.weight_vh.new_empty(num_elements)
+        return self.empty(-(-num_elements // 2)).view(self.weight_vh.dtype)  # two entries a float32
 
     def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
         """z = h W' + s (h A') B' [n, V], in the buffer's memory."""
@@ -188,6 +189,8 @@ class Head:
         """Log-prob and logsumexp [n]; the epilogue route needs no buffer."""
         if self.route != "epilogue":
             return self.logp(self.logits(hidden_nh, buffer), target_n)
+        if self.backend == "native":
+            return native.head_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale)[:2]
         from macpo.kernels.linear_logp.triton_gemm import gemm_logp
 
         return gemm_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale, self.softcap)
@@ -197,17 +200,19 @@ class Head:
     ) -> Gradient:
         """Log-probs and the gradient of the logits: in `block`, chunk by chunk, or perhaps in the buffer's memory."""
         num_rows, vocab = hidden_nh.shape[0], self.weight_vh.shape[0]
-        if self.route == "epilogue":
-            from macpo.kernels.linear_logp.triton_gemm import gemm_logp_dlogits
-
-            d_nv = (buffer if block is None else block)[: num_rows * vocab].view(num_rows, vocab)
-            scalars = self.row_bias, self.scale
-            logp_n, lse_n, factor_n = gemm_logp_dlogits(hidden_nh, self.weight_vh, target_n, *scalars, d_nv)
-            return Gradient(logp_n, lse_n, d_nv, factor_n)
-        if block is None:
+        if block is None and self.route != "epilogue":
             return self._differentiate(hidden_nh, target_n, buffer, None)
-        flat = block[: num_rows * vocab]
+        flat = (buffer if block is None else block)[: num_rows * vocab]
         d_nv = flat.view(vocab, num_rows).T if self.transposed(num_rows) else flat.view(num_rows, vocab)
+        if self.route == "epilogue":
+            inputs = hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale
+            if self.backend == "native":
+                logp_n, lse_n, factor_n = native.head_logp(*inputs, d_nv)
+            else:
+                from macpo.kernels.linear_logp.triton_gemm import gemm_logp_dlogits
+
+                logp_n, lse_n, factor_n = gemm_logp_dlogits(*inputs, d_nv)
+            return Gradient(logp_n, lse_n, d_nv, factor_n)
         logp_n, lse_n = (hidden_nh.new_empty(num_rows, dtype=self.dtype) for _ in range(2))
         for part in chunks(0, num_rows, buffer.numel() // vocab):
             found = self._differentiate(hidden_nh[part], target_n[part], buffer, d_nv[part])
@@ -246,7 +251,7 @@ class Gradients:
         hidden: [N, H]: all rows.
         needs: only these are computed.
         filter_eps: leave negligible blocks of the vocabulary out of the GEMMs with W and for dW (`filtering.py`).
-        whole: all rows will come in one `add`, so that on a GPU the one product for dW rounds it to W's dtype itself.
+        whole: all rows will come in one `add`, so that the one product for dW rounds it to W's dtype itself.
 
     Attributes:
         hidden: [N, H] in hidden's dtype: d W per row, before g; the backward multiplies by it.
@@ -263,7 +268,7 @@ class Gradients:
         # The first product overwrites dW, which saves a pass over it; with a filter it does not reach every row.
         self.weight_is_set = filter_eps is not None or hidden.shape[0] == 0
         self.weight = None
-        if needs.weight and whole and not self.weight_is_set and hidden.is_cuda:
+        if needs.weight and whole and not self.weight_is_set and head.weight_vh.dtype != head.dtype:
             self.weight = torch.empty_like(head.weight_vh, memory_format=torch.contiguous_format)
         elif needs.weight:
             self.weight = head.empty(*head.weight_vh.shape)

@@ -58,7 +58,7 @@ def linear_logp(
         lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
         chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU. For a
             trained 16-bit weight their gradients wait for each other besides, in as much memory as the weight has, or
-            twice as much on a GPU where all rows fit into that.
+            twice as much where all rows fit into that.
         backend: force one; default by device (`macpo.kernels.backend`).
         route: "vendor" or "epilogue" (`tuning.py`), for measurements; default what was measured faster on this device.
         shard: the vocabulary is cut between processes (`shard.py`): weight, bias and the LoRA's b have this process's

@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from macpo.kernels import native
+
 Route: TypeAlias = Literal["vendor", "epilogue"]
 
 # (compute capability, "score" or "loss") -> the faster route for 16-bit heads, by bench.bench_linear_logp and
@@ -41,8 +43,12 @@ def route_of(
     if route not in (None, "vendor", "epilogue"):
         raise ValueError(f"unknown route {route!r}; known: vendor, epilogue")
     reason = ""
-    if backend != "triton":
-        reason = f"it belongs to the triton backend, this is {backend}"
+    if backend == "native" and not (dtype == torch.bfloat16 and native.has_bf16_gemm()):
+        reason = f"the native one is for bfloat16 on a CPU with AVX512-BF16, the inputs are {dtype}"
+    elif backend == "native" and softcap:
+        reason = "the native one has no softcap"
+    elif backend == "torch":
+        reason = "the torch backend has none"
     elif dtype == torch.float64:
         reason = "its accumulators are float32, the inputs float64"
     elif lora:
@@ -59,6 +65,8 @@ def route_of(
         reason = "rows of hidden states or weights are not contiguous"
     if route == "epilogue" and reason:
         raise ValueError(f"route 'epilogue' cannot be used: {reason}")
+    if route is None and not reason and backend == "native":
+        return "epilogue"
     if route is None and not reason and device.type == "cuda" and dtype != torch.float32:
         major, _ = torch.cuda.get_device_capability(device)
         return FASTER.get((major, "score" if score else "loss"), "vendor")
