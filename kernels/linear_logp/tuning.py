@@ -1,8 +1,9 @@
 """Which product makes a chunk's logits on which device: committed measurements, never a search at run time.
 
 - "vendor": the vendor's GEMM writes float32 products, a row kernel reads them.
-- "epilogue": our own GEMM (`triton_gemm`) reduces each tile to log-prob partials as it is computed. Scoring then never
-  has logits in memory; for a loss each tile leaves its exponentials, which are the gradient but for a factor a row.
+- "epilogue": our own GEMM (`triton_gemm`, on a CPU `native.head_logp`) reduces each tile to log-prob partials as it is
+  computed. Scoring then never has logits in memory; for a loss each tile leaves its exponentials, which are the
+  gradient but for a factor a row.
 """
 
 from __future__ import annotations
