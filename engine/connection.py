@@ -28,14 +28,14 @@ class RateLimited(Unavailable):
 
 
 def url_problem(base_url: str, api_key_env: str | None) -> tuple[str, str] | None:
-    """What is wrong with a server's URL, and the remedy; None where it can be used."""
+    """What a server's URL is or does that it must not, and the remedy; None where it can be used."""
     parts = urllib.parse.urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"{base_url!r} is not an http(s) URL", "give for example http://127.0.0.1:8000/v1"
+        return f"is no http(s) URL: {base_url!r}", "give for example http://127.0.0.1:8000/v1"
     if parts.username or parts.password:
-        return "the URL holds a password", "put the key into an environment variable and name it in api_key_env"
+        return "holds a password", "put the key into an environment variable and name it in api_key_env"
     if parts.scheme == "http" and api_key_env is not None and parts.hostname not in _LOOPBACK:
-        return "a key would travel unencrypted over http", "use https, or api_key_env: null"
+        return "would carry the key unencrypted over http", "use https, or api_key_env: null"
     return None
 
 
@@ -57,7 +57,7 @@ class Connection:
 
     def __post_init__(self) -> None:
         if problem := url_problem(self.base_url, self.api_key_env):
-            raise ConfigError(*problem, field="base_url")
+            raise ConfigError(f"it {problem[0]}", problem[1], field="base_url")
 
     def client(self) -> OpenAI:
         """A client to be closed by the caller; raises ConfigError without `openai` or the key's variable."""
