@@ -117,15 +117,15 @@ class Connection:
             return Unavailable(f"HTTP {code}")
         if code in (401, 403):
             return ConfigError(f"{self.base_url} refuses the key (HTTP {code})", f"check {self.api_key_env}")
-        said = f": {self._said(error)}" if code in (400, 404, 422) else ""
+        said = self._said(error) if code in (400, 404, 422) else ""
         return PeerError(
-            f"{self.base_url} answers HTTP {code}{said}", "check base_url, the model's name and what is asked"
+            f"{self.base_url} answers HTTP {code}{said and ': '}{said}", "check base_url and the model's name"
         )
 
     def _said(self, error: Any) -> str:
-        """The server's own words, in one line."""
+        """The server's own words, in one line; empty where it has none."""
         body = error.body if isinstance(error.body, dict) else {}
-        text = " ".join(str(body.get("message") or body.get("detail") or error.message).split())
+        text = " ".join(str(body.get("message") or body.get("detail") or "").split())
         key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
         return (text.replace(key, "…") if key else text)[:200]
 
