@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from macpo.engine.connection import url_problem
 from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, REFERENCE_FREE, SMOOTHED
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -147,6 +148,32 @@ class SamplingSettings(Settings):
     """Divides (multiplies, where negative) the logits of tokens that were already seen."""
     max_new_tokens: PositiveInt = 512
     """Longest answer."""
+
+
+class ServedSettings(Settings):
+    """A server that holds an agent's weights and generates for it (engine/generation/served.py)."""
+
+    base_url: str
+    """Such as http://127.0.0.1:8000/v1."""
+    server: Literal["vllm", "sglang", "transformers", "openai"]
+    """What answers there, which decides how prompts and sampling are said to it. `transformers` is `transformers
+    serve`; `openai` any other server, which gets no more than OpenAI's own options."""
+    api: Literal["completions", "chat"] = "completions"
+    """`completions`: the very tokens that the agent's template makes; `chat`: the dialogue, under the server's own."""
+    api_key_env: str | None = None
+    """Name of an environment variable with the key; none for servers without one."""
+    concurrency: PositiveInt = 16
+    """Requests under way at once, of each process."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest wait for one answer."""
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    """How often a request is sent again after a time-out, a lost connection, 408, 409, 429 or 5xx."""
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> ServedSettings:
+        if problem := url_problem(self.base_url, self.api_key_env):
+            raise ValueError(f"base_url {problem[0]} Fix: {problem[1]}")
+        return self
 
 
 class PretrainSettings(OptimSettings):

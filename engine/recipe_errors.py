@@ -31,9 +31,12 @@ class _Spot:
 def explain(error: ValidationError, root: Node, model: type[BaseModel], file: str) -> list[Problem]:
     """One Problem for each field that is wrong, in the order of the file."""
     spots: dict[tuple[str, ...], list[tuple[_Spot, Mapping[str, Any]]]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
         spot = _locate(detail["loc"], root, model)
-        kind = detail["type"]
+        kind, depth = detail["type"], len(detail["loc"])
+        if kind == "too_short" and any(d["loc"][:depth] == detail["loc"] for d in details if d is not detail):
+            continue  # pydantic counts the items without those that are wrong themselves
         if kind == "default_factory_not_called":  # a default that follows from a field that is wrong itself
             continue
         if kind in ("union_tag_invalid", "union_tag_not_found"):

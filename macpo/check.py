@@ -40,6 +40,9 @@ def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
     chats: dict[str, Chat] = {}
     shown: dict[str, str] = {}  # digest of tokenizer and template -> the agent whose tokens were shown
     for agent in recipe.agents:
+        if not agent.has_tokenizer:
+            yield from ("", f"{agent.name}: {agent.source}, under the server's own template; prompts are not cut")
+            continue
         chat = agent_chat(agent, recipe, found.documents, chats)
         yield ""
         yield from _about(agent, chat, recipe, found.sample)
@@ -107,8 +110,7 @@ def _any_config(folder: Path) -> Path:
 def _about(
     agent: AgentSettings, chat: Chat, recipe: AnyRecipe, sample: Sequence[tuple[Prompt, Answers]]
 ) -> Iterator[str]:
-    source = agent.model or agent.positive or "made on the spot (init)"
-    yield f"{agent.name}: {source}; {len(chat.tokenizer):,} tokens; stops at {_names(chat, chat.stop_ids)}"
+    yield f"{agent.name}: {agent.source}; {len(chat.tokenizer):,} tokens; stops at {_names(chat, chat.stop_ids)}"
     dialogues = [(prompt.messages, next(iter(answers.values()))[0]) for prompt, answers in sample]
     prompts = sorted(len(chat.prompt_ids(messages)) for messages, _ in dialogues)
     answers = sorted(len(chat.answer_ids(answer)) for _, answer in dialogues)

@@ -19,6 +19,7 @@ from macpo.engine.config import (
     PositiveInt,
     PreferenceSettings,
     SamplingSettings,
+    ServedSettings,
     Settings,
     Tuning,
 )
@@ -73,6 +74,15 @@ class DataSettings(SourceSettings):
     """Prompts for evaluation alone."""
 
 
+class ServedAgent(ServedSettings):
+    """A server that holds both policies of a teacher, which then only answers (docs/served.md)."""
+
+    positive: str
+    """Name under which the server has the positive policy. It stands for the weights: give others another name."""
+    negative: str
+    """Name under which the server has the negative policy."""
+
+
 class AgentSettings(Settings):
     """One agent: a base model, or a ready pair of policies."""
 
@@ -96,9 +106,14 @@ class AgentSettings(Settings):
     """End-of-answer token for tokenizers that name none."""
     data: str | None = None
     """A preference set of this teacher's own, instead of the shared teacher half."""
+    served: ServedAgent | None = None
+    """A teacher that a server answers for; needs `train: false`. `model` then gives the tokenizer, and a `positive`
+    policy here too the held-out log-probs, which servers do not give."""
 
     @model_validator(mode="after")
     def _has_weights(self) -> AgentSettings:
+        if self.served is not None:
+            return self._answers_only(self.served)
         if self.model is not None and self.init is not None:
             raise ValueError("give `model` or `init`, not both")
         if self.model is None and self.init is None and self.positive is None:
@@ -106,6 +121,42 @@ class AgentSettings(Settings):
         if self.positive is not None and self.init is not None:
             raise ValueError("a ready `positive` policy has no `init`")
         return self
+
+    def _answers_only(self, served: ServedAgent) -> AgentSettings:
+        if self.train:
+            raise ValueError("train must be false: a served agent's weights do not learn here Fix: set train: false")
+        for name in ("init", "negative", "data"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not read: a served agent only answers Fix: leave {name} out")
+        if not self.has_tokenizer:
+            if served.api == "completions":
+                text = "model is missing: api: completions sends the tokens that the agent's template makes"
+                raise ValueError(f"{text} Fix: name the served model's folder or Hub id, or use api: chat")
+            for name in ("template", "eos_token"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is not read: under api: chat the server uses its own Fix: leave {name} out"
+                    )
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where the agent's model comes from, in words."""
+        if self.served is not None:
+            return f"{self.served.positive}, served by {self.served.server}"
+        if self.init is not None:
+            return f"made here, hidden size {self.init.hidden_size}"
+        return str(self.model or self.positive)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the agent's tokenizer and template are known here; not so of some that are served."""
+        return not (self.model is None and self.init is None and self.positive is None)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the agent's positive policy can be loaded or made here."""
+        return self.served is None or self.positive is not None
 
 
 class TrainingSettings(Settings):
@@ -207,6 +258,8 @@ class Recipe(Settings):
         teachers = {teacher.name for teacher in self.teachers}
         if self.use_teachers is not None and (not self.use_teachers or set(self.use_teachers) - teachers):
             raise ValueError(f"use_teachers must name some of {sorted(teachers)}; got {list(self.use_teachers)}")
+        if self.student.served is not None:
+            raise ValueError("student.served is for teachers alone: the student learns Fix: leave it out")
         if self.student.data is not None:
             raise ValueError("student.data is not read: the student learns from the teachers alone")
         if self.data.world is not None and any(teacher.data is not None for teacher in self.teachers):

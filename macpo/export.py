@@ -45,6 +45,8 @@ def export(
         raise ConfigError(f"{out} exists", "name a new folder", field="--out")
     agent = agent or recipe.agents[-1].name  # the student, or the one that a standalone recipe trains
     settings = agent_settings(recipe, agent)
+    if settings.served is not None:
+        raise ConfigError(f"{agent} is served: its weights are not here", "export another agent", field="--agent")
     chosen = choose(run_dir, plan_of(recipe), settings, agent, iteration, policy, arm)
     ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not merge
     base_name = settings.model or f"base-{settings.name}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from macpo import evaluate, world
 from macpo.agents import agent_chat, encode, generate_answers, likelihoods, load_policy
-from macpo.engine.config import ComputeSettings
+from macpo.engine.config import ComputeSettings, ServedSettings
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.records import Pair, read_records
@@ -37,13 +37,18 @@ def judge_base(compute: ComputeSettings, ctx: StageContext) -> None:
         write_jsonl(ctx.dir / "logps.jsonl", [{"prompt_id": i, **row} for i, row in sorted(logps.items())])
 
 
-def evaluate_policy(compute: ComputeSettings, ctx: StageContext) -> None:
-    """Answers, gold scores where the world has them, and preference metrics; `evaluation.json` and `.jsonl`."""
+def evaluate_policy(compute: ComputeSettings, ctx: StageContext, served: ServedSettings | None = None) -> None:
+    """Answers, gold scores where the world has them, and preference metrics; `evaluation.json` and `.jsonl`.
+
+    Without the input `base_logps` the policy's weights are not here: no preference metrics then.
+    """
     pairs = read_records(ctx.input("data") / "test.jsonl", Pair)
-    responses, counts = generate_answers(compute, ctx, [pair.prompt for pair in pairs])
+    responses, counts = generate_answers(compute, ctx, [pair.prompt for pair in pairs], served)
     answers = {response.prompt_id: response for response in responses}
-    logps = human_pair_logps(compute, ctx, pairs)
-    base = {row["prompt_id"]: row for _, row in read_jsonl(ctx.input("base_logps") / "logps.jsonl")}
+    logps, base = {}, {}
+    if "base_logps" in ctx.inputs:
+        logps = human_pair_logps(compute, ctx, pairs)
+        base = {row["prompt_id"]: row for _, row in read_jsonl(ctx.input("base_logps") / "logps.jsonl")}
     rows = []
     for pair in sorted(pairs, key=lambda p: p.prompt.id):
         prompt, given = pair.prompt, answers.get(pair.prompt.id)

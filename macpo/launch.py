@@ -130,10 +130,7 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
         for stage in folder.stages
         if (timing := folder.timing(stage)) is not None
     ]
-    models = {
-        agent.name: agent.model or agent.positive or f"made here, hidden size {agent.init.hidden_size}"  # type: ignore[union-attr]
-        for agent in recipe.agents
-    }
+    models = {agent.name: agent.source for agent in recipe.agents}
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
     extra = {} if isinstance(recipe, Recipe) else {"title": f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"}

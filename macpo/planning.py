@@ -148,7 +148,7 @@ def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> li
         ConfigError: settings that a stage's model cannot be trained with.
     """
     machine = (hardware or hardware_of(recipe)).machine
-    shapes = {agent.name: shape_of(agent, recipe) for agent in (*recipe.teachers, recipe.student)}
+    shapes = {agent.name: shape_of(agent, recipe) for agent in recipe.agents if agent.has_weights}
     lengths, device = sample_lengths(recipe), device_of(recipe.compute).type
     budget = memory_budget(recipe.compute)
     resident: OrderedDict[str, int] = OrderedDict()
@@ -183,7 +183,8 @@ def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> li
 
 def _agent(stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
     name = stage.settings.get("agent", {}).get("name")
-    return name if name in shapes else None
+    served = "served" in stage.settings and stage.kind.endswith(".answer")  # the work is the server's
+    return name if name in shapes and not served else None
 
 
 def _workload(stage: Stage, lengths: Lengths, shapes: Mapping[str, Shape]) -> tuple[str, Workload] | None:
@@ -258,8 +259,9 @@ def _cost(
         steps = -(-test // recipe.compute.generation_batch) * recipe.sampling.max_new_tokens
         if kind == "judge_base":
             return tokens, 2 * n * tokens, 0, 60 * test
-        reads = steps * shapes[name].bytes_loaded if name else 0
-        return tokens + test * (p + r), 2 * n * (tokens + test * (p + r)), reads, test * (row_bytes + 200)
+        reads = steps * shapes[name].bytes_loaded if name and "served" not in s else 0
+        answering = 0 if "served" in s else 2 * n * test * (p + r)
+        return tokens + test * (p + r), 2 * n * tokens + answering, reads, test * (row_bytes + 200)
     return 0, 0, 0, student * row_bytes
 
 

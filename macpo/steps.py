@@ -93,7 +93,7 @@ class Builder:
         settings: dict[str, Any] = {
             "agent": {
                 "name": agent.name,
-                "model": agent.model or agent.positive or f"base-{agent.name}",
+                "model": agent.model or agent.positive or (f"base-{agent.name}" if agent.has_tokenizer else None),
                 "template": self.template(agent),
                 "eos_token": agent.eos_token,
                 "special_text": recipe.data.special_text,
@@ -122,9 +122,9 @@ class Builder:
                 self._fingerprints[path] = fingerprint_model(path)
         return {path: self._fingerprints[path] for path in filter(None, paths)}
 
-    def compute(self, function: Callable[..., None]) -> Callable[..., None]:
+    def compute(self, function: Callable[..., None], **where: Any) -> Callable[..., None]:
         """Bind where a stage runs; not part of its key."""
-        return functools.partial(function, self._shared.compute)
+        return functools.partial(function, self._shared.compute, **where)
 
     def add(
         self, name: str, run: Callable[..., None], settings: Mapping[str, Any], inputs: Mapping[str, StageName]
@@ -170,7 +170,7 @@ class Steps(Builder):
         side: str,
     ) -> StageName | None:
         """SFT of an initial policy, unless the recipe brings it ready."""
-        if getattr(agent, policy) is not None:
+        if getattr(agent, policy) is not None or agent.served is not None:
             return None
         optim = getattr(self.training(agent), policy)
         folder, file = examples
@@ -199,15 +199,30 @@ class Steps(Builder):
 
     def answer(self, agent: AgentSettings, policy: str, t: int, start: StageName | None, draw: int = 0) -> StageName:
         """The agent's policy answers the student half; `draw` > 0 asks for fresh noise."""
-        settings = self.policy_settings(agent, ready=getattr(agent, policy) if start is None else None) | {
-            "sampling": self.recipe.sampling.model_dump(mode="json"),
-            "policy_name": policy if draw == 0 else f"{policy}/{draw}",
-            "seed": self.recipe.seed,
-        }
+        run, served = self.generating(agents.answer, agent, policy)
+        ready = getattr(agent, policy) if start is None and agent.served is None else None
+        settings = (
+            self.policy_settings(agent, ready)
+            | served
+            | {
+                "sampling": self.recipe.sampling.model_dump(mode="json"),
+                "policy_name": policy if draw == 0 else f"{policy}/{draw}",
+                "seed": self.recipe.seed,
+            }
+        )
         inputs = self.base(agent) | {"data": self.data} | ({"policy": start} if start else {})
         stage = f"init-{agent.name}" if t == 0 else f"iter{t}-{agent.name}"
         name = f"{stage}-bad-answer" if policy == "negative" else f"{stage}-answer{'-again' if draw else ''}"
-        return self.add(name, self.compute(agents.answer), settings, inputs)
+        return self.add(name, run, settings, inputs)
+
+    def generating(
+        self, function: Callable[..., None], agent: AgentSettings, policy: str
+    ) -> tuple[Callable[..., None], dict[str, Any]]:
+        """What runs a stage that generates, and its settings: of a served agent which weights, not where they are."""
+        if agent.served is None:
+            return self.compute(function), {}
+        about = {"model": getattr(agent.served, policy), "server": agent.served.server, "api": agent.served.api}
+        return self.compute(function, served=agent.served), {"served": about}
 
     def own_sample(self, agent: AgentSettings, t: int, positive: Policies, draw: int = 0) -> StageName:
         """The agent's own positive answers of iteration t-1."""
@@ -277,26 +292,33 @@ class Steps(Builder):
 
     def evaluate(self, agent: AgentSettings, t: int, policy: StageName | None, role: Role) -> None:
         recipe = self.recipe
-        common = self.base(agent) | {"data": self.data}
+        inputs = common = self.base(agent) | {"data": self.data}
         reference_ready = agent.positive if agent.model is None and agent.init is None else None
-        base_logps = self.add(
-            f"eval-{agent.name}-base",
-            self.compute(heldout.judge_base),
-            self.policy_settings(agent, ready=reference_ready),
-            common,
-        )
+        if agent.has_weights:
+            base_logps = self.add(
+                f"eval-{agent.name}-base",
+                self.compute(heldout.judge_base),
+                self.policy_settings(agent, ready=reference_ready),
+                common,
+            )
+            inputs = common | {"base_logps": base_logps} | ({"policy": policy} if policy else {})
         label = "ceiling" if role == "ceiling" else agent.name
-        settings = self.policy_settings(agent, ready=agent.positive if policy is None else None) | {
-            "sampling": (recipe.evaluation.sampling or recipe.sampling).model_dump(mode="json"),
-            "policy_name": "test",
-            "role": role,
-            "iteration": t,
-            "beta": self.training(agent).preference.beta,
-            "gold": recipe.data.world is not None,
-            "seed": recipe.seed,
-        }
-        inputs = common | {"base_logps": base_logps} | ({"policy": policy} if policy else {})
-        stage = self.add(f"eval-{label}-iter{t}", self.compute(heldout.evaluate_policy), settings, inputs)
+        run, served = self.generating(heldout.evaluate_policy, agent, "positive")
+        asked = 0 if served else t  # a server is asked once for what does not change
+        settings = (
+            self.policy_settings(agent, ready=agent.positive if policy is None else None)
+            | served
+            | {
+                "sampling": (recipe.evaluation.sampling or recipe.sampling).model_dump(mode="json"),
+                "policy_name": "test",
+                "role": role,
+                "iteration": asked,
+                "beta": self.training(agent).preference.beta,
+                "gold": recipe.data.world is not None,
+                "seed": recipe.seed,
+            }
+        )
+        stage = self.add(f"eval-{label}-iter{asked}", run, settings, inputs)
         self.plan.points.append(Point(self.arm, label, role, t, policy, stage))
 
     def ceiling(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
 import threading
 import time
@@ -11,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
+from fake_server import Reply, Server
 
 from macpo.endpoint import Endpoint, RateLimited, Unavailable
 from macpo.engine.errors import ConfigError, MacpoError, PeerError
@@ -20,50 +19,14 @@ from macpo.judge import Comparison, Judge, JudgeError, comparisons, parse
 KEY = "sk-canary-7f3a91"
 
 
-class Server:
-    """A judge whose next behaviour is `act(number of the request, question) -> (status, headers, body)`."""
-
-    def __init__(self) -> None:
-        self.act: Callable[[int, str], tuple[int, dict, bytes] | None] = lambda n, q: good("[[C]]")
-        self.questions: list[str] = []
-        self.authorization: set[str | None] = set()
-        outer, lock = self, threading.Lock()
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                question = body["messages"][0]["content"]
-                with lock:
-                    outer.questions.append(question)
-                    number = len(outer.questions)
-                    outer.authorization.add(self.headers.get("Authorization"))
-                reply = outer.act(number, question)
-                if reply is None:  # hang up without a word
-                    return
-                status, headers, content = reply
-                with contextlib.suppress(ConnectionError):  # the client may have gone
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(content)
-
-            def log_message(self, *_) -> None:
-                pass
-
-        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.httpd.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
-
-
-def good(text: str) -> tuple[int, dict, bytes]:
+def good(text: str) -> Reply:
     return 200, {"Content-Type": "application/json"}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
 
 
-def prefers(word: str) -> Callable[[str], tuple[int, dict, bytes]]:
+def prefers(word: str) -> Callable[[str], Reply]:
     """An honest judge: the answer with `word` is better."""
 
-    def reply(question: str) -> tuple[int, dict, bytes]:
+    def reply(question: str) -> Reply:
         first, second = (word in part for part in question.split("<answer_A>")[1].split("<answer_B>"))
         return good("Because. " + ("[[C]]" if first == second else "[[A]]" if first else "[[B]]"))
 
@@ -72,14 +35,10 @@ def prefers(word: str) -> Callable[[str], tuple[int, dict, bytes]]:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
+    """A judge that finds every pair equal, until a test says otherwise; `asked` holds its questions."""
     monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
-    server = Server()
-    thread = threading.Thread(target=server.httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.httpd.shutdown()
-    thread.join()
-    server.httpd.server_close()
+    with Server(lambda number, question: good("[[C]]"), read=lambda body: body["messages"][0]["content"]) as server:
+        yield server
 
 
 def endpoint(server: Server, **options) -> Endpoint:
@@ -107,10 +66,10 @@ def test_counts_win_tie_lose_in_both_orders_and_asks_once(server, tmp_path):
     assert (result.win, result.lose, result.tie, result.failed) == (2, 2, 2, 0)
     assert [row["prompt_id"] for row in result.rows] == [f"p{i}" for i in range(6)]
     assert result.metrics()["judge_win_rate"] == 0.5
-    assert len(server.questions) == 12  # both orders
+    assert len(server.asked) == 12  # both orders
     assert server.authorization == {f"Bearer {KEY}"}
     assert judge(server, tmp_path).compare(items(6)) == result  # from the cache
-    assert len(server.questions) == 12
+    assert len(server.asked) == 12
     assert KEY not in (tmp_path / "judge.jsonl").read_text()
 
 
@@ -123,7 +82,7 @@ def test_a_judge_that_always_likes_the_first_answer_gives_ties(server, tmp_path)
 def test_equal_answers_tie_without_a_question(server, tmp_path):
     turns = ({"role": "user", "content": "q"},)
     assert judge(server, tmp_path).compare([Comparison("p", turns, "same", "same")]).tie == 1
-    assert not server.questions
+    assert not server.asked
 
 
 def test_passing_troubles_are_retried(server, tmp_path):
@@ -176,11 +135,11 @@ def test_too_many_failures_stop_with_a_remedy_and_keep_what_was_paid_for(server,
     assert isinstance(caught.value, MacpoError) and caught.value.code == 7
     assert "2 of the first 9" in str(caught.value) and "Fix: " in str(caught.value)
     answered = {row["key"] for _, row in read_jsonl(tmp_path / "judge.jsonl") if row["verdict"]}
-    asked = len(server.questions)
+    asked = len(server.asked)
     server.act = lambda n, q: prefers("good")(q)
     result = judge(server, tmp_path).compare(items(12))  # only what failed or was not reached is asked again
     assert (result.win, result.lose, result.tie, result.failed) == (4, 4, 4, 0)
-    assert len(server.questions) - asked == 24 - len(answered)
+    assert len(server.asked) - asked == 24 - len(answered)
 
 
 def test_failures_below_the_rate_are_counted_not_hidden(server, tmp_path):
@@ -196,7 +155,7 @@ def test_a_torn_cache_line_is_cut_and_the_question_asked_again(server, tmp_path)
     path = tmp_path / "judge.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     result = judge(server, tmp_path, workers=1).compare(items(3))
-    assert (result.win, result.lose, result.tie) == (1, 1, 1) and len(server.questions) == 7
+    assert (result.win, result.lose, result.tie) == (1, 1, 1) and len(server.asked) == 7
     assert sum(1 for _ in read_jsonl(path)) == 6
 
 
@@ -207,7 +166,7 @@ def test_what_will_not_pass_is_not_retried(server, tmp_path, status, kind):
     server.act = lambda n, q: (status, {"Location": "http://127.0.0.1:9/steal"}, b"")
     with pytest.raises(kind) as caught:
         judge(server, tmp_path, workers=1).compare(items(3))
-    assert len(server.questions) <= 2 and KEY not in str(caught.value)
+    assert len(server.asked) <= 2 and KEY not in str(caught.value)
 
 
 def test_an_endless_reply_is_cut(server):
@@ -232,7 +191,7 @@ def test_keys_are_named_never_given(server, monkeypatch):
     monkeypatch.setenv("TEST_JUDGE_KEY", f"{KEY}\nX-Evil: 1")
     with pytest.raises(ConfigError) as caught:
         endpoint(server)("q")
-    assert KEY not in str(caught.value) and not server.questions
+    assert KEY not in str(caught.value) and not server.asked
     for url in ("ftp://host/v1", "host/v1", "https://me:secret@host/v1", "http://far.example/v1"):
         with pytest.raises(ConfigError):
             Endpoint(url, "m")

@@ -152,7 +152,7 @@ class Generator:
         self.check(requests)
         outputs = [Output(request.id, []) for request in requests]
         found: dict[tuple[int, int], Sample] = {}
-        with self._ready(), _bar(progress, sum(len(r.samples) for r in requests)) as count:
+        with self._ready(), bar(progress, sum(len(r.samples) for r in requests)) as count:
 
             def on_done(row: Row) -> None:
                 found[row.index, row.sample] = row.finish(self.tokenizer)
@@ -347,7 +347,7 @@ class Generator:
                 config.append(Problem(text, "load it first, or correct the name", field=name))
         for kind, problems in ((ConfigError, config), (DataError, data)):
             if problems:
-                raise _shortened(kind, problems)
+                raise shortened(kind, problems)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -384,14 +384,14 @@ class _Count(Protocol):
 
 
 @contextmanager
-def _bar(progress: bool | str, total: int) -> Iterator[_Count]:
+def bar(progress: bool | str, total: int) -> Iterator[_Count]:
     """A bar on the terminal; none where stderr is a file."""
     label = progress if isinstance(progress, str) else "generate"
     with tqdm(total=total, desc=label, unit="seq", leave=False, disable=None if progress else True) as bar:
         yield bar.update
 
 
-def _shortened(kind: type[MacpoError], problems: list[Problem]) -> MacpoError:
+def shortened(kind: type[MacpoError], problems: list[Problem]) -> MacpoError:
     shown = problems[:MAX_PROBLEMS]
     if len(problems) > len(shown):
         shown.append(Problem(f"and {len(problems) - len(shown)} more like these"))

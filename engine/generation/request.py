@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from macpo.engine.generation.params import SamplingParams
+from macpo.engine.records import Message
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,6 +46,8 @@ class Request:
     adapter: str | None = None
     purpose: str = ""
     """Keeps apart the noise of two askers (agents, iterations) that use the same ids and seed."""
+    messages: tuple[Message, ...] = ()
+    """The dialogue, for a served model that is asked by chat; `prompt_ids` then only say how it should be read."""
 
     @property
     def key(self) -> int:
@@ -61,13 +64,20 @@ class Sample:
     `logps` those of the distribution that was sampled (after penalty, temperature and filters; greedy: 0).
     `finish_reason` is "stop" where the model ended the answer, "length" where the token budget did.
     `text` is there when the generator has a tokenizer: decoded without special tokens, cut before a stop text.
+    Of a served model (`ServedGenerator`) there are no log-probs, and without tokenizer no ids but their number.
     """
 
     token_ids: list[int]
-    raw_logps: list[float]
-    logps: list[float]
+    raw_logps: list[float] | None
+    logps: list[float] | None
     finish_reason: FinishReason
     text: str | None = None
+    counted: int | None = None
+    """Tokens as a server counts them, its end token included, where `token_ids` are not known."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 @dataclass(slots=True)

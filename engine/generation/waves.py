@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from macpo.engine.files import atomic_write, explained
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
+from macpo.engine.generation.served import ServedGenerator
 from macpo.engine.parallel import World
+from macpo.engine.records import Message
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +36,11 @@ Decode = Callable[[list[int]], str]
 
 
 def generate_waves(
-    generator: Generator,
+    generator: Generator | ServedGenerator,
     requests: Sequence[tuple[str, Sequence[int]]],
     params: SamplingParams,
     *,
+    messages: Mapping[str, Sequence[Message]] | None = None,
     folder: Path,
     wave_requests: int,
     purpose: str = "",
@@ -51,17 +54,19 @@ def generate_waves(
     Args:
         requests: (id, prompt token ids); ids are unique. They are cut into waves in the order of their ids.
         params: for all of them.
+        messages: the dialogue of each id, for a served model that is asked by chat.
         folder: shared by all ranks; a wave is assigned to a rank beforehand, longest first.
         wave_requests: requests of a wave.
         purpose: keeps this call's noise apart from others with the same ids and seed.
-        decode: text of an answer's token ids; default: the generator's tokenizer. Stop texts are cut by the generator.
+        decode: text of an answer's token ids; default: the generator's own text. Stop texts are cut by the generator.
         should_stop: asked between decode steps; the wave under way is then dropped.
         progress: bar, with this label where it is a text.
 
     Returns:
         On every rank all rows, by id and sample:
         {"id", "sample", "attempt", "token_ids", "text", "sum_logp", "num_tokens", "finish_reason", "empty"}.
-        sum_logp: sum of the raw log-probs in nats, end token not included. text: null without tokenizer.
+        sum_logp: sum of the raw log-probs in nats, end token not included; null where a server gives none.
+        text: null without tokenizer.
         empty: no text but white space, even though it was drawn a second time (attempt 1; never when greedy).
 
     Raises:
@@ -72,7 +77,7 @@ def generate_waves(
     world, asked = world or World.current(), should_stop or (lambda: False)
     samples = tuple(range(params.n))
     all_requests = [
-        Request(id_, tuple(prompt), params, samples, purpose=purpose)
+        Request(id_, tuple(prompt), params, samples, purpose=purpose, messages=tuple((messages or {}).get(id_, ())))
         for id_, prompt in sorted(requests, key=lambda item: item[0])
     ]
     generator.check(all_requests)
@@ -148,12 +153,12 @@ def _digest(wave: Sequence[Request]) -> str:
     """SHA-256 of all that the requests ask for."""
     params = wave[0].params
     facts = [WAVE_SCHEMA, wave[0].purpose, {name: getattr(params, name) for name in params.__slots__}]
-    asked = [[request.id, request.prompt_ids] for request in wave]
+    asked = [[request.id, request.prompt_ids, *([request.messages] if request.messages else [])] for request in wave]
     return hashlib.sha256(json.dumps([facts, asked]).encode()).hexdigest()
 
 
 def _cost(wave: Sequence[Request]) -> int:
-    return sum(len(request.prompt_ids) + request.params.max_new_tokens for request in wave)
+    return sum(len(request.prompt_ids or request.messages) + request.params.max_new_tokens for request in wave)
 
 
 def assigned(costs: Sequence[int], world: World) -> list[int]:
@@ -169,7 +174,7 @@ def assigned(costs: Sequence[int], world: World) -> list[int]:
 
 
 def _answer(
-    generator: Generator,
+    generator: Generator | ServedGenerator,
     wave: Sequence[Request],
     decode: Decode | None,
     should_stop: Callable[[], bool],
@@ -204,8 +209,8 @@ def _row(request: Request, index: int, sample: Sample, decode: Decode | None) ->
         "attempt": request.attempt,
         "token_ids": sample.token_ids,
         "text": text,
-        "sum_logp": math.fsum(sample.raw_logps),
-        "num_tokens": len(sample.token_ids),
+        "sum_logp": None if sample.raw_logps is None else math.fsum(sample.raw_logps),
+        "num_tokens": sample.num_tokens,
         "finish_reason": sample.finish_reason,
         "empty": not (sample.token_ids if text is None else text.strip()),
     }

@@ -1,0 +1,312 @@
+"""ServedGenerator: answers by an OpenAI-compatible server that holds the weights, in place of a `Generator`.
+
+    settings = ServedSettings(base_url="http://127.0.0.1:8000/v1", server="vllm")
+    ServedGenerator(settings, "my-model", tokenizer).generate(prompts, SamplingParams(max_new_tokens=64, seed=1))
+
+Every setting of SamplingParams is sent, those at their default too, because servers take what is missing from the
+model's generation_config.json; one that the kind of server does not know is refused. The noise is the server's: a seed
+goes along with each request, but whether it makes the text repeatable is up to the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from macpo.engine.config import ServedSettings
+from macpo.engine.connection import Connection, Unavailable
+from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
+from macpo.engine.generation.generator import bar, shortened
+from macpo.engine.generation.params import SamplingParams, one_each
+from macpo.engine.generation.request import FinishReason, Output, Request, Sample, content_ids, request_key
+from macpo.engine.generation.rows import decode
+from macpo.engine.records import Message, Prompt
+
+POLL_S = 0.1
+"""How often a stop is looked for while answers are awaited."""
+_ALL = frozenset({"top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos"})
+OPTIONS: dict[str, frozenset[str]] = {
+    "vllm": _ALL,
+    "sglang": _ALL,
+    "transformers": _ALL - {"ignore_eos"},
+    "openai": frozenset(),
+}
+"""Options of SamplingParams beyond OpenAI's own (temperature, top_p, max_tokens, stop, seed) that a server takes."""
+_READS_TOKENS = ("vllm", "sglang")
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "content_filter": "stop"}
+
+
+class ServedGenerator:
+    """`run` and `generate` of a `Generator`, for a model that is served elsewhere.
+
+    Args:
+        settings: where the server is, of which kind it is, and how it is asked.
+        model: the name under which the server has the weights.
+        tokenizer: the served model's. `completions` needs it where the server reads text, not tokens; it also gives an
+            answer's token ids (of the text, tokenised again) where the server sends none, and with it the server's
+            count of the prompt's tokens is held to ours.
+
+    Outputs have no log-probs. An answer that the server withholds (`content_filter`) is empty.
+
+    Raises:
+        ConfigError: a URL that cannot be used.
+    """
+
+    def __init__(self, settings: ServedSettings, model: str, tokenizer: Any = None) -> None:
+        self.settings, self.model, self.tokenizer = settings, model, tokenizer
+        self.connection = Connection(
+            settings.base_url, settings.api_key_env, settings.timeout_s, max_retries=settings.max_retries
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        request_ids: Sequence[str] | None = None,
+        progress: bool | str = False,
+    ) -> list[Output]:
+        """Answers every prompt `params.n` times; prompts are token ids for `completions`, dialogues for `chat`.
+
+        Returns:
+            An Output a prompt, in the order of `prompts`. Raises as `run`.
+        """
+        chat = self.settings.api == "chat"
+        if request_ids is None:
+            request_ids = _dialogue_ids(prompts) if chat else content_ids(prompts)  # type: ignore[arg-type]
+        if len(request_ids) != len(prompts):
+            raise ConfigError(f"{len(request_ids)} request ids for {len(prompts)} prompts", "give one a prompt")
+        requests: list[Request] = []
+        for id_, prompt, one in zip(request_ids, prompts, one_each(params, len(prompts)), strict=True):
+            asked: dict[str, Any] = (
+                {"prompt_ids": (), "messages": tuple(prompt)} if chat else {"prompt_ids": tuple(prompt)}
+            )
+            requests.append(Request(id_, params=one, samples=tuple(range(one.n)), **asked))
+        return self.run(requests, progress=progress)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: bool | str = False,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Output]:
+        """The answers, `settings.concurrency` requests at a time; one call of the server a sample.
+
+        Raises:
+            ConfigError, DataError: what the server cannot be asked, before any work; a wrong key; another tokenizer.
+            PeerError: no proper answer, also after `max_retries`. Stopped: asked to; what is under way is dropped.
+        """
+        self.check(requests)
+        jobs = [(request, sample) for request in requests for sample in request.samples]
+        with bar(progress, len(jobs)) as count:
+            samples = iter(_finished(self._all(jobs, count, should_stop or (lambda: False))))
+        return [Output(request.id, [next(samples) for _ in request.samples]) for request in requests]
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises ConfigError or DataError for what cannot be asked of this kind of server; nothing is sent."""
+        server, chat = self.settings.server, self.settings.api == "chat"
+        config = {problem for request in requests for problem in _unknown_options(request.params, server)}
+        if not chat and server not in _READS_TOKENS and self.tokenizer is None:
+            text = f"a {server} server is asked by text, and there is no tokenizer to write it"
+            config.add(Problem(text, "give the served model's tokenizer, or use api: chat", field="served.api"))
+        if any(request.adapter is not None for request in requests):
+            config.add(
+                Problem("an adapter is named", "a server's adapters are models: give that name", field="adapters")
+            )
+        if config:
+            raise shortened(ConfigError, sorted(config, key=str))
+        data: list[Problem] = []
+        seen: Counter[tuple[str, int, int]] = Counter()
+        for request in requests:
+            name = f"request {request.id}"
+            seen.update(keys := [(request.id, sample, request.attempt) for sample in request.samples])
+            if any(seen[key] > 1 for key in keys):
+                data.append(Problem("two requests have this id", "give every request an id of its own", field=name))
+            if not (request.messages if chat else request.prompt_ids):
+                what = "no dialogue" if chat else "no prompt"
+                data.append(Problem(f"there is {what}", "api: chat takes messages, completions tokens", field=name))
+            elif not chat and server not in _READS_TOKENS and prompt_text(self.tokenizer, request.prompt_ids) is None:
+                text = "no text is read as just the prompt's tokens: it is cut inside a word, or spells special tokens"
+                fix = "drop long prompts (data.long_prompt: drop) and special text, or use a vllm or sglang server"
+                data.append(Problem(text, fix, field=name))
+        if data:
+            raise shortened(DataError, data)
+
+    async def _all(
+        self, jobs: Sequence[tuple[Request, int]], count: Callable[[int], object], should_stop: Callable[[], bool]
+    ) -> list[Sample]:
+        """Samples in the order of the jobs. The first failure, or a stop, ends all that is under way."""
+        gate = asyncio.Semaphore(self.settings.concurrency)
+        async with self.connection.async_client() as client:
+
+            async def answer(request: Request, sample: int) -> Sample:
+                async with gate:
+                    return await self._one(client, request, sample)
+
+            tasks = [asyncio.create_task(answer(*job)) for job in jobs]
+            try:
+                waiting = set(tasks)
+                while waiting:
+                    if should_stop():
+                        raise Stopped("stopped while generating", "run the same command again")
+                    done, waiting = await asyncio.wait(waiting, timeout=POLL_S, return_when=asyncio.FIRST_EXCEPTION)
+                    for task in done:
+                        task.result()
+                        count(1)
+                return [task.result() for task in tasks]
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, client: Any, request: Request, sample: int) -> Sample:
+        chat = self.settings.api == "chat"
+        create = client.chat.completions.create if chat else client.completions.create
+        problem: Exception
+        try:
+            return self._sample(await create(**self.body(request, sample)), request)
+        except Unavailable as error:
+            problem = error
+        except Exception as error:
+            problem = self.connection.explained(error)
+        if isinstance(problem, Unavailable):
+            fix = "see that the server runs, then run the same command again: finished waves are kept"
+            problem = PeerError(f"{self.settings.base_url}: {problem}", fix)
+        if isinstance(problem, MacpoError):
+            problem = type(problem)(problems=[replace(each, field="served") for each in problem.problems])
+        raise problem from None
+
+    def body(self, request: Request, sample: int) -> dict[str, Any]:
+        """What the server is asked: the arguments of the client's `create`."""
+        params, server = request.params, self.settings.server
+        seed = request_key(str(params.seed), request.purpose, request.id, str(sample), str(request.attempt))
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": seed % 2**31,
+        }
+        if params.stop:
+            asked["stop"] = list(params.stop)
+        if server in _READS_TOKENS:
+            asked["extra_body"] = {
+                "top_k": params.top_k or -1,
+                "min_p": params.min_p,
+                "repetition_penalty": params.repetition_penalty,
+                "stop_token_ids": list(params.stop_token_ids),
+                "ignore_eos": params.ignore_eos,
+                "return_token_ids": True,
+            }
+        elif server == "transformers":  # its own options do not include these, nor whether to sample at all
+            asked["extra_body"] = {"generation_config": json.dumps(_generation_config(params))}
+        if self.settings.api == "chat":
+            return {"messages": [dict(message) for message in request.messages], **asked}
+        ids = list(request.prompt_ids)
+        return {"prompt": ids if server in _READS_TOKENS else prompt_text(self.tokenizer, ids), **asked}
+
+    def _sample(self, reply: Any, request: Request) -> Sample:
+        """Raises Unavailable for what is no completion, ConfigError where the server reads other tokens than we do."""
+        choices = getattr(reply, "choices", None)
+        if not isinstance(choices, list) or not choices:
+            raise Unavailable("the reply is no completion")
+        choice, usage = choices[0], getattr(reply, "usage", None)
+        text = getattr(choice, "text", None)
+        if self.settings.api == "chat":  # a message without content is an answer without words
+            text = getattr(getattr(choice, "message", None), "content", None) or ""
+        reason = getattr(choice, "finish_reason", None)
+        if not isinstance(text, str) or reason not in _REASONS:
+            raise Unavailable(f"the reply is no finished text (finish_reason {reason!r})")
+        read = getattr(usage, "prompt_tokens", None)
+        if read and request.prompt_ids and read != len(request.prompt_ids):
+            raise ConfigError(
+                f"the server reads request {request.id} as {read} tokens, the agent's tokenizer and template make "
+                f"{len(request.prompt_ids)}",
+                "give the agent the served model's tokenizer (`model`) and template",
+            )
+        ids = getattr(choice, "token_ids", None)
+        if reason == "content_filter":
+            text, ids = "", None
+        elif reason == "stop":
+            text, ids = self._without_end(text, ids, request.params)
+        starts = [at for at in map(text.find, request.params.stop) if at >= 0]
+        if starts:
+            text, ids, reason = text[: min(starts)], None, "stop"
+        counted = None
+        if self.tokenizer is not None and ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        elif ids is None:
+            counted = getattr(usage, "completion_tokens", None) or 0
+        return Sample(list(ids or []), None, None, _REASONS[reason], text, counted)
+
+    def _without_end(self, text: str, ids: list[int] | None, params: SamplingParams) -> tuple[str, list[int] | None]:
+        """Drops the token that ended an answer; servers send it along, as text too where it is not marked special."""
+        if self.tokenizer is None:
+            return text, ids
+        if ids is not None:
+            ends = {*self.tokenizer.all_special_ids, *params.stop_token_ids}
+            ids = ids[:-1] if ids and ids[-1] in ends else ids
+            return decode(self.tokenizer, ids), ids
+        endings = [decode(self.tokenizer, [end]) for end in params.stop_token_ids]
+        ending = next((end for end in endings if end and text.endswith(end)), "")
+        return text.removesuffix(ending), None
+
+
+def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str | None:
+    """The text that the tokenizer, adding its special tokens as a server's does, reads as exactly these ids."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    bare = text.removeprefix(tokenizer.bos_token or "")
+    for candidate in (bare, bare.removeprefix(" "), text):
+        if list(tokenizer(candidate)["input_ids"]) == list(ids):
+            return str(candidate)
+    return None
+
+
+def _finished(work: Coroutine[Any, Any, list[Sample]]) -> list[Sample]:
+    """Its result, also where a loop runs already (a notebook's)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _unknown_options(params: SamplingParams, server: str) -> Iterator[Problem]:
+    for name in sorted(_ALL - OPTIONS[server]):
+        value, off = getattr(params, name), SamplingParams.__dataclass_fields__[name].default
+        if value != off:
+            fix = f"set {name} to {off!r}, or say in served.server what answers there (vllm, sglang, transformers)"
+            yield Problem(f"got {value!r}, and served.server: {server} knows no {name}", fix, field=f"sampling.{name}")
+
+
+def _generation_config(params: SamplingParams) -> dict[str, Any]:
+    """For `transformers serve`: a whole GenerationConfig, as its generate takes it."""
+    config: dict[str, Any] = {
+        "max_new_tokens": params.max_new_tokens,
+        "repetition_penalty": params.repetition_penalty,
+        "do_sample": params.temperature > 0,
+    }
+    if params.temperature > 0:
+        config |= {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+        config |= {"min_p": params.min_p} if params.min_p else {}
+    if params.stop_token_ids:
+        config |= {"eos_token_id": list(params.stop_token_ids), "pad_token_id": params.stop_token_ids[0]}
+    return config
+
+
+def _dialogue_ids(dialogues: Sequence[Sequence[Message]]) -> list[str]:
+    """Content hash and number of the occurrence, as `content_ids`."""
+    seen: Counter[str] = Counter()
+    ids = []
+    for dialogue in dialogues:
+        digest = Prompt.of(dialogue).id
+        ids.append(f"{digest}-{seen[digest]}")
+        seen[digest] += 1
+    return ids
