@@ -30,8 +30,6 @@ except ImportError as error:
 
 # Fewer floats than this are not worth waking a second thread for.
 PARALLEL_ELEMENTS = 2**17
-# From this size the system gives fresh memory page by page.
-LARGE_ELEMENTS = 2**20
 
 
 def _loaded() -> ModuleType:
@@ -175,14 +173,6 @@ def row_dlogits_(
         _strided(d), dtype == torch.float16, _threads(z.numel()),
     )  # fmt: skip
     return d.T if lanes else d
-
-
-def empty(*shape: int) -> Tensor:
-    """Uninitialised float32 memory of `shape`; where it is large, on huge pages if the system has them."""
-    memory = torch.empty(*shape)
-    if memory.numel() >= LARGE_ELEMENTS:
-        _loaded().ask_huge_pages(_view(memory.view(-1)))
-    return memory
 
 
 def has_bf16_gemm() -> bool:

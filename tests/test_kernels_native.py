@@ -323,10 +323,3 @@ def test_products_refuse_what_does_not_fit():
         native.bf16_accumulate_(torch.zeros(3, 4), bf16(2, 3).T, bf16(2, 4))
     with pytest.raises(ValueError, match="dweight must be float32"):
         native.bf16_accumulate_(bf16(3, 4), bf16(3, 2), bf16(2, 4))
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (2**11, 2**10)])
-def test_fresh_memory_is_ordinary_memory(shape):
-    memory = native.empty(*shape)
-    assert memory.shape == shape and memory.dtype == torch.float32 and memory.is_contiguous()
-    assert memory.fill_(1.5).sum().item() == 1.5 * memory.numel()

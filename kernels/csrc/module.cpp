@@ -13,7 +13,6 @@
 #include "attention.hpp"
 #include "gemm.hpp"
 #include "head.hpp"
-#include "pages.hpp"
 #include "rows.hpp"
 #include "sampling.hpp"
 
@@ -230,8 +229,6 @@ NB_MODULE(_native, m) {
     m.def("row_logp_dlogits", &row_logp_dlogits, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
           arg("scale"), arg("softcap"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(),
           arg("d").noconvert(), arg("half"), arg("threads"));
-    m.def("ask_huge_pages", [](View<float, 1> memory) { macpo::ask_huge_pages(memory.data(), memory.nbytes()); },
-          arg("memory").noconvert());
     m.def("has_bf16_gemm", &macpo::has_bf16_gemm);
     m.def("bf16_gemm", &bf16_gemm, arg("a").noconvert(), arg("b").noconvert(), arg("c").noconvert(),
           arg("accumulate"), arg("threads"));

@@ -126,7 +126,7 @@ class Head:
         """Memory for one chunk, used by all: logits, or d on the epilogue route, which scores without any."""
         num_elements = num_rows * self.weight_vh.shape[0]
         if self.route == "epilogue":
-            return self.empty_d(0 if score else num_elements)
+            return self.weight_vh.new_empty(0 if score else num_elements)
         return self.empty(num_elements)
 
     def block_rows(self, num_rows: int, chunk_rows: int, needs: Needs) -> int:
@@ -144,7 +144,7 @@ class Head:
     def block(self, num_rows: int, chunk_rows: int, needs: Needs) -> Tensor | None:
         """Memory for the d of a block of at most `num_rows` rows; None where d may lie in the chunk's."""
         rows_held = min(num_rows, self.block_rows(num_rows, chunk_rows, needs))
-        return None if rows_held <= chunk_rows else self.empty_d(rows_held * self.weight_vh.shape[0])
+        return None if rows_held <= chunk_rows else self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
 
     def chunk_buffer(self, block: Tensor | None, num_rows: int) -> Tensor:
         """`buffer`, which beside a block the epilogue route does not need: a chunk's d is made in the block."""
@@ -152,15 +152,7 @@ class Head:
 
     def empty(self, *shape: int) -> Tensor:
         """Memory of the dtype and on the device of the logits."""
-        if self.backend == "native" and self.dtype == torch.float32:
-            return native.empty(*shape)
         return self.weight_vh.new_empty(shape, dtype=self.dtype)
-
-    def empty_d(self, num_elements: int) -> Tensor:
-        """Memory of the dtype of d."""
-        if self.weight_vh.dtype.itemsize != 2:
-            return self.weight_vh.new_empty(num_elements)
-        return self.empty(-(-num_elements // 2)).view(self.weight_vh.dtype)  # two entries a float32
 
     def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
         """z = h W' + s (h A') B' [n, V], in the buffer's memory."""
