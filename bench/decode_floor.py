@@ -1,10 +1,10 @@
 """The least time that answering some requests can take on a device, from what is measured on it in the same run.
 
 All requests start together and none waits: step t has the n_t sequences whose answers are longer than t tokens. It
-costs the products of all linear layers with n_t rows (measured in a CUDA graph on a GPU; reading the weights is part
-of that, and they count at the copy's speed where that is slower), and reading every live sequence's keys and values
-at the copy's speed. The prompts cost the products of the linear layers without the head. Attention's own products,
-norms, sampling and launches count as nothing.
+costs the products of all linear layers with n_t rows (measured in a CUDA graph on a GPU, over packed weights on a CPU;
+reading the weights is part of that, and they count at the copy's speed where that is slower), and reading every live
+sequence's keys and values at the copy's speed. The prompts cost the products of the linear layers without the head.
+Attention's own products, norms, sampling and launches count as nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from bench.device import copy, synchronise
 from bench.request_file import GenerationRequest
 from bench.timing import Outputs, Run, calls_for, in_graph
+from macpo.engine.generation.packed_linear import pack, product
 from macpo.engine.generation.pool_session import bucket_of
 
 COPY_BYTES = {"cpu": 2**25, "cuda": 2**30}
@@ -85,10 +87,14 @@ def _products(weights: Sequence[torch.Tensor], rows: int) -> Run:
     """x W' for every weight, `rows` rows of x each."""
     widths = {weight.shape[1] for weight in weights}
     x = {n: torch.randn(rows, n, dtype=weights[0].dtype, device=weights[0].device) for n in widths}
+    if weights[0].device.type == "cpu" and torch.backends.mkldnn.is_available():
+        products = [partial(product, pack(weight), None, x[weight.shape[1]]) for weight in weights]
+    else:
+        products = [partial(torch.mm, x[weight.shape[1]], weight.T) for weight in weights]
 
     def run() -> Outputs:
-        for weight in weights:
-            torch.mm(x[weight.shape[1]], weight.T)
+        for one in products:
+            one()
         return {}
 
     return run

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.kv_pool import KVPool
-from macpo.kernels import Segments, paged_attention, prefix_attention, slot_attention
+from macpo.kernels import Segments, native, paged_attention, prefix_attention
 from macpo.kernels.paged_attention.slots import masked_slot_attention, runs_native, slot_mask
 
 
@@ -54,20 +54,27 @@ class DecodeAttention:
         self.lens = positions + 1
         self.windows: set[int | None] = set()  # those that layers have asked for
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
+        self._native: dict[tuple[torch.dtype, int], bool] = {}
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        k_pool, v_pool = self.cache.write(
-            _layer(module), k[0].transpose(0, 1), v[0].transpose(0, 1), self.rows, self.positions
-        )
-        q_bhd = q[0].transpose(0, 1)  # [n, Hq, D]
+        q_bhd, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
         self.windows.add(window)
-        if k_pool.shape == v_pool.shape and runs_native(q_bhd):
-            return slot_attention(q_bhd, k_pool, v_pool, self.lens, scale=scale, window=window)[None]
+        if k.shape == v.shape and self._is_native(q_bhd):
+            pools = self.cache.pools(_layer(module), k, v)
+            return native.slot_attention(q_bhd, *pools, self.lens, scale, window, k, v)[None]
+        k_pool, v_pool = self.cache.write(_layer(module), k, v, self.rows, self.positions)
         kind = (window, q.dtype, k_pool.shape[1])
         mask = self._masks.get(kind)
         if mask is None:
             mask = self._masks[kind] = slot_mask(self.lens, self.columns, *kind)
         return masked_slot_attention(q_bhd, k_pool, v_pool, mask, scale)[None]
+
+    def _is_native(self, q_bhd: Tensor) -> bool:
+        """`runs_native`, asked once for layers of one kind."""
+        kind = (q_bhd.dtype, q_bhd.shape[2])
+        if kind not in self._native:
+            self._native[kind] = runs_native(q_bhd)
+        return self._native[kind]
 
 
 class PagedPrefill:

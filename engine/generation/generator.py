@@ -24,6 +24,7 @@ from macpo.engine.generation.kv_cache import LayerShape, SlotCache
 from macpo.engine.generation.kv_pool import Need
 from macpo.engine.generation.model_facts import disabled, eos_ids, head_width, num_embeddings, unwrap
 from macpo.engine.generation.multilora import StackedAdapters, why_not
+from macpo.engine.generation.packed_linear import packed_linears
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.pool_runner import PoolRunner
 from macpo.engine.generation.pool_session import (
@@ -152,7 +153,9 @@ class Generator:
         self.check(requests)
         outputs = [Output(request.id, []) for request in requests]
         found: dict[tuple[int, int], Sample] = {}
-        with self._ready(), bar(progress, sum(len(r.samples) for r in requests)) as count:
+        steps = max((self._budget(request) for request in requests), default=0)
+        progress_bar = bar(progress, sum(len(r.samples) for r in requests))
+        with self._ready(), packed_linears(self._outer, steps), progress_bar as count:
 
             def on_done(row: Row) -> None:
                 found[row.index, row.sample] = row.finish(self.tokenizer)

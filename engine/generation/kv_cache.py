@@ -5,9 +5,11 @@ S slots, Hkv key-value heads, L tokens of a slot, D head size, n live slots, T t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -44,13 +46,17 @@ class SlotCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [T, Hkv, D] into (slot, position) [T] each; returns the layer's whole k and v."""
-        if layer not in self._layers:
-            shape = (self.num_slots, k.shape[1], self.slot_tokens)
-            self._layers[layer] = (k.new_zeros(*shape, k.shape[2]), v.new_zeros(*shape, v.shape[2]))
-        pools = self._layers[layer]
+        pools = self.pools(layer, k, v)
         for pool, new in zip(pools, (k, v), strict=True):
             pool.transpose(1, 2).index_put_((slots, positions), new)
         return pools
+
+    def pools(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's whole k and v, for tokens like k and v [T, Hkv, D]."""
+        if layer not in self._layers:
+            shape = (self.num_slots, k.shape[1], self.slot_tokens)
+            self._layers[layer] = (zeros((*shape, k.shape[2]), k), zeros((*shape, v.shape[2]), v))
+        return self._layers[layer]
 
     def move(self, moves: Sequence[tuple[int, int]], num_tokens: int) -> None:
         """Copies the first `num_tokens` of slot a to slot b for every (a, b); the targets hold nothing alive."""
@@ -61,3 +67,12 @@ class SlotCache:
             for pool in pools:
                 used = pool[:, :, :num_tokens]
                 used[target.to(pool.device)] = used[source.to(pool.device)]
+
+
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of the dtype and on the device of `like`; on a CPU only what is written takes memory."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # numpy's come from calloc, so that the system hands out zeroed pages one by one; torch writes every byte
+    memory = numpy.zeros(math.prod(shape) * like.dtype.itemsize, numpy.uint8)
+    return torch.from_numpy(memory).view(like.dtype).view(shape)

@@ -19,7 +19,7 @@ from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.kernels import Segments
 
-PREFILL_TOKENS = 8192
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Prompt tokens of one packed forward."""
 STOP_TEXT_STEPS = 8
 """Decode steps between two looks for stop texts."""
@@ -116,7 +116,7 @@ class BatchRunner(ABC):
             self._opened(group, rows)
         self._close_holes(places, new)
         self.rows = [row for row in places if row is not None]
-        for part in _parts(batch):
+        for part in _parts(batch, PREFILL_TOKENS[self.device.type]):
             self._check_stop()
             self._prefill(part)
 
@@ -189,13 +189,13 @@ def next_logits(
     return logits if rows is None or logits.shape[0] == rows.numel() < ids.numel() else logits[rows]
 
 
-def _parts(batch: Part) -> Iterator[Part]:
-    """Consecutive groups whose prompts together stay within PREFILL_TOKENS (one longer prompt goes alone)."""
+def _parts(batch: Part, most: int) -> Iterator[Part]:
+    """Consecutive groups whose prompts together have at most `most` tokens (one longer prompt goes alone)."""
     part: list[tuple[Group, list[Row]]] = []
     num_tokens = 0
     for item in batch:
         length = len(item[0].request.prompt_ids)
-        if part and num_tokens + length > PREFILL_TOKENS:
+        if part and num_tokens + length > most:
             yield part
             part, num_tokens = [], 0
         part.append(item)

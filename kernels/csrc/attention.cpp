@@ -168,6 +168,13 @@ void attend(const SlotAttention& call, int64_t item, const Scratch& memory) {
     const int64_t row = item / call.kv_heads, kv_head = item % call.kv_heads;
     const int64_t group = call.heads / call.kv_heads, size = call.size, width = memory.width;
     const int64_t whole = width - kLanes;  // where the last vector of the copies begins
+    if (call.new_k != nullptr) {
+        const int64_t last = call.lens[row] - 1;
+        std::copy_n(call.new_k + row * call.new_k_row + kv_head * call.new_k_head, size,
+                    call.k + row * call.k_slot + kv_head * call.k_head + last * call.k_token);
+        std::copy_n(call.new_v + row * call.new_v_row + kv_head * call.new_v_head, size,
+                    call.v + row * call.v_slot + kv_head * call.v_head + last * call.v_token);
+    }
     const auto [first, count] = seen(call, row);
     const float* k = keys_of(call, item).from;
     const float* v = call.v + row * call.v_slot + kv_head * call.v_head + first * call.v_token;

@@ -7,13 +7,16 @@ namespace macpo {
 
 // Every last axis is contiguous; the strides of the others are in elements.
 struct SlotAttention {
-    const float *q, *k, *v;  // q [rows, heads, size], k and v [slots, kv_heads, tokens, size]
+    const float* q;  // [rows, heads, size]
+    float *k, *v;    // [slots, kv_heads, tokens, size]
     int64_t q_row, q_head, k_slot, k_head, k_token, v_slot, v_head, v_token;
     const int64_t* lens;  // [rows]: tokens that a row sees, in its slot of the same number
     float* out;           // [rows, heads, size], contiguous
     int64_t rows, heads, kv_heads, size;
     float scale;
     int64_t window;  // 0: none
+    const float *new_k, *new_v;  // [rows, kv_heads, size]: of each row's last token, to be written first; or null
+    int64_t new_k_row, new_k_head, new_v_row, new_v_head;
 };
 
 // Head sizes that the kernel takes.

@@ -23,6 +23,7 @@ template <typename T, size_t Dims>
 using View = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Strided = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
+using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
 using Floats = std::optional<View<const float, 1>>;
 
 namespace {
@@ -146,10 +147,11 @@ void head_logp(Strided<const int16_t> hidden, Strided<const int16_t> weight, Flo
     macpo::head_logp(head, to, threads);
 }
 
-void slot_attention(nb::ndarray<const float, nb::ndim<3>, nb::device::cpu> q,
-                    nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> k,
-                    nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
-                    int64_t window, View<float, 3> out, int threads) {
+void slot_attention(Heads q,
+                    nb::ndarray<float, nb::ndim<4>, nb::device::cpu> k,
+                    nb::ndarray<float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
+                    int64_t window, std::optional<Heads> new_k, std::optional<Heads> new_v, View<float, 3> out,
+                    int threads) {
     const int64_t rows = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), size = q.shape(2);
     need(macpo::kMinHead <= size && size <= macpo::kMaxHead, "head size out of range");
     need(kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of the key-value heads");
@@ -161,10 +163,22 @@ void slot_attention(nb::ndarray<const float, nb::ndim<3>, nb::device::cpu> q,
     need(static_cast<int64_t>(lens.shape(0)) == rows && window >= 0, "lens must have one length a row");
     for (int64_t i = 0; i < rows; ++i)
         need(lens.data()[i] >= 1 && lens.data()[i] <= static_cast<int64_t>(k.shape(2)), "a length outside the slot");
-    const macpo::SlotAttention call{q.data(),    k.data(),    v.data(),    q.stride(0), q.stride(1), k.stride(0),
-                                    k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), lens.data(),
-                                    out.data(),  rows,        heads,       kv_heads,    size,        scale,
-                                    window};
+    need(new_k.has_value() == new_v.has_value(), "a new token has a key and a value");
+    macpo::SlotAttention call{q.data(),    k.data(),    v.data(),    q.stride(0), q.stride(1), k.stride(0),
+                              k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), lens.data(),
+                              out.data(),  rows,        heads,       kv_heads,    size,        scale,
+                              window,      nullptr,     nullptr,     0,           0,           0,
+                              0};
+    if (new_k) {
+        for (const Heads& x : {*new_k, *new_v})
+            need(static_cast<int64_t>(x.shape(0)) == rows && static_cast<int64_t>(x.shape(1)) == kv_heads &&
+                     static_cast<int64_t>(x.shape(2)) == size && x.stride(2) == 1,
+                 "new keys and values must be [rows, kv_heads, size]");
+        call.new_k = new_k->data();
+        call.new_v = new_v->data();
+        call.new_k_row = new_k->stride(0), call.new_k_head = new_k->stride(1);
+        call.new_v_row = new_v->stride(0), call.new_v_head = new_v->stride(1);
+    }
     nb::gil_scoped_release unlocked;
     macpo::slot_attention(call, threads);
 }
@@ -237,7 +251,8 @@ NB_MODULE(_native, m) {
           arg("factor").noconvert(), arg("d").noconvert().none(), arg("threads"));
     m.def("has_slot_attention", &macpo::has_slot_attention);
     m.def("slot_attention", &slot_attention, arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
-          arg("lens").noconvert(), arg("scale"), arg("window"), arg("out").noconvert(), arg("threads"));
+          arg("lens").noconvert(), arg("scale"), arg("window"), arg("new_k").noconvert().none(),
+          arg("new_v").noconvert().none(), arg("out").noconvert(), arg("threads"));
     m.def("sample", &sample, arg("logits").noconvert(), arg("seed").noconvert(), arg("temperature").noconvert(),
           arg("top_p").noconvert(), arg("top_k").noconvert(), arg("min_p").noconvert(), arg("penalty").noconvert(),
           arg("seen").noconvert().none(), arg("request_keys").noconvert(), arg("positions").noconvert(),

@@ -190,9 +190,10 @@ Draw sample_row(const float* logits, const bool* seen, int64_t v, const RowParam
     Scratch& memory = scratch();
     const bool greedy = params.temperature == 0.0f;
     const float* scores = logits;
-    if (params.temperature != 1.0f || (seen != nullptr && params.penalty != 1.0f)) {
+    const float temperature = greedy ? 1.0f : params.temperature;
+    if (temperature != 1.0f || (seen != nullptr && params.penalty != 1.0f)) {
         memory.scores.resize(v);
-        score_row(logits, seen, v, params.penalty, greedy ? 1.0f : params.temperature, memory.scores.data());
+        score_row(logits, seen, v, params.penalty, temperature, memory.scores.data());
         scores = memory.scores.data();
     }
     const float raw_top = row_max(logits, v);
@@ -202,12 +203,8 @@ Draw sample_row(const float* logits, const bool* seen, int64_t v, const RowParam
     };
     // NaN or infinity among the logits, or nothing but -inf: there is no distribution to order or draw from.
     if (!std::isfinite(raw_lse)) return draw(0, std::numeric_limits<double>::quiet_NaN());
-    const float top = row_max(scores, v);
-    if (greedy) {
-        int64_t id = 0;
-        while (id < v - 1 && scores[id] != top) ++id;
-        return draw(id, 0.0);
-    }
+    const float top = scores == logits ? raw_top : row_max(scores, v);
+    if (greedy) return draw(std::find(scores, scores + v - 1, top) - scores, 0.0);
 
     const RowKey row(params.seed, request_key, position);
     const bool narrow = params.top_k > 0 && params.top_k < v;

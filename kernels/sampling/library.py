@@ -31,8 +31,7 @@ def run_sample(
         from macpo.kernels.sampling import triton_impl
 
         return triton_impl.sample(logits, params, request_keys, positions)
-    # Without noise and filters torch's argmax is as fast, so only an explicit backend="native" takes greedy batches.
-    if choice.backend == "native" and (backend == "native" or not params.facts["greedy"]):
+    if choice.backend == "native":
         return native.sample(logits, params, request_keys, positions)
     return torch_impl.sample(logits, params, request_keys, positions)
 
