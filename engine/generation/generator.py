@@ -151,11 +151,9 @@ class Generator:
     ) -> list[Output]:
         """As `generate`, for requests that also choose samples and attempt; raises Stopped when asked to."""
         self.check(requests)
-        outputs = [Output(request.id, []) for request in requests]
         found: dict[tuple[int, int], Sample] = {}
-        steps = max((self._budget(request) for request in requests), default=0)
-        progress_bar = bar(progress, sum(len(r.samples) for r in requests))
-        with self._ready(), packed_linears(self._outer, steps), progress_bar as count:
+        steps, total = max(map(self._budget, requests), default=0), sum(len(r.samples) for r in requests)
+        with self._ready(), packed_linears(self._outer, steps), bar(progress, total) as count:
 
             def on_done(row: Row) -> None:
                 found[row.index, row.sample] = row.finish(self.tokenizer)
@@ -172,9 +170,7 @@ class Generator:
                 with self._adapter(name):
                     indices = [i for i, request in enumerate(requests) if request.adapter == name]
                     self._run(requests, indices, on_done, stop)
-        for index, request in enumerate(requests):
-            outputs[index].samples = [found[index, sample] for sample in request.samples]
-        return outputs
+        return [Output(request.id, [found[i, s] for s in request.samples]) for i, request in enumerate(requests)]
 
     def _run(
         self,
