@@ -19,7 +19,7 @@ from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.kernels import Segments
 
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+CPU_PREFILL_TOKENS, PREFILL_TOKENS = 2048, 8192
 """Prompt tokens of one packed forward."""
 STOP_TEXT_STEPS = 8
 """Decode steps between two looks for stop texts."""
@@ -116,7 +116,7 @@ class BatchRunner(ABC):
             self._opened(group, rows)
         self._close_holes(places, new)
         self.rows = [row for row in places if row is not None]
-        for part in _parts(batch, PREFILL_TOKENS[self.device.type]):
+        for part in _parts(batch, CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS):
             self._check_stop()
             self._prefill(part)
 
