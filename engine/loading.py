@@ -276,9 +276,8 @@ def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids the model has an embedding for."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    return int(getattr(table, "num_embeddings", table.weight.shape[0]))  # a rank's part of the weight may be all it has
 
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macpo.engine import lora
 from macpo.engine.attention import PackedAttention, attention_hook
-from macpo.engine.errors import DataError
+from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.execute import agreed
 from macpo.engine.files import explained, require_free
 from macpo.engine.loading import (
@@ -73,6 +73,7 @@ class PolicyModule(nn.Module):
     Attributes:
         mesh: the ranks that it is spread over, by `parallelize`; None is a whole model on this rank.
         data: the ranks that hold different groups of a step, where tensor parallelism makes them fewer than all.
+        team: the ranks that it is split over for generation alone, by `generation.split`.
 
     Raises:
         ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/probe.py`).
@@ -94,6 +95,7 @@ class PolicyModule(nn.Module):
         self.home = home or self.base.device
         self.mesh: DeviceMesh | None = None
         self.data: World | None = None
+        self.team: World | None = None
         self.eval()
         config = self.base.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
@@ -161,7 +163,13 @@ class PolicyModule(nn.Module):
         return Head(weight, bias, scale, float(softcap) if softcap else None, shard)
 
     def forward(self, batch: PackedBatch, reduce: Callable[[Tensor, Head, PackedBatch], T_]) -> T_:
-        """backbone -> rows that predict a response token [N, H] -> `reduce(rows, head, batch)`."""
+        """backbone -> rows that predict a response token [N, H] -> `reduce(rows, head, batch)`.
+
+        Raises:
+            ConfigError: a policy that is split for generation.
+        """
+        if self.team is not None:
+            raise ConfigError("the policy is split over ranks for generation", "load it again to train or score")
         batch = batch.to(self.device)
         return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
 

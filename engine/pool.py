@@ -91,10 +91,17 @@ class ModelPool:
             return PolicyModule(wrapped, **kind)
         return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed), **kind)
 
-    def fits(self, name: str) -> bool:
-        """Whether the whole base stays within the budget."""
+    def fits(self, name: str, ranks: int = 1) -> bool:
+        """Whether a base that so many ranks share, one by default, stays within the budget of each."""
+        return self.budget_bytes is None or self._part_bytes(name, ranks) <= self.budget_bytes
+
+    def make_room(self, name: str, ranks: int) -> None:
+        """Drops bases until this rank's part of one that `ranks` share fits beside them; it is not kept here."""
+        self._make_room(name, self._part_bytes(name, ranks))
+
+    def _part_bytes(self, name: str, ranks: int) -> int:
         files = weight_files(local_folder(name, trust_remote_code=self.trust_remote_code))
-        return self.budget_bytes is None or num_parameters(files) * self.dtype.itemsize <= self.budget_bytes
+        return num_parameters(files) * self.dtype.itemsize // ranks
 
     def release(self) -> None:
         """Drop every base that no living policy uses."""

@@ -10,10 +10,11 @@ LoRA follows its layer: W' = W + B A splits B with the outputs of a colwise W, A
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
@@ -28,31 +29,70 @@ from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
 
-_FIELD = "compute.parallel.tensor"
+FIELD = "compute.parallel.tensor"
 _SPLITS_OUTPUTS = ("colwise", "colwise_gather_output")
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": RowwiseParallel,
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+    # a norm over the size of each head: every rank has its own heads, so the weight's gradient is a sum over ranks
+    "replicated_with_grad_allreduce": lambda: SequenceParallel(use_local_output=True),
+}
+"""torch's style of each kind of layer that transformers names."""
 
 
-def _style(name: str, model: PreTrainedModel) -> ParallelStyle:
-    """torch's style of that name.
+def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, kind) of every layer that the model's plan names, for so many ranks.
 
     Raises:
-        ConfigError: one that is not here (experts, packed weights), by name.
+        ConfigError: no plan, heads that the ranks do not divide, or a kind of layer that is not here, by name.
     """
-    styles = {
-        "colwise": ColwiseParallel(),
-        "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
-        "rowwise": RowwiseParallel(),
-        "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
-        # a norm over the size of each head: every rank has its own heads, so the weight's gradient is a sum over ranks
-        "replicated_with_grad_allreduce": SequenceParallel(use_local_output=True),
-    }
-    if name not in styles:
+    plan = getattr(model.base_model.config, "base_model_tp_plan", None)
+    if not plan:
         raise ConfigError(
-            f"{type(model).__name__} asks for tensor parallelism of the kind {name}, which is not implemented",
-            "set compute.parallel.tensor to 1 and shard the model",
-            field=_FIELD,
+            f"{type(model).__name__} has no plan for tensor parallelism",
+            "set compute.parallel.tensor to 1",
+            field=FIELD,
         )
-    return styles[name]
+    for name, count in head_counts(model).items():
+        if count % ranks:
+            raise ConfigError(f"{name} is {count}, which {ranks} ranks do not divide", "use fewer ranks", field=FIELD)
+    named = ((name, module, re.sub(r"\.\d+\.", ".*.", name)) for name, module in model.base_model.named_modules())
+    layers = [(name, module, plan[key]) for name, module, key in named if key in plan]
+    for kind in (kind for _, _, kind in layers if kind not in _STYLES):  # experts, packed weights
+        raise ConfigError(
+            f"{type(model).__name__} asks for tensor parallelism of the kind {kind}, which is not implemented",
+            "set compute.parallel.tensor to 1 and shard the model",
+            field=FIELD,
+        )
+    return layers
+
+
+def head_counts(model: PreTrainedModel) -> dict[str, int]:
+    """How many attention heads of which kind the ranks must divide."""
+    config = model.config.get_text_config()
+    counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    return {name: count for name, count in counts.items() if count is not None}
+
+
+def linear_parts(name: str, module: nn.Module) -> tuple[nn.Linear, list[nn.Linear], list[nn.Linear]]:
+    """A linear layer itself, and the factors A and B of the LoRAs that it carries.
+
+    Raises:
+        ConfigError: any other layer, by name.
+    """
+    factors: list[list[nn.Module]] = [[], []]
+    base = module
+    if isinstance(module, LoraLinear):
+        base, factors = module.get_base_layer(), [list(module.lora_A.values()), list(module.lora_B.values())]
+    for layer in (base, *factors[0], *factors[1]):
+        if type(layer) is not nn.Linear:
+            raise ConfigError(
+                f"{name} is a {type(layer).__name__}, which cannot be split", "use plain layers", field=FIELD
+            )
+    a, b = factors
+    return base, a, b  # type: ignore[return-value]
 
 
 def split_layers(model: PreTrainedModel, ranks: DeviceMesh, home: torch.device) -> None:
@@ -61,56 +101,32 @@ def split_layers(model: PreTrainedModel, ranks: DeviceMesh, home: torch.device) 
     Raises:
         ConfigError: no plan, a kind of layer or a size that cannot be split exactly, by name.
     """
-    plan = getattr(model.base_model.config, "base_model_tp_plan", None)
-    if not plan:
-        raise ConfigError(
-            f"{type(model).__name__} has no plan for tensor parallelism",
-            "set compute.parallel.tensor to 1",
-            field=_FIELD,
-        )
-    _check_heads(model, ranks.size())
-    for name, module in list(model.base_model.named_modules()):
-        kind = plan.get(re.sub(r"\.\d+\.", ".*.", name))
-        if kind is not None:
-            _split(name, module.to(home), kind, model, ranks)
+    for name, module, kind in planned_layers(model, ranks.size()):
+        _split(name, module.to(home), kind, ranks)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    base = head.get_base_layer() if isinstance(head, LoraLayer) else head
-    tied = base.weight is embedding.weight
+    base, *_ = linear_parts("the head", head)
+    weight: Any = embedding.weight
+    tied = base.weight is weight
     if isinstance(embedding, nn.Embedding):
         parallelize_module(embedding.to(home), ranks, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
-    _split("the head", head.to(home), "colwise_gather_output", model, ranks)
+    _split("the head", head.to(home), "colwise_gather_output", ranks)
     if tied:
-        base.weight = embedding.weight
+        base.weight = embedding.weight  # type: ignore[assignment]
 
 
-def _check_heads(model: PreTrainedModel, ranks: int) -> None:
-    config = model.config.get_text_config()
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        count = getattr(config, name, None)
-        if count is not None and count % ranks:
-            raise ConfigError(f"{name} is {count}, which {ranks} ranks do not divide", "use fewer ranks", field=_FIELD)
-
-
-def _split(name: str, module: nn.Module, kind: str, model: PreTrainedModel, ranks: DeviceMesh) -> None:
-    style = _style(kind, model)
+def _split(name: str, module: nn.Module, kind: str, ranks: DeviceMesh) -> None:
+    style = _STYLES[kind]()
     if isinstance(style, SequenceParallel):
         trained = {key: p.requires_grad for key, p in module.named_parameters()}
         parallelize_module(module, ranks, style, src_data_rank=None)
         for key, parameter in module.named_parameters():
             parameter.requires_grad_(trained[key])  # torch makes new ones that all train
         return
-    layers = [module]
-    if isinstance(module, LoraLinear):
-        factors = module.lora_B if kind in _SPLITS_OUTPUTS else module.lora_A
-        layers = [module.get_base_layer(), *factors.values()]
-    for layer in layers:
-        if type(layer) is not nn.Linear:
-            raise ConfigError(
-                f"{name} is a {type(layer).__name__}, which cannot be split", "use plain layers", field=_FIELD
-            )
+    base, a, b = linear_parts(name, module)
+    for layer in (base, *(b if kind in _SPLITS_OUTPUTS else a)):
         size = layer.out_features if kind in _SPLITS_OUTPUTS else layer.in_features
         if size % ranks.size() and kind in ("colwise", "rowwise"):
             raise ConfigError(
-                f"{name} has width {size}, which {ranks.size()} ranks do not divide", "use fewer ranks", field=_FIELD
+                f"{name} has width {size}, which {ranks.size()} ranks do not divide", "use fewer ranks", field=FIELD
             )
         parallelize_module(layer, ranks, style, src_data_rank=None)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,6 +55,22 @@ class World:
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, of one shape with an axis at least: [size, *shape], by rank, on every rank."""
+        if self.size == 1:
+            return tensor[None]
+        out = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        with _peer_errors("stack"):
+            dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
+        return out.view(self.size, *tensor.shape)
+
+    def follow_(self, *tensors: Tensor) -> None:
+        """Takes rank 0's numbers, in place."""
+        if self.size > 1:
+            with _peer_errors("follow"):
+                for tensor in tensors:
+                    dist.broadcast(tensor, group=self.group, group_src=0)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, by rank, on every rank (tuples come back as lists)."""
         if self.size == 1:
@@ -70,9 +87,27 @@ class World:
             dist.all_gather(parts, padded, group=self.group)
         return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
 
+    def any_of(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """The question whether any rank says yes, which all ask at the same time."""
+        return asked if self.size == 1 else lambda: any(self.gather(asked()))
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-able value, on every rank."""
         return self.gather(value if self.is_main else None)[0]
+
+
+def team_of(world: World, size: int) -> World:
+    """The team of this rank, where every `size` consecutive ranks of the job are one; all ranks call it alike."""
+    if size == 1:
+        return World()
+    teams = _teams(dist.group.WORLD, world.size, size)
+    return World(world.rank % size, size, teams[world.rank // size])
+
+
+@lru_cache(maxsize=16)
+def _teams(job: dist.ProcessGroup, ranks: int, size: int) -> list[dist.ProcessGroup]:
+    """Of this job, made once: `job` only tells one from the next."""
+    return [dist.new_group(list(range(start, start + size))) for start in range(0, ranks, size)]
 
 
 @contextmanager

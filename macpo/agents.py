@@ -29,6 +29,7 @@ from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.served import OPTIONS
+from macpo.engine.generation.split import split, team_size
 from macpo.engine.model import PolicyModule, PolicyRef, check_vocab
 from macpo.engine.objectives import shared_sums
 from macpo.engine.pack import PrefixGroup
@@ -110,25 +111,36 @@ def encode_pairs(ctx: StageContext, pairs: Sequence[Pair]) -> tuple[list[PrefixG
 
 
 def load_policy(
-    compute: ComputeSettings,
-    ctx: StageContext,
-    tuning: Tuning | None = None,
-    ref: PolicyRef | None = None,
-    *,
-    whole: bool = False,
+    compute: ComputeSettings, ctx: StageContext, tuning: Tuning | None = None, ref: PolicyRef | None = None
 ) -> PolicyModule:
-    """The stage's policy (or another one, `ref`), for use (tuning None) or to train.
+    """The stage's policy (or another one, `ref`), to score with (tuning None) or to train.
 
-    Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank and need not be
-    `whole`. Raises ConfigError where its embedding lacks a row for a token.
+    Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank. Raises ConfigError
+    where its embedding lacks a row for a token.
     """
     pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
     ref = ref or policy_ref(ctx)
-    needed = tuning is not None or not pool.fits(ref.base)
-    spread = needed and not whole and spreads(compute.parallel, ctx.world)
+    spread = (tuning is not None or not pool.fits(ref.base)) and spreads(compute.parallel, ctx.world)
     policy = pool.policy(ref, tuning, seed=ctx.settings.get("seed", 0) if tuning is not None else 0, spread=spread)
     check_vocab(policy.base, agent_chat(ctx).tokenizer)
     return parallelize(policy, compute.parallel, ctx.world) if spread or tuning is not None else policy
+
+
+def load_writer(compute: ComputeSettings, ctx: StageContext) -> PolicyModule:
+    """The stage's policy, to generate with: whole where a rank can hold it, else split over the fewest that can.
+
+    Raises ConfigError where its embedding lacks a row for a token, ResourceError where no ranks can hold it.
+    """
+    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
+    ref = policy_ref(ctx)
+    shared = ctx.world.size > 1 and not pool.fits(ref.base)
+    policy = pool.policy(ref, spread=shared)
+    check_vocab(policy.base, agent_chat(ctx).tokenizer)
+    if not shared:
+        return policy
+    ranks = team_size(policy, lambda ranks: pool.fits(ref.base, ranks), ctx.world)
+    pool.make_room(ref.base, ranks)
+    return split(policy, ctx.world, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +214,7 @@ def generate_answers(
     generator: Generator | ServedGenerator
     if served is None:
         assert chat is not None
-        generator = Generator(load_policy(compute, ctx, whole=True), chat.tokenizer, max_batch=compute.generation_batch)
+        generator = Generator(load_writer(compute, ctx), chat.tokenizer, max_batch=compute.generation_batch)
     else:
         generator = ServedGenerator(served, ctx.settings["served"]["model"], chat and chat.tokenizer)
     sampling = SamplingSettings.model_validate(ctx.settings["sampling"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import Tensor
 from training import run_sft, weights
 
 from macpo.engine.config import ParallelSettings
+from macpo.engine.console import run_cli
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.pack import PackedBatch
 from macpo.engine.parallel import World
+from macpo.engine.stopping import StopFlag
 
 SHARD = ParallelSettings(sharding="shard")
 Job = Callable[[Path, World], PolicyModule]
@@ -76,3 +79,26 @@ class Noted:
         with self.file.open("a") as file:
             file.write(json.dumps([total, *batch.groups]) + "\n")
         return self.inner(policy, batch, total)
+
+
+def cli(function: Callable[[World, StopFlag], object]) -> Callable[[World], None]:
+    """A rank's body that ends as a command ends: the message on stderr and the exit code."""
+
+    def body(world: World) -> None:
+        with StopFlag(quiet=True) as stop:
+            code = run_cli(lambda: function(world, stop))
+        os._exit(code)
+
+    return body
+
+
+def slowly(stop: StopFlag, mark: Path, seconds: float = 0.05) -> Callable[[], bool]:
+    """Asked once a step: takes its time, and leaves a mark so that the signal comes in the middle."""
+
+    def asked() -> bool:
+        with mark.open("a") as file:
+            file.write("x")
+        time.sleep(seconds)
+        return stop.requested
+
+    return asked

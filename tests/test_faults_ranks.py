@@ -13,12 +13,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import wave_job
+from architectures import model_of
 from forks import ranks, start_ranks, wait
-from rank_jobs import SHARD, Noted, saved_steps, small, trained, until
+from rank_jobs import SHARD, Noted, cli, saved_steps, slowly, small, trained, until
 from training import (
     DOCUMENTS,
     PAIRS,
@@ -33,14 +35,13 @@ from training import (
 )
 
 from macpo.engine.config import ParallelSettings
-from macpo.engine.console import run_cli
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
+from macpo.engine.generation.split import split
 from macpo.engine.model import PolicyModule
 from macpo.engine.parallel import World
 from macpo.engine.plan import Plan
 from macpo.engine.scoring import score
-from macpo.engine.stopping import StopFlag
 
 KILLED = -signal.SIGKILL
 
@@ -116,29 +117,6 @@ def test_both_ranks_killed_at_random_times(clean: bytes, tmp_path: Path) -> None
 # --- stopped (22) ---
 
 
-def cli(function: Callable[[World, StopFlag], object]) -> Callable[[World], None]:
-    """A rank's body that ends as a command ends: the message on stderr and the exit code."""
-
-    def body(world: World) -> None:
-        with StopFlag(quiet=True) as stop:
-            code = run_cli(lambda: function(world, stop))
-        os._exit(code)
-
-    return body
-
-
-def slowly(stop: StopFlag, mark: Path, seconds: float = 0.05) -> Callable[[], bool]:
-    """Asked once a step: takes its time, and leaves a mark so that the signal comes in the middle."""
-
-    def asked() -> bool:
-        with mark.open("a") as file:
-            file.write("x")
-        time.sleep(seconds)
-        return stop.requested
-
-    return asked
-
-
 @pytest.mark.parametrize(("number", "both"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_training_stops_at_the_same_step_on_all_ranks(clean: bytes, tmp_path: Path, number: int, both: bool) -> None:
     mark = tmp_path / "mark"
@@ -191,19 +169,31 @@ def test_scoring_stops_on_all_ranks(tmp_path: Path, parallel: ParallelSettings |
             assert one == pytest.approx(two, rel=1e-5)
 
 
-def test_generation_stops_on_all_ranks_and_goes_on_to_the_same_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("team", [1, 2], ids=["each", "split"])
+def test_generation_stops_on_all_ranks_and_goes_on_to_the_same_rows(tmp_path: Path, team: int) -> None:
+    """Ranks with waves of their own, or in a team of which one hears of it."""
     mark = tmp_path / "mark"
-    pids = start_ranks(2, cli(lambda world, stop: wave_job.run(tmp_path, world=world, should_stop=slowly(stop, mark))))
+
+    def answered(world: World, should_stop: Callable[[], bool] | None = None, at: str = "run") -> list[dict[str, Any]]:
+        policy = PolicyModule(model_of("llama").requires_grad_(False))
+        policy = split(policy, world, team) if world.size > 1 else policy
+        return wave_job.run(tmp_path / at, model=policy, world=world, should_stop=should_stop)
+
+    pids = start_ranks(2, cli(lambda world, stop: answered(world, slowly(stop, mark))))
     until(lambda: mark.exists() and mark.stat().st_size >= 8)
-    os.kill(pids[0], signal.SIGINT)
-    os.kill(pids[1], signal.SIGTERM)
+    for pid in pids if team == 1 else pids[1:]:
+        os.kill(pid, signal.SIGTERM)
     assert [wait(pid) for pid in pids] == [75, 75]
 
     def whole(world: World) -> None:
-        (tmp_path / f"rows-{world.rank}").write_text(json.dumps(wave_job.run(tmp_path, world=world)))
+        (tmp_path / f"rows-{world.rank}").write_text(json.dumps(answered(world)))
 
     assert ranks(2, whole) == [0, 0]
-    assert read_json(tmp_path / "rows-0") == read_json(tmp_path / "rows-1") == wave_job.run(tmp_path / "alone")
+    first, second = (read_json(tmp_path / f"rows-{rank}") for rank in (0, 1))
+    assert first == second
+    for ours, theirs in zip(first, answered(World(), at="alone"), strict=True):
+        assert ours.pop("sum_logp") == pytest.approx(theirs.pop("sum_logp"), abs=0.0 if team == 1 else 1e-5)
+        assert ours == theirs
 
 
 # --- resumed (32, 35) ---

@@ -20,7 +20,7 @@ PARAMS = SamplingParams(temperature=1.3, max_new_tokens=9, seed=7, stop_token_id
 def run(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     """20 prompts in waves of 6; end tokens are likely, so that some answers are empty."""
     torch.set_num_threads(1)
-    model = model_of("llama")
+    model = changes.pop("model", None) or model_of("llama")
     prompts = some_prompts([3 + i % 7 for i in range(20)])
     requests = [(f"p{i:02d}", prompt) for i, prompt in enumerate(prompts)]
     options: dict[str, Any] = {"wave_requests": 6, "purpose": "test"} | changes

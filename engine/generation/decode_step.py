@@ -24,7 +24,8 @@ from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import next_logits
-from macpo.engine.generation.sampling import draw, mark_seen, noise_key, penalised, sample_params
+from macpo.engine.generation.sampling import ALONE, draw, mark_seen, noise_key, penalised, sample_params
+from macpo.engine.world import World
 from macpo.kernels import SampleParams
 
 LOG_STEPS = 64
@@ -56,8 +57,11 @@ def facts_of(settings: Sequence[SamplingParams]) -> tuple[tuple[str, Any], ...]:
 class DecodeStep:
     """State of `num_rows` rows over a pool; see the module's text."""
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool, num_rows: int, shape: StepShape) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pool: KVPool, num_rows: int, shape: StepShape, team: World = ALONE
+    ) -> None:
         device = model.device
+        self.team = team
         self.model = model
         self.pool = pool
         self.num_rows = num_rows
@@ -130,7 +134,7 @@ class DecodeStep:
         logits = next_logits(self.model, token, position, PagedDecode(self.pool, table, lens, slots), None)
         seen = None if self._seen is None else self._seen[:b]
         params = SampleParams.of_checked(seed, temperature, top_p, top_k, min_p, penalty, seen, self._facts)
-        drawn, raw_logps, logps = draw(logits, self.shape.num_tokens, params, self._keys[:b], count)
+        drawn, raw_logps, logps = draw(logits, self.shape.num_tokens, params, self._keys[:b], count, self.team)
         self._tokens[:, :b].index_copy_(0, self._cursor, drawn[None])
         self._logps[:, :, :b].index_copy_(1, self._cursor, torch.stack((raw_logps, logps))[:, None])
         self._cursor += 1

@@ -25,9 +25,9 @@ from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, Stopped
 from macpo.engine.generation.context import DecodeAttention, PrefillAttention
 from macpo.engine.generation.kv_cache import LayerShape, SlotCache
-from macpo.engine.generation.model_facts import num_embeddings
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
+from macpo.engine.loading import embedding_rows
 from macpo.engine.probe import expected_window
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def _probe(model: PreTrainedModel, cache: SlotCache) -> str:
     """What is wrong with the hooked forward over a cache for the probe's sequences; empty where nothing is."""
     window = expected_window(model)
     device = model.device
-    vocabulary = num_embeddings(model)
+    vocabulary = embedding_rows(model)
     sequences = [(torch.arange(n, device=device) * 7 + n) % vocabulary for n in PROBE_LENGTHS]
     expected = torch.stack([model(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in sequences]).float()
     lengths = [n - 1 for n in PROBE_LENGTHS]

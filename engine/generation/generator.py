@@ -18,11 +18,12 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from macpo.engine.attention import attention_hook
-from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
+from macpo.engine.errors import ConfigError
+from macpo.engine.generation.checks import check_requests
 from macpo.engine.generation.fallback import HfRunner, hooked_layers
 from macpo.engine.generation.kv_cache import LayerShape, SlotCache
 from macpo.engine.generation.kv_pool import Need
-from macpo.engine.generation.model_facts import disabled, eos_ids, head_width, num_embeddings, unwrap
+from macpo.engine.generation.model_facts import disabled, eos_ids, head_width, unwrap
 from macpo.engine.generation.multilora import StackedAdapters, why_not
 from macpo.engine.generation.packed_linear import packed_linears
 from macpo.engine.generation.params import SamplingParams, one_each
@@ -40,11 +41,11 @@ from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import BatchRunner
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.engine.generation.slot_runner import SlotRunner
+from macpo.engine.loading import embedding_rows
+from macpo.engine.world import World
 
 _log = logging.getLogger(__name__)
 CacheKind = Literal["pool", "slots"]
-MAX_PROBLEMS = 10
-"""Bad requests that one error names."""
 
 
 def _never() -> bool:
@@ -65,6 +66,9 @@ class Generator:
             a GPU whose kernels take the model, else slots. The pool stays allocated between calls.
         use_graphs: whether decode steps over the pool are captured as CUDA graphs. None: where that is possible (one
             log line says why it is not on a GPU); True: an error where it is not.
+
+    A policy that is split over a team of ranks (`generation.split`) is generated with by all of them together: each
+    makes the same calls and gets the same outputs.
 
     Models that bypass transformers' attention interface are answered by their own `generate` (one log line says so).
     """
@@ -89,7 +93,10 @@ class Generator:
                 raise ConfigError(f"got {value}", f"{name} must be at least 1", field=f"generator.{name}")
         if cache not in (None, "pool", "slots"):
             raise ConfigError(f"got {cache!r}", "cache must be 'pool', 'slots' or None", field="generator.cache")
+        if getattr(model, "collective", False):
+            raise ConfigError("the policy is spread over ranks for training", "load it again to generate")
         self._outer, self.model = unwrap(model)
+        self.team: World = getattr(model, "team", None) or World()
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.max_cache_tokens = max_cache_tokens
@@ -153,13 +160,14 @@ class Generator:
         self.check(requests)
         found: dict[tuple[int, int], Sample] = {}
         steps, total = max(map(self._budget, requests), default=0), sum(len(r.samples) for r in requests)
-        with self._ready(), packed_linears(self._outer, steps), bar(progress, total) as count:
+        shown = progress if self.team.is_main else False
+        with self._ready(), packed_linears(self._outer, steps), bar(shown, total) as count:
 
             def on_done(row: Row) -> None:
                 found[row.index, row.sample] = row.finish(self.tokenizer)
                 count(1)
 
-            stop = should_stop or _never
+            stop = self.team.any_of(should_stop or _never)
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
             stacked = self._stacked(names) if len(names) > 1 else None
             if stacked is not None:
@@ -187,6 +195,8 @@ class Generator:
             return self._row(indices[group.index], group.request, sample)
 
         layers = self._hooked_layers()
+        if layers is None and self.team.size > 1:
+            raise ConfigError("a model that bypasses the attention hook cannot be split", "use one that fits a rank")
         if layers is None:
             self._refuse_graphs("the model bypasses the attention hook")
             HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop).run(
@@ -194,7 +204,7 @@ class Generator:
             )
             return
         options: dict[str, Any] = {"make_row": make_row, "num_tokens": self.num_tokens, "tokenizer": self.tokenizer}
-        options |= {"should_stop": should_stop, "adapters": adapters}
+        options |= {"should_stop": should_stop, "adapters": adapters, "team": self.team}
         with attention_hook(self.model):
             pool = self._uses_pool(layers)
             runner = self._pool_runner(part, layers, **options) if pool else self._slot_runner(part, **options)
@@ -230,7 +240,7 @@ class Generator:
         if self.use_graphs is False:
             session.drop_graphs()
             return
-        why = graphs_why_not(self.model)
+        why = graphs_why_not(self.model, self.team)
         if not why:
             try:
                 session.capture(num_slots, self._outer)
@@ -248,7 +258,7 @@ class Generator:
             if kept is not None:
                 rows, blocks = max(rows, kept.step.num_rows), max(blocks, kept.pool.num_blocks)
             kept = self._session = None  # its memory first
-            kept = PoolSession(self.model, layers, self.block_tokens, rows, blocks, plan.shape)
+            kept = PoolSession(self.model, layers, self.block_tokens, rows, blocks, plan.shape, self.team)
         self._session = kept
         return kept
 
@@ -316,37 +326,15 @@ class Generator:
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises ConfigError or DataError that names what is wrong with which requests; no work is done."""
-        data: list[Problem] = []
-        config: list[Problem] = []
-        known = set(getattr(self._outer, "peft_config", {}))
-        seen: set[tuple[str, int, int]] = set()
-        width = num_embeddings(self.model)
-        for request in requests:
-            name, length = f"request {request.id}", len(request.prompt_ids)
-            if not length:
-                data.append(Problem("the prompt is empty", "give at least one token (BOS)", field=name))
-            elif min(request.prompt_ids) < 0 or max(request.prompt_ids) >= width:
-                data.append(
-                    Problem(f"a token id is outside the model's [0, {width})", "use the model's tokenizer", field=name)
-                )
-            elif self.context_tokens is not None and length >= self.context_tokens:
-                text = f"the prompt has {length} tokens, the model's context {self.context_tokens}"
-                data.append(Problem(text, "shorten the prompt", field=name))
-            elif self.max_cache_tokens is not None and self._reserved(request) > self.max_cache_tokens:
-                text = f"prompt and answer may take {self._reserved(request)} tokens, the cache {self.max_cache_tokens}"
-                data.append(Problem(text, "raise max_cache_tokens or lower max_new_tokens", field=name))
-            for sample in request.samples:
-                if (key := (request.id, sample, request.attempt)) in seen:
-                    data.append(Problem("two requests have this id", "give every request an id of its own", field=name))
-                seen.add(key)
-            if request.params.stop and self.tokenizer is None:
-                config.append(Problem("stop texts need a tokenizer", "give one, or use stop_token_ids", field=name))
-            if request.adapter is not None and request.adapter not in known:
-                text = f"unknown adapter {request.adapter!r}; loaded: {', '.join(sorted(known)) or 'none'}"
-                config.append(Problem(text, "load it first, or correct the name", field=name))
-        for kind, problems in ((ConfigError, config), (DataError, data)):
-            if problems:
-                raise shortened(kind, problems)
+        check_requests(
+            requests,
+            vocabulary=embedding_rows(self.model),
+            context_tokens=self.context_tokens,
+            reserved=self._reserved,
+            max_cache_tokens=self.max_cache_tokens,
+            has_tokenizer=self.tokenizer is not None,
+            adapters=set(getattr(self._outer, "peft_config", {})),
+        )
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -388,10 +376,3 @@ def bar(progress: bool | str, total: int) -> Iterator[_Count]:
     label = progress if isinstance(progress, str) else "generate"
     with tqdm(total=total, desc=label, unit="seq", leave=False, disable=None if progress else True) as bar:
         yield bar.update
-
-
-def shortened(kind: type[MacpoError], problems: list[Problem]) -> MacpoError:
-    shown = problems[:MAX_PROBLEMS]
-    if len(problems) > len(shown):
-        shown.append(Problem(f"and {len(problems) - len(shown)} more like these"))
-    return kind(problems=shown)

@@ -33,7 +33,7 @@ def head_width(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     if head is None:
         raise ConfigError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
-    return int(head.weight.shape[0])
+    return int(getattr(head, "out_features", head.weight.shape[0]))  # a rank may have a part of the weight
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
@@ -44,9 +44,3 @@ def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or ())
     return frozenset(found)
-
-
-def num_embeddings(model: PreTrainedModel) -> int:
-    """Token ids that the model can read."""
-    table: Any = model.get_input_embeddings()
-    return int(table.weight.shape[0])

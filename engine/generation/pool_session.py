@@ -23,6 +23,8 @@ from macpo.engine.generation.kv_cache import LayerShape
 from macpo.engine.generation.kv_pool import KVPool, Need
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.request import Request
+from macpo.engine.generation.sampling import ALONE
+from macpo.engine.world import World
 from macpo.kernels import explain
 from macpo.kernels.paged_attention.op import why_not
 
@@ -99,10 +101,12 @@ def pool_why_not(layers: Mapping[int, LayerShape], block_tokens: int, device: to
     return ""
 
 
-def graphs_why_not(model: PreTrainedModel) -> str:
+def graphs_why_not(model: PreTrainedModel, team: World = ALONE) -> str:
     """Why decoding of the model cannot be captured, as far as that is known beforehand; empty where it may be."""
     if model.device.type != "cuda":
         return f"the model is on a {model.device.type.upper()}, not on a GPU"
+    if team.size > 1:
+        return "its layers are split over ranks, and what they say to each other is not captured"
     for op in ("paged_attention", "sample"):
         if (choice := explain(op, model.device)).backend != "triton":
             return f"{op} runs with {choice.backend}: {choice.why}"
@@ -130,9 +134,10 @@ class PoolSession:
         num_rows: int,
         num_blocks: int,
         shape: StepShape,
+        team: World = ALONE,
     ) -> None:
         self.pool = KVPool(num_blocks, block_tokens, layers, model.device)
-        self.step = DecodeStep(model, self.pool, num_rows, shape)
+        self.step = DecodeStep(model, self.pool, num_rows, shape, team)
         self._layers = dict(layers)
         self._device = model.device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}

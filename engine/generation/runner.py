@@ -15,8 +15,9 @@ from macpo.engine.attention import AttentionContext
 from macpo.engine.errors import Stopped
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.rows import Row
-from macpo.engine.generation.sampling import RowSampler
+from macpo.engine.generation.sampling import ALONE, RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.world import World
 from macpo.kernels import Segments
 
 CPU_PREFILL_TOKENS, PREFILL_TOKENS = 2048, 8192
@@ -56,8 +57,10 @@ class BatchRunner(ABC):
         tokenizer: object,
         should_stop: Callable[[], bool],
         adapters: StackedAdapters | None = None,
+        team: World = ALONE,
     ) -> None:
         self.model = model
+        self.team = team
         self.adapters = adapters
         self.scheduler = scheduler
         self.make_row = make_row
@@ -148,7 +151,7 @@ class BatchRunner(ABC):
         logits = next_logits(self.model, ids, context.segments.positions(), context, context.last_rows)
         rows = [row for _, own in part for row in own]
         counts = torch.tensor([len(own) for _, own in part], device=self.device)
-        sampler = RowSampler(rows, self.num_tokens, self.device)
+        sampler = RowSampler(rows, self.num_tokens, self.device, self.team)
         tokens, raw_logps, logps = (x.tolist() for x in sampler(logits.repeat_interleave(counts, 0)))
         for i, row in enumerate(rows):
             row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1])

@@ -12,15 +12,19 @@ from torch import Tensor
 
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
+from macpo.engine.world import World
 from macpo.kernels import SampleParams, sample
+
+ALONE = World()
 
 
 class RowSampler:
     """Draws the next token of fixed rows; made anew when the batch changes."""
 
-    def __init__(self, rows: Sequence[Row], num_tokens: int, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[Row], num_tokens: int, device: torch.device, team: World = ALONE) -> None:
         """num_tokens: ids at or above it are never drawn (a head wider than the tokenizer)."""
         self.num_tokens = num_tokens
+        self.team = team
         settings = [row.params for row in rows]
         seen = None
         if penalised(settings):
@@ -32,17 +36,18 @@ class RowSampler:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [B, W >= V] -> token ids int64 [B], raw and processed log-probs float32 [B]."""
-        return draw(logits, self.num_tokens, self.params, self.keys, self.counts)
+        return draw(logits, self.num_tokens, self.params, self.keys, self.counts, self.team)
 
 
 def draw(
-    logits: Tensor, num_tokens: int, params: SampleParams, keys: Tensor, counts: Tensor
+    logits: Tensor, num_tokens: int, params: SampleParams, keys: Tensor, counts: Tensor, team: World = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token a row; `params.seen` and `counts` are brought up to date in place.
 
     Args:
         logits: [B, W >= num_tokens] float.
         keys: [B, 3] int64 (`noise_key`); counts: [B] int64, tokens of each answer so far.
+        team: ranks that have the same logits and must go on alike: what the first one draws holds for all.
 
     Returns:
         Token ids int64 [B], raw and processed log-probs float32 [B]; waits for no device.
@@ -51,6 +56,7 @@ def draw(
     tokens, raw_logps, logps = sample(drawable, params, keys, counts)
     if logits.shape[1] > num_tokens:  # raw log-probs are those of the whole head
         raw_logps = raw_logps + drawable.float().logsumexp(-1) - logits.float().logsumexp(-1)
+    team.follow_(tokens, raw_logps, logps)
     if params.seen is not None:
         params.seen.scatter_(1, tokens[:, None], True)
     counts += 1

@@ -39,7 +39,7 @@ class SlotRunner(BatchRunner):
             return
         if self.adapters is not None:
             self.adapters.assign([row.request.adapter for row in rows])
-        sampler = RowSampler(rows, self.num_tokens, self.device)
+        sampler = RowSampler(rows, self.num_tokens, self.device, self.team)
         stops, offsets = _stop_table(rows, self.num_tokens, self.device)
         index = torch.arange(len(rows), device=self.device)
         tokens = torch.tensor([row.tokens[-1] if row.tokens else 0 for row in rows], device=self.device)

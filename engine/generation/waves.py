@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
+from macpo.engine.execute import agreed
 from macpo.engine.files import atomic_write, explained
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
@@ -55,7 +56,7 @@ def generate_waves(
         requests: (id, prompt token ids); ids are unique. They are cut into waves in the order of their ids.
         params: for all of them.
         messages: the dialogue of each id, for a served model that is asked by chat.
-        folder: shared by all ranks; a wave is assigned to a rank beforehand, longest first.
+        folder: shared by all ranks; a wave is assigned to a rank, or a team of them, beforehand, longest first.
         wave_requests: requests of a wave.
         purpose: keeps this call's noise apart from others with the same ids and seed.
         decode: text of an answer's token ids; default: the generator's own text. Stop texts are cut by the generator.
@@ -74,7 +75,8 @@ def generate_waves(
     """
     if wave_requests < 1:
         raise ConfigError(f"got {wave_requests}", "wave_requests must be at least 1", field="wave_requests")
-    world, asked = world or World.current(), should_stop or (lambda: False)
+    world, team = world or World.current(), generator.team
+    asked = team.any_of(should_stop or (lambda: False))
     samples = tuple(range(params.n))
     all_requests = [
         Request(id_, tuple(prompt), params, samples, purpose=purpose, messages=tuple((messages or {}).get(id_, ())))
@@ -85,10 +87,9 @@ def generate_waves(
     with explained(folder):
         (folder / "waves").mkdir(parents=True, exist_ok=True)
     stopped = False
-    for number in assigned([_cost(wave) for wave in waves], world):
-        path, digest = _path(folder, number), _digest(waves[number])
-        if read_wave(path, digest) is not None:
-            continue
+    mine = assigned([_cost(wave) for wave in waves], World(world.rank // team.size, world.size // team.size))
+    digests = {number: _digest(waves[number]) for number in mine}
+    for number in team.broadcast([n for n in mine if read_wave(_path(folder, n), digests[n]) is None]):
         label = f"{progress} {number + 1}/{len(waves)}" if isinstance(progress, str) else progress
         try:
             if asked():
@@ -97,7 +98,9 @@ def generate_waves(
         except Stopped:
             stopped = True
             break
-        atomic_write(path, _encode(rows, digest))
+        with agreed(team):
+            if team.is_main:
+                atomic_write(_path(folder, number), _encode(rows, digests[number]))
     if any(world.gather(stopped)):
         raise Stopped("stopped while generating; the finished waves are kept", "run the same command again")
     rows = [row for number, wave in enumerate(waves) for row in _committed(_path(folder, number), _digest(wave))]

@@ -1,0 +1,143 @@
+"""A model that no rank can hold alone: every layer split over a team of ranks, which generate in lockstep.
+
+The model's own plan says what is cut by its outputs and what by its inputs (`engine/tensor_parallel.py`). Training
+cuts into DTensors, whose dispatch costs a decode step more than its products do; here a rank keeps plain tensors, so
+packed weights, fused LoRA and stacked adapters run as on a whole model, and hooks put together what crosses ranks.
+
+LoRA follows its layer: B is cut with the outputs, A with the inputs. Vocabularies are cut into equal parts, the last
+one padded with rows of zeros that are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from macpo.engine.errors import ConfigError, ResourceError
+from macpo.engine.generation.multilora import why_not
+from macpo.engine.model import PolicyModule
+from macpo.engine.tensor_parallel import FIELD, head_counts, linear_parts, planned_layers
+from macpo.engine.world import World, team_of
+
+
+def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -> int:
+    """The fewest ranks that hold a copy together: a divisor of the ranks and of the model's heads.
+
+    Args:
+        fits: whether a part of the model fits on a rank, where so many share it.
+
+    Raises:
+        ResourceError: not even all ranks together are enough.
+    """
+    counts = head_counts(policy.base)
+    sizes = [n for n in range(1, world.size + 1) if not world.size % n and not any(c % n for c in counts.values())]
+    for size in sizes:
+        if fits(size):
+            return size
+    heads = " and ".join(f"{count} {name}" for name, count in counts.items())
+    raise ResourceError(
+        f"no rank can hold the base model, nor its part where {sizes[-1]} of {world.size} ranks split it ({heads})",
+        "raise compute.memory_gb, use more ranks, or a smaller model or dtype",
+        field="compute.memory_gb",
+    )
+
+
+@torch.no_grad()
+def split(policy: PolicyModule, world: World, size: int) -> PolicyModule:
+    """Split a frozen policy over teams of `size` ranks, in place, onto its `home`; all ranks of the world call it.
+
+    Its weights may be anywhere (a base that is mapped from its files is read only where it is kept). Its forward is
+    one of the whole team from now on, on the same tokens. `policy.team` is the team.
+
+    Raises:
+        ConfigError: no plan, or a kind of layer or a size that cannot be split, by name.
+    """
+    if size == 1:
+        return policy.to(policy.home)
+    team, model = team_of(world, size), policy.base
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    reason = why_not(policy.model) if isinstance(policy.model, PeftModel) else ""
+    if reason or not isinstance(embedding, nn.Embedding):
+        what = reason or f"its embedding is a {type(embedding).__name__}"
+        raise ConfigError(f"{type(model).__name__} cannot be split: {what}", "use plain layers and LoRA", field=FIELD)
+    base, *_ = linear_parts("the head", head)
+    tied = base.weight is embedding.weight
+    for name, module, kind in [*planned_layers(model, size), ("the head", head, "colwise_gather_output")]:
+        _split_linear(name, module, kind, team)
+    embedding.weight = base.weight if tied else _parameter(_part(embedding.weight, 0, team))
+    start = team.rank * embedding.weight.shape[0]
+    vars(embedding)["forward"] = partial(_embed, embedding, start, team)
+    policy.to(policy.home)
+    policy.team = team
+    return policy
+
+
+def _split_linear(name: str, module: nn.Module, kind: str, team: World) -> None:
+    """One linear layer, with the LoRA that it carries, and what its ranks say to each other."""
+    if kind == "replicated_with_grad_allreduce":  # a norm over the size of each head: every rank has its own heads
+        return
+    base, a, b = linear_parts(name, module)
+    by_outputs = kind in ("colwise", "colwise_gather_output")
+    whole = base.out_features if by_outputs else base.in_features
+    if whole % team.size and kind != "colwise_gather_output":
+        raise ConfigError(
+            f"{name} has width {whole}, which {team.size} ranks do not divide", "use fewer ranks", field=FIELD
+        )
+    dim = 0 if by_outputs else 1
+    for layer in [base, *(b if by_outputs else a)]:
+        layer.weight = _parameter(_part(layer.weight, dim, team))
+    if base.bias is not None:
+        bias = _part(base.bias, 0, team) if by_outputs else base.bias * (team.rank == 0)  # added up once
+        base.bias = _parameter(bias)
+    if kind == "colwise_gather_output":
+        module.register_forward_hook(partial(_gather, team, whole))
+    elif not by_outputs:
+        module.register_forward_hook(partial(_add_up, team))
+    if kind == "rowwise_split_input":
+        module.register_forward_pre_hook(partial(_own_inputs, team))
+
+
+def _part(weight: Tensor, dim: int, team: World) -> Tensor:
+    """This rank's of equal parts along a dimension, padded with zeros; memory of its own."""
+    rows = -(-weight.shape[dim] // team.size)
+    start = min(team.rank * rows, weight.shape[dim])
+    found = weight.detach().narrow(dim, start, min(rows, weight.shape[dim] - start))
+    part = weight.new_zeros(*(rows if d == dim else n for d, n in enumerate(weight.shape)))
+    part.narrow(dim, 0, found.shape[dim]).copy_(found)
+    return part
+
+
+def _parameter(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _total(y: Tensor, team: World) -> Tensor:
+    """Sum over the team: 16-bit numbers are added in float32, and rounded once."""
+    return team.sum_(y.to(torch.promote_types(y.dtype, torch.float32)).contiguous()).to(y.dtype)
+
+
+def _add_up(team: World, module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    return _total(y, team)
+
+
+def _gather(team: World, width: int, module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    """[..., part] of every rank -> [..., width]."""
+    return team.stack(y).movedim(0, -2).flatten(-2)[..., :width]
+
+
+def _own_inputs(team: World, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *rest = args
+    return (x.chunk(team.size, -1)[team.rank], *rest)
+
+
+def _embed(embedding: nn.Embedding, start: int, team: World, ids: Tensor) -> Tensor:
+    """Each rank looks up its own tokens; the others' are zeros in the sum."""
+    own = ids - start
+    inside = (own >= 0) & (own < embedding.weight.shape[0])
+    found: Tensor = type(embedding).forward(embedding, own.where(inside, 0))
+    return _total(found.masked_fill(~inside[..., None], 0), team)
