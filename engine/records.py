@@ -44,7 +44,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What one policy answered to one prompt."""
+    """What one policy answered to one prompt.
+
+    `sum_logp` is its log-prob (nats) under that policy as it was generated, the token that ended it included, and
+    `ids_digest` tells its token ids from others (`ids_digest`): the policy need not score these again.
+    """
 
     prompt_id: str
     agent: str
@@ -52,13 +56,20 @@ class Response:
     finished: bool
     num_tokens: int
     attempt: int = 0
+    sum_logp: float | None = None
+    ids_digest: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        return cls(**{name: row[name] for name in cls.__slots__})
+        return cls(**{name: row[name] for name in cls.__slots__ if name in row})
+
+
+def ids_digest(ids: Iterable[int]) -> str:
+    """Hash of an answer's token ids, the token that ended it included."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

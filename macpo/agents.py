@@ -34,7 +34,7 @@ from macpo.engine.model import PolicyModule, PolicyRef, check_vocab
 from macpo.engine.objectives import shared_sums
 from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import World, parallelize, spreads
-from macpo.engine.records import Message, Pair, Prompt, Response, read_records, write_records
+from macpo.engine.records import Message, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.scoring import ResponseScore, score
 
 
@@ -238,7 +238,15 @@ def generate_answers(
         progress=ctx.name,
     )
     responses = [
-        Response(row["id"], agent["name"], text, row["finish_reason"] == "stop", row["num_tokens"], row["attempt"])
+        Response(
+            row["id"],
+            agent["name"],
+            text,
+            row["finish_reason"] == "stop",
+            row["num_tokens"],
+            row["attempt"],
+            *_carried(row),
+        )
         for row in rows
         if (text := row["text"].strip())
     ]
@@ -246,6 +254,16 @@ def generate_answers(
     counts["resampled"] = sum(row["attempt"] > 0 for row in rows)
     ctx.note(tokens=sum(row["num_tokens"] for row in rows), **counts)
     return responses, counts
+
+
+def _carried(row: dict[str, Any]) -> tuple[float | None, str | None]:
+    """`sum_logp` and `ids_digest` of an answer; none where a server or a stop text ended it."""
+    ended = row["end_token"] is not None
+    if row["sum_logp"] is None or (row["finish_reason"] == "stop" and not ended):
+        return None, None
+    if not ended:
+        return row["sum_logp"], ids_digest(row["token_ids"])
+    return row["sum_logp"] + row["end_logp"], ids_digest([*row["token_ids"], row["end_token"]])
 
 
 def _asked(ctx: StageContext, chat: Chat | None, prompt: Prompt, served: ServedSettings | None) -> list[int] | None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
-from macpo.agents import agent_chat, encode, likelihoods, load_policy
+import torch
+
+from macpo.agents import Likelihood, agent_chat, encode, likelihoods, load_policy
+from macpo.engine.compute import dtype_of
 from macpo.engine.config import ComputeSettings
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl, write_jsonl
-from macpo.engine.records import Example, Prompt, Response, read_records, write_records
+from macpo.engine.pack import PrefixGroup
+from macpo.engine.records import Example, Prompt, Response, ids_digest, read_records, write_records
 from macpo.negatives import answers_by_agent, pick_answer, random_name
 
 Candidate = dict[str, Any]  # {"by", "text", "finished", "sum_logp", "num_tokens", "perplexity"}
 
 
 def score_candidates(compute: ComputeSettings, ctx: StageContext) -> None:
-    """The stage's policy scores every agent's answer to every prompt, K answers behind one shared prefix."""
+    """The stage's policy scores every agent's answer to every prompt, K answers behind one shared prefix.
+
+    What it has written itself (`settings["own"]`) it need not score again in float32, where the tokens of the text are
+    those that it drew. In 16 bits scoring and generation round differently, and reference log-probs come from here.
+    """
     answers = answers_by_agent(ctx, "answers")
     items: list[tuple[Prompt, list[Response]]] = []
     for prompt in read_records(ctx.input("data") / "student.jsonl", Prompt):
@@ -24,7 +34,15 @@ def score_candidates(compute: ComputeSettings, ctx: StageContext) -> None:
             items.append((prompt, given))
     chat = agent_chat(ctx)
     groups, kept = encode(ctx, chat, [(prompt, [(r.text, r.finished) for r in given]) for prompt, given in items])
-    scores = likelihoods(load_policy(compute, ctx), groups, compute, ctx.world, ctx.stop_requested)
+    own = ctx.settings.get("own") if dtype_of(compute) == torch.float32 else None
+    given_by_group = [items[index][1] for index in kept]
+    known = [
+        [as_generated(r, ids) if r.agent == own else None for r, ids in zip(given, group.responses, strict=True)]
+        for given, group in zip(given_by_group, groups, strict=True)
+    ]
+    scores = _with_known(compute, ctx, groups, known)
+    if own is not None:
+        ctx.note(scored_while_generated=sum(found is not None for group in known for found in group))
     rows = []
     for index, results in zip(kept, scores, strict=True):
         prompt, given = items[index]
@@ -43,6 +61,29 @@ def score_candidates(compute: ComputeSettings, ctx: StageContext) -> None:
     if ctx.world.is_main:
         write_jsonl(ctx.dir / "candidates.jsonl", rows)
     ctx.note(tokens=sum(len(g.prompt_ids) + sum(map(len, g.responses)) for g in groups))
+
+
+def as_generated(response: Response, ids: list[int]) -> Likelihood | None:
+    """An answer's likelihood under its author, as far as it is known: of these very token ids."""
+    if response.sum_logp is None or response.ids_digest != ids_digest(ids):
+        return None
+    return Likelihood(response.sum_logp, len(ids))
+
+
+def _with_known(
+    compute: ComputeSettings, ctx: StageContext, groups: list[PrefixGroup], known: list[list[Likelihood | None]]
+) -> list[list[Likelihood]]:
+    """The likelihoods of all responses; only those that are not known are scored."""
+    todo = [
+        PrefixGroup(group.prompt_ids, [ids for ids, one in zip(group.responses, own, strict=True) if one is None])
+        for group, own in zip(groups, known, strict=True)
+    ]
+    asked = [group for group in todo if group.responses]
+    found: Iterator[Likelihood] = iter(())
+    if asked:
+        scores = likelihoods(load_policy(compute, ctx), asked, compute, ctx.world, ctx.stop_requested)
+        found = chain.from_iterable(scores)
+    return [[next(found) if one is None else one for one in own] for own in known]
 
 
 def choose(candidates: list[Candidate], selection: str, seed: int, prompt_id: str) -> tuple[int, str]:

@@ -252,8 +252,11 @@ class Steps(Builder):
         ready = agent.positive if start is None and t > 0 else None
         inputs = self.base(agent) | {"data": self.data} | ({"policy": start} if start else {})
         inputs |= {f"answers:{name}": stage for name, stage in answers.items()}
+        settings = self.policy_settings(agent, ready)
+        if agent.name in answers and t > 0 and self.plan.graph.stage(answers[agent.name]).inputs.get("policy") == start:
+            settings["own"] = agent.name  # the answers were drawn by the very weights that score them
         name = f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score"
-        return self.add(name, self.compute(positives.score_candidates), self.policy_settings(agent, ready), inputs)
+        return self.add(name, self.compute(positives.score_candidates), settings, inputs)
 
     def negatives_for(
         self,

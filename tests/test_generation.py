@@ -177,6 +177,9 @@ def test_first_token_may_end_the_answer_and_one_token_is_a_budget(llama: PreTrai
     stopping = SamplingParams(temperature=0, max_new_tokens=9, ignore_eos=True, stop_token_ids=(firsts[1][0],))
     sample = Generator(llama, max_batch=2).generate(prompts, stopping)[1].samples[0]
     assert (sample.token_ids, sample.raw_logps, sample.finish_reason) == ([], [], "stop")
+    wanted = teacher_forced(llama, prompts[1], [])[0].log_softmax(-1)[firsts[1][0]]
+    assert (sample.end_token, sample.end_logp) == (firsts[1][0], pytest.approx(float(wanted), abs=1e-5))
+    assert Generator(llama).generate(prompts, greedy)[1].samples[0].end_token is None
 
 
 def test_every_prompt_may_have_params_of_its_own(llama: PreTrainedModel) -> None:
@@ -231,7 +234,7 @@ def test_stop_texts_cut_text_and_tokens(llama: PreTrainedModel) -> None:
     ):
         got, text = sample.samples[0], full.text or ""
         assert got.text == text[: text.index(end)]
-        assert got.finish_reason == "stop"
+        assert (got.finish_reason, got.end_token, got.end_logp) == ("stop", None, None)
         kept = len(got.token_ids)
         assert got.token_ids == full.token_ids[:kept] and len(got.raw_logps) == kept
         assert len(tokenizer.decode(got.token_ids, skip_special_tokens=True)) >= len(got.text)

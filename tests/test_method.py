@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,16 @@ from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.compute import model_pool
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
-from macpo.engine.files import read_jsonl
+from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.model import PolicyRef
 from macpo.engine.parallel import World
-from macpo.engine.records import Pair, Prompt, Response, read_records, write_records
+from macpo.engine.records import Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.run_folder import folder_of
 from macpo.engine.stopping import StopFlag
 from macpo.iteration import build_plan
 from macpo.launch import run
 from macpo.pairs import teacher_pairs
+from macpo.positives import as_generated
 from macpo.prompts import read_sources
 
 
@@ -186,6 +188,48 @@ def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) 
     teachers = summary["arms"]["no-mutual"]["teacher0"]["scores"]
     assert teachers[0]["gold"] == teachers[1]["gold"]
     assert [s["iteration"] for s in summary["arms"]["filtered-labels"]["student"]["scores"]] == [0]
+
+
+def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None:
+    """The log-probs of generation are those that scoring would give, and the reference of the first step."""
+    answers = folder_of(with_arms, "own-positives.init-student-answer")
+    policy = str(folder_of(with_arms, "init-student-positive") / "policy")
+    scores = folder_of(with_arms, "own-positives.iter1-student-score")
+    rows = [row for _, row in read_jsonl(scores / "candidates.jsonl")]
+    counted = read_json(scores / "timing.json")["counts"]["scored_while_generated"]
+    given = {r.prompt_id: r for r in read_records(answers / "responses.jsonl", Response)}
+    reused = [row for row in rows if row["candidates"][0]["sum_logp"] == given[row["prompt_id"]].sum_logp]
+    assert len(reused) == counted > len(rows) // 2
+
+    chat = Chat(load_tokenizer(policy), "vicuna")
+    prompts = {p.id: p for p in read_records(folder_of(with_arms, "data") / "student.jsonl", Prompt)}
+    items = [(prompts[row["prompt_id"]], row["candidates"][0]) for row in rows]
+    groups = [
+        chat.group(prompt.messages, [(one["text"], one["finished"])], max_tokens=64, max_prompt_tokens=52)
+        for prompt, one in items
+    ]
+    compute = tiny(with_arms).compute
+    wanted = likelihoods(
+        model_pool(compute, False).policy(PolicyRef(policy)), [g for g in groups if g], compute, World()
+    )
+    for row, (scored,) in zip(rows, wanted, strict=True):
+        (one,) = row["candidates"]
+        assert (one["sum_logp"], one["num_tokens"]) == (pytest.approx(scored.sum_logp, rel=1e-5), scored.num_tokens)
+    assert any(one["finished"] for _, one in items) and not all(one["finished"] for _, one in items)
+    (_, first), *_ = read_jsonl(folder_of(with_arms, "own-positives.iter1-student-train") / "metrics.jsonl")
+    assert first["loss"] - 0.2 * first["sft_loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+    main = read_json(folder_of(with_arms, "iter1-student-score") / "timing.json")["counts"]
+    assert "scored_while_generated" not in main, "the teachers' answers are nobody's own here"
+
+
+def test_only_the_tokens_that_were_drawn_count_as_known() -> None:
+    ids = [5, 6, 2]
+    response = Response("a", "student", "x", True, 2, 0, -3.5, ids_digest(ids))
+    known = as_generated(response, ids)
+    assert known is not None and (known.sum_logp, known.num_tokens) == (-3.5, 3)
+    assert as_generated(response, [5, 6]) is None and as_generated(response, [5, 62]) is None
+    assert as_generated(replace(response, sum_logp=None), ids) is None
 
 
 def test_no_pair_left_names_the_counts(tmp_path: Path) -> None:

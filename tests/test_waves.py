@@ -48,6 +48,7 @@ def test_rows_and_files(whole: tuple[list[dict[str, Any]], dict[str, bytes]]) ->
     for row in rows:
         assert row["num_tokens"] == len(row["token_ids"])
         assert row["finish_reason"] == ("length" if row["num_tokens"] == 9 else "stop")
+        assert (row["end_token"] is None) == (row["end_logp"] is None) == (row["finish_reason"] == "length")
         assert row["empty"] == (not row["text"].strip())
         assert row["sum_logp"] <= 0
 

@@ -72,6 +72,10 @@ class Sample:
     logps: list[float] | None
     finish_reason: FinishReason
     text: str | None = None
+    end_token: int | None = None
+    """The EOS or stop token that ended it."""
+    end_logp: float | None = None
+    """Raw log-prob of `end_token`."""
     counted: int | None = None
     """Tokens as a server counts them, its end token included, where `token_ids` are not known."""
 

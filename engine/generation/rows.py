@@ -14,7 +14,9 @@ from macpo.engine.generation.request import FinishReason, Request, Sample
 class Row:
     """A sequence that is being generated; `done` once its answer is known to have ended."""
 
-    __slots__ = ("budget", "done", "ended", "index", "logps", "raw_logps", "request", "sample", "stop_ids", "tokens")
+    __slots__ = (
+        "budget", "done", "end", "ended", "index", "logps", "raw_logps", "request", "sample", "stop_ids", "tokens"
+    )  # fmt: skip
 
     def __init__(self, index: int, request: Request, sample: int, budget: int, stop_ids: frozenset[int]) -> None:
         self.index = index
@@ -29,6 +31,8 @@ class Row:
         self.done = False
         self.ended = False
         """A stop token or stop text came."""
+        self.end: tuple[int, float] | None = None
+        """The stop token and its raw log-prob."""
 
     @property
     def params(self) -> SamplingParams:
@@ -49,6 +53,8 @@ class Row:
         self.raw_logps += raw_logps[:end]
         self.logps += logps[:end]
         self.ended = end < keep
+        if self.ended:
+            self.end = tokens[end], raw_logps[end]
         self.done = self.ended or len(self.tokens) == self.budget
 
     def finish(self, tokenizer: Any) -> Sample:
@@ -58,15 +64,15 @@ class Row:
                 f"the model's logits for request {self.request.id} are not finite",
                 "check the weights, or generate in float32",
             )
-        keep, text = len(self.tokens), None
+        keep, text, end = len(self.tokens), None, self.end or (None, None)
         if tokenizer is not None:
             text = decode(tokenizer, self.tokens)
             cut = find_stop(tokenizer, self.tokens, self.params.stop)
             if cut is not None:
-                keep, text = cut
+                (keep, text), end = cut, (None, None)
                 self.ended = True
         reason: FinishReason = "stop" if self.ended else "length"
-        return Sample(self.tokens[:keep], self.raw_logps[:keep], self.logps[:keep], reason, text)
+        return Sample(self.tokens[:keep], self.raw_logps[:keep], self.logps[:keep], reason, text, *end)
 
     def stopped_in_tail(self, tokenizer: Any, num_new: int) -> bool:
         """Whether a stop text seems to lie in the newest tokens; `finish` decides on the whole answer."""

@@ -248,7 +248,7 @@ class ServedGenerator:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         elif ids is None:
             counted = getattr(usage, "completion_tokens", None) or 0
-        return Sample(list(ids or []), None, None, _REASONS[reason], text, counted)
+        return Sample(list(ids or []), None, None, _REASONS[reason], text, counted=counted)
 
     def _without_end(self, text: str, ids: list[int] | None, params: SamplingParams) -> tuple[str, list[int] | None]:
         """Drops the token that ended an answer; servers send it along, as text too where it is not marked special."""

@@ -29,7 +29,7 @@ from macpo.engine.records import Message
 
 log = logging.getLogger(__name__)
 
-WAVE_SCHEMA = 1
+WAVE_SCHEMA = 2
 """Part of a wave's digest; files of another schema are written anew."""
 
 Row = dict[str, Any]
@@ -65,7 +65,9 @@ def generate_waves(
 
     Returns:
         On every rank all rows, by id and sample:
-        {"id", "sample", "attempt", "token_ids", "text", "sum_logp", "num_tokens", "finish_reason", "empty"}.
+        {"id", "sample", "attempt", "token_ids", "end_token", "text", "sum_logp", "end_logp", "num_tokens",
+        "finish_reason", "empty"}.
+        end_token: what ended it; null where it did not end by a token. end_logp: its raw log-prob.
         sum_logp: sum of the raw log-probs in nats, end token not included; null where a server gives none.
         text: null without tokenizer.
         empty: no text but white space, even though it was drawn a second time (attempt 1; never when greedy).
@@ -211,8 +213,10 @@ def _row(request: Request, index: int, sample: Sample, decode: Decode | None) ->
         "sample": index,
         "attempt": request.attempt,
         "token_ids": sample.token_ids,
+        "end_token": sample.end_token,
         "text": text,
         "sum_logp": None if sample.raw_logps is None else math.fsum(sample.raw_logps),
+        "end_logp": sample.end_logp,
         "num_tokens": sample.num_tokens,
         "finish_reason": sample.finish_reason,
         "empty": not (sample.token_ids if text is None else text.strip()),
