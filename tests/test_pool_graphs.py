@@ -63,7 +63,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replay]]:
         return made[-1]
 
     monkeypatch.setattr(pool_session, "_capture", capture)
-    monkeypatch.setattr(generator, "graphs_why_not", pool_session.waiting_part)
+    monkeypatch.setattr(generator, "graphs_why_not", lambda model, team: pool_session.waiting_part(model))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     yield made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from generation_checks import some_prompts
 from wave_job import PARAMS, run
 
+from macpo.engine import progress
 from macpo.engine.errors import ConfigError, DataError, Stopped
 from macpo.engine.generation import SamplingParams
 from macpo.engine.generation.waves import assigned
@@ -87,6 +89,38 @@ def test_stopped_and_resumed(whole: tuple[list[dict[str, Any]], dict[str, bytes]
     assert len(kept) == 2 and kept.items() <= files.items()
     assert run(tmp_path) == rows
     assert contents(tmp_path) == files
+
+
+def test_progress_counts_every_answer_and_token(
+    whole: tuple[list[dict[str, Any]], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line every 30 seconds where nobody watches; what an earlier attempt wrote counts as done, but not as speed."""
+    rows, files = whole
+    (tmp_path / "waves").mkdir()
+    (tmp_path / "waves" / "0000.jsonl").write_bytes(files["0000.jsonl"])
+    counts: list[tuple[int, int]] = []
+    add = progress.GenerationProgress.add
+
+    def noted(self: progress.GenerationProgress, answers: int = 0, tokens: int = 0) -> None:
+        counts.append((answers, tokens))
+        add(self, answers, tokens)
+
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(progress.GenerationProgress, "add", noted)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    assert run(tmp_path, progress="student-answer") == rows
+    assert sum(answers for answers, _ in counts) == 14  # one that is drawn a second time is still one
+    first = [row["num_tokens"] for row in rows[6:] if not row["attempt"]]
+    assert sum(tokens for _, tokens in counts) == sum(first) > 0  # those that were empty had none
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3 and all(line.startswith("student-answer: ") for line in lines)
+    assert re.fullmatch(r"student-answer: \d+/20 answers \d+ tok/s( ETA \d:\d\d:\d\d)?", lines[-1]), lines[-1]
+    assert int(lines[0].split()[1].split("/")[0]) >= 6
+    run(tmp_path, progress="student-answer")
+    assert not capsys.readouterr().err, "nothing is left to write"
 
 
 def test_killed_while_a_wave_is_written(whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path) -> None:

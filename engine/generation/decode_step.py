@@ -23,13 +23,11 @@ from macpo.engine.generation.kv_pool import TRASH, KVPool
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
-from macpo.engine.generation.runner import next_logits
+from macpo.engine.generation.runner import LOG_STEPS, next_logits
 from macpo.engine.generation.sampling import ALONE, draw, mark_seen, noise_key, penalised, sample_params
 from macpo.engine.world import World
 from macpo.kernels import SampleParams
 
-LOG_STEPS = 64
-"""Steps that the log holds."""
 _INTS = ("token", "position", "to_go", "count", "adapter", "seed", "top_k")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 

@@ -29,6 +29,7 @@ from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.loading import embedding_rows
 from macpo.engine.probe import expected_window
+from macpo.engine.progress import Count
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,10 @@ class HfRunner:
         num_tokens: int,
         tokenizer: object,
         should_stop: Callable[[], bool],
+        count: Count,
     ) -> None:
         self.model = model
+        self.count = count
         self.max_batch = max_batch
         self.num_tokens = num_tokens
         self.tokenizer = tokenizer
@@ -120,7 +123,8 @@ class HfRunner:
 
     def _generate(self, rows: Sequence[Row]) -> None:
         ids = torch.tensor([row.request.prompt_ids for row in rows], device=self.model.device)
-        sampler = _Sampler(rows, RowSampler(rows, self.num_tokens, self.model.device), self.tokenizer, self.should_stop)
+        inner = RowSampler(rows, self.num_tokens, self.model.device)
+        sampler = _Sampler(rows, inner, self.tokenizer, self.should_stop, self.count)
         own, self.model.generation_config = (
             self.model.generation_config,
             GenerationConfig(),
@@ -143,9 +147,15 @@ class _Sampler(LogitsProcessor):
     """Draws the token and leaves `generate` no other choice."""
 
     def __init__(
-        self, rows: Sequence[Row], sampler: RowSampler, tokenizer: object, should_stop: Callable[[], bool]
+        self,
+        rows: Sequence[Row],
+        sampler: RowSampler,
+        tokenizer: object,
+        should_stop: Callable[[], bool],
+        count: Count,
     ) -> None:
         self.rows = rows
+        self.count = count
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.should_stop = should_stop
@@ -158,10 +168,12 @@ class _Sampler(LogitsProcessor):
         self.step += 1
         look = self.step % STOP_TEXT_STEPS == 0
         columns = (column[:, None].tolist() for column in (tokens, raw_logps, logps))
+        num_new = 0
         for row, *new in zip(self.rows, *columns, strict=True):
-            row.extend(*new)
+            num_new += row.extend(*new)
             if look and row.params.stop and not row.done:
                 row.done = row.stopped_in_tail(self.tokenizer, STOP_TEXT_STEPS)
+        self.count(tokens=num_new)
         return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
 
 

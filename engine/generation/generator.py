@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError
@@ -42,6 +41,7 @@ from macpo.engine.generation.runner import BatchRunner
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.engine.generation.slot_runner import SlotRunner
 from macpo.engine.loading import embedding_rows
+from macpo.engine.progress import Count, counted
 from macpo.engine.world import World
 
 _log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Generator:
         *,
         request_ids: Sequence[str] | None = None,
         adapters: str | Sequence[str | None] | None = None,
-        progress: bool | str = False,
+        progress: Count | str | bool = False,
     ) -> list[Output]:
         """Answers every prompt `params.n` times.
 
@@ -129,7 +129,7 @@ class Generator:
             params: one for all, or one a prompt.
             request_ids: what the noise is keyed by; default: hash of the prompt and the number of its occurrence.
             adapters: name of a loaded peft adapter, for all or one a prompt; None leaves the active one.
-            progress: shows a bar, with this label where it is a text.
+            progress: shows answers, tokens/s and time left, with this label where it is a text; or counts there.
 
         Returns:
             An Output a prompt, in the order of `prompts`.
@@ -153,7 +153,7 @@ class Generator:
         self,
         requests: Sequence[Request],
         *,
-        progress: bool | str = False,
+        progress: Count | str | bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Output]:
         """As `generate`, for requests that also choose samples and attempt; raises Stopped when asked to."""
@@ -161,23 +161,23 @@ class Generator:
         found: dict[tuple[int, int], Sample] = {}
         steps, total = max(map(self._budget, requests), default=0), sum(len(r.samples) for r in requests)
         shown = progress if self.team.is_main else False
-        with self._ready(), packed_linears(self._outer, steps), bar(shown, total) as count:
+        with self._ready(), packed_linears(self._outer, steps), counted(shown, total) as count:
 
             def on_done(row: Row) -> None:
                 found[row.index, row.sample] = row.finish(self.tokenizer)
-                count(1)
+                count(answers=1)
 
             stop = self.team.any_of(should_stop or _never)
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
             stacked = self._stacked(names) if len(names) > 1 else None
             if stacked is not None:
                 with stacked.active():
-                    self._run(requests, list(range(len(requests))), on_done, stop, stacked)
+                    self._run(requests, list(range(len(requests))), on_done, count, stop, stacked)
                 names = []
             for name in names:
                 with self._adapter(name):
                     indices = [i for i, request in enumerate(requests) if request.adapter == name]
-                    self._run(requests, indices, on_done, stop)
+                    self._run(requests, indices, on_done, count, stop)
         return [Output(request.id, [found[i, s] for s in request.samples]) for i, request in enumerate(requests)]
 
     def _run(
@@ -185,6 +185,7 @@ class Generator:
         requests: Sequence[Request],
         indices: list[int],
         on_done: Callable[[Row], None],
+        count: Count,
         should_stop: Callable[[], bool],
         adapters: StackedAdapters | None = None,
     ) -> None:
@@ -199,16 +200,14 @@ class Generator:
             raise ConfigError("a model that bypasses the attention hook cannot be split", "use one that fits a rank")
         if layers is None:
             self._refuse_graphs("the model bypasses the attention hook")
-            HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop).run(
-                [self._row(i, requests[i], sample) for i in indices for sample in requests[i].samples], on_done
-            )
+            runner = HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop, count)
+            runner.run([self._row(i, requests[i], sample) for i in indices for sample in requests[i].samples], on_done)
             return
         options: dict[str, Any] = {"make_row": make_row, "num_tokens": self.num_tokens, "tokenizer": self.tokenizer}
-        options |= {"should_stop": should_stop, "adapters": adapters, "team": self.team}
+        options |= {"should_stop": should_stop, "adapters": adapters, "team": self.team, "count": count}
         with attention_hook(self.model):
             pool = self._uses_pool(layers)
-            runner = self._pool_runner(part, layers, **options) if pool else self._slot_runner(part, **options)
-            runner.run(on_done)
+            (self._pool_runner(part, layers, **options) if pool else self._slot_runner(part, **options)).run(on_done)
 
     def _slot_runner(self, part: Sequence[Request], **options: Any) -> BatchRunner:
         self._refuse_graphs("the cache is in slots")
@@ -364,15 +363,3 @@ class Generator:
             kept = set(map(id, needs))
             for parameter in outer.parameters():
                 parameter.requires_grad_(id(parameter) in kept)
-
-
-class _Count(Protocol):
-    def __call__(self, n: int) -> object: ...
-
-
-@contextmanager
-def bar(progress: bool | str, total: int) -> Iterator[_Count]:
-    """A bar on the terminal; none where stderr is a file."""
-    label = progress if isinstance(progress, str) else "generate"
-    with tqdm(total=total, desc=label, unit="seq", leave=False, disable=None if progress else True) as bar:
-        yield bar.update

@@ -43,10 +43,10 @@ class Row:
         """Where the newest token will lie in the cache."""
         return len(self.request.prompt_ids) + len(self.tokens) - 1
 
-    def extend(self, tokens: Sequence[int], raw_logps: Sequence[float], logps: Sequence[float]) -> None:
-        """Takes new tokens up to the budget or the first stop token; a done row takes none."""
+    def extend(self, tokens: Sequence[int], raw_logps: Sequence[float], logps: Sequence[float]) -> int:
+        """Takes new tokens up to the budget or the first stop token, and says how many; a done row takes none."""
         if self.done:
-            return
+            return 0
         keep = min(len(tokens), self.budget - len(self.tokens))
         end = next((i for i in range(keep) if tokens[i] in self.stop_ids), keep)
         self.tokens += tokens[:end]
@@ -56,6 +56,7 @@ class Row:
         if self.ended:
             self.end = tokens[end], raw_logps[end]
         self.done = self.ended or len(self.tokens) == self.budget
+        return end
 
     def finish(self, tokenizer: Any) -> Sample:
         """The sample, cut before a stop text."""

@@ -17,6 +17,7 @@ from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import ALONE, RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.progress import Count, uncounted
 from macpo.engine.world import World
 from macpo.kernels import Segments
 
@@ -26,6 +27,8 @@ STOP_TEXT_STEPS = 8
 """Decode steps between two looks for stop texts."""
 STOP_CHECK_STEPS = 16
 """Decode steps between two questions whether the run should stop."""
+LOG_STEPS = 64
+"""Decode steps at most between two times that the rows take what was drawn."""
 
 MakeRow = Callable[[Group, int], Row]
 Part = Sequence[tuple[Group, list[Row]]]
@@ -58,8 +61,10 @@ class BatchRunner(ABC):
         should_stop: Callable[[], bool],
         adapters: StackedAdapters | None = None,
         team: World = ALONE,
+        count: Count = uncounted,
     ) -> None:
         self.model = model
+        self.count = count
         self.team = team
         self.adapters = adapters
         self.scheduler = scheduler
@@ -153,16 +158,18 @@ class BatchRunner(ABC):
         counts = torch.tensor([len(own) for _, own in part], device=self.device)
         sampler = RowSampler(rows, self.num_tokens, self.device, self.team)
         tokens, raw_logps, logps = (x.tolist() for x in sampler(logits.repeat_interleave(counts, 0)))
-        for i, row in enumerate(rows):
-            row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1])
+        new = [row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1]) for i, row in enumerate(rows)]
+        self.count(tokens=sum(new))
 
     def _take(self, steps: Sequence[Tensor], look_for_text: bool) -> int:
         """Hands the rows tokens, raw and processed log-probs [n, steps]; returns how many rows are done."""
         columns = [x.tolist() for x in steps]
+        num_new = 0
         for row, tokens, raw_logps, logps in zip(self.rows, *columns, strict=True):
-            row.extend(tokens, raw_logps, logps)
+            num_new += row.extend(tokens, raw_logps, logps)
             if look_for_text and row.params.stop and not row.done:
                 row.done = row.stopped_in_tail(self.tokenizer, len(tokens))
+        self.count(tokens=num_new)
         return sum(row.done for row in self.rows)
 
     def _worth_changing(self, num_done: int, num_free_blocks: int = 0) -> bool:

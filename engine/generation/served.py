@@ -22,10 +22,10 @@ from macpo.engine.config import ServedSettings
 from macpo.engine.connection import Connection, Unavailable
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.checks import shortened
-from macpo.engine.generation.generator import bar
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.request import FinishReason, Output, Request, Sample, content_ids, request_key
 from macpo.engine.generation.rows import decode
+from macpo.engine.progress import Count, counted
 from macpo.engine.records import Message, Prompt
 from macpo.engine.world import World
 
@@ -74,7 +74,7 @@ class ServedGenerator:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         request_ids: Sequence[str] | None = None,
-        progress: bool | str = False,
+        progress: Count | str | bool = False,
     ) -> list[Output]:
         """Answers every prompt `params.n` times; prompts are token ids for `completions`, dialogues for `chat`.
 
@@ -98,7 +98,7 @@ class ServedGenerator:
         self,
         requests: Sequence[Request],
         *,
-        progress: bool | str = False,
+        progress: Count | str | bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Output]:
         """The answers, `settings.concurrency` requests at a time; one call of the server a sample.
@@ -109,7 +109,7 @@ class ServedGenerator:
         """
         self.check(requests)
         jobs = [(request, sample) for request in requests for sample in request.samples]
-        with bar(progress, len(jobs)) as count:
+        with counted(progress, len(jobs)) as count:
             samples = iter(_finished(self._all(jobs, count, should_stop or (lambda: False))))
         return [Output(request.id, [next(samples) for _ in request.samples]) for request in requests]
 
@@ -144,7 +144,7 @@ class ServedGenerator:
             raise shortened(DataError, data)
 
     async def _all(
-        self, jobs: Sequence[tuple[Request, int]], count: Callable[[int], object], should_stop: Callable[[], bool]
+        self, jobs: Sequence[tuple[Request, int]], count: Count, should_stop: Callable[[], bool]
     ) -> list[Sample]:
         """Samples in the order of the jobs. The first failure, or a stop, ends all that is under way."""
         gate = asyncio.Semaphore(self.settings.concurrency)
@@ -162,8 +162,7 @@ class ServedGenerator:
                         raise Stopped("stopped while generating", "run the same command again")
                     done, waiting = await asyncio.wait(waiting, timeout=POLL_S, return_when=asyncio.FIRST_EXCEPTION)
                     for task in done:
-                        task.result()
-                        count(1)
+                        count(answers=1, tokens=task.result().num_tokens)
                 return [task.result() for task in tasks]
             finally:
                 for task in tasks:

@@ -11,7 +11,7 @@ from torch import Tensor
 from macpo.engine.generation.context import DecodeAttention, PrefillAttention
 from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.rows import Row
-from macpo.engine.generation.runner import STOP_CHECK_STEPS, STOP_TEXT_STEPS, BatchRunner, Part, next_logits
+from macpo.engine.generation.runner import LOG_STEPS, STOP_CHECK_STEPS, STOP_TEXT_STEPS, BatchRunner, Part, next_logits
 from macpo.engine.generation.sampling import RowSampler
 
 
@@ -79,8 +79,8 @@ class SlotRunner(BatchRunner):
 
 
 def _steps_left(rows: Sequence[Row]) -> int:
-    """Steps until a live row reaches its budget."""
-    return min((row.budget - len(row.tokens) for row in rows if not row.done), default=0)
+    """Steps until a live row reaches its budget or the log is long enough."""
+    return min(LOG_STEPS, min((row.budget - len(row.tokens) for row in rows if not row.done), default=0))
 
 
 def _stop_table(rows: Sequence[Row], num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
 from macpo.engine.generation.served import ServedGenerator
 from macpo.engine.parallel import World
+from macpo.engine.progress import Count, counted
 from macpo.engine.records import Message
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def generate_waves(
         purpose: keeps this call's noise apart from others with the same ids and seed.
         decode: text of an answer's token ids; default: the generator's own text. Stop texts are cut by the generator.
         should_stop: asked between decode steps; the wave under way is then dropped.
-        progress: bar, with this label where it is a text.
+        progress: shows answers, tokens/s and time left of rank 0's share, with this label where it is a text.
 
     Returns:
         On every rank all rows, by id and sample:
@@ -89,20 +90,24 @@ def generate_waves(
     with explained(folder):
         (folder / "waves").mkdir(parents=True, exist_ok=True)
     stopped = False
-    mine = assigned([_cost(wave) for wave in waves], World(world.rank // team.size, world.size // team.size))
+    shares = world.size // team.size
+    mine = assigned([_cost(wave) for wave in waves], World(world.rank // team.size, shares))
     digests = {number: _digest(waves[number]) for number in mine}
-    for number in team.broadcast([n for n in mine if read_wave(_path(folder, n), digests[n]) is None]):
-        label = f"{progress} {number + 1}/{len(waves)}" if isinstance(progress, str) else progress
-        try:
-            if asked():
-                raise Stopped("stopped between two waves", "run the same command again")
-            rows = _answer(generator, waves[number], decode, asked, label)
-        except Stopped:
-            stopped = True
-            break
-        with agreed(team):
-            if team.is_main:
-                atomic_write(_path(folder, number), _encode(rows, digests[number]))
+    todo = team.broadcast([n for n in mine if read_wave(_path(folder, n), digests[n]) is None])
+    left, total = (sum(len(waves[n]) * params.n for n in numbers) for numbers in (todo, mine))
+    label = f"{progress} (share 1 of {shares})" if isinstance(progress, str) and shares > 1 else progress
+    with counted(label if left and world.is_main else False, total, total - left) as count:
+        for number in todo:
+            try:
+                if asked():
+                    raise Stopped("stopped between two waves", "run the same command again")
+                rows = _answer(generator, waves[number], decode, asked, count)
+            except Stopped:
+                stopped = True
+                break
+            with agreed(team):
+                if team.is_main:
+                    atomic_write(_path(folder, number), _encode(rows, digests[number]))
     if any(world.gather(stopped)):
         raise Stopped("stopped while generating; the finished waves are kept", "run the same command again")
     rows = [row for number, wave in enumerate(waves) for row in _committed(_path(folder, number), _digest(wave))]
@@ -183,10 +188,10 @@ def _answer(
     wave: Sequence[Request],
     decode: Decode | None,
     should_stop: Callable[[], bool],
-    progress: bool | str,
+    count: Count,
 ) -> list[Row]:
     """Rows of one wave; empty answers are drawn once more."""
-    outputs = generator.run(wave, progress=progress, should_stop=should_stop)
+    outputs = generator.run(wave, progress=count, should_stop=should_stop)
     rows = [
         _row(request, index, sample, decode)
         for request, output in zip(wave, outputs, strict=True)
