@@ -73,7 +73,7 @@ class PolicyModule(nn.Module):
     Attributes:
         mesh: the ranks that it is spread over, by `parallelize`; None is a whole model on this rank.
         data: the ranks that hold different groups of a step, where tensor parallelism makes them fewer than all.
-        team: the ranks that it is split over for generation alone, by `generation.split`.
+        team: the ranks that it is split over for generation alone, by `generation.split_policy`.
 
     Raises:
         ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/probe.py`).

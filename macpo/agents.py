@@ -29,7 +29,7 @@ from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.served import OPTIONS
-from macpo.engine.generation.split import split, team_size
+from macpo.engine.generation.split import split_policy, team_size
 from macpo.engine.model import PolicyModule, PolicyRef, check_vocab
 from macpo.engine.objectives import shared_sums
 from macpo.engine.pack import PrefixGroup
@@ -140,7 +140,7 @@ def load_writer(compute: ComputeSettings, ctx: StageContext) -> PolicyModule:
         return policy
     ranks = team_size(policy, lambda ranks: pool.fits(ref.base, ranks), ctx.world)
     pool.make_room(ref.base, ranks)
-    return split(policy, ctx.world, ranks)
+    return split_policy(policy, ctx.world, ranks)
 
 
 @dataclass(frozen=True, slots=True)

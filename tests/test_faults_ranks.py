@@ -37,7 +37,7 @@ from training import (
 from macpo.engine.config import ParallelSettings
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
-from macpo.engine.generation.split import split
+from macpo.engine.generation.split import split_policy
 from macpo.engine.model import PolicyModule
 from macpo.engine.parallel import World
 from macpo.engine.plan import Plan
@@ -176,7 +176,7 @@ def test_generation_stops_on_all_ranks_and_goes_on_to_the_same_rows(tmp_path: Pa
 
     def answered(world: World, should_stop: Callable[[], bool] | None = None, at: str = "run") -> list[dict[str, Any]]:
         policy = PolicyModule(model_of("llama").requires_grad_(False))
-        policy = split(policy, world, team) if world.size > 1 else policy
+        policy = split_policy(policy, world, team) if world.size > 1 else policy
         return wave_job.run(tmp_path / at, model=policy, world=world, should_stop=should_stop)
 
     pids = start_ranks(2, cli(lambda world, stop: answered(world, slowly(stop, mark))))

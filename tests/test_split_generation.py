@@ -29,7 +29,7 @@ from macpo.engine.config import LoraSettings, ParallelSettings
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Generator, Output, SamplingParams, sampling
-from macpo.engine.generation.split import split, team_size
+from macpo.engine.generation.split import split_policy, team_size
 from macpo.engine.lora import new_adapter
 from macpo.engine.model import PolicyModule
 from macpo.engine.parallel import parallelize
@@ -101,12 +101,12 @@ def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
         for name, make in POLICIES.items():
             policy = make()
             whole = sum(p.numel() for p in policy.parameters())
-            policy = split(policy, world, 2)
+            policy = split_policy(policy, world, 2)
             own = [p.numel() for p in policy.parameters()]
             found[name] = {"share": sum(own) / whole}
             for cache in ("slots", "pool"):
                 found[name][cache] = plainly(Generator(policy, cache=cache).generate(PROMPTS, PARAMS))  # type: ignore[arg-type]
-        found["stacked"] = mixed(split(stacked(), world, 2))
+        found["stacked"] = mixed(split_policy(stacked(), world, 2))
         (tmp_path / f"{world.rank}.json").write_text(json.dumps(found))
 
     assert ranks(2, body, timeout_s=60.0) == [0, 0]
@@ -125,7 +125,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     """Raw log-probs are those of the whole model after the same tokens, but for rounding."""
 
     def body(world: World) -> None:
-        policy = split(PolicyModule(model_of("llama").bfloat16().requires_grad_(False)), world, 2)
+        policy = split_policy(PolicyModule(model_of("llama").bfloat16().requires_grad_(False)), world, 2)
         outputs = Generator(policy).generate(PROMPTS, PARAMS)
         (tmp_path / f"{world.rank}.json").write_text(json.dumps(plainly(outputs)))
 
@@ -144,7 +144,7 @@ def test_ranks_whose_samplers_differ_go_on_alike(tmp_path: Path) -> None:
     """The first rank's draw holds: a rank of other hardware might round a tie the other way."""
 
     def body(world: World) -> None:
-        policy = split(plain("llama"), world, 2)
+        policy = split_policy(plain("llama"), world, 2)
         inner = sampling.sample
         if world.rank == 1:
             sampling.sample = lambda logits, *rest: inner(logits.roll(1, 1), *rest)  # type: ignore[attr-defined]
@@ -160,7 +160,7 @@ def test_ranks_whose_samplers_differ_go_on_alike(tmp_path: Path) -> None:
 
 
 def teams_of_two(folder: Path, world: World, **options: Any) -> list[dict[str, Any]]:
-    return wave_job.run(folder, model=split(plain("llama"), world, 2), world=world, **options)
+    return wave_job.run(folder, model=split_policy(plain("llama"), world, 2), world=world, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -211,17 +211,17 @@ def test_the_fewest_ranks_that_hold_a_copy() -> None:
 def test_what_cannot_be_split_is_named(tmp_path: Path) -> None:
     def body(world: World) -> None:
         with pytest.raises(ConfigError, match="GPT2LMHeadModel has no plan"):
-            split(PolicyModule(model_of("gpt2", n_inner=48)), world, 2)
+            split_policy(PolicyModule(model_of("gpt2", n_inner=48)), world, 2)
         with pytest.raises(ConfigError, match=r"layers.0.mlp.gate_proj has width 49, which 2 ranks do not divide"):
-            split(plain("llama", intermediate_size=49), world, 2)
+            split_policy(plain("llama", intermediate_size=49), world, 2)
         for options, why in (
             ({"target_modules": ["q_proj"], "use_dora": True}, "a variant of LoRA"),
             ({"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding"),
         ):
             model = get_peft_model(model_of("llama"), LoraConfig(r=2, **options))  # type: ignore[arg-type]
             with pytest.raises(ConfigError, match=why):
-                split(PolicyModule(model.requires_grad_(False)), world, 2)
-        policy = split(plain("llama"), world, 2)
+                split_policy(PolicyModule(model.requires_grad_(False)), world, 2)
+        policy = split_policy(plain("llama"), world, 2)
         with pytest.raises(ConfigError, match="split over ranks for generation"):
             score(policy, [([5, 6], [[7]])])
         with pytest.raises(ConfigError, match="no CUDA graphs"):

@@ -67,7 +67,7 @@ class Generator:
         use_graphs: whether decode steps over the pool are captured as CUDA graphs. None: where that is possible (one
             log line says why it is not on a GPU); True: an error where it is not.
 
-    A policy that is split over a team of ranks (`generation.split`) is generated with by all of them together: each
+    A policy that is split over a team of ranks (`split_policy`) is generated with by all of them together: each
     makes the same calls and gets the same outputs.
 
     Models that bypass transformers' attention interface are answered by their own `generate` (one log line says so).

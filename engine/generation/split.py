@@ -48,7 +48,7 @@ def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -
 
 
 @torch.no_grad()
-def split(policy: PolicyModule, world: World, size: int) -> PolicyModule:
+def split_policy(policy: PolicyModule, world: World, size: int) -> PolicyModule:
     """Split a frozen policy over teams of `size` ranks, in place, onto its `home`; all ranks of the world call it.
 
     Its weights may be anywhere (a base that is mapped from its files is read only where it is kept). Its forward is
