@@ -129,6 +129,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         ceiling=gemm(step, model.get_output_embeddings().weight),
         ceiling_name="vendor GEMM, head of one decode step",
         ceiling_work=2.0 * step.shape[0] * shape.hidden * shape.vocab,
+        traced=False,
         items=useful,
         floor_ms=floor.total_ms,
         floor_name=str(floor),

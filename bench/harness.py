@@ -75,6 +75,8 @@ class Case:
     ceiling_name: str = ""
     ceiling_work: float = 0.0
     """FLOP or bytes of `ceiling`."""
+    traced: bool = True
+    """Whether a CPU's memory is told from a trace of the call; else from the process' resident size."""
     graph: bool = False
     """Whether peers are timed inside a CUDA graph, on a GPU."""
     items: float = 0.0
@@ -183,7 +185,7 @@ def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> 
         if run is None:
             continue
         start = time.perf_counter()
-        peak = memory.measure(run, case.device, resident=peer is case.peers[0])
+        peak = memory.measure(run, case.device, resident=peer is case.peers[0], traced=case.traced)
         seconds = time.perf_counter() - start
         if case.graph and case.device.type == "cuda":
             run, refusal = in_graph(run)

@@ -1,9 +1,9 @@
 """Most memory that a call holds at once beyond what was there before, the tensors that it returns not counted.
 
 CPU: torch's allocator events (its profiler reports each allocation with its address, those of compiled and custom
-operators included), so the running sum leaves out exactly the storages that come back. Memory that C++ takes past
-torch's allocator is seen by the second figure, the process' peak resident size. CUDA: the caching allocator's peak,
-less the returned bytes.
+operators included), so the running sum leaves out exactly the storages that come back. Memory that is taken past
+torch's allocator is seen by the second figure, the process' peak resident size; calls of many thousand operators, whose
+trace would not fit, have that alone. CUDA: the caching allocator's peak, less the returned bytes.
 """
 
 from __future__ import annotations
@@ -33,15 +33,21 @@ class Peak:
     """Growth of the peak resident size, less the returned bytes; whole pages, so small calls are dominated by noise."""
 
 
-def measure(run: Callable[[], Mapping[str, Tensor]], device: torch.device, resident: bool = True) -> Peak:
-    """The peak of a call of `run`, which has run before; `resident` costs a second call."""
+def measure(
+    run: Callable[[], Mapping[str, Tensor]], device: torch.device, resident: bool = True, traced: bool = True
+) -> Peak:
+    """The peak of a call of `run`, which has run before; on a CPU each of the two ways costs one call.
+
+    Not `traced`, the resident size counts as `extra`, returned tensors and all.
+    """
     gc.collect()
     if device.type == "cuda":
         return _cuda(run, device)
-    extra, returned = _traced(run)
+    extra, returned = _traced(run) if traced else (None, 0)
     gc.collect()
-    grown = _resident_growth(run) if resident else None
-    return Peak(extra, returned, None if grown is None else max(0, grown - returned))
+    grown = _resident_growth(run) if resident or not traced else None
+    left = None if grown is None else max(0, grown - returned)
+    return Peak(left or 0 if extra is None else extra, returned, left)
 
 
 def _storages(outputs: Mapping[str, Tensor]) -> dict[int, int]:

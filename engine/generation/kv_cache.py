@@ -6,10 +6,10 @@ S slots, Hkv key-value heads, L tokens of a slot, D head size, n live slots, T t
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -73,6 +73,7 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros of the dtype and on the device of `like`; on a CPU only what is written takes memory."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    # numpy's come from calloc, so that the system hands out zeroed pages one by one; torch writes every byte
-    memory = numpy.zeros(math.prod(shape) * like.dtype.itemsize, numpy.uint8)
-    return torch.from_numpy(memory).view(like.dtype).view(shape)
+    # The system hands out zeroed pages one by one; torch would write every byte, numpy ask for pages of 2 MB.
+    num_bytes = max(1, math.prod(shape)) * like.dtype.itemsize
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
