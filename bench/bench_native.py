@@ -14,13 +14,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bench.device import default_device, provenance
+from macpo.engine.generation.packed_linear import onednn_pack, onednn_product
 from macpo.kernels import SampleParams, native
 from macpo.kernels.linear_logp import rows_torch
 from macpo.kernels.paged_attention.slots import masked_slot_attention, slot_attention, slot_mask
@@ -40,6 +43,9 @@ CHUNKS = ((1024, 318), (256, 2048), (128, 32000))
 PRODUCTS = ((128, 512), (256, 512), (384, 512), (128, 2048), (384, 2048))
 # Heads, kv heads, head size, shortest and longest context: the demo's models, the local recipe's, a small Llama.
 CACHES = ((4, 4, 20, 50, 96), (4, 4, 32, 50, 96), (4, 4, 40, 100, 256), (8, 8, 64, 300, 600), (8, 2, 64, 300, 600))
+# Outputs and inputs of a 15M Llama's layers and head, and of a larger layer; rows of a decode step.
+LAYERS_OF_MODELS, ROWS = ((288, 288), (768, 288), (288, 768), (32000, 288), (2048, 2048)), (1, 4, 16, 64)
+WEIGHT_BYTES = 60 << 20
 LAYERS = 4  # caches that take turns, so that none stays in the processor's
 # Relative error against float64 (Euclidean norm) up to which a result counts.
 EXACT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -150,6 +156,29 @@ def products() -> Iterator[Pair]:
         yield Pair("bf16_accumulate_", shape, *calls, total, before=restored(start, mine, other), rounds=5)
 
 
+def all_of(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(product(x) for product in products)
+
+
+def panels() -> Iterator[Pair]:
+    """Weights that take turns until they fill WEIGHT_BYTES, so that they come from memory as in a decode step."""
+    if not native.has_panels():
+        print("panels: this CPU lacks AVX-512, oneDNN's packed product runs")
+        return
+    for outputs, width in LAYERS_OF_MODELS:
+        count = max(1, WEIGHT_BYTES // (4 * outputs * width))
+        weights = [seeded(outputs, width, seed=i) for i in range(count)]
+        ours = [native.Panels(weight).product for weight in weights]
+        packed = [partial(onednn_product, onednn_pack(weight), None) for weight in weights]
+        plain = [partial(functional.linear, weight=weight) for weight in weights]
+        for rows in ROWS:
+            x, shape = seeded(rows, width, seed=-1), f"{rows} x {width} x {outputs}"
+            exact = [x.double() @ weight.double().T for weight in weights]
+            for name, theirs in (("packed by oneDNN", packed), ("plain", plain)):
+                calls = called(all_of, ours, x), called(all_of, theirs, x)
+                yield Pair(f"panels : {name}", shape, *calls, exact)
+
+
 Caches = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -184,7 +213,7 @@ def decode() -> Iterator[Pair]:
 
 
 GROUPS: dict[str, Callable[[], Iterator[Pair]]] = {
-    "sample": sampling, "rows": row_kernels, "products": products, "slots": decode,
+    "sample": sampling, "rows": row_kernels, "products": products, "panels": panels, "slots": decode,
 }  # fmt: skip
 
 

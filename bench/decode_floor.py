@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from bench.device import copy, synchronise
 from bench.request_file import GenerationRequest
 from bench.timing import Outputs, Run, calls_for, in_graph
-from macpo.engine.generation.packed_linear import pack, product
+from macpo.engine.generation.packed_linear import packed_product
 from macpo.engine.generation.pool_session import bucket_of
 
 COPY_BYTES = {"cpu": 2**25, "cuda": 2**30}
@@ -88,7 +88,7 @@ def _products(weights: Sequence[torch.Tensor], rows: int) -> Run:
     widths = {weight.shape[1] for weight in weights}
     x = {n: torch.randn(rows, n, dtype=weights[0].dtype, device=weights[0].device) for n in widths}
     if weights[0].device.type == "cpu" and torch.backends.mkldnn.is_available():
-        products = [partial(product, pack(weight), None, x[weight.shape[1]]) for weight in weights]
+        products = [partial(packed_product(weight, None)[0], x[weight.shape[1]]) for weight in weights]
     else:
         products = [partial(torch.mm, x[weight.shape[1]], weight.T) for weight in weights]
 

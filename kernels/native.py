@@ -30,6 +30,8 @@ except ImportError as error:
 
 # Fewer floats than this are not worth waking a second thread for.
 PARALLEL_ELEMENTS = 2**17
+# And of a weight in panels, whose rows take a few products each.
+PANEL_ELEMENTS = 2**16
 
 
 def _loaded() -> ModuleType:
@@ -252,6 +254,44 @@ def head_logp(
         _view(lse_n), _view(factor_n), None if d_nv is None else _strided(d_nv.T), _threads(weight_vh.numel()),
     )  # fmt: skip
     return logp_n, lse_n, factor_n
+
+
+def has_panels() -> bool:
+    """Whether this machine has `Panels` (AVX-512)."""
+    return module is not None and bool(module.has_panels())
+
+
+class Panels:
+    """A copy of weight [O, I] float32 in panels of 32 outputs, for products with a few rows at the memory's speed.
+
+    The copy outlives changes of the weight; `bias` [O] float32 is shared.
+
+    Raises:
+        RuntimeError: this CPU cannot (`has_panels`). ValueError: another dtype or layout.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        if not has_panels():
+            raise RuntimeError("Panels need the native extension and a CPU with AVX-512")
+        if weight.dtype != torch.float32 or weight.dim() != 2:
+            raise ValueError(f"a weight is float32 [O, I], got {weight.dtype} {list(weight.shape)}")
+        self.num_outputs = weight.shape[0]
+        panels = torch.empty(-(-weight.shape[0] // 32) * 32 * weight.shape[1])
+        self.nbytes: int = panels.nbytes
+        self._panels, self._bias = _view(panels), _optional(bias)
+        self._large = panels.numel() >= PANEL_ELEMENTS
+        _loaded().pack_panels(_strided(weight.contiguous()), self._panels, _threads(weight.numel()))
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [N, I] -> x W' + b [N, O], float32. An element's sum runs in an order of I alone.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
+        y = torch.empty(x.shape[0], self.num_outputs)
+        threads = torch.get_num_threads() if self._large else 1
+        _loaded().panel_product(_view(x), self._panels, self._bias, y.numpy() if _HAS_NUMPY else y, threads)
+        return y
 
 
 def fits_slot_attention(q: Tensor) -> bool:

@@ -10,14 +10,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from macpo.engine.generation import packed_linear
 from macpo.engine.generation.packed_linear import packed_linears
+from macpo.kernels import native
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 STEPS = packed_linear.MIN_STEPS
+WAYS = [
+    pytest.param(True, marks=pytest.mark.skipif(not native.has_panels(), reason="needs a CPU with AVX-512")),
+    pytest.param(False, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="has no oneDNN")),
+]
 
 
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch):
+@pytest.fixture(autouse=True, params=WAYS, ids=["panels", "onednn"])
+def panels(request, monkeypatch):
+    """Whether float32 goes through panels; every size is large enough."""
     monkeypatch.setattr(packed_linear, "MIN_ELEMENTS", 1)
+    can = native.has_panels() and request.param
+    monkeypatch.setattr(native, "has_panels", lambda: can)
+    return request.param
 
 
 def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -28,18 +36,30 @@ def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 40), (5, 40), (1, 33, 40), (2, 3, 40)])
 @torch.no_grad()
-def test_products_are_the_same(dtype, bound, shape):
+def test_products_are_the_same(dtype, bound, shape, panels):
     model = layers(dtype)
     x = torch.randn(*shape).to(dtype)
     exact = model.double()(x.double())
     model = layers(dtype)
     with packed_linears(model, STEPS) as num_bytes:
-        assert num_bytes == dtype.itemsize * (40 * 56 + 56 * 24)
+        whole = 40 * 64 + 56 * 32 if panels and dtype == torch.float32 else 40 * 56 + 56 * 24
+        assert num_bytes == dtype.itemsize * whole
         assert all("forward" in vars(layer) for layer in model)
         y, strided = model(x), model(x.repeat_interleave(2, -1)[..., ::2])
     assert y.dtype == dtype and y.shape == exact.shape and torch.equal(y, strided)
     assert (y - exact).abs().max() <= bound * exact.abs().max()
     assert not any("forward" in vars(layer) for layer in model)
+
+
+@torch.no_grad()
+def test_many_rows_take_the_plain_product(monkeypatch):
+    model, x = layers(), torch.randn(7, 40)
+    few = packed_linear.MAX_PANEL_ROWS
+    with packed_linears(model, STEPS):
+        before = model(x)
+        monkeypatch.setattr(packed_linear, "MAX_PANEL_ROWS", 6)
+        after = model(x)
+    assert few >= 64 and torch.allclose(before, after, atol=1e-5) and torch.allclose(after, model(x), atol=1e-5)
 
 
 @torch.no_grad()
@@ -67,7 +87,7 @@ def test_what_is_left_alone(monkeypatch):
     monkeypatch.setattr(packed_linear, "MIN_ELEMENTS", 56 * 24 + 1)
     assert packed(model) == [True, False]
     monkeypatch.setattr(packed_linear, "MIN_ELEMENTS", 1)
-    monkeypatch.setattr(packed_linear, "_bytes_at_most", lambda: 4 * 40 * 56)
+    monkeypatch.setattr(packed_linear, "_bytes_at_most", lambda: 4 * 40 * 64)
     assert packed(model) == [True, False]
     model[0].forward = lambda x: x
     with packed_linears(model, STEPS):

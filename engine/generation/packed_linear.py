@@ -1,20 +1,24 @@
-"""Linear layers over weights in oneDNN's own layout, for decode steps on CPUs.
+"""Linear layers over weights in a layout of their own, for decode steps on CPUs.
 
-A decode step multiplies a few rows by every weight. torch's product for a plain weight rearranges it on the way: for a
-head of 32,000 tokens 2 to 7 times slower at 1 to 64 rows than over a copy that was rearranged once (LOG.md). The copies
-live while a run of the generator does, so they never outlive a change of the weights.
+A decode step multiplies a few rows by every weight, and torch's product for a plain weight rearranges it on the way:
+for a head of 32,000 tokens 2 to 7 times slower at 1 to 64 rows than over a copy that was rearranged once (LOG.md). In
+float32 on a CPU with AVX-512 the copy is in panels (`native.Panels`), else in oneDNN's layout. The copies live while a
+run of the generator does, so they never outlive a change of the weights.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional
+
+from macpo.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_ELEMENTS = 2**12
@@ -23,6 +27,8 @@ MIN_STEPS = 8
 """Fewer decode steps than this do not pay for the copies."""
 MEMORY_SHARE = 0.125
 """Of the machine's memory, that the copies may take."""
+MAX_PANEL_ROWS = 256
+"""Above so many rows the plain product is as fast as the one over panels."""
 
 
 @contextmanager
@@ -34,13 +40,15 @@ def packed_linears(model: nn.Module, num_steps: int) -> Iterator[int]:
         num_steps: of decoding that will follow.
     """
     patched: list[nn.Module] = []
-    left = _bytes_at_most() if num_steps >= MIN_STEPS and torch.backends.mkldnn.is_available() else 0
+    possible = native.has_panels() or torch.backends.mkldnn.is_available()
+    left = _bytes_at_most() if num_steps >= MIN_STEPS and possible else 0
     total = left
     try:
         for module in model.modules():
             if isinstance(module, nn.Linear) and _fits(module) and module.weight.nbytes <= left:
-                left -= module.weight.nbytes
-                vars(module)["forward"] = partial(product, pack(module.weight), module.bias)
+                forward, num_bytes = packed_product(module.weight, module.bias)
+                left -= num_bytes
+                vars(module)["forward"] = forward
                 patched.append(module)
         for module in model.modules():
             if isinstance(module, LoraLinear) and module.base_layer in patched:
@@ -58,16 +66,34 @@ def _fits(module: nn.Linear) -> bool:
         return False
     weight = module.weight
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
-    return plain and weight.device.type == "cpu" and weight.dtype in DTYPES and weight.numel() >= MIN_ELEMENTS
+    known = weight.dtype in DTYPES if torch.backends.mkldnn.is_available() else weight.dtype == torch.float32
+    return plain and weight.device.type == "cpu" and known and weight.numel() >= MIN_ELEMENTS
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A copy of weight [O, I] in oneDNN's layout, for `product` alone."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+def packed_product(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], int]:
+    """x [..., I] -> x W' + b [..., O] over a copy of weight [O, I], and the copy's bytes; of a CPU's DTYPES."""
+    weight = weight.detach()
+    if weight.dtype == torch.float32 and native.has_panels():
+        panels = native.Panels(weight, bias)
+        return partial(panel_product, panels, weight, bias), panels.nbytes
+    return partial(onednn_product, onednn_pack(weight), bias), weight.nbytes
+
+
+def panel_product(panels: native.Panels, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x W' + b; x [..., I] -> [..., O]. Over the panels for a few rows, over weight [O, I] itself for many."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] > MAX_PANEL_ROWS:
+        return functional.linear(x, weight, bias)
+    return panels.product(rows).view(*x.shape[:-1], panels.num_outputs)
+
+
+def onednn_pack(weight: Tensor) -> Tensor:
+    """A copy of weight [O, I] in oneDNN's layout, for `onednn_product` alone."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
 
-def product(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def onednn_product(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """x W' + b; x [..., I] -> [..., O]."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
     return y

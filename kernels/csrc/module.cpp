@@ -13,6 +13,7 @@
 #include "attention.hpp"
 #include "gemm.hpp"
 #include "head.hpp"
+#include "panels.hpp"
 #include "rows.hpp"
 #include "sampling.hpp"
 
@@ -147,6 +148,27 @@ void head_logp(Strided<const int16_t> hidden, Strided<const int16_t> weight, Flo
     macpo::head_logp(head, to, threads);
 }
 
+// weight [outputs, width] -> panels [panels * width * 32]
+void pack_panels(Strided<const float> weight, View<float, 1> panels, int threads) {
+    const int64_t outputs = weight.shape(0), width = weight.shape(1);
+    need(weight.size() == 0 || width < 2 || weight.stride(1) == 1, "rows of weight must be contiguous");
+    need(static_cast<int64_t>(panels.shape(0)) == macpo::panel_floats(outputs, width), "panels have another size");
+    nb::gil_scoped_release unlocked;
+    macpo::pack_panels(weight.data(), weight.stride(0), outputs, width, panels.data(), threads);
+}
+
+void panel_product(Strided<const float> x, View<const float, 1> panels, Floats bias, View<float, 2> y, int threads) {
+    const int64_t rows = x.shape(0), width = x.shape(1), outputs = y.shape(1);
+    need(macpo::has_panels(), "panel_product needs a CPU with AVX-512");
+    need(x.size() == 0 || width < 2 || x.stride(1) == 1, "rows of x must be contiguous");
+    need(static_cast<int64_t>(y.shape(0)) == rows, "y must have the rows of x");
+    need(static_cast<int64_t>(panels.shape(0)) == macpo::panel_floats(outputs, width), "panels are of another weight");
+    need(!bias || static_cast<int64_t>(bias->shape(0)) == outputs, "bias must have one entry an output");
+    nb::gil_scoped_release unlocked;
+    macpo::panel_product(x.data(), x.stride(0), rows, panels.data(), bias ? bias->data() : nullptr, outputs, width,
+                         y.data(), threads);
+}
+
 void slot_attention(Heads q,
                     nb::ndarray<float, nb::ndim<4>, nb::device::cpu> k,
                     nb::ndarray<float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
@@ -249,6 +271,10 @@ NB_MODULE(_native, m) {
     m.def("head_logp", &head_logp, arg("hidden").noconvert(), arg("weight").noconvert(), arg("bias").noconvert().none(),
           arg("scale"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(),
           arg("factor").noconvert(), arg("d").noconvert().none(), arg("threads"));
+    m.def("has_panels", &macpo::has_panels);
+    m.def("pack_panels", &pack_panels, arg("weight").noconvert(), arg("panels").noconvert(), arg("threads"));
+    m.def("panel_product", &panel_product, arg("x").noconvert(), arg("panels").noconvert(),
+          arg("bias").noconvert().none(), arg("y").noconvert(), arg("threads"));
     m.def("has_slot_attention", &macpo::has_slot_attention);
     m.def("slot_attention", &slot_attention, arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
           arg("lens").noconvert(), arg("scale"), arg("window"), arg("new_k").noconvert().none(),
