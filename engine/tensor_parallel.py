@@ -43,7 +43,7 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Module, str]]:
-    """(name, module, kind) of every layer that the model's plan names, for so many ranks.
+    """(name, module, kind) of every layer that the model's plan names, but its embedding, for so many ranks.
 
     Raises:
         ConfigError: no plan, heads that the ranks do not divide, or a kind of layer that is not here, by name.
@@ -59,7 +59,8 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
         if count % ranks:
             raise ConfigError(f"{name} is {count}, which {ranks} ranks do not divide", "use fewer ranks", field=FIELD)
     named = ((name, module, re.sub(r"\.\d+\.", ".*.", name)) for name, module in model.base_model.named_modules())
-    layers = [(name, module, plan[key]) for name, module, key in named if key in plan]
+    embedding = model.get_input_embeddings()  # which transformers 5.17 adds to the plan where the head is tied to it
+    layers = [(name, module, plan[key]) for name, module, key in named if key in plan and module is not embedding]
     for kind in (kind for _, _, kind in layers if kind not in _STYLES):  # experts, packed weights
         raise ConfigError(
             f"{type(model).__name__} asks for tensor parallelism of the kind {kind}, which is not implemented",

@@ -181,7 +181,8 @@ def test_two_teams_share_the_waves(tmp_path: Path) -> None:
     written = [read_json(tmp_path / "two" / f"rows-{rank}") for rank in range(4)]
     assert all(part == written[0] for part in written)
     for ours, theirs in zip(written[0], rows, strict=True):
-        assert ours.pop("sum_logp") == pytest.approx(theirs.pop("sum_logp"), abs=1e-5)
+        for name in ("sum_logp", "end_logp"):
+            assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=1e-5)
         assert ours == theirs
 
     codes = ranks(4, functools.partial(body, tmp_path / "killed", "file-written:1"), timeout_s=60.0)
