@@ -225,6 +225,8 @@ def test_what_cannot_be_split_is_named(tmp_path: Path) -> None:
         policy = split_policy(plain("llama"), world, 2)
         with pytest.raises(ConfigError, match="split over ranks for generation"):
             score(policy, [([5, 6], [[7]])])
+        with pytest.raises(ConfigError, match="1 ranks are no teams of 2"):
+            wave_job.run(tmp_path, model=policy, world=World())
         with pytest.raises(ConfigError, match="no CUDA graphs"):
             Generator(policy, use_graphs=True, cache="pool").generate(PROMPTS, PARAMS)
         with pytest.raises(ConfigError, match="spread over ranks for training"):

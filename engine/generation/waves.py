@@ -79,6 +79,10 @@ def generate_waves(
     if wave_requests < 1:
         raise ConfigError(f"got {wave_requests}", "wave_requests must be at least 1", field="wave_requests")
     world, team = world or World.current(), generator.team
+    if world.size % team.size:
+        raise ConfigError(
+            f"{world.size} ranks are no teams of {team.size}", "give the world that the model is split in"
+        )
     asked = team.any_of(should_stop or (lambda: False))
     samples = tuple(range(params.n))
     all_requests = [
