@@ -96,6 +96,10 @@ class World:
         return self.gather(value if self.is_main else None)[0]
 
 
+ALONE = World()
+"""This process without others."""
+
+
 def team_of(world: World, size: int) -> World:
     """The team of this rank, where every `size` consecutive ranks of the job are one; all ranks call it alike."""
     if size == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.generation.logits_process import (
 from macpo.engine.config import SamplingSettings
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Request, SamplingParams, request_key
+from macpo.engine.generation.rows import Row
 from macpo.engine.generation.scheduler import Scheduler
 from macpo.engine.model import PolicyModule
 
@@ -180,6 +182,13 @@ def test_first_token_may_end_the_answer_and_one_token_is_a_budget(llama: PreTrai
     wanted = teacher_forced(llama, prompts[1], [])[0].log_softmax(-1)[firsts[1][0]]
     assert (sample.end_token, sample.end_logp) == (firsts[1][0], pytest.approx(float(wanted), abs=1e-5))
     assert Generator(llama).generate(prompts, greedy)[1].samples[0].end_token is None
+
+
+def test_an_end_that_is_no_number_is_an_error_too() -> None:
+    row = Row(0, Request("a", (5,), SamplingParams()), 0, 4, frozenset({2}))
+    row.extend([2], [math.nan], [0.0])
+    with pytest.raises(NumericsError, match="request a are not finite"):
+        row.finish(None)
 
 
 def test_every_prompt_may_have_params_of_its_own(llama: PreTrainedModel) -> None:

@@ -24,8 +24,8 @@ from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import LOG_STEPS, next_logits
-from macpo.engine.generation.sampling import ALONE, draw, mark_seen, noise_key, penalised, sample_params
-from macpo.engine.world import World
+from macpo.engine.generation.sampling import draw, mark_seen, noise_key, penalised, sample_params
+from macpo.engine.world import ALONE, World
 from macpo.kernels import SampleParams
 
 _INTS = ("token", "position", "to_go", "count", "adapter", "seed", "top_k")

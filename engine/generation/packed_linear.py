@@ -22,7 +22,7 @@ from macpo.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_ELEMENTS = 2**12
-"""Of a weight; the call over a packed one takes some 10 us longer to set out."""
+"""Of a weight; smaller ones are left alone."""
 MIN_STEPS = 8
 """Fewer decode steps than this do not pay for the copies."""
 MEMORY_SHARE = 0.125

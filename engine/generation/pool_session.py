@@ -23,8 +23,7 @@ from macpo.engine.generation.kv_cache import LayerShape
 from macpo.engine.generation.kv_pool import KVPool, Need
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.request import Request
-from macpo.engine.generation.sampling import ALONE
-from macpo.engine.world import World
+from macpo.engine.world import ALONE, World
 from macpo.kernels import explain
 from macpo.kernels.paged_attention.op import why_not
 

@@ -60,7 +60,7 @@ class Row:
 
     def finish(self, tokenizer: Any) -> Sample:
         """The sample, cut before a stop text."""
-        if not all(map(math.isfinite, self.raw_logps)):
+        if not all(map(math.isfinite, (*self.raw_logps, self.end[1] if self.end else 0.0))):
             raise NumericsError(
                 f"the model's logits for request {self.request.id} are not finite",
                 "check the weights, or generate in float32",

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
-from macpo.engine.world import World
+from macpo.engine.world import ALONE, World
 from macpo.kernels import SampleParams, sample
-
-ALONE = World()
 
 
 class RowSampler:

@@ -1,8 +1,8 @@
 """A model that no rank can hold alone: every layer split over a team of ranks, which generate in lockstep.
 
 The model's own plan says what is cut by its outputs and what by its inputs (`engine/tensor_parallel.py`). Training
-cuts into DTensors, whose dispatch costs a decode step more than its products do; here a rank keeps plain tensors, so
-packed weights, fused LoRA and stacked adapters run as on a whole model, and hooks put together what crosses ranks.
+cuts into DTensors; here a rank keeps plain tensors, so packed weights, fused LoRA and stacked adapters run as on a
+whole model, and hooks put together what crosses ranks.
 
 LoRA follows its layer: B is cut with the outputs, A with the inputs. Vocabularies are cut into equal parts, the last
 one padded with rows of zeros that are never looked at.
