@@ -14,7 +14,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,11 +85,11 @@ class Manifest:
         try:
             body = files.read_json(path)
             schema = body["schema"]
-            if schema != SCHEMA:
+            if schema not in (1, SCHEMA):
                 raise _newer(path, schema)
             names = ("stage", "kind", "key", "settings", "inputs", "files", "digest")
             manifest = cls(**{name: body[name] for name in names}, **body["unhashed"])
-            whole = manifest.key == key_of(manifest.kind, manifest.settings, manifest.inputs)
+            whole = manifest.key == key_of(manifest.kind, manifest.settings, manifest.inputs, schema=schema)
             whole = whole and manifest.digest == digest_of(manifest.files) and all(map(_is_safe, manifest.files))
         except DataError as error:
             raise damaged(folder, f"its manifest is unreadable: {error.problems[0].message}") from None
@@ -97,7 +97,12 @@ class Manifest:
             raise damaged(folder, "its manifest lacks entries") from None
         if not whole:
             raise damaged(folder, "its manifest was edited")
-        return manifest
+        return manifest if schema == SCHEMA else manifest._of_schema_2()
+
+    def _of_schema_2(self) -> Manifest:
+        """A manifest of schema 1 as schema 2 says the same: the kind is the function's name, without its module."""
+        kind = self.kind.rpartition(".")[2]
+        return replace(self, kind=kind, key=key_of(kind, self.settings, self.inputs))
 
     def fits(self, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
         """Whether it was made from exactly this."""

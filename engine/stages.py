@@ -1,13 +1,12 @@
 """The stage graph of a run: what each stage depends on, and the key that says whether its result still holds.
 
-A stage is a function with settings and inputs. Two stages with the same function, settings and inputs are one:
-`Graph.add` returns the one that is there, so ablation arms share what they have in common. Code is not part of a key.
+A stage has a kind, settings and inputs. Two stages that agree in all three are one: `Graph.add` returns the one that is
+there, so ablation arms share what they have in common. Neither code nor where it lies is part of a key.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import json
 import re
@@ -20,7 +19,12 @@ from macpo.engine.errors import ConfigError
 if TYPE_CHECKING:
     from macpo.engine.execute import StageContext
 
-SCHEMA = 1  # of keys and manifests; raise it when either changes its meaning
+SCHEMA = 2
+"""Version of keys and manifests; raise it when either changes its meaning.
+
+1: `kind` was the dotted path of the stage's function, so moving the function made every finished run stale.
+2: `kind` is the stage's own name. Manifests of 1 are read (`manifest.Manifest.read`).
+"""
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -29,21 +33,17 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 class Stage:
     """One step of a run.
 
+    `kind`: what the stage does, by a name that outlives the code's layout; part of the key.
     `settings`: JSON-able; everything the outputs depend on besides the inputs (config slice, seed, file digests).
     `inputs`: alias -> name of an earlier stage. `cost`: relative duration, a hint for scheduling only.
     """
 
     name: str
+    kind: str
     run: Callable[[StageContext], None]
     settings: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict)
     cost: float = 1.0
-
-    @property
-    def kind(self) -> str:
-        """The run function's qualified name; part of the key. What a partial binds says where it runs, not what."""
-        function = self.run.func if isinstance(self.run, functools.partial) else self.run
-        return f"{function.__module__}.{function.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ def _plain(value: Any) -> Any:
     return [_plain(child) for child in value] if isinstance(value, list | tuple) else value
 
 
-def key_of(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def key_of(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, schema: int = SCHEMA) -> str:
     """SHA-256 of what a stage's outputs depend on; `inputs`: alias -> digest of the input's outputs."""
-    text = canonical({"schema": SCHEMA, "kind": kind, "settings": settings, "inputs": inputs})
+    text = canonical({"schema": schema, "kind": kind, "settings": settings, "inputs": inputs})
     return hashlib.sha256(text.encode()).hexdigest()
 
 

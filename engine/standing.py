@@ -64,7 +64,7 @@ def differences(stage: Stage, manifest: Manifest, found: dict[str, Standing]) ->
     """What a finished stage was made from that is no longer so; inputs count where they are done themselves."""
     reasons = changes(dict(manifest.settings), dict(stage.settings))
     if manifest.kind != stage.kind:
-        reasons.append(f"function: {manifest.kind} -> {stage.kind}")
+        reasons.append(f"kind: {manifest.kind} -> {stage.kind}")
     digests = dict(manifest.inputs)
     for alias, name in stage.inputs.items():
         now = found[name]

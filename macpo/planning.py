@@ -161,7 +161,7 @@ def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> li
         if hardware is not None and (work := _workload(stage, lengths, shapes)) is not None:
             training = _training(stage, recipe, shapes[work[0]], work[1], hardware)
             passes = tokens
-            if stage.kind.endswith(".prefer"):  # one pass more, of the reference, a forward alone
+            if stage.kind == "prefer":  # one pass more, of the reference, a forward alone
                 epochs = stage.settings["optim"]["epochs"]
                 passes = tokens * (epochs + 1 / 3) / (1 + epochs)
             seconds = passes / work[1].tokens * training.time.total
@@ -183,13 +183,13 @@ def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> li
 
 def _agent(stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
     name = stage.settings.get("agent", {}).get("name")
-    served = "served" in stage.settings and stage.kind.endswith(".answer")  # the work is the server's
+    served = "served" in stage.settings and stage.kind == "answer"  # the work is the server's
     return name if name in shapes and not served else None
 
 
 def _workload(stage: Stage, lengths: Lengths, shapes: Mapping[str, Shape]) -> tuple[str, Workload] | None:
     """Who learns in a stage that trains, and what one of its steps holds."""
-    kind, s = stage.kind.rpartition(".")[2], stage.settings
+    kind, s = stage.kind, stage.settings
     if kind == "pretrain_base":
         optim = s["init"]["pretrain"]
         work = Workload(optim["batch"], 1, PRETRAIN_DOCUMENT_TOKENS - 1, optim["microbatch_tokens"], answers=1)
@@ -214,7 +214,7 @@ def _cost(
     stage: Stage, recipe: Recipe, lengths: Lengths, shapes: Mapping[str, Shape]
 ) -> tuple[float, float, float, float]:
     """(tokens, FLOP, bytes of weights read while decoding, bytes on disk) of one stage."""
-    kind, s = stage.kind.rpartition(".")[2], stage.settings
+    kind, s = stage.kind, stage.settings
     student, test, world = recipe.data.student_prompts, recipe.data.test_prompts, recipe.data.world
     teacher = recipe.data.teacher_prompts
     if world is not None:

@@ -130,8 +130,8 @@ class Builder:
         self, name: str, run: Callable[..., None], settings: Mapping[str, Any], inputs: Mapping[str, StageName]
     ) -> StageName:
         full_name = f"{self.arm}.{name}" if self.arm else name
-        kind = getattr(run, "func", run)
-        return self.plan.graph.add(Stage(full_name, run, settings, inputs, COSTS.get(kind, 1.0)))
+        function = getattr(run, "func", run)  # what a partial binds says where the stage runs, not what it does
+        return self.plan.graph.add(Stage(full_name, function.__name__, run, settings, inputs, COSTS.get(function, 1.0)))
 
 
 class Steps(Builder):

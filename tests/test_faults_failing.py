@@ -195,7 +195,7 @@ def hang_here() -> None:
 
 def staged(folder: Path, how: str) -> Callable[[World], None]:
     graph = Graph()
-    graph.add(Stage("teach", train_stage, {"how": how}))
+    graph.add(Stage("teach", "train_stage", train_stage, {"how": how}))
 
     def body(world: World) -> None:
         os._exit(run_cli(Runner(folder, graph, world=world, log=lambda message: None).run))

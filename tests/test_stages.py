@@ -114,7 +114,7 @@ def test_a_partial_folder_goes_on_if_its_key_is_the_same_and_is_wiped_if_not(
 ) -> None:
     def graph(seed: int) -> Graph:
         graph = Graph()
-        graph.add(Stage("one", two_steps, {"seed": seed}))
+        graph.add(Stage("one", "two_steps", two_steps, {"seed": seed}))
         return graph
 
     monkeypatch.setenv("TOY_STOP", "1")
@@ -167,8 +167,8 @@ def test_rerun_stale_redoes_what_changed_and_from_needs_to_reach_it(done: Path, 
 def test_a_redone_stage_with_the_same_outputs_keeps_what_follows(tmp_path: Path) -> None:
     def graph(note: str) -> Graph:
         graph = Graph()
-        rows = graph.add(Stage("rows", toy_run.make_data, {"seed": 1, "num_rows": 3, "note": note}))
-        graph.add(Stage("next", toy_run.transform, {"salt": "s"}, {"rows": rows}))
+        rows = graph.add(Stage("rows", "make_data", toy_run.make_data, {"seed": 1, "num_rows": 3, "note": note}))
+        graph.add(Stage("next", "transform", toy_run.transform, {"salt": "s"}, {"rows": rows}))
         return graph
 
     run(tmp_path / "run", graph=graph("a"))
@@ -241,7 +241,7 @@ def test_damage_is_found_when_the_stage_is_used(done: Path) -> None:
         (lambda f: edit(f, lambda m: m["settings"].update(salt="x")), "its manifest was edited"),
         (lambda f: edit(f, lambda m: m["files"].pop("rows.jsonl")), "its manifest was edited"),
         (lambda f: edit(f, lambda m: m.pop("inputs")), "its manifest lacks entries"),
-        (lambda f: edit(f, lambda m: m.update(schema=99)), "the manifest has schema 99, this version of macpo reads 1"),
+        (lambda f: edit(f, lambda m: m.update(schema=99)), "the manifest has schema 99, this version of macpo reads 2"),
     ],
 )
 def test_visible_damage_stops_a_run_at_once(done: Path, damage: Any, message: str) -> None:
@@ -287,7 +287,7 @@ def test_a_copied_run_with_new_time_stamps_is_fine(finished: Path, tmp_path: Pat
 
 def test_a_stage_may_not_write_links(tmp_path: Path) -> None:
     graph = Graph()
-    graph.add(Stage("one", lambda ctx: (ctx.dir / "link").symlink_to("/etc/passwd"), {}))
+    graph.add(Stage("one", "link", lambda ctx: (ctx.dir / "link").symlink_to("/etc/passwd"), {}))
     with pytest.raises(IntegrityError, match="not a regular file"):
         run(tmp_path / "run", graph=graph)
 

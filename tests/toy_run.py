@@ -117,8 +117,8 @@ def shards(ctx: StageContext) -> None:
 def build_ranked(config: Mapping[str, Any]) -> Graph:
     """shards -> more, for runs of several ranks."""
     graph = Graph()
-    first = graph.add(Stage("shards", shards, dict(config)))
-    graph.add(Stage("more", shards, {"again": True}, {"first": first}))
+    first = graph.add(Stage("shards", "shards", shards, dict(config)))
+    graph.add(Stage("more", "shards", shards, {"again": True}, {"first": first}))
     return graph
 
 
@@ -126,15 +126,15 @@ def build(config: Mapping[str, Any]) -> Graph:
     """data -> (a1, b1) -> join1 -> (a2, b2) -> join2; `config`: seed, salt, num_rows, extra (another arm)."""
     graph = Graph()
     settings = {"seed": config.get("seed", 1), "num_rows": config.get("num_rows", 6)}
-    last = graph.add(Stage("data", make_data, settings))
+    last = graph.add(Stage("data", "make_data", make_data, settings))
     if config.get("extra"):
-        graph.add(Stage("extra", transform, {"salt": "extra"}, {"data": last}))
+        graph.add(Stage("extra", "transform", transform, {"salt": "extra"}, {"data": last}))
     for i in (1, 2):
         arms = {arm: f"{arm}{i}" for arm in ("a", "b")}
         salts = {"a": config.get("salt", "s"), "b": "t"}
         for arm, name in arms.items():
-            graph.add(Stage(name, transform, {"salt": salts[arm], "i": i}, {"data": last}))
-        last = graph.add(Stage(f"join{i}", join, {"i": i}, arms))
+            graph.add(Stage(name, "transform", transform, {"salt": salts[arm], "i": i}, {"data": last}))
+        last = graph.add(Stage(f"join{i}", "join", join, {"i": i}, arms))
     return graph
 
 
