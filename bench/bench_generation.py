@@ -28,8 +28,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 from bench.cli import Spec, run_bench
 from bench.decode_floor import decode_floor
 from bench.device import gemm
-from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from bench.harness import Case, Peer, Unavailable
 from bench.request_file import GenerationRequest, load
+from bench.timing import Outputs, Run
 from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
 from macpo.engine.generation import Generator, SamplingParams
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from bench import head_peers
 from bench.cli import Spec, bench_one, run_bench
 from bench.device import gemm
-from bench.harness import Case, Outputs, Peer, Run
+from bench.harness import Case, Peer
 from bench.head_inputs import HeadInputs, describe, head_inputs, reference_gradients, reference_logp
+from bench.timing import Outputs, Run
 from macpo.kernels import linear_logp
 
 OURS = "macpo linear_logp"

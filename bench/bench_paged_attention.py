@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bench.cli import Spec, bench_one, run_bench
 from bench.device import copy
-from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from bench.harness import Case, Peer, Unavailable
+from bench.timing import Outputs, Run
 from macpo.kernels import paged_attention
 from macpo.kernels.paged_attention import reference
 from macpo.kernels.paged_attention.slots import slot_attention

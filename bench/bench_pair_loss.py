@@ -22,8 +22,9 @@ from torch import Tensor
 from bench import head_peers
 from bench.cli import Spec, bench_one, run_bench
 from bench.device import gemm
-from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from bench.harness import Case, Peer, Unavailable
 from bench.head_inputs import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
+from bench.timing import Outputs, Run
 from macpo.kernels import pair_loss
 
 OURS = "macpo pair_loss"

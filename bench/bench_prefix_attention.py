@@ -31,7 +31,8 @@ from bench.attention_inputs import (
 )
 from bench.cli import Spec, bench_one, run_bench
 from bench.device import gemm
-from bench.harness import Case, Outputs, Peer, Run, Unavailable
+from bench.harness import Case, Peer, Unavailable
+from bench.timing import Outputs, Run
 from macpo.kernels import prefix_attention
 
 OURS = "macpo prefix_attention"

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from bench.cli import Spec, bench_one, run_bench
 from bench.device import copy
-from bench.harness import Case, Outputs, Peer, Run, Unavailable, relative_errors
+from bench.harness import Case, Peer, Unavailable, relative_errors
 from bench.head_inputs import head_inputs
+from bench.timing import Outputs, Run
 from macpo.kernels import SampleParams, sample
 from macpo.kernels.sampling import reference
 

@@ -24,8 +24,9 @@ from bench import bench_generation
 from bench.bench_generation import Shape, make_model
 from bench.cli import Spec, run_bench
 from bench.device import gemm
-from bench.harness import Case, Outputs, Peer, Run
+from bench.harness import Case, Peer
 from bench.request_file import load
+from bench.timing import Outputs, Run
 from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
 from macpo.engine.pack import PrefixGroup
 from macpo.engine.scoring import score

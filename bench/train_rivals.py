@@ -32,10 +32,11 @@ from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettin
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World, finish, parallelize
+from macpo.engine.parallel import parallelize
 from macpo.engine.plan import Plan
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
+from macpo.engine.world import World, finish
 
 BETA, SEED, LEARNING_RATE = 0.1, 0, 1e-4
 LORA = LoraSettings(rank=16, alpha=32.0, target_modules="all-linear")

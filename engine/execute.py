@@ -22,7 +22,7 @@ from macpo.engine.stages import Graph, Stage, key_of
 from macpo.engine.stopping import StopFlag
 
 if TYPE_CHECKING:
-    from macpo.engine.parallel import World
+    from macpo.engine.world import World
 
 
 @dataclass
@@ -44,7 +44,7 @@ class StageContext:
     def world(self) -> World:
         """The ranks that run this stage together (one, without torch.distributed)."""
         if self.group is None:
-            from macpo.engine.parallel import World  # costs seconds of torch, and not every stage asks
+            from macpo.engine.world import World
 
             self.group = World()
         return self.group

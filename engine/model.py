@@ -24,9 +24,6 @@ from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.execute import agreed
 from macpo.engine.files import explained, require_free
 from macpo.engine.loading import (
-    check_vocab,
-    fingerprint_model,
-    load_causal_lm,
     quiet_transformers,
 )
 from macpo.engine.lora_linear import use_fused_lora
@@ -34,15 +31,6 @@ from macpo.engine.pack import PackedBatch
 from macpo.engine.world import World
 from macpo.kernels import VocabShard, linear_logp
 
-__all__ = [
-    "Head",
-    "PolicyModule",
-    "PolicyRef",
-    "check_vocab",
-    "fingerprint_model",
-    "load_causal_lm",
-    "save_policy",
-]
 T_ = TypeVar("T_")
 KEPT_GRADIENT_BYTES = 2 << 30
 MAX_FILE_BYTES = 5_000_000_000  # of one file of saved weights

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.errors import DataError
-from macpo.engine.model import Head, PolicyModule, response_logps
+from macpo.engine.model import Head, PolicyModule
 from macpo.engine.pack import PackedBatch, PrefixGroup
 from macpo.engine.scoring import ResponseScore
 from macpo.kernels import pair_loss
@@ -185,15 +185,3 @@ def weighted(parts: Tensor, ld_alpha: float | None) -> Tensor:
     LD-DPO, section 3 of arXiv 2409.06411; None counts every token once.
     """
     return parts[..., 0] + (1.0 if ld_alpha is None else ld_alpha) * parts[..., 1]
-
-
-__all__ = [
-    "Objective",
-    "loss_settings",
-    "preference",
-    "reference_logps",
-    "response_logps",
-    "sft",
-    "shared_sums",
-    "weighted",
-]

@@ -25,9 +25,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.liger import use_liger
 from macpo.engine.model import PolicyModule
 from macpo.engine.tensor_parallel import split_layers
-from macpo.engine.world import World, finish, init_from_env
-
-__all__ = ["World", "data_world", "finish", "init_from_env", "mesh", "parallelize", "spreads"]
+from macpo.engine.world import World
 
 
 def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) -> PolicyModule:

@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 from macpo.engine.errors import ConfigError, Problem
 from macpo.engine.files import explained
 from macpo.engine.recipe_errors import explain
-from macpo.engine.recipe_tree import Node, assign, from_plain, merge, parse, scalar
+from macpo.engine.recipe_tree import assign, from_plain, merge, parse, scalar
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -168,6 +168,3 @@ def _text(text: str) -> str:
 def _comment(text: str, indent: int) -> list[str]:
     width = 100 - indent
     return [f"{' ' * indent}# {line}" for line in textwrap.wrap(" ".join(text.split()), width)]
-
-
-__all__ = ["Node", "dump", "kind_of", "load", "loads"]

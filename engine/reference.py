@@ -25,8 +25,8 @@ from macpo.engine.execute import on_main
 from macpo.engine.loading import local_folder, weight_files
 from macpo.engine.model import PolicyRef
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World
 from macpo.engine.stages import canonical
+from macpo.engine.world import World
 
 SCHEMA = 1  # of entries; raise it when their numbers change their meaning
 
@@ -149,6 +149,3 @@ def _write(path: Path, key: str, parts: Tensor) -> None:
 
 def _digest(parts: Tensor) -> str:
     return hashlib.sha256(parts.numpy().tobytes()).hexdigest()
-
-
-__all__ = ["cached", "groups_digest", "reference_key", "weights_digest"]

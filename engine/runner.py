@@ -25,7 +25,7 @@ from macpo.engine.stopping import StopFlag
 from macpo.engine.workers import Build, Pool, set_threads
 
 if TYPE_CHECKING:
-    from macpo.engine.parallel import World
+    from macpo.engine.world import World
 
 RERUN = "RERUN.json"  # a `--from` that is under way: the same command after a kill goes on instead of starting over
 

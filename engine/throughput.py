@@ -17,7 +17,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.flops import ModelShape, Targets, Tuning, counts_of, model_flops
 from macpo.engine.model import PolicyModule
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World
+from macpo.engine.world import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from macpo.engine import hangs
 from macpo.engine.console import run_cli
 from macpo.engine.errors import ConfigError
 from macpo.engine.launcher import PARENT, leave_error
-from macpo.engine.parallel import World, finish, init_from_env
 from macpo.engine.recipe import kind_of
 from macpo.engine.workers import die_with
+from macpo.engine.world import World, finish, init_from_env
 
 
 def runner(config: Path) -> Callable[..., None]:

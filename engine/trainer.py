@@ -29,10 +29,11 @@ from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective
 from macpo.engine.optim import Optimizer, learning_rate
 from macpo.engine.pack import PackedBatch, PrefixGroup
-from macpo.engine.parallel import World, data_world
+from macpo.engine.parallel import data_world
 from macpo.engine.plan import MicroBatch, Plan, fingerprint, microbatches
 from macpo.engine.throughput import Meter
 from macpo.engine.trackers import Trackers
+from macpo.engine.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +373,3 @@ class _NoLog:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-
-
-__all__ = ["TrainResult", "train"]

@@ -46,6 +46,3 @@ def own_rows(weight: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         raise TypeError("a weight that tensor parallelism has not cut has no rows of this rank alone")
     return weight.to_local(grad_placements=[Shard(0)])
-
-
-__all__ = ["own_rows", "vocab_shard"]

@@ -30,12 +30,14 @@ from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.served import OPTIONS
 from macpo.engine.generation.split import split_policy, team_size
-from macpo.engine.model import PolicyModule, PolicyRef, check_vocab
+from macpo.engine.loading import check_vocab
+from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import shared_sums
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World, parallelize, spreads
+from macpo.engine.parallel import parallelize, spreads
 from macpo.engine.records import Message, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.scoring import ResponseScore, score
+from macpo.engine.world import World
 
 
 def base_path(ctx: StageContext) -> str:

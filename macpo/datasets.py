@@ -26,12 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from macpo.dataset_files import Row, fingerprint, read_rows
+from macpo.dataset_files import Row, read_rows
 from macpo.engine.chat import ROLES
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.records import Example, Message, Pair, Prompt
-
-__all__ = ["FORMATS", "Splits", "fingerprint", "load_preferences", "split"]
 
 log = logging.getLogger("macpo.data")
 

@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from macpo.engine.connection import Connection, RateLimited, Unavailable
-
-__all__ = ["Endpoint", "RateLimited", "Unavailable"]
+from macpo.engine.connection import Connection, Unavailable
 
 MAX_REPLY_BYTES = 4 * 2**20
 

@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from macpo.endpoint import Endpoint, RateLimited, Unavailable
+from macpo.engine.connection import RateLimited, Unavailable
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import Appender, read_jsonl
 from macpo.engine.records import Message, Prompt
-
-__all__ = ["Comparison", "Endpoint", "Judge", "JudgeError", "JudgeResult", "comparisons"]
 
 Outcome: TypeAlias = Literal["win", "tie", "lose", "failed"]
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")

@@ -20,10 +20,8 @@ from macpo import charts
 from macpo.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluate import LABELS, headline_metric
-from macpo.findings import headline, score_rows, signed, table
+from macpo.findings import headline, score_rows, signed
 from macpo.run_reader import Evaluation, RunReader, sample
-
-__all__ = ["table", "write_report", "write_seeds_report"]
 
 SPEEDS = {
     "tokens_per_s": "tokens/s",

@@ -16,7 +16,8 @@ from torch import Tensor
 from macpo import world
 from macpo.agents import agent_chat, encode, encode_pairs, likelihoods, load_policy, shared_parts
 from macpo.config import Recipe
-from macpo.datasets import fingerprint, load_preferences, shuffled_prompts
+from macpo.dataset_files import fingerprint
+from macpo.datasets import load_preferences, shuffled_prompts
 from macpo.engine.config import ComputeSettings, PreferenceSettings
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext

@@ -10,9 +10,9 @@ from typing import Any
 
 from macpo import agents, heldout, learning, negatives, pairs, positives, prompts
 from macpo.config import AgentSettings, Recipe
-from macpo.datasets import fingerprint
+from macpo.dataset_files import fingerprint
 from macpo.engine.config import PreferenceSettings
-from macpo.engine.model import fingerprint_model
+from macpo.engine.loading import fingerprint_model
 from macpo.engine.stages import Graph, Stage
 from macpo.evaluate import Role
 from macpo.standalone_config import StandaloneRecipe

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from macpo.engine.errors import MacpoError
-from macpo.engine.parallel import World, finish, init_from_env
+from macpo.engine.world import World, finish, init_from_env
 
 
 def forked(function: Callable[[], object]) -> int:

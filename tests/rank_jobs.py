@@ -19,8 +19,8 @@ from macpo.engine.console import run_cli
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.pack import PackedBatch
-from macpo.engine.parallel import World
 from macpo.engine.stopping import StopFlag
+from macpo.engine.world import World
 
 SHARD = ParallelSettings(sharding="shard")
 Job = Callable[[Path, World], PolicyModule]

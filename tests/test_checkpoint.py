@@ -24,8 +24,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from macpo.engine import checkpoint, shards
 from macpo.engine.checkpoint import Checkpoint
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
-from macpo.engine.parallel import World
 from macpo.engine.shards import Box
+from macpo.engine.world import World
 
 ONE = World()
 SHARD = "shard-00001-of-00001.safetensors"

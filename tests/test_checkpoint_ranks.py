@@ -28,8 +28,9 @@ from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError, Stopped
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.parallel import World, parallelize
+from macpo.engine.parallel import parallelize
 from macpo.engine.trainer import train
+from macpo.engine.world import World
 
 ONE = World()
 WHOLE = {

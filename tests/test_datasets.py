@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from macpo.dataset_files import data_files
-from macpo.datasets import fingerprint, load_preferences, split
+from macpo.dataset_files import data_files, fingerprint
+from macpo.datasets import load_preferences, split
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.records import Pair, Prompt
 

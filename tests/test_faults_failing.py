@@ -39,11 +39,11 @@ from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json
 from macpo.engine.model import PolicyModule
 from macpo.engine.pack import PackedBatch
-from macpo.engine.parallel import World
 from macpo.engine.plan import Plan
 from macpo.engine.runner import Runner
 from macpo.engine.stages import Graph, Stage
 from macpo.engine.stopping import StopFlag
+from macpo.engine.world import World
 
 
 @pytest.fixture(autouse=True)

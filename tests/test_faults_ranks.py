@@ -39,9 +39,9 @@ from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
 from macpo.engine.generation.split import split_policy
 from macpo.engine.model import PolicyModule
-from macpo.engine.parallel import World
 from macpo.engine.plan import Plan
 from macpo.engine.scoring import score
+from macpo.engine.world import World
 
 KILLED = -signal.SIGKILL
 

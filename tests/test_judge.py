@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from fake_server import Reply, Server
 
-from macpo.endpoint import Endpoint, RateLimited, Unavailable
+from macpo.endpoint import Endpoint
+from macpo.engine.connection import RateLimited, Unavailable
 from macpo.engine.errors import ConfigError, MacpoError, PeerError
 from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.judge import Comparison, Judge, JudgeError, comparisons, parse

@@ -18,10 +18,10 @@ from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.model import PolicyRef
-from macpo.engine.parallel import World
 from macpo.engine.records import Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.run_folder import folder_of
 from macpo.engine.stopping import StopFlag
+from macpo.engine.world import World
 from macpo.iteration import build_plan
 from macpo.launch import run
 from macpo.pairs import teacher_pairs

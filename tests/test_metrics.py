@@ -27,11 +27,11 @@ from macpo.engine.metrics import MetricsLog
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World
 from macpo.engine.stopping import StopFlag
 from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
 from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
+from macpo.engine.world import World
 
 CPU = torch.device("cpu")
 PAIRS = [PrefixGroup([1, 2, 3], [[4, 5], [6, 7, 8]]), PrefixGroup([1], [[4], [6, 7]])]  # 8 and 4 tokens

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
-from macpo.engine.loading import weight_files
-from macpo.engine.model import PolicyModule, PolicyRef, fingerprint_model, load_causal_lm, save_policy
+from macpo.engine.loading import fingerprint_model, load_causal_lm, weight_files
+from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.objectives import preference, reference_logps, sft
 from macpo.engine.pack import pack
 from macpo.engine.pool import ModelPool
@@ -334,7 +334,7 @@ def test_more_tokens_than_embedding_rows_are_refused(llama: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from macpo.engine.model import check_vocab
+    from macpo.engine.loading import check_vocab
 
     model = load_causal_lm(llama)
     words = {f"w{k}": k for k in range(VOCAB + 1)}

@@ -43,11 +43,11 @@ from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import preference, sft
 from macpo.engine.optim import Optimizer
 from macpo.engine.pack import pack
-from macpo.engine.parallel import finish, mesh, parallelize
+from macpo.engine.parallel import mesh, parallelize
 from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
-from macpo.engine.world import World
+from macpo.engine.world import World, finish
 
 
 @pytest.fixture(autouse=True)

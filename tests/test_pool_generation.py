@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Output, Request, SamplingParams, context, sampling
-from macpo.engine.generation.decode_step import LOG_STEPS, StepShape, facts_of
+from macpo.engine.generation.decode_step import StepShape, facts_of
 from macpo.engine.generation.kv_cache import LayerShape
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.pool_runner import SYNC_STEPS
 from macpo.engine.generation.pool_session import PoolSession, pool_why_not, waiting_part
 from macpo.engine.generation.rows import Row
+from macpo.engine.generation.runner import LOG_STEPS
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
 FREE = SamplingParams(max_new_tokens=16, seed=5, ignore_eos=True)

@@ -16,7 +16,8 @@ from macpo.claims import claims
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json, write_jsonl
 from macpo.evaluate import AgentHistory, answer_stats, build_summary, gold_mean, preference_metrics
-from macpo.report import table, write_report, write_seeds_report
+from macpo.findings import table
+from macpo.report import write_report, write_seeds_report
 
 EVIL = '<img src=x onerror="alert(1)"></script><script>alert(2)</script> {{ 7 * 7 }} \x00\x1b[31m \u202egnol'
 TEACHERS = ("teacher0", "teacher1", "teacher2")

@@ -34,10 +34,10 @@ from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps, sft
 from macpo.engine.optim import learning_rate
 from macpo.engine.pack import PrefixGroup
-from macpo.engine.parallel import World
 from macpo.engine.plan import Plan, microbatches, share
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
+from macpo.engine.world import World
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from macpo.engine.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.pack import PackedBatch, PrefixGroup
-from macpo.engine.parallel import World
 from macpo.engine.plan import Plan
 from macpo.engine.scoring import score
+from macpo.engine.world import World
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from macpo.engine import progress
 from macpo.engine.errors import ConfigError, DataError, Stopped
 from macpo.engine.generation import SamplingParams
 from macpo.engine.generation.waves import assigned
-from macpo.engine.parallel import World
+from macpo.engine.world import World
 
 TESTS = Path(__file__).parent
 

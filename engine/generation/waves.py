@@ -24,9 +24,9 @@ from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
 from macpo.engine.generation.served import ServedGenerator
-from macpo.engine.parallel import World
 from macpo.engine.progress import Count, counted
 from macpo.engine.records import Message
+from macpo.engine.world import World
 
 log = logging.getLogger(__name__)
 
