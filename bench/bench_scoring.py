@@ -27,8 +27,8 @@ from bench.device import gemm
 from bench.harness import Case, Peer
 from bench.request_file import load
 from bench.timing import Outputs, Run
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.scoring import score
 
 OURS = "macpo score"

@@ -29,11 +29,11 @@ from bench.harness import Unavailable
 from bench.pair_data import PairData
 from macpo.engine import lora
 from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettings
+from macpo.engine.data.batches import Plan
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import parallelize
-from macpo.engine.plan import Plan
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
 from macpo.engine.world import World, finish

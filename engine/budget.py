@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import Again, ResourceError
 from macpo.engine.execute import on_main
 from macpo.engine.failures import free_memory
 from macpo.engine.files import read_json, write_json
-from macpo.engine.pack import PackedBatch
 from macpo.engine.world import World
 
 

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from macpo.engine import hardware, lora
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
+from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.loading import quiet_transformers
 from macpo.engine.memory import Row, Setup
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
-from macpo.engine.pack import PrefixGroup, pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.step_time import Machine, step_time
 from macpo.engine.world import World

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from macpo.engine.activations import blocks_of
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import ConfigError
 from macpo.engine.loading import quiet_transformers
-from macpo.engine.pack import PrefixGroup
 
 Tuning = Literal["lora", "full"]
 Checkpointing = Literal["off", "selective", "full"]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from macpo.engine.config import PreferenceSettings
+from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import DataError
 from macpo.engine.model import Head, PolicyModule
-from macpo.engine.pack import PackedBatch, PrefixGroup
 from macpo.engine.scoring import ResponseScore
 from macpo.kernels import pair_loss
 from macpo.kernels.pair_loss.losses import LossSettings

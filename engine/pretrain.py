@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from macpo.engine.chat import Chat
 from macpo.engine.config import InitSettings
+from macpo.engine.data.chat import Chat
+from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.records import Example, Message, Prompt
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.loading import quiet_transformers
-from macpo.engine.pack import PrefixGroup
-from macpo.engine.records import Example, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase

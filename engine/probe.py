@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macpo.engine.attention import PackedAttention, attention_hook
+from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.loading import embedding_rows
-from macpo.engine.pack import PrefixGroup, pack
 from macpo.kernels import Segments
 
 if TYPE_CHECKING:

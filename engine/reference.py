@@ -20,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from macpo.engine import files
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import NumericsError
 from macpo.engine.execute import on_main
 from macpo.engine.loading import local_folder, weight_files
 from macpo.engine.model import PolicyRef
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.stages import canonical
 from macpo.engine.world import World
 

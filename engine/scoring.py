@@ -12,12 +12,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from macpo.engine.attention import attention_hook
+from macpo.engine.data.batches import MicroBatch, microbatches
+from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.errors import ResourceError, Stopped
 from macpo.engine.failures import free_memory, is_out_of_memory
 from macpo.engine.model import PolicyModule
-from macpo.engine.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.parallel import data_world
-from macpo.engine.plan import MicroBatch, microbatches
 from macpo.engine.world import World
 
 

@@ -21,6 +21,8 @@ from macpo.engine import checkpoint
 from macpo.engine.attention import attention_hook
 from macpo.engine.budget import TokenBudget
 from macpo.engine.config import OptimSettings
+from macpo.engine.data.batches import MicroBatch, Plan, fingerprint, microbatches
+from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
 from macpo.engine.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.guards import SpikeGuard
@@ -28,9 +30,7 @@ from macpo.engine.metrics import MetricsLog
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective
 from macpo.engine.optim import Optimizer, learning_rate
-from macpo.engine.pack import PackedBatch, PrefixGroup
 from macpo.engine.parallel import data_world
-from macpo.engine.plan import MicroBatch, Plan, fingerprint, microbatches
 from macpo.engine.throughput import Meter
 from macpo.engine.trackers import Trackers
 from macpo.engine.world import World

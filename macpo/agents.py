@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.compute import model_pool
 from macpo.engine.config import (
     ComputeSettings,
@@ -25,6 +24,9 @@ from macpo.engine.config import (
     ServedSettings,
     Tuning,
 )
+from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.records import Message, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
@@ -33,9 +35,7 @@ from macpo.engine.generation.split import split_policy, team_size
 from macpo.engine.loading import check_vocab
 from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import shared_sums
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import parallelize, spreads
-from macpo.engine.records import Message, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.scoring import ResponseScore, score
 from macpo.engine.world import World
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macpo.config import AgentSettings, Recipe
-from macpo.engine.chat import Chat, boundary_mismatches, load_tokenizer
 from macpo.engine.config import InitSettings
+from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
+from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.loading import local_folder, read_json_object
 from macpo.engine.pretrain import read_corpus, train_tokenizer
-from macpo.engine.records import Example, Pair, Prompt
 from macpo.prompts import read_sources
 from macpo.standalone import read_sets
 from macpo.standalone_config import AnyRecipe, Standalone

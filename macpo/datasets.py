@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from macpo.dataset_files import Row, read_rows
-from macpo.engine.chat import ROLES
+from macpo.engine.data.chat import ROLES
+from macpo.engine.data.records import Example, Message, Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.records import Example, Message, Pair, Prompt
 
 log = logging.getLogger("macpo.data")
 

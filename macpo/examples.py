@@ -33,8 +33,8 @@ from macpo.datasets import (
     sharegpt_messages,
     text_of,
 )
+from macpo.engine.data.records import Example, Message, Prompt
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.records import Example, Message, Prompt
 
 log = logging.getLogger("macpo.data")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from macpo.card import model_card
 from macpo.config import AgentSettings
-from macpo.engine.chat import load_tokenizer
 from macpo.engine.compute import model_pool
 from macpo.engine.config import FullSettings
+from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError
 from macpo.engine.export import logits_of, publish
 from macpo.engine.model import PolicyRef

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from macpo.engine.connection import RateLimited, Unavailable
+from macpo.engine.data.records import Message, Prompt
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import Appender, read_jsonl
-from macpo.engine.records import Message, Prompt
 
 Outcome: TypeAlias = Literal["win", "tie", "lose", "failed"]
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")

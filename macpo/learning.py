@@ -22,7 +22,6 @@ from macpo.agents import (
     policy_ref,
     shared_parts,
 )
-from macpo.engine.chat import load_tokenizer
 from macpo.engine.compute import device_of, dtype_of
 from macpo.engine.config import (
     ComputeSettings,
@@ -32,13 +31,14 @@ from macpo.engine.config import (
     PreferenceSettings,
     Tuning,
 )
+from macpo.engine.data.chat import load_tokenizer
+from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.execute import StageContext, on_main
 from macpo.engine.loading import local_folder
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.objectives import preference, sft, weighted
-from macpo.engine.pack import PrefixGroup
-from macpo.engine.records import Example, Pair, read_records
 from macpo.engine.reference import cached, reference_key
 from macpo.engine.run_folder import CACHE
 from macpo.engine.trackers import Trackers

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from macpo.engine.data.records import Pair, Prompt, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import write_jsonl
-from macpo.engine.records import Pair, Prompt, read_records, write_records
 from macpo.negatives import answers_by_agent, pick_answer
 from macpo.positives import choose, read_candidates
 

@@ -19,12 +19,12 @@ from macpo.config import Recipe
 from macpo.dataset_files import fingerprint
 from macpo.datasets import load_preferences, shuffled_prompts
 from macpo.engine.config import ComputeSettings, PreferenceSettings
+from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.records import Example, Pair, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import atomic_write, write_json
 from macpo.engine.objectives import loss_settings, weighted
-from macpo.engine.pack import PrefixGroup
-from macpo.engine.records import Example, Pair, read_records, write_records
 from macpo.engine.stages import Graph
 from macpo.evaluate import preference_metrics
 from macpo.examples import load_examples

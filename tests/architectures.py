@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from macpo.engine.pack import PrefixGroup
+from macpo.engine.data.pack import PrefixGroup
 
 VOCAB = 61  # odd, so that nothing is aligned by luck
 SIZES: dict[str, Any] = {

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from macpo.engine import lora
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, PreferenceSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
-from macpo.engine.pack import pack
 from macpo.engine.parallel import data_world, parallelize
 from macpo.engine.world import World
 

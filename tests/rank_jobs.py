@@ -16,9 +16,9 @@ from training import run_sft, weights
 
 from macpo.engine.config import ParallelSettings
 from macpo.engine.console import run_cli
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.pack import PackedBatch
 from macpo.engine.stopping import StopFlag
 from macpo.engine.world import World
 

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from macpo.engine import activations, liger, parallel
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import ParallelSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import reference_logps, sft
-from macpo.engine.pack import pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.world import World

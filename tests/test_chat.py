@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from macpo.engine.chat import Chat, boundary_mismatches, load_tokenizer
+from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
+from macpo.engine.data.pack import pack
+from macpo.engine.data.records import Message
+from macpo.engine.data.templates import MAX_TEMPLATE_CHARS, TEMPLATES, VICUNA_SYSTEM, log_once, within
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.pack import pack
-from macpo.engine.records import Message
-from macpo.engine.templates import MAX_TEMPLATE_CHARS, TEMPLATES, VICUNA_SYSTEM, log_once, within
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 TEXT = ["the quick brown fox jumps over the lazy dog USER: what is it ? ASSISTANT: it is a fox , not a dog", "a b c"]
@@ -253,7 +253,7 @@ def test_templates_are_sandboxed_and_bounded(template: str, problem: str) -> Non
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("macpo.engine.chat.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("macpo.engine.data.chat.PROBE_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ConfigError, match="does not end"):
         Chat(byte_level(), loop)

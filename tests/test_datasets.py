@@ -16,8 +16,8 @@ import pytest
 
 from macpo.dataset_files import data_files, fingerprint
 from macpo.datasets import load_preferences, split
+from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.records import Pair, Prompt
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real data is not here")

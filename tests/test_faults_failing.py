@@ -34,12 +34,12 @@ from training import (
 from macpo.engine import hangs
 from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.console import run_cli
+from macpo.engine.data.batches import Plan
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import MacpoError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json
 from macpo.engine.model import PolicyModule
-from macpo.engine.pack import PackedBatch
-from macpo.engine.plan import Plan
 from macpo.engine.runner import Runner
 from macpo.engine.stages import Graph, Stage
 from macpo.engine.stopping import StopFlag

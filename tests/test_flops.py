@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from macpo.engine import lora
 from macpo.engine.config import LoraSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.flops import (
     Counts,
     ModelShape,
@@ -22,7 +23,6 @@ from macpo.engine.flops import (
     model_flops,
     step_flops,
 )
-from macpo.engine.pack import pack
 from macpo.kernels.prefix_attention.segments import visible
 
 TOKENS = 24

@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from macpo.engine import lora, lora_linear, model
 from macpo.engine.config import LoraSettings, ParallelSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.dry_run import Recorder
 from macpo.engine.flops import Counts, ModelShape, model_flops
 from macpo.engine.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.objectives import sft
-from macpo.engine.pack import pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.world import World
 

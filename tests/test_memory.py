@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from macpo.engine import lora
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, PreferenceSettings
+from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.dry_run import Recorder
 from macpo.engine.errors import ConfigError
 from macpo.engine.flops import ModelShape
@@ -26,7 +27,6 @@ from macpo.engine.memory import Setup, checkpoint_bytes, head_bytes, memory, ten
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
-from macpo.engine.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.world import World
 from macpo.kernels import VocabShard

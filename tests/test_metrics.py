@@ -19,6 +19,7 @@ from forks import ranks
 
 from macpo.engine import hardware, progress
 from macpo.engine.config import LoraSettings, OptimSettings
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import Stopped
 from macpo.engine.flops import ModelShape
 from macpo.engine.hardware import GPUS
@@ -26,7 +27,6 @@ from macpo.engine.lora import new_adapter
 from macpo.engine.metrics import MetricsLog
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.stopping import StopFlag
 from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
 from macpo.engine.trackers import Trackers

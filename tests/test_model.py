@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
 from macpo.engine.loading import fingerprint_model, load_causal_lm, weight_files
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.objectives import preference, reference_logps, sft
-from macpo.engine.pack import pack
 from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 

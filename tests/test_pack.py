@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import DataError
-from macpo.engine.pack import PrefixGroup, pack
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=12)
 GROUPS = st.lists(st.builds(PrefixGroup, TOKENS, st.lists(TOKENS, min_size=1, max_size=4)), min_size=1, max_size=12)

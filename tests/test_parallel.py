@@ -38,11 +38,11 @@ from torch.distributed.tensor import DTensor
 
 from macpo.engine import model
 from macpo.engine.config import FullSettings, OptimSettings, ParallelSettings, PreferenceSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import preference, sft
 from macpo.engine.optim import Optimizer
-from macpo.engine.pack import pack
 from macpo.engine.parallel import mesh, parallelize
 from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from macpo.engine.chat import Chat, load_tokenizer
 from macpo.engine.config import InitSettings, PretrainSettings
+from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.data.records import Example, Prompt
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
@@ -29,7 +30,6 @@ from macpo.engine.pretrain import (
     save_base,
     train_tokenizer,
 )
-from macpo.engine.records import Example, Prompt
 from macpo.engine.trainer import train
 
 TINY = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "context": 32}

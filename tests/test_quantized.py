@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from macpo.engine import loading
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, Tuning
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.loading import load_causal_lm
 from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import sft
 from macpo.engine.optim import Optimizer
-from macpo.engine.pack import pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score

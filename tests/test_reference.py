@@ -18,12 +18,12 @@ from torch import Tensor
 
 from macpo import agents
 from macpo.engine.config import LoraSettings
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import ConfigError, NumericsError
 from macpo.engine.loading import load_causal_lm
 from macpo.engine.lora import new_adapter
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.objectives import reference_logps, shared_sums
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.reference import cached, reference_key
 from macpo.engine.run_folder import folder_of
 from macpo.engine.scoring import score

@@ -8,10 +8,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, model_of, separate_logps, some_groups
 
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import DataError
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import reference_logps
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.scoring import ResponseScore, score
 
 

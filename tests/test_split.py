@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macpo.datasets import split
+from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import DataError
-from macpo.engine.records import Pair, Prompt
 
 
 def make_pairs(sizes: list[int]) -> list[Pair]:

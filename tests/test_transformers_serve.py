@@ -23,11 +23,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from macpo import launch
-from macpo.engine.chat import Chat
 from macpo.engine.config import ServedSettings
+from macpo.engine.data.chat import Chat
+from macpo.engine.data.records import Prompt, Response, read_records
 from macpo.engine.errors import ConfigError, PeerError
 from macpo.engine.generation import Generator, Sample, SamplingParams, ServedGenerator, generate_waves
-from macpo.engine.records import Prompt, Response, read_records
 from macpo.engine.run_folder import folder_of
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{{ 'q' if add_generation_prompt }}"

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from macpo.engine.config import PreferenceSettings
+from macpo.engine.data.batches import Plan
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps
-from macpo.engine.pack import PrefixGroup
-from macpo.engine.plan import Plan
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
 

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from macpo.engine import lora
 from macpo.engine.config import PreferenceSettings
+from macpo.engine.data.pack import pack
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective, preference, reference_logps, sft
-from macpo.engine.pack import pack
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.vocab_parallel import vocab_shard

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from macpo.engine.data.records import Pair
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.records import Pair
 from macpo.world import World, WorldSettings, build, explain, gold, own_topics
 from macpo.world.answers import BEHAVIOURS, bad, good
 from macpo.world.build import vocabulary

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from macpo.engine.config import OptimSettings, ParallelSettings, PreferenceSettings
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective, preference, reference_logps, sft
-from macpo.engine.pack import PrefixGroup
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.trainer import TrainResult, train

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from macpo.engine.data.records import Message
 from macpo.engine.generation.params import SamplingParams
-from macpo.engine.records import Message
 
 FinishReason = Literal["stop", "length"]
 

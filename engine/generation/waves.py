@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from macpo.engine.data.records import Message
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
 from macpo.engine.execute import agreed
 from macpo.engine.files import atomic_write, explained
@@ -25,7 +26,6 @@ from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
 from macpo.engine.generation.served import ServedGenerator
 from macpo.engine.progress import Count, counted
-from macpo.engine.records import Message
 from macpo.engine.world import World
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from macpo.engine.attention import PackedAttention, attention_hook, is_active
+from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.model import Head, PolicyModule
-from macpo.engine.pack import PackedBatch, PrefixGroup, pack
 from macpo.kernels import Segments, linear_logp
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from macpo.engine.attention import attention_hook
+from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.model import Head
-from macpo.engine.pack import PackedBatch, PrefixGroup
 from macpo.engine.scoring import score
 from macpo.integrations.packed import (
     check_held,

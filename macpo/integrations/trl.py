@@ -26,9 +26,9 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.utils import use_adapter
 
 from macpo.engine.attention import attention_hook
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import ConfigError
 from macpo.engine.model import Head
-from macpo.engine.pack import PackedBatch
 from macpo.integrations.packed import (
     check_held,
     check_model,

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.errors import ConfigError
-from macpo.engine.records import Example, Pair, Prompt
 from macpo.world.answers import bad, echo, good
 from macpo.world.grammar import (
     CHANGING_OPENINGS,

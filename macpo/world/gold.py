@@ -29,8 +29,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from macpo.engine.data.records import Message
 from macpo.engine.errors import DataError
-from macpo.engine.records import Message
 from macpo.world.grammar import (
     ENDINGS,
     HARMFUL_WORDS,

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.records import Message
+from macpo.engine.data.templates import one_line, template_text, within
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.pack import PrefixGroup
-from macpo.engine.records import Message
-from macpo.engine.templates import one_line, template_text, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.pack import PackedBatch, PrefixGroup, bins, pack
+from macpo.engine.data.pack import PackedBatch, PrefixGroup, bins, pack
 from macpo.engine.world import World
 
 

@@ -1,0 +1,1 @@
+"""Data that stages exchange: records, chat templates, the tokenisation rule, packed shared-prefix rows."""
