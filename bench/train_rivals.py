@@ -31,12 +31,12 @@ from macpo.engine import lora
 from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.distributed.world import World, finish
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference, reference_logps
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
-from macpo.engine.world import World, finish
 
 BETA, SEED, LEARNING_RATE = 0.1, 0, 1e-4
 LORA = LoraSettings(rank=16, alpha=32.0, target_modules="all-linear")

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from macpo.engine.data.pack import PackedBatch
+from macpo.engine.distributed.agree import on_main
+from macpo.engine.distributed.failures import free_memory
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import Again, ResourceError
-from macpo.engine.execute import on_main
-from macpo.engine.failures import free_memory
 from macpo.engine.files import read_json, write_json
-from macpo.engine.world import World
 
 
 class TokenBudget:

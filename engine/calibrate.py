@@ -20,6 +20,7 @@ from macpo.engine import hardware, lora
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.distributed.world import World
 from macpo.engine.loading import quiet_transformers
 from macpo.engine.memory import Row, Setup
 from macpo.engine.model import PolicyModule
@@ -27,7 +28,6 @@ from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
 from macpo.engine.parallel import parallelize
 from macpo.engine.step_time import Machine, step_time
-from macpo.engine.world import World
 
 MODELS: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},

@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from macpo.engine.distributed.agree import agreed
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, PeerError, ResourceError
-from macpo.engine.execute import agreed
 from macpo.engine.faults import point
 from macpo.engine.files import (
     atomic_write,
@@ -41,7 +42,6 @@ from macpo.engine.files import (
     write_json,
 )
 from macpo.engine.shards import Box, Incomplete, Reader, code_of, read_back, share_of, write
-from macpo.engine.world import World
 
 SCHEMA = 2
 KEEP = 2

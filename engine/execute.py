@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from macpo.engine import errors, files, hangs
-from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Problem, Stopped
+from macpo.engine import files
+from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed.agree import _is_main, on_main, stopped
+from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
 from macpo.engine.manifest import MANIFEST, RUNNING, TIMING, Manifest
 from macpo.engine.run_folder import RunFolder, read_timing
@@ -22,7 +24,7 @@ from macpo.engine.stages import Graph, Stage, key_of
 from macpo.engine.stopping import StopFlag
 
 if TYPE_CHECKING:
-    from macpo.engine.world import World
+    from macpo.engine.distributed.world import World
 
 
 @dataclass
@@ -44,7 +46,7 @@ class StageContext:
     def world(self) -> World:
         """The ranks that run this stage together (one, without torch.distributed)."""
         if self.group is None:
-            from macpo.engine.world import World
+            from macpo.engine.distributed.world import World
 
             self.group = World()
         return self.group
@@ -76,72 +78,6 @@ class StageContext:
             print(f"{self.name}: {message}", file=sys.stderr, flush=True)
             with open(self.dir / "stage.log", "a", encoding="utf-8") as file:
                 file.write(message + "\n")
-
-
-def stopped(where: str, world: World | None = None) -> Stopped:
-    """The error for a stop that was asked for; raised on every rank of `world`, reported by one."""
-    error = Stopped(f"stopped at {where}", "run the same command again to go on from here")
-    vars(error)["relayed"] = not _is_main(world)
-    return error
-
-
-def _is_main(world: World | None) -> bool:
-    return world is None or world.rank == 0
-
-
-def on_main(world: World | None, action: Callable[[], Any]) -> Any:
-    """Rank 0's JSON-able result on every rank; what it raises is raised on every rank (`relayed` on the others)."""
-    if world is None or world.size == 1:
-        return action()
-    answer: dict[str, Any] = {}
-    failure: BaseException | None = None
-    if world.is_main:
-        try:
-            answer = {"value": action()}
-        except MacpoError as error:
-            answer, failure = {"error": pack_error(error)}, error
-    answer = world.broadcast(answer)
-    if failure is not None:
-        raise failure
-    if "error" in answer:
-        raise unpack_error(answer["error"], relayed=True)
-    return answer["value"]
-
-
-@contextlib.contextmanager
-def agreed(world: World | None) -> Iterator[None]:
-    """What any rank raises inside is raised on every rank at its end (`relayed` on all but the first); collective.
-
-    No other collective may be called inside.
-    """
-    failure: MacpoError | None = None
-    try:
-        yield
-    except MacpoError as error:
-        if world is None or world.size == 1:
-            raise
-        failure = error
-    if world is None or world.size == 1:
-        return
-    answers = world.gather(None if failure is None else pack_error(failure))
-    for rank, answer in enumerate(answers):
-        if answer is not None:
-            raise failure if failure is not None and rank == world.rank else unpack_error(answer, relayed=True)
-
-
-def pack_error(error: MacpoError) -> dict[str, Any]:
-    """JSON for a MacpoError on its way to another process."""
-    fields = ("message", "fix", "file", "line", "field")
-    problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
-    return {"kind": type(error).__name__, "problems": problems}
-
-
-def unpack_error(packed: Mapping[str, Any], *, relayed: bool = False) -> MacpoError:
-    """The error again; `relayed` marks one that its own process reports to the user."""
-    kind = getattr(errors, packed["kind"], MacpoError)
-    error: MacpoError = kind(problems=[Problem(**problem) for problem in packed["problems"]])
-    vars(error)["relayed"] = relayed
-    return error
 
 
 @dataclass

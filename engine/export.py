@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from macpo.engine.attention import attention_hook
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.distributed.agree import agreed
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.execute import agreed
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file
 from macpo.engine.loading import load_causal_lm, local_folder
 from macpo.engine.model import Head, PolicyModule, save_policy
-from macpo.engine.world import World
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits that counts as equal, by the dtype of the computation; relative above 1."""

@@ -21,14 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from macpo.engine import lora
 from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.data.pack import PackedBatch
+from macpo.engine.distributed.agree import agreed
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.execute import agreed
 from macpo.engine.files import explained, require_free
 from macpo.engine.loading import (
     quiet_transformers,
 )
 from macpo.engine.lora_linear import use_fused_lora
-from macpo.engine.world import World
 from macpo.kernels import VocabShard, linear_logp
 
 T_ = TypeVar("T_")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from macpo.engine.config import OptimSettings
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import IntegrityError
-from macpo.engine.world import World
 
 
 def learning_rate(settings: OptimSettings, step: int, num_steps: int) -> float:

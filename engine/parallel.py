@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from macpo.engine.activations import blocks_of, checkpoint_block, compile_block, offload_block
 from macpo.engine.config import ParallelSettings
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.liger import use_liger
 from macpo.engine.model import PolicyModule
 from macpo.engine.tensor_parallel import split_layers
-from macpo.engine.world import World
 
 
 def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) -> PolicyModule:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from macpo.engine import files
 from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.distributed.agree import on_main
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError
-from macpo.engine.execute import on_main
 from macpo.engine.loading import local_folder, weight_files
 from macpo.engine.model import PolicyRef
 from macpo.engine.stages import canonical
-from macpo.engine.world import World
 
 SCHEMA = 1  # of entries; raise it when their numbers change their meaning
 

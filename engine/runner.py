@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macpo.engine import files
+from macpo.engine.distributed.agree import on_main, stopped, unpack_error
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Stopped
-from macpo.engine.execute import Executor, on_main, stopped, unpack_error
+from macpo.engine.execute import Executor
 from macpo.engine.faults import point
 from macpo.engine.locks import RunLock, holder
 from macpo.engine.manifest import Manifest
@@ -25,7 +26,7 @@ from macpo.engine.stopping import StopFlag
 from macpo.engine.workers import Build, Pool, set_threads
 
 if TYPE_CHECKING:
-    from macpo.engine.world import World
+    from macpo.engine.distributed.world import World
 
 RERUN = "RERUN.json"  # a `--from` that is under way: the same command after a kill goes on instead of starting over
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.faults import point
-from macpo.engine.world import World
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel
 
 from macpo.engine import hardware
 from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.flops import ModelShape, Targets, Tuning, counts_of, model_flops
 from macpo.engine.model import PolicyModule
-from macpo.engine.world import World
 
 
 @dataclass(frozen=True, slots=True)

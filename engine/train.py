@@ -20,13 +20,13 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from macpo.engine import hangs
 from macpo.engine.console import run_cli
+from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed.launcher import PARENT, leave_error
+from macpo.engine.distributed.world import World, finish, init_from_env
 from macpo.engine.errors import ConfigError
-from macpo.engine.launcher import PARENT, leave_error
 from macpo.engine.recipe import kind_of
 from macpo.engine.workers import die_with
-from macpo.engine.world import World, finish, init_from_env
 
 
 def runner(config: Path) -> Callable[..., None]:

@@ -23,8 +23,9 @@ from macpo.engine.budget import TokenBudget
 from macpo.engine.config import OptimSettings
 from macpo.engine.data.batches import MicroBatch, Plan, fingerprint, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
-from macpo.engine.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.guards import SpikeGuard
 from macpo.engine.metrics import MetricsLog
 from macpo.engine.model import PolicyModule
@@ -33,7 +34,6 @@ from macpo.engine.optim import Optimizer, learning_rate
 from macpo.engine.parallel import data_world
 from macpo.engine.throughput import Meter
 from macpo.engine.trackers import Trackers
-from macpo.engine.world import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from macpo.engine.distributed.agree import pack_error
 from macpo.engine.errors import MacpoError
-from macpo.engine.execute import Executor, pack_error
+from macpo.engine.execute import Executor
 from macpo.engine.files import explain, is_expected
 from macpo.engine.run_folder import RunFolder
 from macpo.engine.stages import Graph

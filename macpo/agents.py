@@ -27,6 +27,7 @@ from macpo.engine.config import (
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Message, Pair, Prompt, Response, ids_digest, read_records, write_records
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
@@ -37,7 +38,6 @@ from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import shared_sums
 from macpo.engine.parallel import parallelize, spreads
 from macpo.engine.scoring import ResponseScore, score
-from macpo.engine.world import World
 
 
 def base_path(ctx: StageContext) -> str:

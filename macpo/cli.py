@@ -179,7 +179,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.ranks == 1:
         launch.show(launch.run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
         return
-    from macpo.engine.launcher import launch as launch_ranks
+    from macpo.engine.distributed.launcher import launch as launch_ranks
 
     file = arguments.recipe / "recipe.yaml" if arguments.recipe.is_dir() else arguments.recipe
     words = [str(file), *(f"--set={override}" for override in arguments.overrides)]

@@ -11,11 +11,11 @@ from macpo.config import AgentSettings
 from macpo.engine.compute import model_pool
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import load_tokenizer
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.export import logits_of, publish
 from macpo.engine.model import PolicyRef
 from macpo.engine.run_folder import folder_of
-from macpo.engine.world import World
 from macpo.launch import plan_of
 from macpo.standalone_config import AnyRecipe
 from macpo.steps import Plan

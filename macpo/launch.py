@@ -12,10 +12,10 @@ import torch
 from macpo import __version__, standalone
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.runner import Runner
-from macpo.engine.world import World
 from macpo.evaluate import AgentHistory, build_summary
 from macpo.findings import table
 from macpo.iteration import build_plan

@@ -34,8 +34,9 @@ from macpo.engine.config import (
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
+from macpo.engine.distributed.agree import on_main
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.execute import StageContext, on_main
+from macpo.engine.execute import StageContext
 from macpo.engine.loading import local_folder
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.objectives import preference, sft, weighted

@@ -9,8 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from macpo.engine.distributed.world import World, finish, init_from_env
 from macpo.engine.errors import MacpoError
-from macpo.engine.world import World, finish, init_from_env
 
 
 def forked(function: Callable[[], object]) -> int:

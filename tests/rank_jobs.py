@@ -17,10 +17,10 @@ from training import run_sft, weights
 from macpo.engine.config import ParallelSettings
 from macpo.engine.console import run_cli
 from macpo.engine.data.pack import PackedBatch
+from macpo.engine.distributed.world import World
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.stopping import StopFlag
-from macpo.engine.world import World
 
 SHARD = ParallelSettings(sharding="shard")
 Job = Callable[[Path, World], PolicyModule]

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from macpo.engine.console import run_cli
+from macpo.engine.distributed.launcher import PARENT, launch, leave_error
 from macpo.engine.errors import Again, DataError, PeerError, Stopped
-from macpo.engine.launcher import PARENT, launch, leave_error
 from macpo.engine.stopping import StopFlag
 from macpo.engine.workers import die_with
 

@@ -15,11 +15,11 @@ from macpo.engine import activations, liger, parallel
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import ParallelSettings
 from macpo.engine.data.pack import pack
+from macpo.engine.distributed.world import World
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import reference_logps, sft
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
-from macpo.engine.world import World
 
 
 @pytest.fixture(autouse=True)

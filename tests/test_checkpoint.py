@@ -23,9 +23,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from macpo.engine import checkpoint, shards
 from macpo.engine.checkpoint import Checkpoint
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
 from macpo.engine.shards import Box
-from macpo.engine.world import World
 
 ONE = World()
 SHARD = "shard-00001-of-00001.safetensors"

@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from macpo.engine import checkpoint
 from macpo.engine.config import OptimSettings, ParallelSettings
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError, Stopped
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.parallel import parallelize
 from macpo.engine.trainer import train
-from macpo.engine.world import World
 
 ONE = World()
 WHOLE = {

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from macpo.engine.console import run_cli
+from macpo.engine.distributed.agree import pack_error, unpack_error
 from macpo.engine.errors import ConfigError, MacpoError, ResourceError, Stopped
-from macpo.engine.execute import pack_error, unpack_error
 
 
 def test_errors_survive_the_way_between_processes() -> None:

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from macpo.engine import export
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
 from macpo.engine.export import logits_of, publish
 from macpo.engine.loading import weight_files
 from macpo.engine.model import PolicyModule, PolicyRef, save_policy
 from macpo.engine.parallel import parallelize
 from macpo.engine.pool import ModelPool
-from macpo.engine.world import World
 
 ONE = World()
 WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}

@@ -31,11 +31,12 @@ from training import (
     weights,
 )
 
-from macpo.engine import hangs
 from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.console import run_cli
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PackedBatch
+from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json
@@ -43,7 +44,6 @@ from macpo.engine.model import PolicyModule
 from macpo.engine.runner import Runner
 from macpo.engine.stages import Graph, Stage
 from macpo.engine.stopping import StopFlag
-from macpo.engine.world import World
 
 
 @pytest.fixture(autouse=True)

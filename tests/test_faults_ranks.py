@@ -36,12 +36,12 @@ from training import (
 
 from macpo.engine.config import ParallelSettings
 from macpo.engine.data.batches import Plan
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
 from macpo.engine.generation.split import split_policy
 from macpo.engine.model import PolicyModule
 from macpo.engine.scoring import score
-from macpo.engine.world import World
 
 KILLED = -signal.SIGKILL
 

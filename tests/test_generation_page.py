@@ -13,7 +13,7 @@ from forks import ranks
 from generation_checks import character_tokenizer
 from peft import LoraConfig, get_peft_model
 
-from macpo.engine.world import World
+from macpo.engine.distributed.world import World
 
 PAGE = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
 BLOCKS: dict[str, str] = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, flags=re.S))

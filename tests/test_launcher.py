@@ -15,8 +15,8 @@ import rank_toy
 from tiny import tiny
 
 from macpo.engine.console import run_cli
+from macpo.engine.distributed.launcher import launch
 from macpo.engine.errors import ConfigError
-from macpo.engine.launcher import launch
 from macpo.engine.recipe import dump
 
 

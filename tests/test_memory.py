@@ -20,6 +20,7 @@ from macpo.engine import lora
 from macpo.engine.attention import attention_hook
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.distributed.world import World
 from macpo.engine.dry_run import Recorder
 from macpo.engine.errors import ConfigError
 from macpo.engine.flops import ModelShape
@@ -28,7 +29,6 @@ from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
 from macpo.engine.parallel import parallelize
-from macpo.engine.world import World
 from macpo.kernels import VocabShard
 from macpo.kernels.linear_logp.head import Head, Needs
 from macpo.kernels.linear_logp.shard import ShardHead

@@ -15,13 +15,13 @@ from macpo.config import Recipe
 from macpo.engine.compute import model_pool
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.model import PolicyRef
 from macpo.engine.run_folder import folder_of
 from macpo.engine.stopping import StopFlag
-from macpo.engine.world import World
 from macpo.iteration import build_plan
 from macpo.launch import run
 from macpo.pairs import teacher_pairs

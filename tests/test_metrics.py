@@ -20,6 +20,7 @@ from forks import ranks
 from macpo.engine import hardware, progress
 from macpo.engine.config import LoraSettings, OptimSettings
 from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import Stopped
 from macpo.engine.flops import ModelShape
 from macpo.engine.hardware import GPUS
@@ -31,7 +32,6 @@ from macpo.engine.stopping import StopFlag
 from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
 from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
-from macpo.engine.world import World
 
 CPU = torch.device("cpu")
 PAIRS = [PrefixGroup([1, 2, 3], [[4, 5], [6, 7, 8]]), PrefixGroup([1], [[4], [6, 7]])]  # 8 and 4 tokens

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from macpo.engine import model
 from macpo.engine.config import FullSettings, OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
+from macpo.engine.distributed.world import World, finish
 from macpo.engine.errors import ConfigError
 from macpo.engine.model import PolicyModule, PolicyRef
 from macpo.engine.objectives import preference, sft
@@ -47,7 +48,6 @@ from macpo.engine.parallel import mesh, parallelize
 from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
-from macpo.engine.world import World, finish
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from macpo.engine import loading
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, Tuning
 from macpo.engine.data.pack import pack
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.loading import load_causal_lm
 from macpo.engine.model import PolicyModule, PolicyRef
@@ -23,7 +24,6 @@ from macpo.engine.optim import Optimizer
 from macpo.engine.parallel import parallelize
 from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
-from macpo.engine.world import World
 
 NF4 = LoraSettings(rank=4, target_modules="all-linear", quantization="nf4")
 PAIRS = some_groups(num_responses=2, count=6)

@@ -19,6 +19,7 @@ from torch import Tensor
 from macpo import agents
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, NumericsError
 from macpo.engine.loading import load_causal_lm
 from macpo.engine.lora import new_adapter
@@ -27,7 +28,6 @@ from macpo.engine.objectives import reference_logps, shared_sums
 from macpo.engine.reference import cached, reference_key
 from macpo.engine.run_folder import folder_of
 from macpo.engine.scoring import score
-from macpo.engine.world import World
 from macpo.kernels import sequence_sums
 from macpo.launch import plan_of, runner_of
 from macpo.standalone_config import Standalone

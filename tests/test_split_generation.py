@@ -26,6 +26,7 @@ from test_ranks import torchrun
 from tiny import tiny
 
 from macpo.engine.config import LoraSettings, ParallelSettings
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Generator, Output, SamplingParams, sampling
@@ -37,7 +38,6 @@ from macpo.engine.pool import ModelPool
 from macpo.engine.recipe import dump
 from macpo.engine.run_folder import folder_of
 from macpo.engine.scoring import score
-from macpo.engine.world import World
 from macpo.launch import run
 
 PROMPTS = some_prompts([3, 9, 1, 17, 5])

@@ -14,12 +14,12 @@ from training import DPO, PAIRS, SFT, SLOW, bits, rows, run_dpo, run_sft, stop_a
 
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped
-from macpo.engine.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.scoring import score
-from macpo.engine.world import World
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from macpo.engine import lora
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.pack import pack
+from macpo.engine.distributed.world import World
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective, preference, reference_logps, sft
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.vocab_parallel import vocab_shard
-from macpo.engine.world import World
 
 REFS = torch.linspace(-40, -20, 2 * len(PAIRS)).reshape(-1, 2)
 SIMPO = PreferenceSettings(loss="simpo", beta=2.0, gamma=0.5, sft_weight=0.3)

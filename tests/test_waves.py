@@ -17,10 +17,10 @@ from generation_checks import some_prompts
 from wave_job import PARAMS, run
 
 from macpo.engine import progress
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, Stopped
 from macpo.engine.generation import SamplingParams
 from macpo.engine.generation.waves import assigned
-from macpo.engine.world import World
 
 TESTS = Path(__file__).parent
 

@@ -164,7 +164,7 @@ def main() -> int:
 
 
 def _ranked(run_dir: Path, configs: Sequence[Mapping[str, Any]]) -> int:
-    from macpo.engine.world import finish, init_from_env
+    from macpo.engine.distributed.world import finish, init_from_env
 
     world = init_from_env(20)
     codes = [run_cli(Runner(run_dir, build_ranked(config), world=world).run) for config in configs]

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from macpo.engine.config import OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.distributed.world import World
 from macpo.engine.model import PolicyModule
 from macpo.engine.objectives import Objective, preference, reference_logps, sft
 from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.trainer import TrainResult, train
-from macpo.engine.world import World
 
 SFT = OptimSettings(learning_rate=3e-3, epochs=2, batch=4, warmup_fraction=0.2, weight_decay=0.1, save_every_steps=2)
 DPO = PreferenceSettings(learning_rate=3e-3, epochs=2, batch=4, save_every_steps=2)

@@ -11,8 +11,8 @@ import torch
 from architectures import model_of
 from generation_checks import character_tokenizer, some_prompts
 
+from macpo.engine.distributed.world import finish, init_from_env
 from macpo.engine.generation import Generator, SamplingParams, generate_waves
-from macpo.engine.world import finish, init_from_env
 
 PARAMS = SamplingParams(temperature=1.3, max_new_tokens=9, seed=7, stop_token_ids=tuple(range(3, 20)))
 

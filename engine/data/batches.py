@@ -13,7 +13,7 @@ import torch
 
 from macpo.engine.config import OptimSettings
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, bins, pack
-from macpo.engine.world import World
+from macpo.engine.distributed.world import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from macpo.engine.attention import attention_hook
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation.checks import check_requests
 from macpo.engine.generation.fallback import HfRunner, hooked_layers
@@ -42,7 +43,6 @@ from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.engine.generation.slot_runner import SlotRunner
 from macpo.engine.loading import embedding_rows
 from macpo.engine.progress import Count, counted
-from macpo.engine.world import World
 
 _log = logging.getLogger(__name__)
 CacheKind = Literal["pool", "slots"]

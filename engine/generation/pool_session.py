@@ -18,12 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.decode_step import DecodeStep, StepShape, facts_of
 from macpo.engine.generation.kv_cache import LayerShape
 from macpo.engine.generation.kv_pool import KVPool, Need
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.request import Request
-from macpo.engine.world import ALONE, World
 from macpo.kernels import explain
 from macpo.kernels.paged_attention.op import why_not
 

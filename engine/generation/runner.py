@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from macpo.engine.attention import AttentionContext
+from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.errors import Stopped
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.engine.progress import Count, uncounted
-from macpo.engine.world import ALONE, World
 from macpo.kernels import Segments
 
 CPU_PREFILL_TOKENS, PREFILL_TOKENS = 2048, 8192

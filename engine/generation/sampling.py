@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.rows import Row
-from macpo.engine.world import ALONE, World
 from macpo.kernels import SampleParams, sample
 
 

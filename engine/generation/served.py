@@ -21,13 +21,13 @@ from typing import Any
 from macpo.engine.config import ServedSettings
 from macpo.engine.connection import Connection, Unavailable
 from macpo.engine.data.records import Message, Prompt
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.checks import shortened
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.request import FinishReason, Output, Request, Sample, content_ids, request_key
 from macpo.engine.generation.rows import decode
 from macpo.engine.progress import Count, counted
-from macpo.engine.world import World
 
 POLL_S = 0.1
 """How often a stop is looked for while answers are awaited."""

@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from macpo.engine.distributed.world import World, team_of
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.generation.multilora import why_not
 from macpo.engine.model import PolicyModule
 from macpo.engine.tensor_parallel import FIELD, head_counts, linear_parts, planned_layers
-from macpo.engine.world import World, team_of
 
 
 def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -> int:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from macpo.engine.data.records import Message
+from macpo.engine.distributed.agree import agreed
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
-from macpo.engine.execute import agreed
 from macpo.engine.files import atomic_write, explained
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
 from macpo.engine.generation.served import ServedGenerator
 from macpo.engine.progress import Count, counted
-from macpo.engine.world import World
 
 log = logging.getLogger(__name__)
 

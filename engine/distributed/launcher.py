@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from macpo.engine.distributed.agree import pack_error, unpack_error
 from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopped
-from macpo.engine.execute import pack_error, unpack_error
 from macpo.engine.files import read_json, write_json
 
 ERROR_FILE = "MACPO_ERROR_FILE"
