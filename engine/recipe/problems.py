@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from macpo.engine.errors import Problem
-from macpo.engine.recipe_tree import Node, scalar
+from macpo.engine.recipe.tree import Node, scalar
 
 
 @dataclass(slots=True)

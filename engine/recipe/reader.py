@@ -19,8 +19,8 @@ from pydantic_core import to_jsonable_python
 
 from macpo.engine.errors import ConfigError, Problem
 from macpo.engine.files import explained
-from macpo.engine.recipe_errors import explain
-from macpo.engine.recipe_tree import assign, from_plain, merge, parse, scalar
+from macpo.engine.recipe.problems import explain
+from macpo.engine.recipe.tree import assign, from_plain, merge, parse, scalar
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
