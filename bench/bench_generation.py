@@ -31,8 +31,8 @@ from bench.device import gemm
 from bench.harness import Case, Peer, Unavailable
 from bench.request_file import GenerationRequest, load
 from bench.timing import Outputs, Run
-from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
 from macpo.engine.generation import Generator, SamplingParams
+from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
 
 OURS = "macpo Generator"
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25}

@@ -28,7 +28,7 @@ from bench.harness import Case, Peer
 from bench.request_file import load
 from bench.timing import Outputs, Run
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.flops import ModelShape, counts_of_lengths, forward_flops
+from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
 from macpo.engine.scoring import score
 
 OURS = "macpo score"

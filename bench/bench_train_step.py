@@ -34,7 +34,7 @@ from bench.device import default_device, device_name, device_slug, gemm, provena
 from bench.harness import RESULTS, Unavailable, finite
 from bench.pair_data import HH, PairData, load_pairs
 from bench.train_rivals import BEST, DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, cpu_peak
-from macpo.engine.flops import ModelShape, counts_of, forward_flops, model_flops
+from macpo.engine.models.flops import ModelShape, counts_of, forward_flops, model_flops
 
 MAX_LENGTH = 1024  # TRL's default max_length; longer pairs are left out
 # Largest difference of a loss from ours, and of a reference log-prob relative to its size: sums over tens of tokens
@@ -119,7 +119,7 @@ class Result:
     times_ours: float | None = None
     times_ours_quartiles: tuple[float, float] | None = None
     share_of_floor: float | None = None
-    """Time of the shared-prefix floor (the FLOP of `engine/flops.py`, at the GEMM's speed in that round) / time."""
+    """Time of the shared-prefix floor (the FLOP of `engine/models/flops.py`, at the GEMM's speed in that round) / time."""
     tflop_per_s: float | None = None
     """The floor's FLOP, nothing recomputed or padded counted, a second."""
     peak_bytes: int | None = None

@@ -27,14 +27,14 @@ from bench import memory
 from bench.device import synchronise
 from bench.harness import Unavailable
 from bench.pair_data import PairData
-from macpo.engine import lora
 from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World, finish
-from macpo.engine.model import PolicyModule
+from macpo.engine.models import lora
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference, reference_logps
-from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
 

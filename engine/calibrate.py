@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from macpo.engine import hardware, lora
-from macpo.engine.attention import attention_hook
+from macpo.engine import hardware
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.distributed.world import World
-from macpo.engine.loading import quiet_transformers
 from macpo.engine.memory import Row, Setup
-from macpo.engine.model import PolicyModule
+from macpo.engine.models import lora
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.loading import quiet_transformers
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
-from macpo.engine.parallel import parallelize
 from macpo.engine.step_time import Machine, step_time
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
-from macpo.engine import lora
-from macpo.engine.activations import PRODUCTS
-from macpo.engine.attention import attention_hook
 from macpo.engine.config import FullSettings, LoraSettings
-from macpo.engine.flops import meta_model
-from macpo.engine.lora_linear import LORA_LINEAR, products, use_fused_lora
+from macpo.engine.models import lora
+from macpo.engine.models.activations import PRODUCTS
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.flops import meta_model
+from macpo.engine.models.lora_linear import LORA_LINEAR, products, use_fused_lora
 
 _aten = torch.ops.aten
 _PRODUCTS = {operator.overloadpacket for operator in PRODUCTS} | {_aten.addmm_}

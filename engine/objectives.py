@@ -18,9 +18,9 @@ from torch import Tensor
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import DataError
-from macpo.engine.model import Head, PolicyModule
+from macpo.engine.models.head import Head, pair_loss
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import ResponseScore
-from macpo.kernels import pair_loss
 from macpo.kernels.pair_loss.losses import LossSettings
 
 
@@ -108,19 +108,7 @@ class _Preference:
         ref_logps = None if self.ref_logps is None else self.ref_logps[list(batch.groups)].flatten()
 
         def reduce(rows: Tensor, head: Head, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            out = pair_loss(
-                rows,
-                head.weight,
-                batch.target,
-                batch.cu_rows,
-                None if ref_logps is None else ref_logps.to(rows.device),
-                num_pairs=total,
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                shard=head.shard,
-                **options,
-            )
+            out = pair_loss(rows, head, batch, ref_logps, num_pairs=total, **options)
             num_pairs = len(batch.groups)
             per_pair = (out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.rejected_rewards)
             sums = [

@@ -24,8 +24,8 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError
-from macpo.engine.loading import local_folder, weight_files
-from macpo.engine.model import PolicyRef
+from macpo.engine.models.loading import local_folder, weight_files
+from macpo.engine.models.policy import PolicyRef
 from macpo.engine.stages import canonical
 
 SCHEMA = 1  # of entries; raise it when their numbers change their meaning

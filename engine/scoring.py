@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.data.batches import MicroBatch, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.failures import free_memory, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ResourceError, Stopped
-from macpo.engine.model import PolicyModule
-from macpo.engine.parallel import data_world
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.parallelize import data_world
+from macpo.engine.models.policy import PolicyModule
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.loading import local_folder, read_json_object
+from macpo.engine.models.loading import local_folder, read_json_object
 
 
 class _Shape(NamedTuple):

@@ -16,8 +16,8 @@ from macpo.engine import hardware
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.flops import ModelShape, Targets, Tuning, counts_of, model_flops
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.flops import ModelShape, Targets, Tuning, counts_of, model_flops
+from macpo.engine.models.policy import PolicyModule
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from macpo.engine import checkpoint
-from macpo.engine.attention import attention_hook
 from macpo.engine.budget import TokenBudget
 from macpo.engine.config import OptimSettings
 from macpo.engine.data.batches import MicroBatch, Plan, fingerprint, microbatches
@@ -28,10 +27,11 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
 from macpo.engine.guards import SpikeGuard
 from macpo.engine.metrics import MetricsLog
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.parallelize import data_world
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import Objective
 from macpo.engine.optim import Optimizer, learning_rate
-from macpo.engine.parallel import data_world
 from macpo.engine.throughput import Meter
 from macpo.engine.trackers import Trackers
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macpo.engine.compute import model_pool
 from macpo.engine.config import (
     ComputeSettings,
     SamplingSettings,
@@ -33,10 +32,11 @@ from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.served import OPTIONS
 from macpo.engine.generation.split import split_policy, team_size
-from macpo.engine.loading import check_vocab
-from macpo.engine.model import PolicyModule, PolicyRef
+from macpo.engine.models.compute import model_pool
+from macpo.engine.models.loading import check_vocab
+from macpo.engine.models.parallelize import parallelize, spreads
+from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.objectives import shared_sums
-from macpo.engine.parallel import parallelize, spreads
 from macpo.engine.scoring import ResponseScore, score
 
 

@@ -10,8 +10,8 @@ from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
 from macpo.engine.data.records import Example, Pair, Prompt
-from macpo.engine.loading import local_folder, read_json_object
-from macpo.engine.pretrain import read_corpus, train_tokenizer
+from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
+from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.prompts import read_sources
 from macpo.standalone import read_sets
 from macpo.standalone_config import AnyRecipe, Standalone

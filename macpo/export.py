@@ -8,13 +8,13 @@ from pathlib import Path
 
 from macpo.card import model_card
 from macpo.config import AgentSettings
-from macpo.engine.compute import model_pool
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.export import logits_of, publish
-from macpo.engine.model import PolicyRef
+from macpo.engine.models.compute import model_pool
+from macpo.engine.models.policy import PolicyRef
+from macpo.engine.models.saving import logits_of, publish
 from macpo.engine.run_folder import folder_of
 from macpo.launch import plan_of
 from macpo.standalone_config import AnyRecipe

@@ -22,7 +22,6 @@ from macpo.agents import (
     policy_ref,
     shared_parts,
 )
-from macpo.engine.compute import device_of, dtype_of
 from macpo.engine.config import (
     ComputeSettings,
     FullSettings,
@@ -37,8 +36,10 @@ from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.execute import StageContext
-from macpo.engine.loading import local_folder
-from macpo.engine.model import PolicyModule, PolicyRef, save_policy
+from macpo.engine.models.compute import device_of, dtype_of
+from macpo.engine.models.loading import local_folder
+from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.saving import save_policy
 from macpo.engine.objectives import preference, sft, weighted
 from macpo.engine.reference import cached, reference_key
 from macpo.engine.run_folder import CACHE

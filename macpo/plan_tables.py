@@ -11,9 +11,9 @@ from macpo.engine.calibrate import calibrate
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.fitting import GPUS_PER_NODE, Option, Workload, options
-from macpo.engine.flops import ModelShape
 from macpo.engine.hardware import GPUS, Gpu, of_device
 from macpo.engine.memory import Setup
+from macpo.engine.models.flops import ModelShape
 from macpo.engine.shapes import config_of
 from macpo.engine.step_time import Machine
 

@@ -15,9 +15,9 @@ from macpo.engine.data.records import Example, Pair, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import write_json
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.from_scratch import build_model, document_groups, read_corpus, save_base, train_tokenizer
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.pretrain import build_model, document_groups, read_corpus, save_base, train_tokenizer
 from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train
 

@@ -10,14 +10,14 @@ from architectures import model_of, some_groups
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from macpo.engine import lora
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.model import PolicyModule
+from macpo.engine.models import lora
+from macpo.engine.models.parallelize import data_world, parallelize
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
-from macpo.engine.parallel import data_world, parallelize
 
 PAIRS = some_groups(num_responses=2, count=8)
 RATE = 1e-4  # at which Adam's answer to the rounding of a gradient near zero stays below 1e-6

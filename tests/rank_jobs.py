@@ -18,7 +18,7 @@ from macpo.engine.config import ParallelSettings
 from macpo.engine.console import run_cli
 from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.world import World
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.stopping import StopFlag
 

@@ -11,14 +11,15 @@ from parallel_cases import LORA, PAIRS, TIED, Case, policy_of, run
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from macpo.engine import activations, liger, parallel
-from macpo.engine.attention import attention_hook
 from macpo.engine.config import ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.model import PolicyModule
+from macpo.engine.models import activations, liger
+from macpo.engine.models import parallelize as parallel
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import reference_logps, sft
-from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 
 

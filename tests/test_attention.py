@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macpo.engine.attention import HOOK_NAME, PackedAttention, attention_hook, is_active
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import ConfigError
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.attention_hook import HOOK_NAME, PackedAttention, attention_hook, is_active
+from macpo.engine.models.policy import PolicyModule
 
 
 def packed_logps(model: Any, base: PreTrainedModel, groups: list[PrefixGroup]) -> Tensor:

@@ -27,9 +27,9 @@ from macpo.engine import checkpoint
 from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError, Stopped
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.parallel import parallelize
 from macpo.engine.trainer import train
 
 ONE = World()

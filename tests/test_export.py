@@ -16,11 +16,11 @@ from tiny import OPTIM, init, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from macpo.config import Recipe
-from macpo.engine import export as exporting
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
 from macpo.engine.manifest import Manifest
-from macpo.engine.model import PolicyModule
+from macpo.engine.models import saving as exporting
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.run_folder import folder_of
 from macpo.export import export
 from macpo.launch import run

@@ -18,15 +18,15 @@ from pair_models import tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from macpo.engine import export
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
-from macpo.engine.export import logits_of, publish
-from macpo.engine.loading import weight_files
-from macpo.engine.model import PolicyModule, PolicyRef, save_policy
-from macpo.engine.parallel import parallelize
-from macpo.engine.pool import ModelPool
+from macpo.engine.models import saving as export
+from macpo.engine.models.loading import weight_files
+from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.saving import logits_of, publish, save_policy
 
 ONE = World()
 WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}

@@ -40,7 +40,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.runner import Runner
 from macpo.engine.stages import Graph, Stage
 from macpo.engine.stopping import StopFlag

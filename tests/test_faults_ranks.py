@@ -40,7 +40,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
 from macpo.engine.generation.split import split_policy
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 
 KILLED = -signal.SIGKILL

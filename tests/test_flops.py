@@ -12,17 +12,10 @@ from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from macpo.engine import lora
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import pack
-from macpo.engine.flops import (
-    Counts,
-    ModelShape,
-    counts_of,
-    forward_flops,
-    model_flops,
-    step_flops,
-)
+from macpo.engine.models import lora
+from macpo.engine.models.flops import Counts, ModelShape, counts_of, forward_flops, model_flops, step_flops
 from macpo.kernels.prefix_attention.segments import visible
 
 TOKENS = 24

@@ -27,7 +27,7 @@ from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsErro
 from macpo.engine.generation import Generator, Request, SamplingParams, request_key
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.scheduler import Scheduler
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 LENGTHS = [1, 3, 7, 12, 20, 31, 7, 2]  # one token; below, at and far beyond the windows of 5 and 6; equal ones

@@ -12,14 +12,14 @@ from tiny import tiny
 
 from macpo.agents import agent_chat, encode, likelihoods
 from macpo.config import Recipe
-from macpo.engine.compute import model_pool
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json, read_jsonl
-from macpo.engine.model import PolicyRef
+from macpo.engine.models.compute import model_pool
+from macpo.engine.models.policy import PolicyRef
 from macpo.engine.run_folder import folder_of
 from macpo.engine.stopping import StopFlag
 from macpo.iteration import build_plan

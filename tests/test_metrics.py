@@ -22,11 +22,11 @@ from macpo.engine.config import LoraSettings, OptimSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import Stopped
-from macpo.engine.flops import ModelShape
 from macpo.engine.hardware import GPUS
-from macpo.engine.lora import new_adapter
 from macpo.engine.metrics import MetricsLog
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.flops import ModelShape
+from macpo.engine.models.lora import new_adapter
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.stopping import StopFlag
 from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of

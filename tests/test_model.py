@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
-from macpo.engine.loading import fingerprint_model, load_causal_lm, weight_files
-from macpo.engine.model import PolicyModule, PolicyRef, save_policy
+from macpo.engine.models.loading import fingerprint_model, load_causal_lm, weight_files
+from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.saving import save_policy
 from macpo.engine.objectives import preference, reference_logps, sft
-from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 
 LORA = LoraSettings(rank=2, target_modules="all-linear")
@@ -334,7 +335,7 @@ def test_more_tokens_than_embedding_rows_are_refused(llama: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from macpo.engine.loading import check_vocab
+    from macpo.engine.models.loading import check_vocab
 
     model = load_causal_lm(llama)
     words = {f"w{k}": k for k in range(VOCAB + 1)}

@@ -36,16 +36,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from macpo.engine import model
 from macpo.engine.config import FullSettings, OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World, finish
 from macpo.engine.errors import ConfigError
-from macpo.engine.model import PolicyModule, PolicyRef
+from macpo.engine.models import policy as model
+from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.parallelize import mesh, parallelize
+from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.objectives import preference, sft
 from macpo.engine.optim import Optimizer
-from macpo.engine.parallel import mesh, parallelize
-from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train
 

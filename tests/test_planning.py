@@ -14,8 +14,8 @@ from macpo.config import Recipe
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.fitting import HOST_BYTES, Workload, options
-from macpo.engine.flops import ModelShape
 from macpo.engine.hardware import GPUS
+from macpo.engine.models.flops import ModelShape
 from macpo.engine.shapes import config_of
 from macpo.engine.step_time import Machine
 from macpo.iteration import build_plan

@@ -21,7 +21,6 @@ from test_multilora import NAMES, three_adapters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import PreTrainedModel
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Output, Request, SamplingParams, context, sampling
 from macpo.engine.generation.decode_step import StepShape, facts_of
@@ -31,6 +30,7 @@ from macpo.engine.generation.pool_runner import SYNC_STEPS
 from macpo.engine.generation.pool_session import PoolSession, pool_why_not, waiting_part
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import LOG_STEPS
+from macpo.engine.models.attention_hook import attention_hook
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
 FREE = SamplingParams(max_new_tokens=16, seed=5, ignore_eos=True)

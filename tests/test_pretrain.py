@@ -20,9 +20,7 @@ from macpo.engine.config import InitSettings, PretrainSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Example, Prompt
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.model import PolicyModule
-from macpo.engine.objectives import sft
-from macpo.engine.pretrain import (
+from macpo.engine.models.from_scratch import (
     build_model,
     document_groups,
     llama_shape,
@@ -30,6 +28,8 @@ from macpo.engine.pretrain import (
     save_base,
     train_tokenizer,
 )
+from macpo.engine.models.policy import PolicyModule
+from macpo.engine.objectives import sft
 from macpo.engine.trainer import train
 
 TINY = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "context": 32}
@@ -69,7 +69,7 @@ def test_bpe_tokenizer_reads_and_writes_any_text() -> None:
 
 def test_tokenizers_are_the_same_in_every_process() -> None:
     code = (
-        "import json, sys; from macpo.engine.config import InitSettings; from macpo.engine.pretrain import *;"
+        "import json, sys; from macpo.engine.config import InitSettings; from macpo.engine.models.from_scratch import *;"
         "documents = [Example.from_json(row) for row in json.loads(sys.argv[1])];"
         "kinds = [InitSettings.model_validate_json(text) for text in sys.argv[2:]];"
         "print(*(Chat(train_tokenizer(documents, kind)).digest for kind in kinds))"

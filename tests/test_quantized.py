@@ -12,17 +12,17 @@ from forks import ranks
 from pydantic import TypeAdapter
 from torch.distributed.tensor import DTensor
 
-from macpo.engine import loading
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, Tuning
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.loading import load_causal_lm
-from macpo.engine.model import PolicyModule, PolicyRef
+from macpo.engine.models import loading
+from macpo.engine.models.loading import load_causal_lm
+from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.objectives import sft
 from macpo.engine.optim import Optimizer
-from macpo.engine.parallel import parallelize
-from macpo.engine.pool import ModelPool
 from macpo.engine.scoring import score
 
 NF4 = LoraSettings(rank=4, target_modules="all-linear", quantization="nf4")

@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, model_of, separate_logps, some_groups
 
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import DataError
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import reference_logps
 from macpo.engine.scoring import ResponseScore, score
 

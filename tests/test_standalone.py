@@ -26,7 +26,7 @@ from macpo.engine import train as entry
 from macpo.engine.config import InitSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.execute import Executor
-from macpo.engine.pretrain import build_model, save_base, train_tokenizer
+from macpo.engine.models.from_scratch import build_model, save_base, train_tokenizer
 from macpo.engine.recipe import dump, kind_of
 from macpo.engine.run_folder import folder_of
 from macpo.engine.stages import Stage

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from macpo.engine.config import LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import DataError
-from macpo.engine.lora import new_adapter
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.lora import new_adapter
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference, reference_logps, shared_sums
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train

@@ -33,7 +33,7 @@ from macpo.engine.data.batches import Plan, microbatches, share
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference, reference_logps, sft
 from macpo.engine.optim import learning_rate
 from macpo.engine.scoring import score

@@ -17,7 +17,7 @@ from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
 from macpo.engine.scoring import score
 

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference, reference_logps
 from macpo.engine.scoring import score
 from macpo.engine.trainer import train

@@ -21,15 +21,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from macpo.engine import lora
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.model import PolicyModule
+from macpo.engine.models import head
+from macpo.engine.models.head import linear_head
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.vocab_parallel import vocab_shard
 from macpo.engine.objectives import Objective, preference, reference_logps, sft
-from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
-from macpo.engine.vocab_parallel import vocab_shard
 
 REFS = torch.linspace(-40, -20, 2 * len(PAIRS)).reshape(-1, 2)
 SIMPO = PreferenceSettings(loss="simpo", beta=2.0, gamma=0.5, sft_weight=0.3)
@@ -117,7 +118,7 @@ def check_bf16(world: World) -> None:
     """The same hidden states through the cut and the gathered head: equal losses, gradients to their rounding."""
     cut = run(BF16, TENSOR, world)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora, "vocab_shard", lambda weight: None)
+        patch.setattr(head, "vocab_shard", lambda weight: None)
         gathered = run(BF16, TENSOR, world)
     assert cut["losses"][0].item() == pytest.approx(gathered["losses"][0].item(), abs=1e-6)
     head = "grad.lm_head.weight"
@@ -166,7 +167,7 @@ def check_size(world: World) -> None:
         whole = 4 * 998 * 32
         assert largest(parallelize(policy_of(case), TENSOR, world)) <= whole // 2 + 4 * 32
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lora, "vocab_shard", lambda weight: None)
+            patch.setattr(head, "vocab_shard", lambda weight: None)
             assert largest(parallelize(policy_of(case), TENSOR, world)) >= whole, "the gathered head is seen"
 
 
@@ -180,7 +181,7 @@ def check_rule(world: World) -> None:
     assert vocab_shard(distribute_tensor(weight[:1], mesh, [Shard(0)])) is None
     layer = torch.nn.Linear(4, 1, bias=False)
     layer.weight = torch.nn.Parameter(distribute_tensor(weight[:1], mesh, [Shard(0)]))
-    gathered = lora.linear_weights(layer)
+    gathered = linear_head(layer)
     assert gathered.shard is None and gathered.weight.shape == (1, 4)
     shard = vocab_shard(distribute_tensor(weight[:5], mesh, [Shard(0)]))
     assert shard is not None and (shard.first, shard.count) == [(0, 3), (3, 2)][world.rank]

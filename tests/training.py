@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from macpo.engine.config import OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
-from macpo.engine.model import PolicyModule
+from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import Objective, preference, reference_logps, sft
-from macpo.engine.parallel import parallelize
 from macpo.engine.scoring import score
 from macpo.engine.trainer import TrainResult, train
 

@@ -21,14 +21,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError, Stopped
 from macpo.engine.generation.context import DecodeAttention, PrefillAttention
 from macpo.engine.generation.kv_cache import LayerShape, SlotCache
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
-from macpo.engine.loading import embedding_rows
-from macpo.engine.probe import expected_window
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.equivalence import expected_window
+from macpo.engine.models.loading import embedding_rows
 from macpo.engine.progress import Count
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation.checks import check_requests
@@ -41,7 +40,8 @@ from macpo.engine.generation.rows import Row
 from macpo.engine.generation.runner import BatchRunner
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.engine.generation.slot_runner import SlotRunner
-from macpo.engine.loading import embedding_rows
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.loading import embedding_rows
 from macpo.engine.progress import Count, counted
 
 _log = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from macpo.engine.attention import AttentionContext
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.errors import Stopped
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.models.attention_hook import AttentionContext
 from macpo.engine.progress import Count, uncounted
 from macpo.kernels import Segments
 

@@ -1,6 +1,6 @@
 """A model that no rank can hold alone: every layer split over a team of ranks, which generate in lockstep.
 
-The model's own plan says what is cut by its outputs and what by its inputs (`engine/tensor_parallel.py`). Training
+The model's own plan says what is cut by its outputs and what by its inputs (`engine/models/tensor_parallel.py`). Training
 cuts into DTensors; here a rank keeps plain tensors, so packed weights, fused LoRA and stacked adapters run as on a
 whole model, and hooks put together what crosses ranks.
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from macpo.engine.distributed.world import World, team_of
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.generation.multilora import why_not
-from macpo.engine.model import PolicyModule
-from macpo.engine.tensor_parallel import FIELD, head_counts, linear_parts, planned_layers
+from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tensor_parallel import FIELD, head_counts, linear_parts, planned_layers
 
 
 def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -> int:

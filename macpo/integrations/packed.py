@@ -20,11 +20,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from macpo.engine.attention import PackedAttention, attention_hook, is_active
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.model import Head, PolicyModule
-from macpo.kernels import Segments, linear_logp
+from macpo.engine.models.attention_hook import PackedAttention, attention_hook, is_active
+from macpo.engine.models.head import Head
+from macpo.engine.models.head import response_logps as head_logps
+from macpo.engine.models.policy import PolicyModule
+from macpo.kernels import Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
 _MARK = "_macpo_packed_forward"
@@ -150,17 +152,9 @@ def check_held(base: PreTrainedModel) -> None:
 
 
 def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
-    """rows [N, H] -> log-prob of every response token [N] float32; mixed precision is off inside."""
+    """Log-prob of each response token, [N] float32, with mixed precision off."""
     with no_autocast(rows):
-        return linear_logp(
-            rows,
-            head.weight,
-            batch.target.to(rows.device),
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            shard=head.shard,
-        )
+        return head_logps(rows, head, batch)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

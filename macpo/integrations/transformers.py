@@ -20,10 +20,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.model import Head
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.head import Head, pair_loss
 from macpo.engine.scoring import score
 from macpo.integrations.packed import (
     check_held,
@@ -34,7 +34,6 @@ from macpo.integrations.packed import (
     pack_in_order,
     refuse,
 )
-from macpo.kernels import pair_loss
 from macpo.kernels.pair_loss.losses import REFERENCE_FREE, LossSettings, check_loss
 from macpo.kernels.pair_loss.result import PairLoss
 
@@ -209,19 +208,7 @@ class PreferenceTrainer(Trainer):
 
         def reduce(rows: Tensor, head: Head, batch: PackedBatch) -> PairLoss:
             with no_autocast(rows):
-                return pair_loss(
-                    rows,
-                    head.weight,
-                    batch.target.to(rows.device),
-                    batch.cu_rows,
-                    None if refs is None else refs.to(rows.device),
-                    num_pairs=num_pairs,
-                    bias=head.bias,
-                    logit_scale=head.logit_scale,
-                    softcap=head.softcap,
-                    shard=head.shard,
-                    **self._options,
-                )
+                return pair_loss(rows, head, batch, refs, num_pairs=num_pairs, **self._options)
 
         out: PairLoss = model(packed=batch, reduce=reduce)
         self._note("train" if model.training else "eval", out)

@@ -25,10 +25,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.utils import use_adapter
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import ConfigError
-from macpo.engine.model import Head
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.head import Head, pair_loss
 from macpo.integrations.packed import (
     check_held,
     check_model,
@@ -40,7 +40,7 @@ from macpo.integrations.packed import (
     refuse,
     response_logps,
 )
-from macpo.kernels import pair_loss, sequence_sums
+from macpo.kernels import sequence_sums
 from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, LossSettings, PairScores
 
 __all__ = ["FusedDPOTrainer"]
@@ -220,18 +220,13 @@ def _loss_function(args: DPOConfig, ref_sums: Tensor) -> Callable[[Tensor, Head,
         with no_autocast(rows):
             out = pair_loss(
                 rows,
-                head.weight,
-                batch.target.to(rows.device),
-                batch.cu_rows,
+                head,
+                batch,
                 refs,
                 loss=names[0],
                 beta=args.beta,
                 label_smoothing=smoothing[names[0]],
                 ld_alpha=args.ld_alpha,
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                shard=head.shard,
             )
         chosen, rejected = out.chosen_logps, out.rejected_logps
         if args.ld_alpha is not None:  # TRL logs the weighted sums

@@ -21,7 +21,7 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Message, Prompt
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
-from macpo.engine.loading import quiet_transformers
+from macpo.engine.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase

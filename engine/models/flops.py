@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from macpo.engine.activations import blocks_of
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import ConfigError
-from macpo.engine.loading import quiet_transformers
+from macpo.engine.models.activations import blocks_of
+from macpo.engine.models.loading import quiet_transformers
 
 Tuning = Literal["lora", "full"]
 Checkpointing = Literal["off", "selective", "full"]

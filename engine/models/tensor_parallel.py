@@ -1,7 +1,7 @@
 """Tensor parallelism by the model's own plan: transformers' `base_model_tp_plan` names a style for each layer.
 
 colwise splits a layer's outputs (heads, MLP width), rowwise the inputs of the layer behind it, which ends in one
-all-reduce; embeddings and head are split by vocabulary, and so is the loss (`engine/vocab_parallel.py`). Megatron-LM,
+all-reduce; embeddings and head are split by vocabulary, and so is the loss (`engine/models/vocab_parallel.py`). Megatron-LM,
 arXiv 1909.08053.
 
 LoRA follows its layer: W' = W + B A splits B with the outputs of a colwise W, A with the inputs of a rowwise one.

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import (
@@ -20,19 +20,15 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.loading import local_folder, read_json_object, weight_files
-from macpo.engine.vocab_parallel import own_rows, vocab_shard
-from macpo.kernels import VocabShard
+from macpo.engine.models.loading import local_folder, read_json_object, weight_files
 
 _ADAPTER = "default"
 
@@ -167,45 +163,3 @@ def save_adapter(
     tensors = get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=False)
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(packed, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-class HeadWeights(NamedTuple):
-    """A linear layer as numbers: weight [V, H] and bias [V]; with `shard` this rank's rows of them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    shard: VocabShard | None = None
-
-
-def linear_weights(layer: nn.Module) -> HeadWeights:
-    """Weight and bias of an output layer, with its LoRA added so that gradients reach A and B.
-
-    Raises:
-        ConfigError: a layer that is not linear, or an adapter on it that is not plain LoRA.
-    """
-    if not isinstance(layer, LoraLayer):
-        if not isinstance(layer, nn.Linear):
-            raise ConfigError(f"the output layer is a {type(layer).__name__}", "use a model with a linear lm_head")
-        shard = vocab_shard(layer.weight)
-        rows = whole if shard is None else own_rows
-        return HeadWeights(rows(layer.weight), None if layer.bias is None else rows(layer.bias), shard)
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not isinstance(layer, LoraLinear) or any(
-        layer.use_dora.get(name) or layer.lora_bias.get(name) for name in names
-    ):
-        raise ConfigError("the adapter on the output layer is not plain LoRA", "leave lm_head out of target_modules")
-    base = layer.get_base_layer()
-    shard = vocab_shard(base.weight)
-    rows = whole if shard is None else own_rows
-    weight = rows(base.weight)
-    if not layer.disable_adapters and not layer.merged:
-        for name in names:
-            a = whole(layer.lora_A[name].weight)  # every rank has it, and adds to its gradient what its rows give
-            delta = rows(layer.lora_B[name].weight) @ (a if shard is None else shard.replicated(a))
-            weight = weight + (delta * layer.scaling[name]).to(weight.dtype)
-    return HeadWeights(weight, None if base.bias is None else rows(base.bias), shard)
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight that tensor parallelism has split, gathered; its gradient goes back to the shards."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight

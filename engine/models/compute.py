@@ -9,7 +9,7 @@ import torch
 
 from macpo.engine.config import ComputeSettings
 from macpo.engine.errors import ConfigError
-from macpo.engine.pool import ModelPool
+from macpo.engine.models.model_cache import ModelPool
 
 RESIDENT_SHARE = 0.6
 """Share of the device's memory that loaded base models may take where the recipe does not say."""

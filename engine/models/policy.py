@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -16,35 +15,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from macpo.engine import lora
-from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.data.pack import PackedBatch
-from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.files import explained, require_free
-from macpo.engine.loading import (
-    quiet_transformers,
-)
-from macpo.engine.lora_linear import use_fused_lora
-from macpo.kernels import VocabShard, linear_logp
+from macpo.engine.models.attention_hook import PackedAttention, attention_hook
+from macpo.engine.models.equivalence import verify
+from macpo.engine.models.head import Head, aliased, head_of, response_logps
+from macpo.engine.models.lora_linear import use_fused_lora
 
 T_ = TypeVar("T_")
 KEPT_GRADIENT_BYTES = 2 << 30
-MAX_FILE_BYTES = 5_000_000_000  # of one file of saved weights
-
-
-class Head(NamedTuple):
-    """logits = softcap·tanh(logit_scale·(hidden @ weightᵀ + bias) / softcap), without tanh where softcap is None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    shard: VocabShard | None = None
-    """Where tensor parallelism cuts the vocabulary: weight and bias are this rank's rows."""
 
 
 class PolicyModule(nn.Module):
@@ -64,7 +46,7 @@ class PolicyModule(nn.Module):
         team: the ranks that it is split over for generation alone, by `generation.split_policy`.
 
     Raises:
-        ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/probe.py`).
+        ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/models/equivalence.py`).
     """
 
     def __init__(
@@ -75,7 +57,6 @@ class PolicyModule(nn.Module):
         home: torch.device | None = None,
     ) -> None:
         super().__init__()
-        from macpo.engine.probe import verify  # it builds a policy itself
 
         use_fused_lora(model)
         self.model = model
@@ -87,7 +68,7 @@ class PolicyModule(nn.Module):
         self.eval()
         config = self.base.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        verify(self)
+        verify(self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -132,23 +113,9 @@ class PolicyModule(nn.Module):
         return out.last_hidden_state[0]
 
     def head(self) -> Head:
-        """Weight [V, H], bias [V], scale and softcap of the output layer, as the architecture's config says.
-
-        Weight and bias are this rank's rows where the vocabulary is cut (`engine/vocab_parallel.py`).
-        """
-        base = self.base
-        config = base.config.get_text_config()
-        weight, bias, shard = lora.linear_weights(base.get_output_embeddings())
-        if isinstance(self, FSDPModule) and weight.device.type == "cpu":
-            weight, bias = _alias(weight), None if bias is None else _alias(bias)
-        factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
-        divisor = getattr(config, "logits_scaling", None)
-        factors.append(1.0 / divisor if divisor else None)
-        scale = 1.0
-        for factor in factors:
-            scale *= 1.0 if factor is None else float(factor)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(weight, bias, scale, float(softcap) if softcap else None, shard)
+        """The output layer; this rank's rows of it where the vocabulary is split (`engine/models/vocab_parallel.py`)."""
+        head = head_of(self.base)
+        return aliased(head) if isinstance(self, FSDPModule) and head.weight.device.type == "cpu" else head
 
     def forward(self, batch: PackedBatch, reduce: Callable[[Tensor, Head, PackedBatch], T_]) -> T_:
         """backbone -> rows that predict a response token [N, H] -> `reduce(rows, head, batch)`.
@@ -198,96 +165,9 @@ class PolicyModule(nn.Module):
         return out
 
 
-class _Alias(torch.autograd.Function):
-    """The same memory behind a storage of its own: what the kernels hand to C++ as a numpy array can no longer be
-    resized, and FSDP2 frees gathered weights by resizing them."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return torch.from_dlpack(weight.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def _alias(weight: Tensor) -> Tensor:
-    out: Tensor = _Alias.apply(weight)
-    return out
-
-
-def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
-    """rows [N, H] -> log-prob of `batch.target` [N] float32."""
-    return linear_logp(
-        rows,
-        head.weight,
-        batch.target,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        shard=head.shard,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class PolicyRef:
     """Where a policy's weights are: a base model's folder or Hub id, and an adapter's."""
 
     base: str
     adapter: str | None = None
-
-
-def save_policy(
-    policy: PolicyModule,
-    out_dir: Path,
-    *,
-    base_name: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-) -> None:
-    """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
-
-    Rank 0 writes. If the policy is spread over ranks all of them must call it, and what fails on one fails on all.
-
-    Args:
-        out_dir: made if absent.
-        base_name: what an adapter's config names as its base.
-        tokenizer: written beside the weights.
-        max_file_bytes: a larger model is cut into several files with an index.
-
-    Raises:
-        ResourceError: the disk is full.
-    """
-    world = World.current()
-    state = _whole_state(policy) if policy.collective else None
-    adapter = isinstance(policy.model, PeftModel)
-    written = [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
-    needed = sum(p.numel() * p.element_size() for p in written)
-    with agreed(world if policy.collective else None), explained(out_dir, needed):
-        if not world.is_main:
-            return
-        require_free(out_dir, needed, "the model")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if isinstance(policy.model, PeftModel):
-            lora.save_adapter(policy.model, out_dir, base_name=base_name, state=state)
-        else:
-            with quiet_transformers():
-                policy.model.save_pretrained(out_dir, state_dict=state, max_shard_size=max_file_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(out_dir)
-
-
-def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:
-    """What is written of a policy that is spread over ranks: whole, on the CPU of rank 0; empty on the others."""
-    state = policy.full_state()
-    if isinstance(policy.model, PeftModel):
-        return state
-    named = dict(policy.model.named_parameters(remove_duplicate=False))
-    done = {id(parameter) for parameter in policy.trainable_parameters().values()}
-    for name, tensor in policy.model.state_dict().items():  # frozen weights and buffers; a tied weight only once
-        if name not in named or id(named[name]) not in done:
-            done.add(id(named.get(name)))
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if World.current().is_main:
-                state[name] = tensor.cpu()
-    return state

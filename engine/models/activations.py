@@ -17,9 +17,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.errors import ConfigError
-from macpo.engine.lora_linear import LORA_LINEAR
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.lora_linear import LORA_LINEAR
 
 _aten = torch.ops.aten
 PRODUCTS = (

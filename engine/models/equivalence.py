@@ -8,20 +8,17 @@ custom attention) is refused by name.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macpo.engine.attention import PackedAttention, attention_hook
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import ConfigError
-from macpo.engine.loading import embedding_rows
+from macpo.engine.models.attention_hook import PackedAttention, attention_hook
+from macpo.engine.models.head import head_of
+from macpo.engine.models.loading import embedding_rows
 from macpo.kernels import Segments
-
-if TYPE_CHECKING:
-    from macpo.engine.model import PolicyModule
 
 _VERIFIED = "_macpo_verified"  # on the module; module copies carry it along
 # Relative to the largest logit: a few thousand roundings in float32, a few hundred in bfloat16 (8 bits).
@@ -41,13 +38,12 @@ class _Recorder:
 
 
 @torch.no_grad()
-def verify(policy: PolicyModule) -> None:
+def verify(base: PreTrainedModel) -> None:
     """Compare the packed path with plain forwards on one small group; done once a model.
 
     Raises:
         ConfigError: naming the architecture and what differs.
     """
-    base = policy.base
     if getattr(base, _VERIFIED, False):
         return
     name = type(base).__name__
@@ -59,7 +55,7 @@ def verify(policy: PolicyModule) -> None:
     (batch,) = pack([group], max_tokens=64)
     batch = batch.to(base.device)
     recorder = _Recorder(batch.segments)
-    head = policy.head()
+    head = head_of(base)
     with attention_hook(base):
         out = base.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, attention_context=recorder

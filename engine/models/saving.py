@@ -10,16 +10,19 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from macpo.engine.attention import attention_hook
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file
-from macpo.engine.loading import load_causal_lm, local_folder
-from macpo.engine.model import Head, PolicyModule, save_policy
+from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free
+from macpo.engine.models import lora
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.head import Head
+from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers
+from macpo.engine.models.policy import PolicyModule
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits that counts as equal, by the dtype of the computation; relative above 1."""
@@ -117,3 +120,62 @@ def compare(expected: Tensor, got: Tensor, dtype: torch.dtype, folder: Path) -> 
             "export again; in float32 (compute.dtype) or without --merge rounding is least",
             file=str(folder),
         )
+
+
+MAX_FILE_BYTES = 5_000_000_000  # of one file of saved weights
+
+
+def save_policy(
+    policy: PolicyModule,
+    out_dir: Path,
+    *,
+    base_name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
+
+    Rank 0 writes. If the policy is spread over ranks all of them must call it, and what fails on one fails on all.
+
+    Args:
+        out_dir: made if absent.
+        base_name: what an adapter's config names as its base.
+        tokenizer: written beside the weights.
+        max_file_bytes: a larger model is cut into several files with an index.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    world = World.current()
+    state = _whole_state(policy) if policy.collective else None
+    adapter = isinstance(policy.model, PeftModel)
+    written = [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
+    needed = sum(p.numel() * p.element_size() for p in written)
+    with agreed(world if policy.collective else None), explained(out_dir, needed):
+        if not world.is_main:
+            return
+        require_free(out_dir, needed, "the model")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if isinstance(policy.model, PeftModel):
+            lora.save_adapter(policy.model, out_dir, base_name=base_name, state=state)
+        else:
+            with quiet_transformers():
+                policy.model.save_pretrained(out_dir, state_dict=state, max_shard_size=max_file_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out_dir)
+
+
+def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:
+    """What is written of a policy that is spread over ranks: whole, on the CPU of rank 0; empty on the others."""
+    state = policy.full_state()
+    if isinstance(policy.model, PeftModel):
+        return state
+    named = dict(policy.model.named_parameters(remove_duplicate=False))
+    done = {id(parameter) for parameter in policy.trainable_parameters().values()}
+    for name, tensor in policy.model.state_dict().items():  # frozen weights and buffers; a tied weight only once
+        if name not in named or id(named[name]) not in done:
+            done.add(id(named.get(name)))
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if World.current().is_main:
+                state[name] = tensor.cpu()
+    return state

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from macpo.engine import lora
 from macpo.engine.config import FullSettings, LoraSettings, Quantization
 from macpo.engine.errors import ResourceError
-from macpo.engine.loading import as_dtype, load_causal_lm, local_folder, num_parameters, weight_files
-from macpo.engine.model import PolicyModule, PolicyRef
+from macpo.engine.models import lora
+from macpo.engine.models.loading import as_dtype, load_causal_lm, local_folder, num_parameters, weight_files
+from macpo.engine.models.policy import PolicyModule, PolicyRef
 
 
 class ModelPool:

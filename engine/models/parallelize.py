@@ -19,13 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from macpo.engine.activations import blocks_of, checkpoint_block, compile_block, offload_block
 from macpo.engine.config import ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.liger import use_liger
-from macpo.engine.model import PolicyModule
-from macpo.engine.tensor_parallel import split_layers
+from macpo.engine.models.activations import blocks_of, checkpoint_block, compile_block, offload_block
+from macpo.engine.models.liger import use_liger
+from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tensor_parallel import split_layers
 
 
 def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) -> PolicyModule:
