@@ -19,9 +19,9 @@ from macpo.engine.distributed.agree import _is_main, on_main, stopped
 from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
 from macpo.engine.manifest import MANIFEST, RUNNING, TIMING, Manifest
+from macpo.engine.processes import StopFlag
 from macpo.engine.run_folder import RunFolder, read_timing
 from macpo.engine.stages import Graph, Stage, key_of
-from macpo.engine.stopping import StopFlag
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World

@@ -19,11 +19,11 @@ from macpo.engine.execute import Executor
 from macpo.engine.faults import point
 from macpo.engine.locks import RunLock, holder
 from macpo.engine.manifest import Manifest
+from macpo.engine.processes import StopFlag, set_threads
 from macpo.engine.run_folder import RunFolder, read_timing
 from macpo.engine.stages import Graph, Stage, StageStatus
 from macpo.engine.standing import code_changes, refuse_stale, survey
-from macpo.engine.stopping import StopFlag
-from macpo.engine.workers import Build, Pool, set_threads
+from macpo.engine.workers import Build, Pool
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World

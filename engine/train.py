@@ -25,8 +25,8 @@ from macpo.engine.distributed import watchdog as hangs
 from macpo.engine.distributed.launcher import PARENT, leave_error
 from macpo.engine.distributed.world import World, finish, init_from_env
 from macpo.engine.errors import ConfigError
+from macpo.engine.processes import die_with
 from macpo.engine.recipe import kind_of
-from macpo.engine.workers import die_with
 
 
 def runner(config: Path) -> Callable[..., None]:

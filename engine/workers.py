@@ -6,7 +6,6 @@ The parent and a worker speak JSON lines over pipes; a worker rebuilds the graph
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -24,24 +23,11 @@ from macpo.engine.distributed.agree import pack_error
 from macpo.engine.errors import MacpoError
 from macpo.engine.execute import Executor
 from macpo.engine.files import explain, is_expected
+from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads
 from macpo.engine.run_folder import RunFolder
 from macpo.engine.stages import Graph
-from macpo.engine.stopping import StopFlag
 
 Build = tuple[str, Mapping[str, Any]]  # ("package.module:function", its JSON argument); the function returns a Graph
-
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def set_threads(threads: int | None) -> None:
-    """CPU threads of this process's operators; None leaves them. Needs no torch, and obeys where torch comes later."""
-    if threads is None:
-        return
-    for name in _THREAD_VARIABLES:
-        os.environ[name] = str(threads)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -182,15 +168,6 @@ def _answer(executor: Executor, request: Mapping[str, Any], threads: int | None)
     set_threads(threads)
     result = executor.execute(executor.graph.stage(name), request["digests"])
     return {"done": {**result, "verified": sorted(executor.verified)}}
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent ends, however that happens (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # it ended before the line above
 
 
 if __name__ == "__main__":

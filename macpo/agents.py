@@ -31,7 +31,7 @@ from macpo.engine.errors import DataError
 from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.served import OPTIONS
-from macpo.engine.generation.split import split_policy, team_size
+from macpo.engine.generation.split_model import split_policy, team_size
 from macpo.engine.models.compute import model_pool
 from macpo.engine.models.loading import check_vocab
 from macpo.engine.models.parallelize import parallelize, spreads

@@ -20,7 +20,7 @@ from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.world import World
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.stopping import StopFlag
+from macpo.engine.processes import StopFlag
 
 SHARD = ParallelSettings(sharding="shard")
 Job = Callable[[Path, World], PolicyModule]

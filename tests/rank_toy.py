@@ -10,8 +10,7 @@ from pathlib import Path
 from macpo.engine.console import run_cli
 from macpo.engine.distributed.launcher import PARENT, launch, leave_error
 from macpo.engine.errors import Again, DataError, PeerError, Stopped
-from macpo.engine.stopping import StopFlag
-from macpo.engine.workers import die_with
+from macpo.engine.processes import StopFlag, die_with
 
 GRACE_S = 1.0
 

@@ -41,9 +41,9 @@ from macpo.engine.errors import MacpoError
 from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.processes import StopFlag
 from macpo.engine.runner import Runner
 from macpo.engine.stages import Graph, Stage
-from macpo.engine.stopping import StopFlag
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ from macpo.engine.data.batches import Plan
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
-from macpo.engine.generation.split import split_policy
+from macpo.engine.generation.split_model import split_policy
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 

@@ -25,8 +25,8 @@ from transformers.generation.logits_process import (
 from macpo.engine.config import SamplingSettings
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Request, SamplingParams, request_key
-from macpo.engine.generation.rows import Row
 from macpo.engine.generation.scheduler import Scheduler
+from macpo.engine.generation.sequence import Row
 from macpo.engine.models.policy import PolicyModule
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"

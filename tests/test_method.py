@@ -20,8 +20,8 @@ from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.models.compute import model_pool
 from macpo.engine.models.policy import PolicyRef
+from macpo.engine.processes import StopFlag
 from macpo.engine.run_folder import folder_of
-from macpo.engine.stopping import StopFlag
 from macpo.iteration import build_plan
 from macpo.launch import run
 from macpo.pairs import teacher_pairs

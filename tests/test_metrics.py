@@ -28,7 +28,7 @@ from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import sft
-from macpo.engine.stopping import StopFlag
+from macpo.engine.processes import StopFlag
 from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
 from macpo.engine.trackers import Trackers
 from macpo.engine.trainer import train

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Output, Request, SamplingParams, context, sampling
+from macpo.engine.generation.batch_runner import LOG_STEPS
 from macpo.engine.generation.decode_step import StepShape, facts_of
-from macpo.engine.generation.kv_cache import LayerShape
+from macpo.engine.generation.model_facts import LayerShape
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.pool_runner import SYNC_STEPS
 from macpo.engine.generation.pool_session import PoolSession, pool_why_not, waiting_part
-from macpo.engine.generation.rows import Row
-from macpo.engine.generation.runner import LOG_STEPS
+from macpo.engine.generation.sequence import Row
 from macpo.engine.models.attention_hook import attention_hook
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones

@@ -30,7 +30,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Generator, Output, SamplingParams, sampling
-from macpo.engine.generation.split import split_policy, team_size
+from macpo.engine.generation.split_model import split_policy, team_size
 from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.model_cache import ModelPool
 from macpo.engine.models.parallelize import parallelize

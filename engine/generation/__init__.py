@@ -4,7 +4,7 @@ from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Output, Request, Sample, request_key
 from macpo.engine.generation.served import ServedGenerator
-from macpo.engine.generation.split import split_policy
+from macpo.engine.generation.split_model import split_policy
 from macpo.engine.generation.waves import generate_waves
 
 __all__ = [

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.generation.attention import _layer, _packed
 from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.kv_pool import KVPool
-from macpo.kernels import Segments, native, paged_attention, prefix_attention
+from macpo.kernels import native, paged_attention, prefix_attention
 from macpo.kernels.paged_attention.slots import masked_slot_attention, runs_native, slot_mask
 
 
@@ -121,16 +121,3 @@ class PagedDecode:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
         pools = self.pool.write(_layer(module), k, v, self.slots)
         return paged_attention(q, *pools, self.table, self.lens, scale=scale, window=window)[None]
-
-
-def _packed(lengths: Sequence[int], device: torch.device) -> tuple[Segments, Tensor]:
-    """Prompts beside each other, and the row of each one's last token [prompts]."""
-    segments = Segments.from_lengths([(length, []) for length in lengths]).to(device)
-    return segments, (torch.tensor(list(lengths)).cumsum(0) - 1).to(device)
-
-
-def _layer(module: nn.Module) -> int:
-    index = getattr(module, "layer_idx", None)
-    if not isinstance(index, int):
-        raise ConfigError(f"{type(module).__name__} does not know its layer index", "use another architecture")
-    return index

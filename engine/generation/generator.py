@@ -18,11 +18,11 @@ from torch import nn
 
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.generation.checks import check_requests
-from macpo.engine.generation.fallback import HfRunner, hooked_layers
-from macpo.engine.generation.kv_cache import LayerShape, SlotCache
-from macpo.engine.generation.kv_pool import Need
-from macpo.engine.generation.model_facts import disabled, eos_ids, head_width, unwrap
+from macpo.engine.generation.batch_runner import BatchRunner
+from macpo.engine.generation.equivalence import hooked_layers
+from macpo.engine.generation.hf_runner import HfRunner
+from macpo.engine.generation.kv_cache import SlotCache
+from macpo.engine.generation.model_facts import LayerShape, disabled, eos_ids, head_width, unwrap
 from macpo.engine.generation.multilora import StackedAdapters, why_not
 from macpo.engine.generation.packed_linear import packed_linears
 from macpo.engine.generation.params import SamplingParams, one_each
@@ -35,10 +35,9 @@ from macpo.engine.generation.pool_session import (
     plan_pool,
     pool_why_not,
 )
-from macpo.engine.generation.request import Output, Request, Sample, content_ids
-from macpo.engine.generation.rows import Row
-from macpo.engine.generation.runner import BatchRunner
-from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.generation.request import Output, Request, Sample, check_requests, content_ids
+from macpo.engine.generation.scheduler import Group, Need, Scheduler
+from macpo.engine.generation.sequence import Row
 from macpo.engine.generation.slot_runner import SlotRunner
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows

@@ -8,19 +8,11 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class LayerShape(NamedTuple):
-    """What one layer keeps of a token."""
-
-    num_heads: int
-    k_dim: int
-    v_dim: int
-    dtype: torch.dtype
+from macpo.engine.generation.model_facts import LayerShape
 
 
 class SlotCache:

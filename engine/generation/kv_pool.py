@@ -8,34 +8,16 @@ own up to the longest possible answer, all of them when it starts, so no running
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from macpo.engine.generation.kv_cache import LayerShape
+from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.scheduler import Need
 from macpo.kernels import write_kv
 
 TRASH = 0
 """Block that no sequence holds: padding rows read it, nobody writes it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Blocks of a request at worst: `shared` by its samples, and `own` of each sample."""
-
-    shared: int
-    own: int
-
-    @classmethod
-    def of(cls, prompt_tokens: int, num_tokens: int, block_tokens: int) -> Need:
-        """Of a prompt that grows to at most `num_tokens`, more than it has."""
-        shared = prompt_tokens // block_tokens
-        return cls(shared, -(-num_tokens // block_tokens) - shared)
-
-    def blocks(self, num_samples: int) -> int:
-        """Of so many samples together."""
-        return self.shared + num_samples * self.own
 
 
 class BlockAllocator:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,3 +45,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or ())
     return frozenset(found)
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps of a token."""
+
+    num_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.decode_step import DecodeStep, StepShape, facts_of
-from macpo.engine.generation.kv_cache import LayerShape
-from macpo.engine.generation.kv_pool import KVPool, Need
+from macpo.engine.generation.kv_pool import KVPool
+from macpo.engine.generation.model_facts import LayerShape
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.request import Request
+from macpo.engine.generation.scheduler import Need
 from macpo.kernels import explain
 from macpo.kernels.paged_attention.op import why_not
 

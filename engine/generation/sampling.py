@@ -12,7 +12,7 @@ from torch import Tensor
 
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.params import SamplingParams
-from macpo.engine.generation.rows import Row
+from macpo.engine.generation.sequence import Row
 from macpo.kernels import SampleParams, sample
 
 

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from macpo.engine.generation.kv_pool import Need
 from macpo.engine.generation.request import Request
 
 
@@ -104,3 +103,21 @@ class Scheduler:
 
 def _rank(request: Request) -> tuple[int, int, str, int, tuple[int, ...]]:
     return -len(request.prompt_ids), -request.params.max_new_tokens, request.id, request.attempt, request.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Blocks of a request at worst: `shared` by its samples, and `own` of each sample."""
+
+    shared: int
+    own: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int, num_tokens: int, block_tokens: int) -> Need:
+        """Of a prompt that grows to at most `num_tokens`, more than it has."""
+        shared = prompt_tokens // block_tokens
+        return cls(shared, -(-num_tokens // block_tokens) - shared)
+
+    def blocks(self, num_samples: int) -> int:
+        """Of so many samples together."""
+        return self.shared + num_samples * self.own

@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from macpo.engine.generation.batch_runner import (
+    LOG_STEPS,
+    STOP_CHECK_STEPS,
+    STOP_TEXT_STEPS,
+    BatchRunner,
+    Part,
+    next_logits,
+)
 from macpo.engine.generation.context import DecodeAttention, PrefillAttention
 from macpo.engine.generation.kv_cache import SlotCache
-from macpo.engine.generation.rows import Row
-from macpo.engine.generation.runner import LOG_STEPS, STOP_CHECK_STEPS, STOP_TEXT_STEPS, BatchRunner, Part, next_logits
 from macpo.engine.generation.sampling import RowSampler
+from macpo.engine.generation.sequence import Row
 
 
 class SlotRunner(BatchRunner):

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.errors import Stopped
 from macpo.engine.generation.multilora import StackedAdapters
-from macpo.engine.generation.rows import Row
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.generation.sequence import Row
 from macpo.engine.models.attention_hook import AttentionContext
 from macpo.engine.progress import Count, uncounted
 from macpo.kernels import Segments

@@ -1,12 +1,36 @@
-"""SIGTERM and Ctrl-C become a flag that stages look at; a second Ctrl-C aborts at once."""
+"""This process: its threads, its parent, and whether it was asked to stop. Needs no torch."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, Self
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process's operators; None leaves them. Needs no torch, and obeys where torch comes later."""
+    if threads is None:
+        return
+    for name in _THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def die_with(parent: int) -> None:
+    """The kernel kills this process when its parent ends, however that happens (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before the line above
 
 
 class StopFlag:
