@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.device import default_device, provenance
-from macpo.engine.generation.packed_linear import onednn_pack, onednn_product
+from macpo.engine.generation.slots.packed_linear import onednn_pack, onednn_product
 from macpo.kernels import SampleParams, native
 from macpo.kernels.linear_logp import rows_torch
 from macpo.kernels.paged_attention.slots import masked_slot_attention, slot_attention, slot_mask

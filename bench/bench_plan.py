@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from macpo.engine.calibrate import calibrate, measure, pairs, this_machine
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
-from macpo.engine.memory import Setup
-from macpo.engine.step_time import Machine
+from macpo.engine.planning.calibrate import calibrate, measure, pairs, this_machine
+from macpo.engine.planning.memory import Setup
+from macpo.engine.planning.step_time import Machine
 
 FULL = FullSettings()
 LORA = LoraSettings(rank=8, target_modules="all-linear")

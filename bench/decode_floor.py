@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from bench.device import copy, synchronise
 from bench.request_file import GenerationRequest
 from bench.timing import Outputs, Run, calls_for, in_graph
-from macpo.engine.generation.packed_linear import packed_product
-from macpo.engine.generation.pool_session import bucket_of
+from macpo.engine.generation.pool.capacity import bucket_of
+from macpo.engine.generation.slots.packed_linear import packed_product
 
 COPY_BYTES = {"cpu": 2**25, "cuda": 2**30}
 PREFILL_ROWS = 2048

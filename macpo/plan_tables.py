@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from macpo.engine.calibrate import calibrate
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError
-from macpo.engine.fitting import GPUS_PER_NODE, Option, Workload, options
 from macpo.engine.hardware import GPUS, Gpu, of_device
-from macpo.engine.memory import Setup
 from macpo.engine.models.flops import ModelShape
-from macpo.engine.shapes import config_of
-from macpo.engine.step_time import Machine
+from macpo.engine.planning.calibrate import calibrate
+from macpo.engine.planning.fitting import GPUS_PER_NODE, Option, Workload, options
+from macpo.engine.planning.memory import Setup
+from macpo.engine.planning.shapes import config_of
+from macpo.engine.planning.step_time import Machine
 
 BEST, REST = 12, 8
 STUDENT, TEACHER = "llama-3-70b", "llama-3-8b"

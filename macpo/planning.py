@@ -15,18 +15,18 @@ from transformers import PretrainedConfig
 
 from macpo.config import AgentSettings, Recipe
 from macpo.datasets import load_preferences
-from macpo.engine.calibrate import calibrate, this_machine
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import free_bytes
-from macpo.engine.fitting import Option, Workload, option
-from macpo.engine.memory import Setup
 from macpo.engine.models.compute import device_of, dtype_of, memory_budget
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import llama_shape
-from macpo.engine.shapes import config_of
+from macpo.engine.planning.calibrate import calibrate, this_machine
+from macpo.engine.planning.fitting import Option, Workload, option
+from macpo.engine.planning.memory import Setup
+from macpo.engine.planning.shapes import config_of
+from macpo.engine.planning.step_time import Machine
 from macpo.engine.stages import Stage
-from macpo.engine.step_time import Machine
 from macpo.iteration import build_plan
 from macpo.learning import TUNING
 from macpo.plan_tables import gpu_of

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macpo.engine.generation import Request, SamplingParams
-from macpo.engine.generation.kv_pool import TRASH, BlockAllocator, KVPool
 from macpo.engine.generation.model_facts import LayerShape
-from macpo.engine.generation.pool_session import BUCKETS, bucket_of, buckets_up_to, plan_pool
+from macpo.engine.generation.pool.blocks import TRASH, BlockAllocator, KVPool
+from macpo.engine.generation.pool.capacity import BUCKETS, bucket_of, buckets_up_to, plan_pool
 from macpo.engine.generation.scheduler import Need, Scheduler
 
 BLOCK_TOKENS = 16

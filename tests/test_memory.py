@@ -19,9 +19,7 @@ from transformers import PretrainedConfig
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.world import World
-from macpo.engine.dry_run import Recorder
 from macpo.engine.errors import ConfigError
-from macpo.engine.memory import Setup, checkpoint_bytes, head_bytes, memory, tensor_config
 from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.flops import ModelShape
@@ -29,6 +27,8 @@ from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
+from macpo.engine.planning.dry_run import Recorder
+from macpo.engine.planning.memory import Setup, checkpoint_bytes, head_bytes, memory, tensor_config
 from macpo.kernels import VocabShard
 from macpo.kernels.linear_logp.head import Head, Needs
 from macpo.kernels.linear_logp.shard import ShardHead

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from macpo.engine.generation import packed_linear
-from macpo.engine.generation.packed_linear import packed_linears
+from macpo.engine.generation.slots import packed_linear
+from macpo.engine.generation.slots.packed_linear import packed_linears
 from macpo.kernels import native
 
 STEPS = packed_linear.MIN_STEPS

@@ -13,11 +13,11 @@ from macpo.cli import parser
 from macpo.config import Recipe
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError
-from macpo.engine.fitting import HOST_BYTES, Workload, options
 from macpo.engine.hardware import GPUS
 from macpo.engine.models.flops import ModelShape
-from macpo.engine.shapes import config_of
-from macpo.engine.step_time import Machine
+from macpo.engine.planning.fitting import HOST_BYTES, Workload, options
+from macpo.engine.planning.shapes import config_of
+from macpo.engine.planning.step_time import Machine
 from macpo.iteration import build_plan
 from macpo.plan_tables import tuning_of
 from macpo.planning import Estimate, Hardware, estimate, hardware_of, shape_of, show

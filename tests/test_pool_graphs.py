@@ -14,8 +14,9 @@ from test_multilora import three_adapters
 from test_pool_generation import assert_equal
 from torch import nn
 
-from macpo.engine.generation import Generator, Output, SamplingParams, generator, pool_session
-from macpo.engine.generation.decode_step import DecodeStep
+from macpo.engine.generation import Generator, Output, SamplingParams, generator
+from macpo.engine.generation.pool import session as pool_session
+from macpo.engine.generation.pool.decode_step import DecodeStep
 from macpo.kernels import use_backend
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 64, which Triton takes

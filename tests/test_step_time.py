@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from macpo.engine.calibrate import measure, pairs
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
-from macpo.engine.fitting import Workload
 from macpo.engine.hardware import GPUS
-from macpo.engine.memory import Setup
-from macpo.engine.shapes import config_of
-from macpo.engine.step_time import Machine, step_time
+from macpo.engine.planning.calibrate import measure, pairs
+from macpo.engine.planning.fitting import Workload
+from macpo.engine.planning.memory import Setup
+from macpo.engine.planning.shapes import config_of
+from macpo.engine.planning.step_time import Machine, step_time
 
 FULL = FullSettings()
 LORA = LoraSettings(rank=8, target_modules="all-linear")

@@ -11,9 +11,9 @@ from transformers import (
 )
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.generation.context import DecodeAttention, PrefillAttention
-from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.slots.attention import DecodeAttention, PrefillAttention
+from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.equivalence import expected_window
 from macpo.engine.models.loading import embedding_rows

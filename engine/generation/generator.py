@@ -21,24 +21,18 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.generation.batch_runner import BatchRunner
 from macpo.engine.generation.equivalence import hooked_layers
 from macpo.engine.generation.hf_runner import HfRunner
-from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.model_facts import LayerShape, disabled, eos_ids, head_width, unwrap
 from macpo.engine.generation.multilora import StackedAdapters, why_not
-from macpo.engine.generation.packed_linear import packed_linears
 from macpo.engine.generation.params import SamplingParams, one_each
-from macpo.engine.generation.pool_runner import PoolRunner
-from macpo.engine.generation.pool_session import (
-    PoolPlan,
-    PoolSession,
-    bucket_of,
-    graphs_why_not,
-    plan_pool,
-    pool_why_not,
-)
+from macpo.engine.generation.pool.capacity import PoolPlan, bucket_of, graphs_why_not, plan_pool, pool_why_not
+from macpo.engine.generation.pool.runner import PoolRunner
+from macpo.engine.generation.pool.session import PoolSession
 from macpo.engine.generation.request import Output, Request, Sample, check_requests, content_ids
 from macpo.engine.generation.scheduler import Group, Need, Scheduler
 from macpo.engine.generation.sequence import Row
-from macpo.engine.generation.slot_runner import SlotRunner
+from macpo.engine.generation.slots.cache import SlotCache
+from macpo.engine.generation.slots.packed_linear import packed_linears
+from macpo.engine.generation.slots.runner import SlotRunner
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows
 from macpo.engine.progress import Count, counted

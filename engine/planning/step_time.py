@@ -15,10 +15,10 @@ import torch
 from transformers import PretrainedConfig
 
 from macpo.engine.config import LoraSettings
-from macpo.engine.dry_run import Operator
 from macpo.engine.hardware import GPUS, Gpu
-from macpo.engine.memory import NF4_BYTES, NF4_SCALES, Row, Setup, row_run, tensor_config
 from macpo.engine.models.flops import Counts, ModelShape, counts_of_lengths, head_is_target
+from macpo.engine.planning.dry_run import Operator
+from macpo.engine.planning.memory import NF4_BYTES, NF4_SCALES, Row, Setup, row_run, tensor_config
 
 PRODUCTS_REACH = 0.75
 """Of a GPU's peak: cuBLAS bfloat16 products of thousands of rows (about 740 of an H100's 989 TFLOP/s)."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from macpo.engine.generation.batch_runner import LOG_STEPS, STOP_CHECK_STEPS, STOP_TEXT_STEPS, BatchRunner, Part
-from macpo.engine.generation.context import PagedPrefill
-from macpo.engine.generation.kv_pool import BlockAllocator
-from macpo.engine.generation.pool_session import PoolSession, bucket_of
+from macpo.engine.generation.pool.attention import PagedPrefill
+from macpo.engine.generation.pool.blocks import BlockAllocator
+from macpo.engine.generation.pool.capacity import bucket_of
+from macpo.engine.generation.pool.session import PoolSession
 from macpo.engine.generation.scheduler import Group
 from macpo.engine.generation.sequence import Row
 

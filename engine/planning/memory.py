@@ -18,9 +18,9 @@ import torch
 from transformers import PretrainedConfig
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
-from macpo.engine.dry_run import AttentionCost, DryRun, Recorder, dry_run
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, head_is_target, is_target
+from macpo.engine.planning.dry_run import AttentionCost, DryRun, Recorder, dry_run
 from macpo.kernels import Segments, prefix_attention
 from macpo.kernels.linear_logp.head import default_chunk_rows
 

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.hardware import Gpu
-from macpo.engine.memory import Memory, Row, Setup, checkpoint_bytes, memory, tensor_config
-from macpo.engine.step_time import Machine, StepTime, step_time
+from macpo.engine.planning.memory import Memory, Row, Setup, checkpoint_bytes, memory, tensor_config
+from macpo.engine.planning.step_time import Machine, StepTime, step_time
 
 GPUS_PER_NODE = 8
 HOST_BYTES = 200e9

@@ -20,7 +20,6 @@ from macpo.engine import hardware
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.distributed.world import World
-from macpo.engine.memory import Row, Setup
 from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import quiet_transformers
@@ -28,7 +27,8 @@ from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.objectives import preference
 from macpo.engine.optim import Optimizer
-from macpo.engine.step_time import Machine, step_time
+from macpo.engine.planning.memory import Row, Setup
+from macpo.engine.planning.step_time import Machine, step_time
 
 MODELS: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},

@@ -16,10 +16,10 @@ from macpo.engine.generation.batch_runner import (
     Part,
     next_logits,
 )
-from macpo.engine.generation.context import DecodeAttention, PrefillAttention
-from macpo.engine.generation.kv_cache import SlotCache
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.slots.attention import DecodeAttention, PrefillAttention
+from macpo.engine.generation.slots.cache import SlotCache
 
 
 class SlotRunner(BatchRunner):

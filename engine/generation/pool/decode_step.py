@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.batch_runner import LOG_STEPS, next_logits
-from macpo.engine.generation.context import PagedDecode
-from macpo.engine.generation.kv_pool import TRASH, KVPool
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.params import SamplingParams
+from macpo.engine.generation.pool.attention import PagedDecode
+from macpo.engine.generation.pool.blocks import TRASH, KVPool
 from macpo.engine.generation.sampling import draw, mark_seen, noise_key, penalised, sample_params
 from macpo.engine.generation.sequence import Row
 from macpo.kernels import SampleParams

@@ -1,0 +1,1 @@
+"""Decoding with one contiguous key-value slot per sequence, for CPUs."""
