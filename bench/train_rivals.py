@@ -34,9 +34,10 @@ from macpo.engine.distributed.world import World, finish
 from macpo.engine.models import lora
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference, reference_logps
 from macpo.engine.scoring import score
-from macpo.engine.trainer import train
+from macpo.engine.training.objectives import preference
+from macpo.engine.training.reference import reference_logps
+from macpo.engine.training.trainer import train
 
 BETA, SEED, LEARNING_RATE = 0.1, 0, 1e-4
 LORA = LoraSettings(rank=16, alpha=32.0, target_modules="all-linear")

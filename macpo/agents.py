@@ -28,7 +28,6 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Message, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.served import OPTIONS
 from macpo.engine.generation.split_model import split_policy, team_size
@@ -36,8 +35,9 @@ from macpo.engine.models.compute import model_pool
 from macpo.engine.models.loading import check_vocab
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
-from macpo.engine.objectives import shared_sums
+from macpo.engine.run.context import StageContext
 from macpo.engine.scoring import ResponseScore, score
+from macpo.engine.training.reference import shared_sums
 
 
 def base_path(ctx: StageContext) -> str:

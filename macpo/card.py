@@ -12,8 +12,8 @@ from macpo import __version__
 from macpo.config import AgentSettings
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.files import read_json
-from macpo.engine.manifest import Manifest
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
+from macpo.engine.run.manifest import Manifest
 from macpo.standalone_config import AnyRecipe, StandaloneRecipe
 
 METHOD = "MACPO (multi-agent contrastive preference optimisation, [arXiv 2410.07672](https://arxiv.org/abs/2410.07672))"

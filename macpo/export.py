@@ -15,7 +15,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import model_pool
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import logits_of, publish
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 from macpo.launch import plan_of
 from macpo.standalone_config import AnyRecipe
 from macpo.steps import Plan

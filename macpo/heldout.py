@@ -9,8 +9,8 @@ from macpo import evaluate, world
 from macpo.agents import agent_chat, encode, generate_answers, likelihoods, load_policy
 from macpo.engine.config import ComputeSettings, ServedSettings
 from macpo.engine.data.records import Pair, read_records
-from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
+from macpo.engine.run.context import StageContext
 
 SIDES = ("chosen", "rejected")
 

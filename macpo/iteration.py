@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from macpo.config import Recipe
-from macpo.engine.stages import Graph
+from macpo.engine.run.stages import Graph
 from macpo.steps import Plan, Policies, StageName, Steps
 
 

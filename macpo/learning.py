@@ -35,16 +35,16 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.models.compute import device_of, dtype_of
 from macpo.engine.models.loading import local_folder
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
-from macpo.engine.objectives import preference, sft, weighted
-from macpo.engine.reference import cached, reference_key
-from macpo.engine.run_folder import CACHE
-from macpo.engine.trackers import Trackers
-from macpo.engine.trainer import train
+from macpo.engine.run.context import StageContext
+from macpo.engine.run.folder import CACHE
+from macpo.engine.training.objectives import preference, sft
+from macpo.engine.training.reference import cached, reference_key, weighted
+from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trainer import train
 
 TUNING: TypeAdapter[Tuning] = TypeAdapter(Tuning)
 

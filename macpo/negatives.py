@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from macpo.agents import read_answers
 from macpo.engine.data.records import Example, Prompt, Response, read_records, write_records
-from macpo.engine.execute import StageContext
+from macpo.engine.run.context import StageContext
 
 
 def random_name(seed: int, purpose: str, prompt_id: str, names: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from macpo.engine.data.records import Pair, Prompt, read_records, write_records
 from macpo.engine.errors import DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.files import write_jsonl
+from macpo.engine.run.context import StageContext
 from macpo.negatives import answers_by_agent, pick_answer
 from macpo.positives import choose, read_candidates
 

@@ -26,7 +26,7 @@ from macpo.engine.planning.fitting import Option, Workload, option
 from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
-from macpo.engine.stages import Stage
+from macpo.engine.run.stages import Stage
 from macpo.iteration import build_plan
 from macpo.learning import TUNING
 from macpo.plan_tables import gpu_of

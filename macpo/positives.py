@@ -12,9 +12,9 @@ from macpo.agents import Likelihood, agent_chat, encode, likelihoods, load_polic
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Prompt, Response, ids_digest, read_records, write_records
-from macpo.engine.execute import StageContext
 from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.engine.models.compute import dtype_of
+from macpo.engine.run.context import StageContext
 from macpo.negatives import answers_by_agent, pick_answer, random_name
 
 Candidate = dict[str, Any]  # {"by", "text", "finished", "sum_logp", "num_tokens", "perplexity"}

@@ -13,13 +13,13 @@ from macpo.engine.config import ComputeSettings, InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, Pair, read_records, write_records
 from macpo.engine.errors import DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.files import write_json
 from macpo.engine.models.from_scratch import build_model, document_groups, read_corpus, save_base, train_tokenizer
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import sft
-from macpo.engine.trackers import Trackers
-from macpo.engine.trainer import train
+from macpo.engine.run.context import StageContext
+from macpo.engine.training.objectives import sft
+from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trainer import train
 
 
 @dataclass(frozen=True, slots=True)

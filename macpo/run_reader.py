@@ -59,7 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss far above its running mean (engine/guards.py)."""
+    """A loss far above its running mean (engine/training/spikes.py)."""
 
     step: int
     loss: float

@@ -22,10 +22,11 @@ from macpo.engine.config import ComputeSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records, write_records
 from macpo.engine.errors import DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.files import atomic_write, write_json
-from macpo.engine.objectives import loss_settings, weighted
-from macpo.engine.stages import Graph
+from macpo.engine.run.context import StageContext
+from macpo.engine.run.stages import Graph
+from macpo.engine.training.objectives import loss_settings
+from macpo.engine.training.reference import weighted
 from macpo.evaluate import preference_metrics
 from macpo.examples import load_examples
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft

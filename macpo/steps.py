@@ -13,7 +13,7 @@ from macpo.config import AgentSettings, Recipe
 from macpo.dataset_files import fingerprint
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.models.loading import fingerprint_model
-from macpo.engine.stages import Graph, Stage
+from macpo.engine.run.stages import Graph, Stage
 from macpo.evaluate import Role
 from macpo.standalone_config import StandaloneRecipe
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from macpo.engine.trackers import TrackerRun
+from macpo.engine.training.trackers import TrackerRun
 
 
 class Recorder:

@@ -16,8 +16,8 @@ from macpo.engine.distributed.world import World
 from macpo.engine.models import lora
 from macpo.engine.models.parallelize import data_world, parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference
-from macpo.engine.optim import Optimizer
+from macpo.engine.training.objectives import preference
+from macpo.engine.training.optim import Optimizer
 
 PAIRS = some_groups(num_responses=2, count=8)
 RATE = 1e-4  # at which Adam's answer to the rounding of a gradient near zero stays below 1e-6

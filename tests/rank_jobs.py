@@ -19,8 +19,8 @@ from macpo.engine.console import run_cli
 from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.world import World
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import sft
 from macpo.engine.processes import StopFlag
+from macpo.engine.training.objectives import sft
 
 SHARD = ParallelSettings(sharding="shard")
 Job = Callable[[Path, World], PolicyModule]

@@ -19,8 +19,9 @@ from macpo.engine.models import parallelize as parallel
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import reference_logps, sft
 from macpo.engine.scoring import score
+from macpo.engine.training.objectives import sft
+from macpo.engine.training.reference import reference_logps
 
 
 @pytest.fixture(autouse=True)

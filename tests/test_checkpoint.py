@@ -21,11 +21,11 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from macpo.engine import checkpoint, shards
-from macpo.engine.checkpoint import Checkpoint
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
-from macpo.engine.shards import Box
+from macpo.engine.training import checkpoint, shards
+from macpo.engine.training.checkpoint import Checkpoint
+from macpo.engine.training.shards import Box
 
 ONE = World()
 SHARD = "shard-00001-of-00001.safetensors"

@@ -23,14 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from macpo.engine import checkpoint
 from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError, Stopped
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import sft
-from macpo.engine.trainer import train
+from macpo.engine.training import checkpoint
+from macpo.engine.training.objectives import sft
+from macpo.engine.training.trainer import train
 
 ONE = World()
 WHOLE = {

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from macpo.config import Recipe
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
-from macpo.engine.manifest import Manifest
 from macpo.engine.models import saving as exporting
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
+from macpo.engine.run.manifest import Manifest
 from macpo.export import export
 from macpo.launch import run
 from macpo.standalone_config import SftRecipe

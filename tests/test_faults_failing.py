@@ -38,12 +38,12 @@ from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed import watchdog as hangs
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
-from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.processes import StopFlag
-from macpo.engine.runner import Runner
-from macpo.engine.stages import Graph, Stage
+from macpo.engine.run.context import StageContext
+from macpo.engine.run.runner import Runner
+from macpo.engine.run.stages import Graph, Stage
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ import pytest
 import toy_run
 
 from macpo.engine.faults import POINTS
-from macpo.engine.manifest import Manifest, is_hashed
-from macpo.engine.runner import Runner
+from macpo.engine.run.manifest import Manifest, is_hashed
+from macpo.engine.run.runner import Runner
 
 TOY = Path(toy_run.__file__)
 

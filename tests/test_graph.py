@@ -10,7 +10,8 @@ import pytest
 import toy_run
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.stages import Graph, Stage, canonical, changes
+from macpo.engine.run.keys import canonical, changes
+from macpo.engine.run.stages import Graph, Stage
 
 
 def test_equal_stages_are_one_and_different_ones_may_not_share_a_name() -> None:

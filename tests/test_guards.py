@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 
-from macpo.engine.guards import WARM_UP, WINDOW, SpikeGuard
+from macpo.engine.training.spikes import WARM_UP, WINDOW, SpikeGuard
 
 
 def noisy(count: int, level: float = 2.0, deviation: float = 0.1, seed: int = 0) -> list[float]:

@@ -16,8 +16,8 @@ from tiny import tiny
 
 from macpo.config import Recipe
 from macpo.engine import faults
-from macpo.engine.execute import Executor
-from macpo.engine.stages import Stage
+from macpo.engine.run.executor import Executor
+from macpo.engine.run.stages import Stage
 from macpo.launch import run
 
 UNHASHED = {"timing.json", "timing.jsonl", "stage.log", "manifest.json"}  # a manifest notes who wrote it

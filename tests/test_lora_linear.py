@@ -28,8 +28,8 @@ from macpo.engine.models import policy as model
 from macpo.engine.models.flops import Counts, ModelShape, model_flops
 from macpo.engine.models.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.models.parallelize import parallelize
-from macpo.engine.objectives import sft
 from macpo.engine.planning.dry_run import Recorder
+from macpo.engine.training.objectives import sft
 
 SIZES = [(1, 24, 40, 3), (37, 33, 17, 1), (130, 64, 48, 8)]  # T, I, O, r: one token; odd and rank 1; many tokens
 

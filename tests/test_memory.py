@@ -25,10 +25,10 @@ from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference
-from macpo.engine.optim import Optimizer
 from macpo.engine.planning.dry_run import Recorder
 from macpo.engine.planning.memory import Setup, checkpoint_bytes, head_bytes, memory, tensor_config
+from macpo.engine.training.objectives import preference
+from macpo.engine.training.optim import Optimizer
 from macpo.kernels import VocabShard
 from macpo.kernels.linear_logp.head import Head, Needs
 from macpo.kernels.linear_logp.shard import ShardHead

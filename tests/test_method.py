@@ -16,12 +16,12 @@ from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.models.compute import model_pool
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.processes import StopFlag
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.context import StageContext
+from macpo.engine.run.folder import folder_of
 from macpo.iteration import build_plan
 from macpo.launch import run
 from macpo.pairs import teacher_pairs

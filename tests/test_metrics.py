@@ -23,15 +23,15 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import Stopped
 from macpo.engine.hardware import GPUS
-from macpo.engine.metrics import MetricsLog
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import sft
 from macpo.engine.processes import StopFlag
-from macpo.engine.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
-from macpo.engine.trackers import Trackers
-from macpo.engine.trainer import train
+from macpo.engine.training.metrics import MetricsLog
+from macpo.engine.training.objectives import sft
+from macpo.engine.training.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
+from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trainer import train
 
 CPU = torch.device("cpu")
 PAIRS = [PrefixGroup([1, 2, 3], [[4, 5], [6, 7, 8]]), PrefixGroup([1], [[4], [6, 7]])]  # 8 and 4 tokens

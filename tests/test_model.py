@@ -23,8 +23,9 @@ from macpo.engine.models.loading import fingerprint_model, load_causal_lm, weigh
 from macpo.engine.models.model_cache import ModelPool
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
-from macpo.engine.objectives import preference, reference_logps, sft
 from macpo.engine.scoring import score
+from macpo.engine.training.objectives import preference, sft
+from macpo.engine.training.reference import reference_logps
 
 LORA = LoraSettings(rank=2, target_modules="all-linear")
 

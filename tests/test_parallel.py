@@ -44,10 +44,10 @@ from macpo.engine.models import policy as model
 from macpo.engine.models.model_cache import ModelPool
 from macpo.engine.models.parallelize import mesh, parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
-from macpo.engine.objectives import preference, sft
-from macpo.engine.optim import Optimizer
 from macpo.engine.scoring import score
-from macpo.engine.trainer import train
+from macpo.engine.training.objectives import preference, sft
+from macpo.engine.training.optim import Optimizer
+from macpo.engine.training.trainer import train
 
 
 @pytest.fixture(autouse=True)

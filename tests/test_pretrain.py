@@ -29,8 +29,8 @@ from macpo.engine.models.from_scratch import (
     train_tokenizer,
 )
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import sft
-from macpo.engine.trainer import train
+from macpo.engine.training.objectives import sft
+from macpo.engine.training.trainer import train
 
 TINY = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "context": 32}
 WORD = InitSettings(tokenizer="word", vocab_size=64, **TINY)

@@ -21,9 +21,9 @@ from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelPool
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
-from macpo.engine.objectives import sft
-from macpo.engine.optim import Optimizer
 from macpo.engine.scoring import score
+from macpo.engine.training.objectives import sft
+from macpo.engine.training.optim import Optimizer
 
 NF4 = LoraSettings(rank=4, target_modules="all-linear", quantization="nf4")
 PAIRS = some_groups(num_responses=2, count=6)

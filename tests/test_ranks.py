@@ -14,7 +14,7 @@ from tiny import tiny
 
 from macpo.engine.files import read_jsonl
 from macpo.engine.recipe import dump
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 from macpo.launch import run
 
 ROOT = Path(__file__).parents[1]

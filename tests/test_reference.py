@@ -25,10 +25,9 @@ from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
-from macpo.engine.objectives import reference_logps, shared_sums
-from macpo.engine.reference import cached, reference_key
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
+from macpo.engine.training.reference import cached, reference_key, reference_logps, shared_sums
 from macpo.kernels import sequence_sums
 from macpo.launch import plan_of, runner_of
 from macpo.standalone_config import Standalone

@@ -11,8 +11,8 @@ from architectures import ARCHITECTURES, model_of, separate_logps, some_groups
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import DataError
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import reference_logps
 from macpo.engine.scoring import ResponseScore, score
+from macpo.engine.training.reference import reference_logps
 
 
 @torch.no_grad()

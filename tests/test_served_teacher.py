@@ -22,7 +22,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Request, SamplingParams, ServedGenerator
 from macpo.engine.recipe import dump, loads
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 from macpo.iteration import build_plan
 
 KEY = "sk-canary-90b1e4"

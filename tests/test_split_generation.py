@@ -36,7 +36,7 @@ from macpo.engine.models.model_cache import ModelPool
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.recipe import dump
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 from macpo.launch import run
 

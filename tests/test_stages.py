@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import toy_run
 
-from macpo.engine import manifest as manifests
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
-from macpo.engine.execute import StageContext
-from macpo.engine.locks import LOCK, Holder, RunLock, start_time
-from macpo.engine.manifest import Manifest
-from macpo.engine.run_folder import RunFolder
-from macpo.engine.runner import Runner
-from macpo.engine.stages import Graph, Stage
+from macpo.engine.run import manifest as manifests
+from macpo.engine.run.context import StageContext
+from macpo.engine.run.folder import RunFolder
+from macpo.engine.run.lock import LOCK, Holder, RunLock, start_time
+from macpo.engine.run.manifest import Manifest
+from macpo.engine.run.runner import Runner
+from macpo.engine.run.stages import Graph, Stage
 
 ALL = ["data", "a1", "b1", "join1", "a2", "b2", "join2"]
 
@@ -195,7 +195,7 @@ def test_an_interrupted_from_goes_on_instead_of_starting_over(done: Path, monkey
 
 
 def test_changed_code_is_a_warning(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("macpo.engine.standing.code_version", lambda: {"version": "9.9", "commit": "f" * 40})
+    monkeypatch.setattr("macpo.engine.run.status.code_version", lambda: {"version": "9.9", "commit": "f" * 40})
     ran, said = run(done)
     assert ran == [] and "warning: the code is 9.9@ffffffffff, finished stages were made 7 by" in said
 

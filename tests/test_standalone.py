@@ -25,11 +25,11 @@ from macpo.engine import faults
 from macpo.engine import train as entry
 from macpo.engine.config import InitSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.execute import Executor
 from macpo.engine.models.from_scratch import build_model, save_base, train_tokenizer
 from macpo.engine.recipe import dump, kind_of
-from macpo.engine.run_folder import folder_of
-from macpo.engine.stages import Stage
+from macpo.engine.run.executor import Executor
+from macpo.engine.run.folder import folder_of
+from macpo.engine.run.stages import Stage
 from macpo.examples import load_examples
 from macpo.iteration import build_plan
 from macpo.launch import run, run_recipe

@@ -17,9 +17,10 @@ from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import DataError
 from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference, reference_logps, shared_sums
 from macpo.engine.scoring import score
-from macpo.engine.trainer import train
+from macpo.engine.training.objectives import preference
+from macpo.engine.training.reference import reference_logps, shared_sums
+from macpo.engine.training.trainer import train
 from macpo.kernels import pair_loss, sequence_sums
 from macpo.standalone import pair_metrics
 

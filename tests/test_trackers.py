@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from forks import forked
 
-from macpo.engine import trackers as module
 from macpo.engine.config import OptimSettings
-from macpo.engine.metrics import MetricsLog
-from macpo.engine.trackers import Trackers, allowed
+from macpo.engine.training import trackers as module
+from macpo.engine.training.metrics import MetricsLog
+from macpo.engine.training.trackers import Trackers, allowed
 
 CANARY = "canary-4f1d9c0b7e2a6835d1c4"
 

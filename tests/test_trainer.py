@@ -34,10 +34,11 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference, reference_logps, sft
-from macpo.engine.optim import learning_rate
 from macpo.engine.scoring import score
-from macpo.engine.trainer import train
+from macpo.engine.training.objectives import preference, sft
+from macpo.engine.training.optim import learning_rate
+from macpo.engine.training.reference import reference_logps
+from macpo.engine.training.trainer import train
 
 
 @pytest.fixture(autouse=True)

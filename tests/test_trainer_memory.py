@@ -18,8 +18,8 @@ from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import sft
 from macpo.engine.scoring import score
+from macpo.engine.training.objectives import sft
 
 
 @pytest.fixture(autouse=True)

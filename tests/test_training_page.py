@@ -12,7 +12,7 @@ from test_cli import macpo
 from test_standalone import make_base
 
 from macpo.engine import train as entry
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, SMOOTHED
 from macpo.standalone_config import ExampleData, PairData
 

@@ -28,7 +28,7 @@ from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Prompt, Response, read_records
 from macpo.engine.errors import ConfigError, PeerError
 from macpo.engine.generation import Generator, Sample, SamplingParams, ServedGenerator, generate_waves
-from macpo.engine.run_folder import folder_of
+from macpo.engine.run.folder import folder_of
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{{ 'q' if add_generation_prompt }}"
 NEW_TOKENS, TIE = 12, 1e-4

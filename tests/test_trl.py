@@ -19,9 +19,10 @@ from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference, reference_logps
 from macpo.engine.scoring import score
-from macpo.engine.trainer import train
+from macpo.engine.training.objectives import preference
+from macpo.engine.training.reference import reference_logps
+from macpo.engine.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 

@@ -29,8 +29,9 @@ from macpo.engine.models.head import linear_head
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.vocab_parallel import vocab_shard
-from macpo.engine.objectives import Objective, preference, reference_logps, sft
 from macpo.engine.scoring import score
+from macpo.engine.training.objectives import Objective, preference, sft
+from macpo.engine.training.reference import reference_logps
 
 REFS = torch.linspace(-40, -20, 2 * len(PAIRS)).reshape(-1, 2)
 SIMPO = PreferenceSettings(loss="simpo", beta=2.0, gamma=0.5, sft_weight=0.3)

@@ -21,10 +21,10 @@ from typing import Any
 
 from macpo.engine.console import run_cli
 from macpo.engine.errors import DataError
-from macpo.engine.execute import StageContext
 from macpo.engine.files import Appender, atomic_write, read_jsonl, write_json, write_jsonl
-from macpo.engine.runner import Runner
-from macpo.engine.stages import Graph, Stage
+from macpo.engine.run.context import StageContext
+from macpo.engine.run.runner import Runner
+from macpo.engine.run.stages import Graph, Stage
 
 CALLS: list[str] = []  # a module cache: what survives between the stages of one process
 

@@ -17,9 +17,10 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import Objective, preference, reference_logps, sft
 from macpo.engine.scoring import score
-from macpo.engine.trainer import TrainResult, train
+from macpo.engine.training.objectives import Objective, preference, sft
+from macpo.engine.training.reference import reference_logps
+from macpo.engine.training.trainer import TrainResult, train
 
 SFT = OptimSettings(learning_rate=3e-3, epochs=2, batch=4, warmup_fraction=0.2, weight_decay=0.1, save_every_steps=2)
 DPO = PreferenceSettings(learning_rate=3e-3, epochs=2, batch=4, save_every_steps=2)

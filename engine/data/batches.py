@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from macpo.engine.config import OptimSettings
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, bins, pack
 from macpo.engine.distributed.world import World
 
@@ -98,24 +94,3 @@ def microbatches(
             (batch,) = pack(groups, max_tokens=1, indices=[shortest])
             found += [MicroBatch(batch, filler=True)] * (most - len(found))
     return found
-
-
-def fingerprint(
-    groups: Sequence[PrefixGroup],
-    settings: OptimSettings,
-    objective: str,
-    seed: int,
-    shapes: Mapping[str, list[int]],
-) -> str:
-    """SHA-256 of everything that a checkpoint's future depends on, except the weights that it holds itself."""
-    # how often it is saved and what happens at a spike do not change what is trained
-    plain = settings.model_dump(mode="json", exclude={"save_every_steps", "spike_sigma", "on_spike"})
-    digest = hashlib.sha256(json.dumps([plain, objective, seed, dict(shapes)], sort_keys=True).encode())
-    for group in groups:
-        for ids in (group.prompt_ids, *group.responses):
-            numbers = array("q", [len(ids), *ids])
-            if sys.byteorder == "big":
-                numbers.byteswap()
-            digest.update(numbers.tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()

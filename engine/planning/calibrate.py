@@ -25,10 +25,10 @@ from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import quiet_transformers
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import preference
-from macpo.engine.optim import Optimizer
 from macpo.engine.planning.memory import Row, Setup
 from macpo.engine.planning.step_time import Machine, step_time
+from macpo.engine.training.objectives import preference
+from macpo.engine.training.optim import Optimizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},

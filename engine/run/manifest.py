@@ -20,7 +20,7 @@ from typing import Any
 
 from macpo.engine import files
 from macpo.engine.errors import DataError, IntegrityError
-from macpo.engine.stages import SCHEMA, canonical, key_of
+from macpo.engine.run.keys import SCHEMA, canonical, key_of
 
 MANIFEST, RUNNING, TIMING = "manifest.json", "RUNNING", "timing.json"
 
@@ -181,7 +181,7 @@ def code_version() -> dict[str, str]:
     commit = ""
     try:
         top = _git(here.parent, "rev-parse", "--show-toplevel")
-        if Path(top) / "engine" / here.name == here:  # not some other repository that a venv lies in
+        if Path(top) / "engine" / "run" / here.name == here:  # not some other repository that a venv lies in
             commit = _git(here.parent, "rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         commit = ""  # no git or no repository: an installed package, its version says enough

@@ -12,7 +12,7 @@ from typing import Any
 from macpo.engine.errors import DataError, IntegrityError
 from macpo.engine.faults import point
 from macpo.engine.files import PART, fsync_dir, read_json, remove_parts, remove_tree
-from macpo.engine.manifest import TIMING
+from macpo.engine.run.manifest import TIMING
 
 CACHE = "cache"
 """Sub-folder for what stages and later runs can use again; no part of any result."""

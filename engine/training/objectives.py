@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol
@@ -20,7 +19,6 @@ from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import DataError
 from macpo.engine.models.head import Head, pair_loss
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.scoring import ResponseScore
 from macpo.kernels.pair_loss.losses import LossSettings
 
 
@@ -153,23 +151,3 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
             f"reference log-probs of shape {list(ref_logps.shape)}", "give one (chosen, rejected) row a pair"
         )
     return _Preference(settings, ref_logps.detach().to("cpu", torch.float32).contiguous())
-
-
-def reference_logps(scores: Sequence[Sequence[ResponseScore]], ld_alpha: float | None = None) -> Tensor:
-    """[num_groups, 2] float32 from `score(policy, groups)` of (chosen, rejected) groups."""
-    parts = torch.tensor([shared_sums([r.token_logps for r in pair]) for pair in scores], dtype=torch.float64)
-    return weighted(parts.reshape(-1, 2, 2), ld_alpha).float()
-
-
-def shared_sums(token_logps: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """By response of one prompt: summed log-probs up to the shortest response's length, and beyond it."""
-    shared = min(map(len, token_logps))
-    return [(math.fsum(logps[:shared]), math.fsum(logps[shared:])) for logps in token_logps]
-
-
-def weighted(parts: Tensor, ld_alpha: float | None) -> Tensor:
-    """[..., 2] of `shared_sums` -> [...]: sequence log-probs, tokens beyond the shared length counted ld_alpha times.
-
-    LD-DPO, section 3 of arXiv 2409.06411; None counts every token once.
-    """
-    return parts[..., 0] + (1.0 if ld_alpha is None else ld_alpha) * parts[..., 1]

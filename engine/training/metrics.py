@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from macpo.engine.files import explained, fsync_dir
 from macpo.engine.progress import TrainingProgress
-from macpo.engine.throughput import Meter
-from macpo.engine.trackers import Trackers
+from macpo.engine.training.throughput import Meter
+from macpo.engine.training.trackers import Trackers
 
 
 class MetricsLog:

@@ -21,11 +21,11 @@ from typing import Any, Self
 
 from macpo.engine.distributed.agree import pack_error
 from macpo.engine.errors import MacpoError
-from macpo.engine.execute import Executor
 from macpo.engine.files import explain, is_expected
 from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads
-from macpo.engine.run_folder import RunFolder
-from macpo.engine.stages import Graph
+from macpo.engine.run.executor import Executor
+from macpo.engine.run.folder import RunFolder
+from macpo.engine.run.stages import Graph
 
 Build = tuple[str, Mapping[str, Any]]  # ("package.module:function", its JSON argument); the function returns a Graph
 
@@ -71,7 +71,7 @@ class Pool:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "macpo.engine.workers", str(os.getpid())],
+                [sys.executable, "-P", "-m", "macpo.engine.run.workers", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, **threads, "TERM": "dumb"},  # several live bars cannot share a terminal

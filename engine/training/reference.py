@@ -9,6 +9,7 @@ An entry is one safetensors file, named by its key, that carries the key and the
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -26,7 +27,8 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError
 from macpo.engine.models.loading import local_folder, weight_files
 from macpo.engine.models.policy import PolicyRef
-from macpo.engine.stages import canonical
+from macpo.engine.run.keys import canonical
+from macpo.engine.scoring import ResponseScore
 
 SCHEMA = 1  # of entries; raise it when their numbers change their meaning
 
@@ -149,3 +151,23 @@ def _write(path: Path, key: str, parts: Tensor) -> None:
 
 def _digest(parts: Tensor) -> str:
     return hashlib.sha256(parts.numpy().tobytes()).hexdigest()
+
+
+def reference_logps(scores: Sequence[Sequence[ResponseScore]], ld_alpha: float | None = None) -> Tensor:
+    """[num_groups, 2] float32 from `score(policy, groups)` of (chosen, rejected) groups."""
+    parts = torch.tensor([shared_sums([r.token_logps for r in pair]) for pair in scores], dtype=torch.float64)
+    return weighted(parts.reshape(-1, 2, 2), ld_alpha).float()
+
+
+def shared_sums(token_logps: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """By response of one prompt: summed log-probs up to the shortest response's length, and beyond it."""
+    shared = min(map(len, token_logps))
+    return [(math.fsum(logps[:shared]), math.fsum(logps[shared:])) for logps in token_logps]
+
+
+def weighted(parts: Tensor, ld_alpha: float | None) -> Tensor:
+    """[..., 2] of `shared_sums` -> [...]: sequence log-probs, tokens beyond the shared length counted ld_alpha times.
+
+    LD-DPO, section 3 of arXiv 2409.06411; None counts every token once.
+    """
+    return parts[..., 0] + (1.0 if ld_alpha is None else ld_alpha) * parts[..., 1]

@@ -41,7 +41,7 @@ from macpo.engine.files import (
     sha256,
     write_json,
 )
-from macpo.engine.shards import Box, Incomplete, Reader, code_of, read_back, share_of, write
+from macpo.engine.training.shards import Box, Incomplete, Reader, code_of, read_back, share_of, write
 
 SCHEMA = 2
 KEEP = 2

@@ -1,6 +1,6 @@
 """One tracker's process: reads a stage's metrics as they are written and hands them on, until its input ends.
 
-Started by `engine/trackers.py`. Says `ready` on its output when the tracker is open, or the reason why it fails.
+Started by `engine/training/trackers.py`. Says `ready` on its output when the tracker is open, or the reason why it fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from macpo.engine.trackers import CLOSE_SECONDS, Note, Tracker, TrackerRun
+from macpo.engine.training.trackers import CLOSE_SECONDS, Note, Tracker, TrackerRun
 
 POLL_SECONDS = 0.5
 PROJECT = "macpo"

@@ -7,9 +7,12 @@ smaller). Packing into micro-batches and sharding over ranks happen inside a ste
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macpo.engine import checkpoint
-from macpo.engine.budget import TokenBudget
 from macpo.engine.config import OptimSettings
-from macpo.engine.data.batches import MicroBatch, Plan, fingerprint, microbatches
+from macpo.engine.data.batches import MicroBatch, Plan, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
-from macpo.engine.guards import SpikeGuard
-from macpo.engine.metrics import MetricsLog
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import data_world
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.objectives import Objective
-from macpo.engine.optim import Optimizer, learning_rate
-from macpo.engine.throughput import Meter
-from macpo.engine.trackers import Trackers
+from macpo.engine.training import checkpoint
+from macpo.engine.training.metrics import MetricsLog
+from macpo.engine.training.objectives import Objective
+from macpo.engine.training.optim import Optimizer, learning_rate
+from macpo.engine.training.spikes import SpikeGuard
+from macpo.engine.training.throughput import Meter
+from macpo.engine.training.token_budget import TokenBudget
+from macpo.engine.training.trackers import Trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,3 +376,24 @@ class _NoLog:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def fingerprint(
+    groups: Sequence[PrefixGroup],
+    settings: OptimSettings,
+    objective: str,
+    seed: int,
+    shapes: Mapping[str, list[int]],
+) -> str:
+    """SHA-256 of everything that a checkpoint's future depends on, except the weights that it holds itself."""
+    # how often it is saved and what happens at a spike do not change what is trained
+    plain = settings.model_dump(mode="json", exclude={"save_every_steps", "spike_sigma", "on_spike"})
+    digest = hashlib.sha256(json.dumps([plain, objective, seed, dict(shapes)], sort_keys=True).encode())
+    for group in groups:
+        for ids in (group.prompt_ids, *group.responses):
+            numbers = array("q", [len(ids), *ids])
+            if sys.byteorder == "big":
+                numbers.byteswap()
+            digest.update(numbers.tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()

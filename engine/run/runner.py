@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from macpo.engine import files
 from macpo.engine.distributed.agree import on_main, stopped, unpack_error
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Stopped
-from macpo.engine.execute import Executor
 from macpo.engine.faults import point
-from macpo.engine.locks import RunLock, holder
-from macpo.engine.manifest import Manifest
 from macpo.engine.processes import StopFlag, set_threads
-from macpo.engine.run_folder import RunFolder, read_timing
-from macpo.engine.stages import Graph, Stage, StageStatus
-from macpo.engine.standing import code_changes, refuse_stale, survey
-from macpo.engine.workers import Build, Pool
+from macpo.engine.run.executor import Executor
+from macpo.engine.run.folder import RunFolder, read_timing
+from macpo.engine.run.lock import RunLock, holder
+from macpo.engine.run.manifest import Manifest
+from macpo.engine.run.stages import Graph, Stage
+from macpo.engine.run.status import StageStatus, code_changes, refuse_stale, survey
+from macpo.engine.run.workers import Build, Pool
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World

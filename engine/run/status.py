@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from macpo.engine.errors import ConfigError, IntegrityError, Problem
-from macpo.engine.manifest import Manifest, code_version
-from macpo.engine.run_folder import RunFolder
-from macpo.engine.stages import Graph, Stage, changes, key_of
+from macpo.engine.run.folder import RunFolder
+from macpo.engine.run.keys import changes, key_of
+from macpo.engine.run.manifest import Manifest, code_version
+from macpo.engine.run.stages import Graph, Stage
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass
@@ -109,3 +114,15 @@ def code_changes(found: dict[str, Standing]) -> str:
         return ""
     label = f"{now['version']}{'@' + now['commit'][:10] if now['commit'] else ''}"
     return f"warning: the code is {label}, finished stages were made {', '.join(parts)}; they are kept"
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where a stage stands, for people and for `summary.json`; `counts` is what the stage noted (tokens, …)."""
+
+    name: str
+    folder: str
+    state: Literal["done", "running", "stale", "pending", "damaged"]
+    why: str = ""
+    seconds: float | None = None
+    counts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Experiment trackers beside metrics.jsonl: whatever goes wrong in one is said once, and training goes on.
 
-Each tracker lives in a process of its own (`engine/tracker_process.py`) that reads the stage's metrics.jsonl and
+Each tracker lives in a process of its own (`engine/training/tracker_process.py`) that reads the stage's metrics.jsonl and
 timing.jsonl as they grow. So training never waits for a network, a tracker that hangs or crashes takes nothing with
 it, and a resumed stage catches up: a note beside the tracker's files says which run it continues and what was sent.
 """
@@ -184,7 +184,7 @@ class _Child:
         run = TrackerRun(group, stage, note.id, config, str(folder.resolve()))
         order = {"path": sys.path, "name": name, "workdir": str(workdir), "note": str(note.path), "run": asdict(run)}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "macpo.engine.tracker_process"],
+            [sys.executable, "-P", "-m", "macpo.engine.training.tracker_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,0 +1,69 @@
+"""What a running stage is given: its folder, its inputs, the ranks it runs on, and ways to report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed.agree import _is_main, stopped
+from macpo.engine.processes import StopFlag
+
+if TYPE_CHECKING:
+    from macpo.engine.distributed.world import World
+
+
+@dataclass
+class StageContext:
+    """What a stage's function gets: a folder to write into, its inputs, and ways to report.
+
+    A folder left by an interrupted attempt with the same key is handed over as it is: the function goes on from there.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    dir: Path
+    inputs: Mapping[str, Path]
+    stop: StopFlag
+    group: World | None = None
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world(self) -> World:
+        """The ranks that run this stage together (one, without torch.distributed)."""
+        if self.group is None:
+            from macpo.engine.distributed.world import World
+
+            self.group = World()
+        return self.group
+
+    def input(self, alias: str) -> Path:
+        """The committed folder of an input, verified by its hashes."""
+        return self.inputs[alias]
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop. Ranks hear it at different moments: agree before acting on it.
+
+        Who asks is alive: see `hangs`.
+        """
+        hangs.beat()
+        return self.stop.requested
+
+    def check_stop(self) -> None:
+        """Raises: Stopped if this rank was asked to stop; call it where the work so far is on disk."""
+        if self.stop_requested():
+            raise stopped(self.name)
+
+    def note(self, **counts: Any) -> None:
+        """Numbers for the timing and the summary (tokens=…): those of the whole stage, taken from rank 0."""
+        self.counts.update(counts)
+
+    def log(self, message: str) -> None:
+        """A line on stderr and in stage.log, from rank 0."""
+        if _is_main(self.group):
+            print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+            with open(self.dir / "stage.log", "a", encoding="utf-8") as file:
+                file.write(message + "\n")

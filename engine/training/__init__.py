@@ -1,0 +1,1 @@
+"""One resumable training loop: objectives, optimiser, checkpoints, metrics, trackers."""
