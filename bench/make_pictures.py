@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 
 from macpo.charts import by_iteration, mean_summary
-from macpo.claims import shared_metric
 from macpo.engine.files import atomic_write
+from macpo.evaluation.claims import shared_metric
 from macpo.run_reader import RunReader
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -7,8 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from macpo.claims import Claim
-from macpo.evaluate import LABELS, Agents, mean_and_se, of_role
+from macpo.evaluation.claims import Claim
+from macpo.evaluation.metrics import mean_and_se
+from macpo.evaluation.summary import LABELS, Agents, of_role
 from macpo.findings import score_rows
 from macpo.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
 from macpo.run_reader import Curves

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from macpo.demo_world import WorldSettings
 from macpo.engine import recipe as recipes
 from macpo.engine.config import (
     ComputeSettings,
@@ -24,7 +25,6 @@ from macpo.engine.config import (
     Tuning,
 )
 from macpo.engine.errors import ConfigError
-from macpo.world import WorldSettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from macpo.evaluate import (
+from macpo.evaluation.summary import (
     LABELS,
     best_initial_teacher,
     first_and_last,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from macpo import evaluate, world
+from macpo import demo_world
 from macpo.agents import agent_chat, encode, generate_answers, likelihoods, load_policy
 from macpo.engine.config import ComputeSettings, ServedSettings
 from macpo.engine.data.records import Pair, read_records
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
+from macpo.evaluation import metrics as evaluate
 
 SIDES = ("chosen", "rejected")
 
@@ -55,7 +56,7 @@ def evaluate_policy(compute: ComputeSettings, ctx: StageContext, served: ServedS
         row: dict[str, Any] = {"prompt_id": prompt.id, "prompt": list(prompt.messages)}
         row |= {"answer": given.text if given else "", "finished": bool(given and given.finished)}
         if ctx.settings["gold"]:
-            row["gold"] = world.gold(prompt.messages, row["answer"])
+            row["gold"] = demo_world.gold(prompt.messages, row["answer"])
         if prompt.id in logps and prompt.id in base:
             row |= logps[prompt.id]
             row |= {f"base_{side}_logp": base[prompt.id][f"{side}_logp"] for side in SIDES}

@@ -16,7 +16,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.run.runner import Runner
-from macpo.evaluate import AgentHistory, build_summary
+from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.findings import table
 from macpo.iteration import build_plan
 from macpo.planning import disk_needed

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from macpo.config import AgentSettings, Recipe
-from macpo.datasets import load_preferences
+from macpo.data.preferences import load_preferences
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import free_bytes

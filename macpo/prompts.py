@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from macpo import world
+from macpo import demo_world
 from macpo.config import DataSettings
-from macpo.datasets import load_preferences, split
+from macpo.data.preferences import load_preferences, split
 from macpo.engine.config import ComputeSettings, InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, Pair, read_records, write_records
@@ -37,7 +37,7 @@ def read_sources(settings: dict[str, Any], teachers: dict[str, str | None], seed
     """Build the demo world, or load and split a preference set; `teachers`: name -> data of its own or None."""
     data = DataSettings.model_validate(settings)
     if data.world is not None:
-        made = world.build(data.world, seed, num_teachers=len(teachers))
+        made = demo_world.build(data.world, seed, num_teachers=len(teachers))
         labels = dict(zip(teachers, made.teachers, strict=True))
         return Sources(labels, made.student, made.test, made.documents, {})
     assert data.path is not None

@@ -17,9 +17,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from macpo import charts
-from macpo.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.engine.files import atomic_write, read_jsonl, write_json
-from macpo.evaluate import LABELS, headline_metric
+from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
+from macpo.evaluation.summary import LABELS, headline_metric
 from macpo.findings import headline, score_rows, signed
 from macpo.run_reader import Evaluation, RunReader, sample
 
@@ -51,7 +51,7 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
 def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], found: Sequence[Claim]) -> Path:
     """Writes `report.html`, `claims.json` and `claims.txt` of several seeds into `out_dir`; returns the report's path.
 
-    `found`: `macpo.claims.claims(summaries)`. Every claim is shown, also those that do not hold.
+    `found`: `macpo.evaluation.claims.claims(summaries)`. Every claim is shown, also those that do not hold.
     """
     metric = shared_metric(summaries)
     verdicts = Counter(claim.verdict for claim in found)

@@ -15,7 +15,7 @@ from typing import Any
 
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
-from macpo.evaluate import AgentHistory, Role, build_summary
+from macpo.evaluation.summary import AgentHistory, Role, build_summary
 
 _FOLDER = re.compile(r"(\d+)-(.+)")
 _EVALUATION = re.compile(r"eval-(?P<agent>.+)-iter(?P<iteration>\d+)")

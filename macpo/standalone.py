@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from macpo import world
+from macpo import demo_world
 from macpo.agents import agent_chat, encode, encode_pairs, likelihoods, load_policy, shared_parts
 from macpo.config import Recipe
-from macpo.dataset_files import fingerprint
-from macpo.datasets import load_preferences, shuffled_prompts
+from macpo.data.examples import load_examples
+from macpo.data.preferences import load_preferences, shuffled_prompts
+from macpo.data.rows import fingerprint
 from macpo.engine.config import ComputeSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records, write_records
@@ -27,8 +28,7 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import Graph
 from macpo.engine.training.objectives import loss_settings
 from macpo.engine.training.reference import weighted
-from macpo.evaluate import preference_metrics
-from macpo.examples import load_examples
+from macpo.evaluation.metrics import preference_metrics
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
 from macpo.learning import imitate, prefer, read_reference, reference_parts
 from macpo.standalone_config import KINDS, NAME, ExampleData, PairData, PreferenceRecipe, Standalone
@@ -130,7 +130,7 @@ def read_sets(settings: Mapping[str, Any], kind: str, seed: int) -> Sets:
     model: type[PairData] | type[ExampleData] = PairData if kind == "preference" else ExampleData
     data = model.model_validate(settings)
     if data.world is not None:
-        made = world.build(data.world, seed, num_teachers=1)
+        made = demo_world.build(data.world, seed, num_teachers=1)
         side = "rejected" if data.format == "rejected" else "chosen"
         train, test = (_of_kind(pairs, kind, side) for pairs in (made.student, made.test))
         return Sets(train, test, made.documents["student"], {})

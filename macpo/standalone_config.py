@@ -46,14 +46,14 @@ class PairData(HeldOutSettings):
     """Preference pairs."""
 
     format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
-    """Layout of the rows (macpo/datasets.py); `auto` goes by the keys of the first row."""
+    """Layout of the rows (macpo/data/preferences.py); `auto` goes by the keys of the first row."""
 
 
 class ExampleData(HeldOutSettings):
     """Prompts with one answer each."""
 
     format: Literal["auto", "messages", "response", "alpaca", "sharegpt", "chosen", "rejected"] = "auto"
-    """Layout of the rows (macpo/examples.py); `chosen` and `rejected` take that side of preference pairs."""
+    """Layout of the rows (macpo/data/examples.py); `chosen` and `rejected` take that side of preference pairs."""
 
 
 class StandaloneRecipe(Settings):

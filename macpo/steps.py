@@ -10,11 +10,11 @@ from typing import Any
 
 from macpo import agents, heldout, learning, negatives, pairs, positives, prompts
 from macpo.config import AgentSettings, Recipe
-from macpo.dataset_files import fingerprint
+from macpo.data.rows import fingerprint
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.models.loading import fingerprint_model
 from macpo.engine.run.stages import Graph, Stage
-from macpo.evaluate import Role
+from macpo.evaluation.summary import Role
 from macpo.standalone_config import StandaloneRecipe
 
 COSTS = {prompts.pretrain_base: 30.0, learning.imitate: 3.0, learning.prefer: 4.0, heldout.evaluate_policy: 2.0}

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from macpo.claims import FAILS, HOLDS, MEAN_ONLY, claims, claims_json, claims_table
 from macpo.engine.errors import DataError
-from macpo.evaluate import AgentHistory, build_summary
-from macpo.intervals import t_central, t_interval, t_quantile
+from macpo.evaluation.claims import FAILS, HOLDS, MEAN_ONLY, claims, claims_json, claims_table
+from macpo.evaluation.intervals import t_central, t_interval, t_quantile
+from macpo.evaluation.summary import AgentHistory, build_summary
 
 
 # standard tables of the two-sided 95% (and 99%) quantile, to their last digit

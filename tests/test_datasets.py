@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from macpo.dataset_files import data_files, fingerprint
-from macpo.datasets import load_preferences, split
+from macpo.data.preferences import load_preferences, split
+from macpo.data.rows import data_files, fingerprint
 from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
 

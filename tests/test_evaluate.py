@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from macpo.evaluate import (
-    AgentHistory,
-    answer_stats,
-    build_summary,
-    gaps_recovered,
-    gold_mean,
-    headline_metric,
-    pgr,
-    preference_metrics,
-)
+from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
+from macpo.evaluation.summary import AgentHistory, build_summary, gaps_recovered, headline_metric, pgr
 
 
 def test_answer_stats_by_hand():

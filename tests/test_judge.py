@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from fake_server import Reply, Server
 
-from macpo.endpoint import Endpoint
 from macpo.engine.connection import RateLimited, Unavailable
 from macpo.engine.errors import ConfigError, MacpoError, PeerError
 from macpo.engine.files import read_jsonl, write_jsonl
-from macpo.judge import Comparison, Judge, JudgeError, comparisons, parse
+from macpo.evaluation.endpoint import Endpoint
+from macpo.evaluation.judge import Comparison, Judge, JudgeError, comparisons, parse
 
 KEY = "sk-canary-7f3a91"
 

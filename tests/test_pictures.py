@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from macpo.engine.files import write_json
-from macpo.evaluate import AgentHistory, build_summary
+from macpo.evaluation.summary import AgentHistory, build_summary
 
 ROOT = Path(__file__).parent.parent
 

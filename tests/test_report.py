@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from macpo.claims import claims
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json, write_jsonl
-from macpo.evaluate import AgentHistory, answer_stats, build_summary, gold_mean, preference_metrics
+from macpo.evaluation.claims import claims
+from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
+from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.findings import table
 from macpo.report import write_report, write_seeds_report
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macpo.datasets import split
+from macpo.data.preferences import split
 from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import DataError
 

@@ -20,7 +20,8 @@ from test_kill_resume import content
 from test_ranks import torchrun
 from tiny import tiny
 
-from macpo import world
+from macpo import demo_world
+from macpo.data.examples import load_examples
 from macpo.engine import faults
 from macpo.engine import train as entry
 from macpo.engine.config import InitSettings, PreferenceSettings
@@ -30,7 +31,6 @@ from macpo.engine.recipe import dump, kind_of
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.stages import Stage
-from macpo.examples import load_examples
 from macpo.iteration import build_plan
 from macpo.launch import run, run_recipe
 from macpo.standalone import read_sets
@@ -70,7 +70,7 @@ def recipe_of(kind: str, base: Path | None, output: Path, **changes: Any) -> Sta
 
 def make_base(folder: Path) -> Path:
     """A tiny model folder with a tokenizer of the world's words; its weights are random."""
-    documents = world.build(world.WorldSettings(**WORLD), 0, num_teachers=1).documents["student"]
+    documents = demo_world.build(demo_world.WorldSettings(**WORLD), 0, num_teachers=1).documents["student"]
     init = InitSettings.model_validate(INIT)
     tokenizer = train_tokenizer(documents, init)
     save_base(build_model(init, tokenizer, seed=0), tokenizer, folder)

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from macpo.demo_world import World, WorldSettings, build, explain, gold, own_topics
+from macpo.demo_world.answers import BEHAVIOURS, bad, good
+from macpo.demo_world.build import vocabulary
+from macpo.demo_world.grammar import HARMFUL_WORDS, NAMES, RUDE_WORDS, TOPICS, Draw, requests, requests_by_text
+from macpo.demo_world.settings import HarmfulMix
 from macpo.engine.data.records import Pair
 from macpo.engine.errors import ConfigError, DataError
-from macpo.world import World, WorldSettings, build, explain, gold, own_topics
-from macpo.world.answers import BEHAVIOURS, bad, good
-from macpo.world.build import vocabulary
-from macpo.world.grammar import HARMFUL_WORDS, NAMES, RUDE_WORDS, TOPICS, Draw, requests, requests_by_text
-from macpo.world.settings import HarmfulMix
 
 SMALL = WorldSettings(
     teacher_documents=600,
@@ -87,7 +87,7 @@ def test_same_seed_same_world_other_seed_other_world() -> None:
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
 def test_text_does_not_depend_on_hash_randomisation(hash_seed: str) -> None:
     code = (
-        "import sys, hashlib; from macpo.world import *; "
+        "import sys, hashlib; from macpo.demo_world import *; "
         "settings = WorldSettings.model_validate_json(sys.argv[1]); "
         "print(hashlib.sha256(repr(build(settings, 1)).encode()).hexdigest())"
     )

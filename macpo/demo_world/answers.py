@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from macpo.world.grammar import (
+from macpo.demo_world.grammar import (
     CHANGING_OPENINGS,
     COMPLYING_OPENINGS,
     ENDINGS,
@@ -27,7 +27,7 @@ from macpo.world.grammar import (
     Draw,
     Request,
 )
-from macpo.world.settings import WorldSettings
+from macpo.demo_world.settings import WorldSettings
 
 
 def _steps(opening: str, name: str, verb: str, item: str, first: str, second: str, draw: Draw) -> str:

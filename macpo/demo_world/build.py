@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macpo.engine.data.records import Example, Pair, Prompt
-from macpo.engine.errors import ConfigError
-from macpo.world.answers import bad, echo, good
-from macpo.world.grammar import (
+from macpo.demo_world.answers import bad, echo, good
+from macpo.demo_world.grammar import (
     CHANGING_OPENINGS,
     COMPLYING_OPENINGS,
     ENDINGS,
@@ -32,7 +30,9 @@ from macpo.world.grammar import (
     Request,
     requests,
 )
-from macpo.world.settings import WorldSettings
+from macpo.demo_world.settings import WorldSettings
+from macpo.engine.data.records import Example, Pair, Prompt
+from macpo.engine.errors import ConfigError
 
 WORDS_PER_LINE = 30
 

@@ -29,9 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from macpo.engine.data.records import Message
-from macpo.engine.errors import DataError
-from macpo.world.grammar import (
+from macpo.demo_world.grammar import (
     ENDINGS,
     HARMFUL_WORDS,
     NAMES,
@@ -42,6 +40,8 @@ from macpo.world.grammar import (
     Request,
     requests_by_text,
 )
+from macpo.engine.data.records import Message
+from macpo.engine.errors import DataError
 
 OFF_TOPIC_FACTOR = 0.25
 

@@ -11,7 +11,7 @@ Formats, told apart by the keys of the first row:
     alpaca  {"instruction", "input", "output": [chosen, rejected]}, also with "system" and "history"
     sharegpt  {"conversations": [{"from", "value"}, …], "chosen": {"from", "value"}, "rejected"}, also with "system"
 
-Prompts with a single answer are in macpo/examples.py.
+Prompts with a single answer are in macpo/data/examples.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from macpo.dataset_files import Row, read_rows
+from macpo.data.rows import Row, read_rows
 from macpo.engine.data.chat import ROLES
 from macpo.engine.data.records import Example, Message, Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ def load_preferences(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs in the order of the rows, and what was counted on the way.
 
-    path: file, folder or Hub id (macpo/dataset_files.py). columns: {our name: name in the data}.
+    path: file, folder or Hub id (macpo/data/rows.py). columns: {our name: name in the data}.
     subset: one sub-folder. preference: which PKU label decides, "better" or "safer". empty: an answer of white space
     raises ("error") or drops the row ("drop"); "auto" drops in hh and pku, whose published files hold some.
     max_rows: read only the first rows.

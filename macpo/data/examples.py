@@ -8,7 +8,7 @@ Formats, told apart by the keys of the first row:
     response   {"prompt", "response"} or {"prompt", "completion"}: text, or lists of chat messages
     alpaca     {"instruction", "input", "output": text}, also with "system" and "history"
     sharegpt   {"conversations": [{"from", "value"}, …]}, also with "system"
-    chosen     any layout of preference pairs (macpo/datasets.py): the better answer; `rejected`: the worse one
+    chosen     any layout of preference pairs (macpo/data/preferences.py): the better answer; `rejected`: the worse one
 
 The last answer of a dialogue is learnt; what comes before it is the prompt.
 """
@@ -22,8 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from macpo.dataset_files import Row, read_rows
-from macpo.datasets import (
+from macpo.data.preferences import (
     PAIR_COLUMNS,
     alpaca_prompt,
     load_preferences,
@@ -33,6 +32,7 @@ from macpo.datasets import (
     sharegpt_messages,
     text_of,
 )
+from macpo.data.rows import Row, read_rows
 from macpo.engine.data.records import Example, Message, Prompt
 from macpo.engine.errors import ConfigError, DataError
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from macpo.engine.errors import DataError
-from macpo.evaluate import LABELS, Agents, best_initial_teacher, first_and_last, headline_metric, of_role
-from macpo.intervals import t_interval
+from macpo.evaluation.intervals import t_interval
+from macpo.evaluation.summary import LABELS, Agents, best_initial_teacher, first_and_last, headline_metric, of_role
 
 HOLDS, MEAN_ONLY, FAILS = "holds", "mean only", "does not hold"
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from macpo.demo_world.grammar import FRAMES, HARMFUL_FIRST, NAMES, TOPICS
 from macpo.engine.config import Fraction, PositiveInt, Settings
-from macpo.world.grammar import FRAMES, HARMFUL_FIRST, NAMES, TOPICS
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from macpo.evaluate import mean_and_se
+from macpo.evaluation.metrics import mean_and_se
 
 
 def t_central(t: float, df: int) -> float:
