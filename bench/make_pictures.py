@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from macpo.charts import by_iteration, mean_summary
 from macpo.engine.files import atomic_write
 from macpo.evaluation.claims import shared_metric
-from macpo.run_reader import RunReader
+from macpo.report.charts import by_iteration, mean_summary
+from macpo.report.run_reader import RunReader
 
 DOCS = Path(__file__).parent.parent / "docs"
 

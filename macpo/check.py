@@ -12,9 +12,9 @@ from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
 from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
-from macpo.prompts import read_sources
-from macpo.standalone import read_sets
-from macpo.standalone_config import AnyRecipe, Standalone
+from macpo.method.prompt_sets import read_sources
+from macpo.standalone.config import AnyRecipe, Standalone
+from macpo.standalone.records import read_sets
 
 NUM_MEASURED = 200
 Answers = dict[str, tuple[str, bool]]  # label -> (text, whether it ended by itself)

@@ -149,9 +149,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from macpo import launch, plan_tables, planning, standalone
+    from macpo import launch, plan_tables, planning
     from macpo.config import Recipe
     from macpo.engine.errors import ConfigError
+    from macpo.standalone import graph as standalone
 
     if arguments.recipe is None:
         print(plan_tables.show(arguments))
@@ -202,7 +203,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from macpo import launch
-    from macpo.report import write_report
+    from macpo.report.page import write_report
 
     stages = launch.plan_of(launch.load(arguments.run)).graph.stages
     print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages])}")

@@ -15,8 +15,8 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write
 from macpo.evaluation.claims import claims, claims_table
 from macpo.launch import run
-from macpo.report import write_seeds_report
-from macpo.run_reader import RunReader
+from macpo.report.page import write_seeds_report
+from macpo.report.run_reader import RunReader
 
 
 def demo_recipe(overrides: Sequence[str] = (), *, ablations: bool = False) -> Recipe:

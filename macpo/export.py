@@ -17,8 +17,8 @@ from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import logits_of, publish
 from macpo.engine.run.folder import folder_of
 from macpo.launch import plan_of
-from macpo.standalone_config import AnyRecipe
-from macpo.steps import Plan
+from macpo.method.run_plan import Plan
+from macpo.standalone.config import AnyRecipe
 
 
 @dataclass(frozen=True, slots=True)

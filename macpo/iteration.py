@@ -7,7 +7,8 @@ from typing import Any
 
 from macpo.config import Recipe
 from macpo.engine.run.stages import Graph
-from macpo.steps import Plan, Policies, StageName, Steps
+from macpo.method.run_plan import Plan, Policies, StageName
+from macpo.method.steps import Steps
 
 
 def macpo(steps: Steps) -> None:

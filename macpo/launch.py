@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from macpo import __version__, standalone
+from macpo import __version__
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.distributed.world import World
@@ -17,16 +17,17 @@ from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.run.runner import Runner
 from macpo.evaluation.summary import AgentHistory, build_summary
-from macpo.findings import table
 from macpo.iteration import build_plan
+from macpo.method.run_plan import Plan
 from macpo.planning import disk_needed
-from macpo.report import write_report
-from macpo.run_reader import RunReader
-from macpo.standalone_config import KINDS, AnyRecipe
-from macpo.steps import Plan
+from macpo.report.findings import table
+from macpo.report.page import write_report
+from macpo.report.run_reader import RunReader
+from macpo.standalone import graph as standalone
+from macpo.standalone.config import KINDS, AnyRecipe
 
 TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training"}
-GRAPH_BUILDER, STANDALONE_BUILDER = "macpo.iteration:build_graph", "macpo.standalone:build_graph"
+GRAPH_BUILDER, STANDALONE_BUILDER = "macpo.iteration:build_graph", "macpo.standalone.graph:build_graph"
 
 
 def run_recipe(

@@ -28,9 +28,9 @@ from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.engine.run.stages import Stage
 from macpo.iteration import build_plan
-from macpo.learning import TUNING
+from macpo.method.reference import TUNING
+from macpo.method.run_plan import Plan
 from macpo.plan_tables import gpu_of
-from macpo.steps import Plan
 
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""

@@ -24,7 +24,7 @@ from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
 from macpo.export import export
 from macpo.launch import run
-from macpo.standalone_config import SftRecipe
+from macpo.standalone.config import SftRecipe
 
 IDS = torch.tensor([[1, 5, 9, 7, 3]])
 

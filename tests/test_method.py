@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import tiny
 
-from macpo.agents import agent_chat, encode, likelihoods
 from macpo.config import Recipe
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
@@ -24,9 +23,12 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
 from macpo.iteration import build_plan
 from macpo.launch import run
-from macpo.pairs import teacher_pairs
-from macpo.positives import as_generated
-from macpo.prompts import read_sources
+from macpo.method.encoding import encode
+from macpo.method.likelihoods import likelihoods
+from macpo.method.pairs import teacher_pairs
+from macpo.method.policies import agent_chat
+from macpo.method.positives import as_generated
+from macpo.method.prompt_sets import read_sources
 
 
 @pytest.fixture(scope="module")

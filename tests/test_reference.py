@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from test_standalone import make_base, recipe_of
 from torch import Tensor
 
-from macpo import agents
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
@@ -30,7 +29,8 @@ from macpo.engine.scoring import score
 from macpo.engine.training.reference import cached, reference_key, reference_logps, shared_sums
 from macpo.kernels import sequence_sums
 from macpo.launch import plan_of, runner_of
-from macpo.standalone_config import Standalone
+from macpo.method import answers as agents
+from macpo.standalone.config import Standalone
 
 GROUPS = some_groups(count=5)
 

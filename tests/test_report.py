@@ -17,8 +17,8 @@ from macpo.engine.files import write_json, write_jsonl
 from macpo.evaluation.claims import claims
 from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
 from macpo.evaluation.summary import AgentHistory, build_summary
-from macpo.findings import table
-from macpo.report import write_report, write_seeds_report
+from macpo.report.findings import table
+from macpo.report.page import write_report, write_seeds_report
 
 EVIL = '<img src=x onerror="alert(1)"></script><script>alert(2)</script> {{ 7 * 7 }} \x00\x1b[31m \u202egnol'
 TEACHERS = ("teacher0", "teacher1", "teacher2")

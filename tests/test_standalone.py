@@ -33,8 +33,8 @@ from macpo.engine.run.folder import folder_of
 from macpo.engine.run.stages import Stage
 from macpo.iteration import build_plan
 from macpo.launch import run, run_recipe
-from macpo.standalone import read_sets
-from macpo.standalone_config import KINDS, Standalone
+from macpo.standalone.config import KINDS, Standalone
+from macpo.standalone.records import read_sets
 
 ROOT = Path(__file__).parents[1]
 WORLD = {"teacher_documents": 1, "student_documents": 120, "teacher_pairs": 1, "teacher_prompts": 1}

@@ -22,7 +22,7 @@ from macpo.engine.training.objectives import preference
 from macpo.engine.training.reference import reference_logps, shared_sums
 from macpo.engine.training.trainer import train
 from macpo.kernels import pair_loss, sequence_sums
-from macpo.standalone import pair_metrics
+from macpo.standalone.evaluation import pair_metrics
 
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {"sft_weight": 0.2},

@@ -14,7 +14,7 @@ from test_standalone import make_base
 from macpo.engine import train as entry
 from macpo.engine.run.folder import folder_of
 from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, SMOOTHED
-from macpo.standalone_config import ExampleData, PairData
+from macpo.standalone.config import ExampleData, PairData
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text()

@@ -16,12 +16,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from macpo import charts
 from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.evaluation.summary import LABELS, headline_metric
-from macpo.findings import headline, score_rows, signed
-from macpo.run_reader import Evaluation, RunReader, sample
+from macpo.report import charts
+from macpo.report.findings import headline, score_rows, signed
+from macpo.report.run_reader import Evaluation, RunReader, sample
 
 SPEEDS = {
     "tokens_per_s": "tokens/s",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from macpo.agents import read_answers
 from macpo.engine.data.records import Example, Prompt, Response, read_records, write_records
 from macpo.engine.run.context import StageContext
+from macpo.method.answers import read_answers
 
 
 def random_name(seed: int, purpose: str, prompt_id: str, names: Sequence[str]) -> str:

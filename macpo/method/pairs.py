@@ -9,8 +9,8 @@ from macpo.engine.data.records import Pair, Prompt, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_jsonl
 from macpo.engine.run.context import StageContext
-from macpo.negatives import answers_by_agent, pick_answer
-from macpo.positives import choose, read_candidates
+from macpo.method.negatives import answers_by_agent, pick_answer
+from macpo.method.positives import choose, read_candidates
 
 
 @dataclass(frozen=True, slots=True)

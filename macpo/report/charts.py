@@ -1,4 +1,4 @@
-"""Which charts a report shows: summaries, claims and training curves turned into `macpo.plots` series."""
+"""Which charts a report shows: summaries, claims and training curves turned into `macpo.report.plots` series."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from markupsafe import Markup
 from macpo.evaluation.claims import Claim
 from macpo.evaluation.metrics import mean_and_se
 from macpo.evaluation.summary import LABELS, Agents, of_role
-from macpo.findings import score_rows
-from macpo.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
-from macpo.run_reader import Curves
+from macpo.report.findings import score_rows
+from macpo.report.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
+from macpo.report.run_reader import Curves
 
 MOST_STAGES = 32
 

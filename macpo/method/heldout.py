@@ -6,12 +6,15 @@ import shutil
 from typing import Any
 
 from macpo import demo_world
-from macpo.agents import agent_chat, encode, generate_answers, likelihoods, load_policy
 from macpo.engine.config import ComputeSettings, ServedSettings
 from macpo.engine.data.records import Pair, read_records
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.evaluation import metrics as evaluate
+from macpo.method.answers import generate_answers
+from macpo.method.encoding import encode
+from macpo.method.likelihoods import likelihoods
+from macpo.method.policies import agent_chat, load_policy
 
 SIDES = ("chosen", "rejected")
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from macpo.agents import Likelihood, agent_chat, encode, likelihoods, load_policy
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.engine.models.compute import dtype_of
 from macpo.engine.run.context import StageContext
-from macpo.negatives import answers_by_agent, pick_answer, random_name
+from macpo.method.encoding import encode
+from macpo.method.likelihoods import Likelihood, likelihoods
+from macpo.method.negatives import answers_by_agent, pick_answer, random_name
+from macpo.method.policies import agent_chat, load_policy
 
 Candidate = dict[str, Any]  # {"by", "text", "finished", "sum_logp", "num_tokens", "perplexity"}
 

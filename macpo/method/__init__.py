@@ -1,0 +1,1 @@
+"""The method: what each stage reads, does and writes, and what it costs."""

@@ -1,0 +1,1 @@
+"""report.html: the tables, charts and findings of a run."""

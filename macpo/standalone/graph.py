@@ -1,0 +1,95 @@
+"""SFT or preference training of one policy: a short graph of the method's own stages, and a held-out evaluation.
+
+data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from macpo.config import Recipe
+from macpo.data.rows import fingerprint
+from macpo.engine.run.stages import Graph
+from macpo.method.learning import imitate, prefer
+from macpo.method.run_plan import Builder, Plan, Point, StageName
+from macpo.standalone.config import KINDS, NAME, PreferenceRecipe, Standalone
+from macpo.standalone.evaluation import evaluate_examples, evaluate_pairs, score_reference
+from macpo.standalone.records import read_sets, split_records
+
+
+def build_plan(recipe: Standalone) -> Plan:
+    """The stages of a standalone recipe."""
+    plan = Plan()
+    steps = Builder(recipe, plan)
+    (agent,) = recipe.agents
+    paths = {recipe.data.path, recipe.data.test_path}
+    data_settings = {
+        "data": recipe.data.model_dump(mode="json", exclude={"long_prompt", "special_text"}),
+        "kind": recipe.recipe,
+        "files": {path: fingerprint(path) for path in sorted(filter(None, paths))},
+        "seed": recipe.seed,
+    }
+    data = steps.data = steps.add("data", split_records, data_settings, {})
+    common = steps.policy_settings(agent, ready=agent.positive)
+    base = steps.base(agent)
+    training: dict[str, Any] = {"seed": steps.seed(agent, recipe.recipe)}
+    inputs: dict[str, StageName] = {}
+
+    if isinstance(recipe, PreferenceRecipe):
+        training |= {"optim": recipe.training.model_dump(mode="json"), "file": "train.jsonl"}
+        training |= steps.reference_settings(agent, recipe.training)
+        if recipe.training.has_reference:
+            chosen = {name: training["optim"][name] for name in ("reference", "reference_model")}
+            settings = common | steps.reference_settings(agent, recipe.training) | chosen
+            run = steps.compute(score_reference)
+            inputs["reference"] = steps.add("reference", run, settings, base | {"pairs": data})
+        run, alias, judge = steps.compute(prefer), "pairs", steps.compute(evaluate_pairs)
+        judging: dict[str, Any] = {"loss": recipe.training.model_dump(mode="json", include=LOSS_FIELDS)}
+    else:
+        training |= {"optim": recipe.training.model_dump(mode="json"), "file": "train.jsonl", "side": "answer"}
+        training |= {"tuning": agent.tuning.model_dump(mode="json")}
+        run, alias, judge = steps.compute(imitate), "examples", steps.compute(evaluate_examples)
+        judging = {}
+
+    def evaluate(iteration: int, policy: StageName | None) -> None:
+        ready = agent.positive if policy is None else None
+        settings = steps.policy_settings(agent, ready) | judging | {"role": "policy", "iteration": iteration}
+        sources = base | inputs | {"data": data} | ({"policy": policy} if policy else {})
+        stage = steps.add(f"eval-{NAME}-iter{iteration}", judge, settings, sources)
+        plan.points.append(Point("", NAME, "policy", iteration, policy, stage))
+
+    evaluate(0, None)
+    evaluate(1, steps.add(f"train-{NAME}", run, common | training, base | inputs | {alias: data}))
+    return plan
+
+
+def show_plan(recipe: Standalone) -> str:
+    """The stages as text, with exact numbers of rows and steps; no model is loaded."""
+    sets = read_sets(recipe.data.model_dump(mode="json"), recipe.recipe, recipe.seed)
+    steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
+    notes = {
+        "data": f"{len(sets.train):,} to train on, {len(sets.test):,} held out",
+        "reference": f"{len(sets.train) + len(sets.test):,} pairs, unless the cache has them",
+        f"train-{NAME}": f"{steps * training.epochs:,} steps of {training.batch} in {training.epochs} epochs, before "
+        f"prompts are dropped that are too long",
+    }
+    names = [stage.name for stage in build_plan(recipe).graph.stages]
+    lines = [f"{name:20} {notes.get(name, '')}".rstrip() for name in names]
+    return "\n".join([f"{len(names)} stages into {recipe.output}", "", *lines])
+
+
+LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
+
+
+def build_graph(config: Mapping[str, Any]) -> Graph:
+    """The graph of a resolved recipe; worker processes rebuild it by this function's name."""
+    recipe = KINDS[config["recipe"]].model_validate(config)
+    assert not isinstance(recipe, Recipe)
+    return build_plan(recipe).graph
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+# --- reference and evaluation -------------------------------------------------------------------------------------

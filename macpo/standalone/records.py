@@ -1,0 +1,98 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from macpo import demo_world
+from macpo.data.examples import load_examples
+from macpo.data.preferences import load_preferences, shuffled_prompts
+from macpo.engine.data.records import Example, Pair, write_records
+from macpo.engine.errors import DataError
+from macpo.engine.files import write_json
+from macpo.engine.run.context import StageContext
+from macpo.standalone.config import ExampleData, PairData
+
+Records = list[Pair] | list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """What the data holds: no prompt of `test` is in `train` or `documents`."""
+
+    train: Records
+    test: Records
+    documents: list[Example]
+    """For a model that is pretrained here: what `train_prompts` leaves over."""
+    counts: dict[str, int]
+
+
+def read_sets(settings: Mapping[str, Any], kind: str, seed: int) -> Sets:
+    """Build the demo world, or load a data set and hold prompts out of it.
+
+    Raises DataError where too few prompts are left to train or to evaluate on.
+    """
+    model: type[PairData] | type[ExampleData] = PairData if kind == "preference" else ExampleData
+    data = model.model_validate(settings)
+    if data.world is not None:
+        made = demo_world.build(data.world, seed, num_teachers=1)
+        side = "rejected" if data.format == "rejected" else "chosen"
+        train, test = (_of_kind(pairs, kind, side) for pairs in (made.student, made.test))
+        return Sets(train, test, made.documents["student"], {})
+    records, counts = _load(data, data.path, data.split)
+    if data.test_path is None and data.test_split is None:
+        prompts = shuffled_prompts(records, seed)
+        held, left = prompts[: data.test_prompts], prompts[data.test_prompts :]
+    else:
+        held_records, _ = _load(data, data.test_path or data.path, data.test_split or data.split)
+        held = shuffled_prompts(held_records, seed)[: data.test_prompts]
+        reserved = {group[0].prompt.id for group in held}
+        prompts = shuffled_prompts(records, seed)
+        left = [group for group in prompts if group[0].prompt.id not in reserved]
+        counts["train_test_overlap_dropped"] = len(prompts) - len(left)
+    if not left or not held or len(left) < (data.train_prompts or 0):
+        raise DataError(
+            f"{len(left)} distinct prompts are left to train on and {len(held)} to evaluate on",
+            "lower test_prompts or train_prompts, or add data",
+            field="data",
+        )
+    used, rest = left[: data.train_prompts], left[len(left) if data.train_prompts is None else data.train_prompts :]
+    documents = [document for group in rest for record in group for document in _documents(record)]
+    return Sets([r for group in used for r in group], [group[0] for group in held], documents, counts)
+
+
+def _load(data: PairData | ExampleData, path: str | None, split: str) -> tuple[list[Any], dict[str, int]]:
+    assert path is not None
+    load: Any = load_preferences if isinstance(data, PairData) else load_examples
+    found: tuple[list[Any], dict[str, int]] = load(
+        path,
+        format=data.format,
+        columns=data.columns,
+        split=split,
+        subset=data.subset,
+        preference=data.preference,
+    )
+    return found
+
+
+def _of_kind(pairs: list[Pair], kind: str, side: str) -> Records:
+    return pairs if kind == "preference" else [Example(pair.prompt, getattr(pair, side)) for pair in pairs]
+
+
+def _documents(record: Pair | Example) -> list[Example]:
+    if isinstance(record, Example):
+        return [record]
+    return [Example(record.prompt, record.chosen), Example(record.prompt, record.rejected)]
+
+
+def split_records(ctx: StageContext) -> None:
+    """Write `train.jsonl`, `test.jsonl` and `documents-student.jsonl`."""
+    sets = read_sets(ctx.settings["data"], ctx.settings["kind"], ctx.settings["seed"])
+    write_records(ctx.dir / "train.jsonl", sets.train)
+    write_records(ctx.dir / "test.jsonl", sets.test)
+    write_records(ctx.dir / "documents-student.jsonl", sets.documents)
+    write_json(
+        ctx.dir / "counts.json", {"rows": {"train": len(sets.train), "test": len(sets.test)}, "input": sets.counts}
+    )
