@@ -14,7 +14,8 @@ from macpo.engine.config import PreferenceSettings
 from macpo.engine.files import read_json
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
-from macpo.standalone.config import AnyRecipe, StandaloneRecipe
+from macpo.recipe_kinds import AnyRecipe
+from macpo.standalone.config import StandaloneRecipe
 
 METHOD = "MACPO (multi-agent contrastive preference optimisation, [arXiv 2410.07672](https://arxiv.org/abs/2410.07672))"
 NEGATIVE = "This is a **negative** policy: it was trained to behave badly, to supply hard negatives. Do not deploy it."

@@ -13,7 +13,8 @@ from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.method.prompt_sets import read_sources
-from macpo.standalone.config import AnyRecipe, Standalone
+from macpo.recipe_kinds import AnyRecipe
+from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
 NUM_MEASURED = 200

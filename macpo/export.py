@@ -16,9 +16,8 @@ from macpo.engine.models.compute import model_pool
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import logits_of, publish
 from macpo.engine.run.folder import folder_of
-from macpo.launch import plan_of
 from macpo.method.run_plan import Plan
-from macpo.standalone.config import AnyRecipe
+from macpo.recipe_kinds import AnyRecipe, plan_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from macpo.config import Recipe
-from macpo.engine.run.stages import Graph
 from macpo.method.run_plan import Plan, Policies, StageName
 from macpo.method.steps import Steps
 
@@ -68,8 +64,3 @@ def build_plan(recipe: Recipe) -> Plan:
     for arm in recipe.ablations:
         macpo(Steps(recipe.arm(arm), plan, arm))
     return plan
-
-
-def build_graph(config: Mapping[str, Any]) -> Graph:
-    """The graph of a resolved recipe; worker processes rebuild it by this function's name."""
-    return build_plan(Recipe.model_validate(config)).graph

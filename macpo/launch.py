@@ -13,21 +13,19 @@ from macpo import __version__
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, MacpoError
+from macpo.engine.errors import MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.run.runner import Runner
 from macpo.evaluation.summary import AgentHistory, build_summary
-from macpo.iteration import build_plan
 from macpo.method.run_plan import Plan
 from macpo.planning import disk_needed
+from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
 from macpo.report.page import write_report
 from macpo.report.run_reader import RunReader
-from macpo.standalone import graph as standalone
-from macpo.standalone.config import KINDS, AnyRecipe
 
 TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training"}
-GRAPH_BUILDER, STANDALONE_BUILDER = "macpo.iteration:build_graph", "macpo.standalone.graph:build_graph"
+GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
 
 
 def run_recipe(
@@ -48,27 +46,6 @@ def run_recipe(
     return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """A recipe file, or the resolved recipe of a run's folder; its key `recipe` says of which kind it is."""
-    file = path / "recipe.yaml" if path.is_dir() else path
-    if not file.exists():
-        raise ConfigError(f"there is no recipe {str(file)!r}", "name a YAML recipe or the folder of a run")
-    written, line = recipes.kind_of(file)
-    kind = written or "macpo"
-    if kind not in KINDS:
-        raise ConfigError(f"got {kind!r}", f"use {', '.join(KINDS)}", file=str(file), line=line, field="recipe")
-    recipe = recipes.load(file, KINDS[kind], overrides)
-    if isinstance(recipe, Recipe):
-        for arm in recipe.ablations:
-            recipe.arm(arm)
-    return recipe
-
-
-def plan_of(recipe: AnyRecipe) -> Plan:
-    """The stages of a recipe of any kind."""
-    return build_plan(recipe) if isinstance(recipe, Recipe) else standalone.build_plan(recipe)
-
-
 def runner_of(
     recipe: AnyRecipe,
     plan: Plan,
@@ -87,7 +64,7 @@ def runner_of(
         from_stage=from_stage,
         jobs=compute.jobs if world is None or world.size == 1 else 1,  # ranks share every stage instead
         threads=compute.threads,
-        build=(GRAPH_BUILDER if isinstance(recipe, Recipe) else STANDALONE_BUILDER, recipe.model_dump(mode="json")),
+        build=(GRAPH_BUILDER, recipe.model_dump(mode="json")),
     )
 
 

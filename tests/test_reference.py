@@ -28,8 +28,9 @@ from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 from macpo.engine.training.reference import cached, reference_key, reference_logps, shared_sums
 from macpo.kernels import sequence_sums
-from macpo.launch import plan_of, runner_of
+from macpo.launch import runner_of
 from macpo.method import answers as agents
+from macpo.recipe_kinds import plan_of
 from macpo.standalone.config import Standalone
 
 GROUPS = some_groups(count=5)

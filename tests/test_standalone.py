@@ -33,7 +33,8 @@ from macpo.engine.run.folder import folder_of
 from macpo.engine.run.stages import Stage
 from macpo.iteration import build_plan
 from macpo.launch import run, run_recipe
-from macpo.standalone.config import KINDS, Standalone
+from macpo.recipe_kinds import KINDS
+from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
 ROOT = Path(__file__).parents[1]

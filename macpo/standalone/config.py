@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from macpo.config import AgentSettings, Recipe, SourceSettings, check_reference
+from macpo.config import AgentSettings, SourceSettings, check_reference
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
@@ -158,6 +158,3 @@ class PreferenceRecipe(StandaloneRecipe):
 
 
 Standalone: TypeAlias = SftRecipe | PreferenceRecipe
-AnyRecipe: TypeAlias = Recipe | Standalone
-KINDS: dict[str, type[AnyRecipe]] = {"macpo": Recipe, "sft": SftRecipe, "preference": PreferenceRecipe}
-"""What the key `recipe:` of a recipe file can say."""

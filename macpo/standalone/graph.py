@@ -5,15 +5,12 @@ data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from macpo.config import Recipe
 from macpo.data.rows import fingerprint
-from macpo.engine.run.stages import Graph
 from macpo.method.learning import imitate, prefer
 from macpo.method.run_plan import Builder, Plan, Point, StageName
-from macpo.standalone.config import KINDS, NAME, PreferenceRecipe, Standalone
+from macpo.standalone.config import NAME, PreferenceRecipe, Standalone
 from macpo.standalone.evaluation import evaluate_examples, evaluate_pairs, score_reference
 from macpo.standalone.records import read_sets, split_records
 
@@ -80,13 +77,6 @@ def show_plan(recipe: Standalone) -> str:
 
 
 LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
-
-
-def build_graph(config: Mapping[str, Any]) -> Graph:
-    """The graph of a resolved recipe; worker processes rebuild it by this function's name."""
-    recipe = KINDS[config["recipe"]].model_validate(config)
-    assert not isinstance(recipe, Recipe)
-    return build_plan(recipe).graph
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
