@@ -108,7 +108,8 @@ def _overrides(command: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from macpo import demo, launch
+    from macpo.commands import demo
+    from macpo.commands.run import run, show
     from macpo.engine.recipe import dump
 
     overrides = list(arguments.overrides)
@@ -129,93 +130,97 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(dump(recipe, comments=True))
         return
-    launch.show(launch.run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+    show(run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    from macpo.demo import copy_recipe
+    from macpo.commands.demo import copy_recipe
 
     print(copy_recipe(arguments.like, arguments.path))
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from macpo import check, launch
+    from macpo.commands.check import check
+    from macpo.recipe_kinds import load
 
-    recipe = launch.load(arguments.recipe, arguments.overrides)
+    recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    for line in check.check(recipe, arguments.examples):
+    for line in check(recipe, arguments.examples):
         print(line)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from macpo import launch, plan_tables, planning
+    from macpo.commands import plan, plan_model
+    from macpo.commands.estimates import hardware_of
     from macpo.config import Recipe
     from macpo.engine.errors import ConfigError
-    from macpo.standalone import graph as standalone
+    from macpo.recipe_kinds import load
 
     if arguments.recipe is None:
-        print(plan_tables.show(arguments))
+        print(plan_model.show(arguments))
         return
-    odd = [name for name in plan_tables.WITHOUT_RECIPE if getattr(arguments, name)]
+    odd = [name for name in plan_model.WITHOUT_RECIPE if getattr(arguments, name)]
     if odd:
         raise ConfigError(f"--{odd[0].replace('_', '-')} does not go with a recipe", "leave out one of them")
-    recipe = launch.load(arguments.recipe, arguments.overrides)
+    recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
     if isinstance(recipe, Recipe):
-        print(planning.show(recipe, planning.hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
+        print(plan.show(recipe, hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
     elif arguments.gpu or arguments.gpus or arguments.calibrate:
         raise ConfigError("--gpu, --gpus and --calibrate are for recipes of the method", "plan with --model instead")
     else:
-        print(standalone.show_plan(recipe))
+        print(plan.show_standalone(recipe))
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from macpo import launch
+    from macpo.commands.run import run, show
+    from macpo.recipe_kinds import load
 
-    recipe = launch.load(arguments.recipe, arguments.overrides)
+    recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
     if arguments.ranks == 1:
-        launch.show(launch.run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+        show(run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
         return
-    from macpo.engine.distributed.launcher import launch as launch_ranks
+    from macpo.engine.distributed.launcher import launch
 
     file = arguments.recipe / "recipe.yaml" if arguments.recipe.is_dir() else arguments.recipe
     words = [str(file), *(f"--set={override}" for override in arguments.overrides)]
     words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
     words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
-    launch_ranks([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
-    launch.show(Path(recipe.output))
+    launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
+    show(Path(recipe.output))
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from macpo import launch
+    from macpo.commands.run import runner_of
+    from macpo.recipe_kinds import load, plan_of
 
-    recipe = launch.load(arguments.recipe, arguments.overrides)
+    recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    for row in launch.runner_of(recipe, launch.plan_of(recipe)).status():
+    for row in runner_of(recipe, plan_of(recipe)).status():
         seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else " " * 10
         print(f"{row.state:8} {seconds}  {row.name}" + (f"  ({row.why})" if row.why else ""))
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from macpo import launch
+    from macpo.recipe_kinds import load, plan_of
     from macpo.report.page import write_report
 
-    stages = launch.plan_of(launch.load(arguments.run)).graph.stages
+    stages = plan_of(load(arguments.run)).graph.stages
     print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages])}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from macpo import launch
-    from macpo.export import export
+    from macpo.commands.export import export
+    from macpo.recipe_kinds import load
 
     out = export(
         arguments.run,
-        launch.load(arguments.run),
+        load(arguments.run),
         arguments.out,
         agent=arguments.agent,
         iteration=arguments.iteration,

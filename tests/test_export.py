@@ -15,6 +15,8 @@ from peft import PeftModel
 from tiny import OPTIM, init, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from macpo.commands.export import export
+from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
@@ -22,8 +24,6 @@ from macpo.engine.models import saving as exporting
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
-from macpo.export import export
-from macpo.launch import run
 from macpo.standalone.config import SftRecipe
 
 IDS = torch.tensor([[1, 5, 9, 7, 3]])

@@ -14,11 +14,11 @@ import pytest
 from forks import forked
 from tiny import tiny
 
+from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine import faults
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.stages import Stage
-from macpo.launch import run
 
 UNHASHED = {"timing.json", "timing.jsonl", "stage.log", "manifest.json"}  # a manifest notes who wrote it
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny
 
+from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
@@ -22,7 +23,6 @@ from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
 from macpo.iteration import build_plan
-from macpo.launch import run
 from macpo.method.encoding import encode
 from macpo.method.likelihoods import likelihoods
 from macpo.method.pairs import teacher_pairs

@@ -10,6 +10,9 @@ import torch
 from tiny import tiny
 
 from macpo.cli import parser
+from macpo.commands.estimates import Estimate, Hardware, estimate, hardware_of, shape_of
+from macpo.commands.plan import show
+from macpo.commands.plan_model import tuning_of
 from macpo.config import Recipe
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError
@@ -19,8 +22,6 @@ from macpo.engine.planning.fitting import HOST_BYTES, Workload, options
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.iteration import build_plan
-from macpo.plan_tables import tuning_of
-from macpo.planning import Estimate, Hardware, estimate, hardware_of, shape_of, show
 
 
 def rows(recipe: Recipe) -> list[Estimate]:

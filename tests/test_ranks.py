@@ -12,10 +12,10 @@ import pytest
 from forks import forked
 from tiny import tiny
 
+from macpo.commands.run import run
 from macpo.engine.files import read_jsonl
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
-from macpo.launch import run
 
 ROOT = Path(__file__).parents[1]
 

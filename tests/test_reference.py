@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_standalone import make_base, recipe_of
 from torch import Tensor
 
+from macpo.commands.run import runner_of
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
@@ -28,7 +29,6 @@ from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 from macpo.engine.training.reference import cached, reference_key, reference_logps, shared_sums
 from macpo.kernels import sequence_sums
-from macpo.launch import runner_of
 from macpo.method import answers as agents
 from macpo.recipe_kinds import plan_of
 from macpo.standalone.config import Standalone

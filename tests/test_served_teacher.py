@@ -14,8 +14,9 @@ from test_cli import macpo
 from test_served import completion
 from tiny import init, tiny
 
-from macpo import launch, planning
-from macpo.check import check
+from macpo.commands.check import check
+from macpo.commands.estimates import estimate
+from macpo.commands.run import runner_of
 from macpo.config import Recipe
 from macpo.engine.config import ServedSettings
 from macpo.engine.errors import ConfigError
@@ -24,6 +25,7 @@ from macpo.engine.generation import Request, SamplingParams, ServedGenerator
 from macpo.engine.recipe import dump, loads
 from macpo.engine.run.folder import folder_of
 from macpo.iteration import build_plan
+from macpo.recipe_kinds import plan_of
 
 KEY = "sk-canary-90b1e4"
 PAGE = (Path(__file__).parents[1] / "docs" / "served.md").read_text()
@@ -73,11 +75,9 @@ def test_a_run_with_a_served_teacher(
         assert macpo("run", str(tmp_path / "recipe.yaml")) == 0 and not server.asked
     with Server(answers) as moved:  # at another address, with the same weights: nothing is stale
         elsewhere = recipe(run_dir, {"base_url": moved.url, "api_key_env": "TEACHER_KEY"})
-        assert {row.state for row in launch.runner_of(elsewhere, launch.plan_of(elsewhere)).status()} == {"done"}
+        assert {row.state for row in runner_of(elsewhere, plan_of(elsewhere)).status()} == {"done"}
     others = recipe(run_dir, {"base_url": server.url, "positive": "better"})
-    stale = {
-        row.name: row.why for row in launch.runner_of(others, launch.plan_of(others)).status() if row.state == "stale"
-    }
+    stale = {row.name: row.why for row in runner_of(others, plan_of(others)).status() if row.state == "stale"}
     assert "good" in stale["init-teacher1-answer"] and "init-teacher1-bad-answer" not in stale
 
     responses = [row for _, row in read_jsonl(folder_of(run_dir, "init-teacher1-answer") / "responses.jsonl")]
@@ -101,7 +101,7 @@ def test_check_and_plan_know_it(tmp_path: Path) -> None:
     made = recipe(tmp_path / "run", {})
     text = "\n".join(check(made))
     assert "teacher1: good, served by vllm, under the server's own template" in text
-    rows = {row.stage: row for row in planning.estimate(made, build_plan(made))}
+    rows = {row.stage: row for row in estimate(made, build_plan(made))}
     assert rows["init-teacher1-answer"].seconds == 0 < rows["init-teacher0-answer"].seconds
     assert rows["init-teacher1-answer"].disk_bytes > 0 and not rows["init-teacher1-answer"].load
     assert [name for name in rows if "teacher1" in name] == [

@@ -25,6 +25,7 @@ from test_multilora import NAMES, three_adapters
 from test_ranks import torchrun
 from tiny import tiny
 
+from macpo.commands.run import run
 from macpo.engine.config import LoraSettings, ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, ResourceError
@@ -38,7 +39,6 @@ from macpo.engine.models.policy import PolicyModule
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
-from macpo.launch import run
 
 PROMPTS = some_prompts([3, 9, 1, 17, 5])
 PARAMS = SamplingParams(temperature=1.0, max_new_tokens=12, n=2, seed=4)

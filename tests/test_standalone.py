@@ -21,6 +21,7 @@ from test_ranks import torchrun
 from tiny import tiny
 
 from macpo import demo_world
+from macpo.commands.run import run, run_recipe
 from macpo.data.examples import load_examples
 from macpo.engine import faults
 from macpo.engine import train as entry
@@ -32,7 +33,6 @@ from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.stages import Stage
 from macpo.iteration import build_plan
-from macpo.launch import run, run_recipe
 from macpo.recipe_kinds import KINDS
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets

@@ -22,7 +22,7 @@ from tiny import tiny
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from macpo import launch
+from macpo.commands.run import run as run_all
 from macpo.engine.config import ServedSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Prompt, Response, read_records
@@ -191,7 +191,7 @@ def test_a_served_teacher_answers_as_the_same_weights_do_here(server: Serve, tmp
     teacher = {"base_url": server.url, "server": "transformers", "positive": base, "negative": base}
     changes = {"teachers": [{"model": base, "train": False, "served": teacher}], "iterations": 0}
     sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS}
-    run_dir = launch.run(tiny(tmp_path / "run", sampling=sampling, evaluation={"ceiling": False}, **changes))
+    run_dir = run_all(tiny(tmp_path / "run", sampling=sampling, evaluation={"ceiling": False}, **changes))
     found = read_records(folder_of(run_dir, "init-teacher0-answer") / "responses.jsonl", Response)
     prompts = {p.id: p for p in read_records(folder_of(run_dir, "data") / "student.jsonl", Prompt)}
     assert len(found) == len(prompts) == 20

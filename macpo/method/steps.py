@@ -114,10 +114,10 @@ class Steps(Builder):
         settings = {"weak_label": rule, "seed": self.recipe.seed}
         inputs = {"data": self.data}
         if rule == "min-perplexity":
-            inputs["scores"] = self.score(self.student, 0, None, answers)
+            inputs["scores"] = self.score(self.student, 0, None, given)
         else:
-            names = [rule] if rule in answers else list(answers)
-            inputs |= {f"answers:{name}": answers[name] for name in names}
+            names = [rule] if rule in given else list(given)
+            inputs |= {f"answers:{name}": given[name] for name in names}
         return self.add("init-weak-labels", positives.weak_labels, settings, inputs)
 
     def weak_negative_labels(self, bad_answers: dict[str, StageName]) -> StageName:

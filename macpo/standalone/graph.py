@@ -12,7 +12,7 @@ from macpo.method.learning import imitate, prefer
 from macpo.method.run_plan import Builder, Plan, Point, StageName
 from macpo.standalone.config import NAME, PreferenceRecipe, Standalone
 from macpo.standalone.evaluation import evaluate_examples, evaluate_pairs, score_reference
-from macpo.standalone.records import read_sets, split_records
+from macpo.standalone.records import split_records
 
 
 def build_plan(recipe: Standalone) -> Plan:
@@ -59,21 +59,6 @@ def build_plan(recipe: Standalone) -> Plan:
     evaluate(0, None)
     evaluate(1, steps.add(f"train-{NAME}", run, common | training, base | inputs | {alias: data}))
     return plan
-
-
-def show_plan(recipe: Standalone) -> str:
-    """The stages as text, with exact numbers of rows and steps; no model is loaded."""
-    sets = read_sets(recipe.data.model_dump(mode="json"), recipe.recipe, recipe.seed)
-    steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
-    notes = {
-        "data": f"{len(sets.train):,} to train on, {len(sets.test):,} held out",
-        "reference": f"{len(sets.train) + len(sets.test):,} pairs, unless the cache has them",
-        f"train-{NAME}": f"{steps * training.epochs:,} steps of {training.batch} in {training.epochs} epochs, before "
-        f"prompts are dropped that are too long",
-    }
-    names = [stage.name for stage in build_plan(recipe).graph.stages]
-    lines = [f"{name:20} {notes.get(name, '')}".rstrip() for name in names]
-    return "\n".join([f"{len(names)} stages into {recipe.output}", "", *lines])
 
 
 LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from macpo import __version__
+from macpo.commands.estimates import disk_needed
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.distributed.world import World
@@ -18,7 +19,6 @@ from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.run.runner import Runner
 from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.method.run_plan import Plan
-from macpo.planning import disk_needed
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
 from macpo.report.page import write_report

@@ -8,16 +8,15 @@ import statistics
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
+from macpo.commands.plan_model import gpu_of
 from macpo.config import AgentSettings, Recipe
 from macpo.data.preferences import load_preferences
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError, MacpoError
-from macpo.engine.files import free_bytes
 from macpo.engine.models.compute import device_of, dtype_of, memory_budget
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import llama_shape
@@ -27,10 +26,8 @@ from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.engine.run.stages import Stage
-from macpo.iteration import build_plan
 from macpo.method.reference import TUNING
 from macpo.method.run_plan import Plan
-from macpo.plan_tables import gpu_of
 
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""
@@ -265,70 +262,9 @@ def _cost(
     return 0, 0, 0, student * row_bytes
 
 
-def show(recipe: Recipe, hardware: Hardware | None = None) -> str:
-    """The plan as text; raises ResourceError through the callers' checks when the disk cannot hold it."""
-    plan = build_plan(recipe)
-    hardware = hardware or hardware_of(recipe)
-    rows = estimate(recipe, plan, hardware)
-    width = max(len(row.stage) for row in rows)
-    lines = [
-        f"{len(rows)} stages into {recipe.output}",
-        "tokens, disk, memory and time are estimates; a rank, step and ckpt: memory, step time and checkpoint",
-        "",
-        f"{'stage':{width}} {'tokens':>12} {'disk':>8} {'time':>8} {'a rank':>8} {'step':>7} {'ckpt':>8}  base",
-    ]
-    for row in rows:
-        base = f"{row.base}{' (load)' if row.load else ''}" if row.base else ""
-        needs = step = saved = ""
-        if row.training is not None:
-            needs, saved = _size(row.training.memory.device), _size(row.training.checkpoint)
-            step = f"{row.training.time.total:.2f} s"
-            base += "" if row.training.fits else f"; DOES NOT FIT: {row.training.why_not}"
-        lines.append(
-            f"{row.stage:{width}} {row.tokens:12,} {_size(row.disk_bytes):>8} {_time(row.seconds):>8} "
-            f"{needs:>8} {step:>7} {saved:>8}  {base}".rstrip()
-        )
-    disk, seconds = sum(r.disk_bytes for r in rows), sum(r.seconds for r in rows)
-    loads, peak = sum(r.load for r in rows), max(r.resident_bytes for r in rows)
-    free = free_bytes_of(recipe)
-    lines += [
-        "",
-        f"disk: about {_size(disk)}" + (f" of {_size(free)} free" if free is not None else ""),
-        f"memory: base models kept loaded up to {_size(memory_budget(recipe.compute))}; at most {_size(peak)} at once, "
-        f"{loads} loads",
-        f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
-        + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else ""),
-        f"time: about {_time(seconds)} in one process on {hardware.machine.name}"
-        + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else ""),
-    ]
-    return "\n".join(lines)
-
-
-def _ranks(hardware: Hardware) -> str:
-    return f"{hardware.ranks} ranks" if hardware.ranks > 1 else "one rank"
-
-
-def free_bytes_of(recipe: Recipe) -> int | None:
-    return free_bytes(Path(recipe.output))
-
-
 def disk_needed(recipe: Recipe, plan: Plan) -> int | None:
     """Estimated bytes of the run; None where the models' shapes cannot be read here."""
     try:
         return sum(row.disk_bytes for row in estimate(recipe, plan))
     except MacpoError:
         return None  # `run` will say what is wrong with the model or the data, with the stage's own message
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

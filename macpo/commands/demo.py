@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
+from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write
 from macpo.evaluation.claims import claims, claims_table
-from macpo.launch import run
 from macpo.report.page import write_seeds_report
 from macpo.report.run_reader import RunReader
 

@@ -1,0 +1,1 @@
+"""What `macpo COMMAND` does, one module per command."""

@@ -1,0 +1,89 @@
+"""`macpo plan RECIPE`: the stages with what they cost, as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from macpo.commands.estimates import Hardware, estimate, hardware_of
+from macpo.config import Recipe
+from macpo.engine.files import free_bytes
+from macpo.engine.models.compute import memory_budget
+from macpo.recipe_kinds import plan_of
+from macpo.standalone.config import NAME, Standalone
+from macpo.standalone.records import read_sets
+
+
+def show_standalone(recipe: Standalone) -> str:
+    """The stages as text, with exact numbers of rows and steps; no model is loaded."""
+    sets = read_sets(recipe.data.model_dump(mode="json"), recipe.recipe, recipe.seed)
+    steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
+    notes = {
+        "data": f"{len(sets.train):,} to train on, {len(sets.test):,} held out",
+        "reference": f"{len(sets.train) + len(sets.test):,} pairs, unless the cache has them",
+        f"train-{NAME}": f"{steps * training.epochs:,} steps of {training.batch} in {training.epochs} epochs, before "
+        f"prompts are dropped that are too long",
+    }
+    names = [stage.name for stage in plan_of(recipe).graph.stages]
+    lines = [f"{name:20} {notes.get(name, '')}".rstrip() for name in names]
+    return "\n".join([f"{len(names)} stages into {recipe.output}", "", *lines])
+
+
+def show(recipe: Recipe, hardware: Hardware | None = None) -> str:
+    """The plan as text; raises ResourceError through the callers' checks when the disk cannot hold it."""
+    plan = plan_of(recipe)
+    hardware = hardware or hardware_of(recipe)
+    rows = estimate(recipe, plan, hardware)
+    width = max(len(row.stage) for row in rows)
+    lines = [
+        f"{len(rows)} stages into {recipe.output}",
+        "tokens, disk, memory and time are estimates; a rank, step and ckpt: memory, step time and checkpoint",
+        "",
+        f"{'stage':{width}} {'tokens':>12} {'disk':>8} {'time':>8} {'a rank':>8} {'step':>7} {'ckpt':>8}  base",
+    ]
+    for row in rows:
+        base = f"{row.base}{' (load)' if row.load else ''}" if row.base else ""
+        needs = step = saved = ""
+        if row.training is not None:
+            needs, saved = _size(row.training.memory.device), _size(row.training.checkpoint)
+            step = f"{row.training.time.total:.2f} s"
+            base += "" if row.training.fits else f"; DOES NOT FIT: {row.training.why_not}"
+        lines.append(
+            f"{row.stage:{width}} {row.tokens:12,} {_size(row.disk_bytes):>8} {_time(row.seconds):>8} "
+            f"{needs:>8} {step:>7} {saved:>8}  {base}".rstrip()
+        )
+    disk, seconds = sum(r.disk_bytes for r in rows), sum(r.seconds for r in rows)
+    loads, peak = sum(r.load for r in rows), max(r.resident_bytes for r in rows)
+    free = free_bytes_of(recipe)
+    lines += [
+        "",
+        f"disk: about {_size(disk)}" + (f" of {_size(free)} free" if free is not None else ""),
+        f"memory: base models kept loaded up to {_size(memory_budget(recipe.compute))}; at most {_size(peak)} at once, "
+        f"{loads} loads",
+        f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
+        + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else ""),
+        f"time: about {_time(seconds)} in one process on {hardware.machine.name}"
+        + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _ranks(hardware: Hardware) -> str:
+    return f"{hardware.ranks} ranks" if hardware.ranks > 1 else "one rank"
+
+
+def free_bytes_of(recipe: Recipe) -> int | None:
+    return free_bytes(Path(recipe.output))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
