@@ -2,7 +2,7 @@
 
     python -m bench.bench_generation [--shapes small|issue|gpu] [--only SUBSTRING] [--repeats 5] [--json-dir DIR]
 
-All answer the requests of a committed file (`bench/request_file.py`) with the same random weights. `generate` runs
+All answer the requests of a committed file (`bench/inputs/requests.py`) with the same random weights. `generate` runs
 static batches of prompts sorted by length, at several batch sizes, each until its longest answer is done; its best size
 is the one to compare with. `generate_batch` is transformers' continuous batching, told each request's length. Useful
 tokens are those that a request asked for. Every answer is checked: each of its tokens must have the largest logit of a
@@ -10,7 +10,7 @@ teacher-forced forward, up to a tie.
 
 `macpo Generator` takes the path of its default (on a GPU the block pool with CUDA graphs, on a CPU slots); its other
 paths are peers, so `--peers slots` or `--peers pool` compares them. Below the table stands each one's share of the
-decode floor (`bench/decode_floor.py`).
+decode floor (`bench/peers/decode_floor.py`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bench.cli import Spec, run_bench
-from bench.decode_floor import decode_floor
-from bench.device import gemm
-from bench.harness import Case, Peer, Unavailable
-from bench.request_file import GenerationRequest, load
-from bench.timing import Outputs, Run
+from bench.harness.device import gemm
+from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.options import Spec, run_bench
+from bench.harness.timing import Outputs, Run
+from bench.inputs.requests import GenerationRequest, load
+from bench.peers.decode_floor import decode_floor
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
 

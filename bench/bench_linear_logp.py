@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import head_peers
-from bench.cli import Spec, bench_one, run_bench
-from bench.device import gemm
-from bench.harness import Case, Peer
-from bench.head_inputs import HeadInputs, describe, head_inputs, reference_gradients, reference_logp
-from bench.timing import Outputs, Run
+from bench.harness.device import gemm
+from bench.harness.measure import Case, Peer
+from bench.harness.options import Spec, bench_one, run_bench
+from bench.harness.timing import Outputs, Run
+from bench.inputs.heads import HeadInputs, describe, head_inputs, reference_gradients, reference_logp
+from bench.peers import heads as head_peers
 from macpo.kernels import linear_logp
 
 OURS = "macpo linear_logp"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.device import default_device, provenance
+from bench.harness.device import default_device, provenance
 from macpo.engine.generation.slots.packed_linear import onednn_pack, onednn_product
 from macpo.kernels import SampleParams, native
 from macpo.kernels.linear_logp import rows_torch

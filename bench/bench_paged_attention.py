@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cli import Spec, bench_one, run_bench
-from bench.device import copy
-from bench.harness import Case, Peer, Unavailable
-from bench.timing import Outputs, Run
+from bench.harness.device import copy
+from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.options import Spec, bench_one, run_bench
+from bench.harness.timing import Outputs, Run
 from macpo.kernels import paged_attention
 from macpo.kernels.paged_attention import reference
 from macpo.kernels.paged_attention.slots import slot_attention

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import head_peers
-from bench.cli import Spec, bench_one, run_bench
-from bench.device import gemm
-from bench.harness import Case, Peer, Unavailable
-from bench.head_inputs import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
-from bench.timing import Outputs, Run
+from bench.harness.device import gemm
+from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.options import Spec, bench_one, run_bench
+from bench.harness.timing import Outputs, Run
+from bench.inputs.heads import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
+from bench.peers import heads as head_peers
 from macpo.kernels import pair_loss
 
 OURS = "macpo pair_loss"

@@ -20,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.attention_inputs import (
+from bench.harness.device import gemm
+from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.options import Spec, bench_one, run_bench
+from bench.harness.timing import Outputs, Run
+from bench.inputs.attention import (
     AttentionInputs,
     Group,
     Padded,
@@ -29,10 +33,6 @@ from bench.attention_inputs import (
     attention_reference,
     hh_like,
 )
-from bench.cli import Spec, bench_one, run_bench
-from bench.device import gemm
-from bench.harness import Case, Peer, Unavailable
-from bench.timing import Outputs, Run
 from macpo.kernels import prefix_attention
 
 OURS = "macpo prefix_attention"

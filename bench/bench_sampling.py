@@ -3,7 +3,7 @@
     python -m bench.bench_sampling [--shapes small|issue|gpu] [--only SUBSTRING] [--json-dir DIR]
     pytest bench/bench_sampling.py --benchmark-json=FILE
 
-Logits are text-like (bench/head_inputs.py). Draws of different noise cannot be compared bit by bit, so: every drawn
+Logits are text-like (bench/inputs/heads.py). Draws of different noise cannot be compared bit by bit, so: every drawn
 token must lie in the reference's kept set; log-probs that a peer returns must be the reference's for its tokens; the
 Hugging Face processors' whole distribution must be the reference's. Only ours returns both log-probs; the others'
 time is without them. The floor is a copy that moves as many bytes as the logits have.
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cli import Spec, bench_one, run_bench
-from bench.device import copy
-from bench.harness import Case, Peer, Unavailable, relative_errors
-from bench.head_inputs import head_inputs
-from bench.timing import Outputs, Run
+from bench.harness.device import copy
+from bench.harness.measure import Case, Peer, Unavailable, relative_errors
+from bench.harness.options import Spec, bench_one, run_bench
+from bench.harness.timing import Outputs, Run
+from bench.inputs.heads import head_inputs
 from macpo.kernels import SampleParams, sample
 from macpo.kernels.sampling import reference
 

@@ -5,7 +5,7 @@
 Ours computes a prompt once for its K candidates, packs without padding and gives only the rows that predict a
 candidate's token to the head. The padded peers run Hugging Face's forward over all prompt + candidate sequences sorted
 by length, logits for the candidates' positions only (`logits_to_keep`), at several batch sizes; the best is the one to
-compare with. Lengths are those of a committed file (`bench/request_file.py`), weights random. Every log-prob is
+compare with. Lengths are those of a committed file (`bench/inputs/requests.py`), weights random. Every log-prob is
 checked against a float64 forward of each sequence alone.
 """
 
@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from bench import bench_generation
 from bench.bench_generation import Shape, make_model
-from bench.cli import Spec, run_bench
-from bench.device import gemm
-from bench.harness import Case, Peer
-from bench.request_file import load
-from bench.timing import Outputs, Run
+from bench.harness.device import gemm
+from bench.harness.measure import Case, Peer
+from bench.harness.options import Spec, run_bench
+from bench.harness.timing import Outputs, Run
+from bench.inputs.requests import load
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
 from macpo.engine.scoring import score

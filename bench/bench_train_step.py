@@ -30,10 +30,10 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig
 
-from bench.device import default_device, device_name, device_slug, gemm, provenance, synchronise
-from bench.harness import RESULTS, Unavailable, finite
-from bench.pair_data import HH, PairData, load_pairs
-from bench.train_rivals import BEST, DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, cpu_peak
+from bench.harness.device import default_device, device_name, device_slug, gemm, provenance, synchronise
+from bench.harness.measure import RESULTS, Unavailable, finite
+from bench.inputs.pairs import HH, PairData, load_pairs
+from bench.peers.trainers import BEST, DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, cpu_peak
 from macpo.engine.models.flops import ModelShape, counts_of, forward_flops, model_flops
 
 MAX_LENGTH = 1024  # TRL's default max_length; longer pairs are left out

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cli import SHAPES, default_shapes
-from bench.device import default_device
+from bench.harness.device import default_device
+from bench.harness.options import SHAPES, default_shapes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

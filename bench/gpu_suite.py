@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.device import ROOT
-from bench.harness import LEGEND, header, row_text
+from bench.harness.device import ROOT
+from bench.harness.measure import LEGEND, header, row_text
 from bench.run_all import result_of
 
 KERNEL_TESTS = (

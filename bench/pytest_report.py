@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.device import default_device, provenance
+from bench.harness.device import default_device, provenance
 
 if __name__ == "__main__":
     path, *arguments = sys.argv[1:]

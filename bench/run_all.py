@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from bench.cli import SHAPES
-from bench.device import default_device, device_name, device_slug
-from bench.harness import LEGEND, RESULTS, Result, header, row_text
+from bench.harness.device import default_device, device_name, device_slug
+from bench.harness.measure import LEGEND, RESULTS, Result, header, row_text
+from bench.harness.options import SHAPES
 
 # Parts of the time: the head benchmarks compile most and have the largest inputs.
 PARTS = {"pair_loss": 8, "linear_logp": 5, "prefix_attention": 3, "paged_attention": 2, "sampling": 2}

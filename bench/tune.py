@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.attention_inputs import AttentionInputs, attention_inputs, hh_like
-from bench.device import copy, gemm, provenance
-from bench.harness import finite
-from bench.timing import Outputs, captured
+from bench.harness.device import copy, gemm, provenance
+from bench.harness.measure import finite
+from bench.harness.timing import Outputs, captured
+from bench.inputs.attention import AttentionInputs, attention_inputs, hh_like
 
 DEVICE = torch.device("cuda")
 VOCAB = 128_256
@@ -192,7 +192,7 @@ def sampling() -> Iterator[Trial]:
 
 
 def _sampling(setting: dict[str, float], config: tuple[int, int, int, int, int]) -> Callable[[], Any]:
-    from bench.head_inputs import head_inputs
+    from bench.inputs.heads import head_inputs
     from macpo.kernels import SampleParams
     from macpo.kernels.sampling import triton_impl
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from dataclasses import fields
 from importlib import import_module
@@ -14,11 +13,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds them
 
-from bench import bench_train_step, device, gpu_suite, harness, head_inputs, memory, run_all, tune  # noqa: E402
-from bench.cli import run_bench  # noqa: E402
-from bench.harness import Case, Peer, Result  # noqa: E402
+from bench import bench_train_step, gpu_suite, run_all, tune
+from bench.harness import device, memory
+from bench.harness import measure as harness
+from bench.harness.measure import Case, Peer, Result
+from bench.harness.options import run_bench
+from bench.inputs import heads as head_inputs
 
 CPU = torch.device("cpu")
 # Peers that start quickly: nothing compiled.

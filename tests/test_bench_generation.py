@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,11 +11,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds them
 
-from bench import bench_generation, bench_scoring, decode_floor, request_file  # noqa: E402
-from bench.cli import run_bench  # noqa: E402
-from bench.harness import measure, table  # noqa: E402
+from bench import bench_generation, bench_scoring
+from bench.harness.measure import measure, table
+from bench.harness.options import run_bench
+from bench.inputs import requests as request_file
+from bench.peers import decode_floor
 
 CPU = torch.device("cpu")
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds them
 
 from bench import bench_train_step as bench  # noqa: E402
-from bench.pair_data import EOS, HH, load_pairs  # noqa: E402
-from bench.train_rivals import BEST, DEFAULTS, OURS, Outcome, Setup, Work, model_of  # noqa: E402
+from bench.inputs.pairs import EOS, HH, load_pairs
+from bench.peers.trainers import BEST, DEFAULTS, OURS, Outcome, Setup, Work, model_of
 
 CPU = torch.device("cpu")
 FULL, *_, ADAPTER = bench.CASES["small"]

@@ -26,12 +26,12 @@ from macpo.engine.generation import Generator, Output, Request, SamplingParams, 
 from macpo.engine.generation.batch_runner import LOG_STEPS
 from macpo.engine.generation.model_facts import LayerShape
 from macpo.engine.generation.multilora import StackedAdapters
+from macpo.engine.generation.pool import attention as pool_attention
 from macpo.engine.generation.pool.capacity import pool_why_not, waiting_part
 from macpo.engine.generation.pool.decode_step import StepShape, facts_of
 from macpo.engine.generation.pool.runner import SYNC_STEPS
 from macpo.engine.generation.pool.session import PoolSession
 from macpo.engine.generation.sequence import Row
-from macpo.engine.generation.slots import attention as context
 from macpo.engine.models.attention_hook import attention_hook
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
@@ -321,7 +321,7 @@ def step_without_values(
     def drawn(logits: Any, params: Any, keys: Any, counts: Any) -> Any:
         return torch.empty_like(counts), *(logits.new_empty(counts.shape, dtype=torch.float32) for _ in range(2))
 
-    monkeypatch.setattr(context, "paged_attention", attention)
+    monkeypatch.setattr(pool_attention, "paged_attention", attention)
     monkeypatch.setattr("macpo.engine.generation.pool.blocks.write_kv", torch.ops.macpo.write_kv)
     monkeypatch.setattr(sampling, "sample", drawn)
     facts = facts_of(settings)

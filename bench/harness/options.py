@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bench.device import default_device, device_name
-from bench.harness import LEGEND, Case, Result, measure, prepare, save, table
+from bench.harness.device import default_device, device_name
+from bench.harness.measure import LEGEND, Case, Result, measure, prepare, save, table
 
 SHAPES = ("small", "issue", "gpu")
 

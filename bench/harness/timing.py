@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from bench.device import synchronise
+from bench.harness.device import synchronise
 
 Outputs: TypeAlias = Mapping[str, Tensor]
 Run: TypeAlias = Callable[[], Outputs]

@@ -2,7 +2,7 @@
 
     python -m bench.request_file        writes bench/requests/hh-like-*.json again, the same bytes
 
-Lengths are log-normal with the medians and spreads of HH-RLHF's harmless-base (`bench/pair_data.py`); ids are drawn
+Lengths are log-normal with the medians and spreads of HH-RLHF's harmless-base (`bench/inputs/pairs.py`); ids are drawn
 when the file is read, because only lengths matter to a model with random weights.
 """
 
@@ -14,9 +14,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.pair_data import PROMPT, RESPONSE
+from bench.inputs.pairs import PROMPT, RESPONSE
 
-FOLDER = Path(__file__).resolve().parent / "requests"
+FOLDER = Path(__file__).resolve().parents[1] / "requests"
 SIZES = {"hh-like-8": (8, 24, 12), "hh-like-64": (64, 512, 256), "hh-like-256": (256, 1024, 512)}
 """File -> (requests, longest prompt, longest answer)."""
 FIRST_ID = 3
@@ -46,7 +46,7 @@ def main() -> None:
             return max(1, min(longest, round(math.exp(draw.gauss(math.log(median), sigma)))))
 
         rows = [[length(*PROMPT, longest_prompt), length(*RESPONSE, longest_answer)] for _ in range(count)]
-        about = "[prompt tokens, answer tokens] a request; made by bench/request_file.py"
+        about = "[prompt tokens, answer tokens] a request; made by bench/inputs/requests.py"
         text = json.dumps({"about": about, "requests": rows})
         (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.device import copy, synchronise
-from bench.request_file import GenerationRequest
-from bench.timing import Outputs, Run, calls_for, in_graph
+from bench.harness.device import copy, synchronise
+from bench.harness.timing import Outputs, Run, calls_for, in_graph
+from bench.inputs.requests import GenerationRequest
 from macpo.engine.generation.pool.capacity import bucket_of
 from macpo.engine.generation.slots.packed_linear import packed_product
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bench.harness import Unavailable
+from bench.harness.measure import Unavailable
 from macpo.kernels import linear_logp
 
 LogpFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import memory
-from bench.device import synchronise
-from bench.harness import Unavailable
-from bench.pair_data import PairData
+from bench.harness import memory
+from bench.harness.device import synchronise
+from bench.harness.measure import Unavailable
+from bench.inputs.pairs import PairData
 from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.batches import Plan
 from macpo.engine.data.pack import PrefixGroup

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels"),
     *("flash-attn", "flashinfer-python"),

@@ -21,11 +21,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch's profiler is lo
 
 import torch
 
-from bench import memory
-from bench.device import device_slug, provenance, synchronise
-from bench.timing import Outputs, Run, calls_for, in_graph, rounds_of
+from bench.harness import memory
+from bench.harness.device import device_slug, provenance, synchronise
+from bench.harness.timing import Outputs, Run, calls_for, in_graph, rounds_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 # A result is exact up to this relative error (Euclidean norm, against float64): a few times what the project's own
 # tests allow. Up to ten times that it is called inexact (logits rounded to 16 bits, gradients filtered) and timed;
 # above, wrong.

@@ -1,0 +1,1 @@
+"""How a benchmark is measured, checked and written down."""

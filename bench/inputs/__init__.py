@@ -1,0 +1,1 @@
+"""What benchmarks run on: heads, attention rows, pairs, requests."""

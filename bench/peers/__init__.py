@@ -1,0 +1,1 @@
+"""What benchmarks compare with: other libraries' operators and trainers, and physical floors."""
