@@ -69,7 +69,7 @@ def slug(name: str) -> str:
 
 def jobs(part: str, shapes: str) -> list[Job]:
     if part == "tests":
-        files = [f"tests/{name}.py" for name in KERNEL_TESTS]
+        files = [f"tests/kernels/{name}.py" for name in KERNEL_TESTS]
         processes = str(min(14, os.cpu_count() or 1))
         options = ("-q", "-k", "triton or Triton or cuda", "-n", processes, "-p", "no:cacheprovider")
         return [Job("kernel_tests", 150, ("-m", "bench.pytest_report", "{folder}/tests.json", *options, *files))]

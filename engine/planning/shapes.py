@@ -1,6 +1,6 @@
 """Published shapes of models by name, so that a plan needs no download.
 
-Source of every line: config.json of the model's page on the Hub; `tests/test_planning.py` holds the parameter counts
+Source of every line: config.json of the model's page on the Hub; `tests/macpo/test_planning.py` holds the parameter counts
 that the pages state.
 """
 

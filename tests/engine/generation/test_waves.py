@@ -1,0 +1,205 @@
+"""Waves: committed, resumed and shared among ranks without a byte of difference."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generation_checks import some_prompts
+from wave_job import PARAMS, run
+
+from macpo.engine import progress
+from macpo.engine.distributed.world import World
+from macpo.engine.errors import ConfigError, DataError, Stopped
+from macpo.engine.generation import SamplingParams
+from macpo.engine.generation.waves import assigned
+
+HELPERS = Path(__file__).parents[2] / "helpers"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "waves").glob("*.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Rows and files of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder), contents(folder)
+
+
+def start(folder: Path, out: Path, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(HELPERS / "wave_job.py"), str(folder), str(out)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def test_rows_and_files(whole: tuple[list[dict[str, Any]], dict[str, bytes]]) -> None:
+    rows, files = whole
+    assert list(files) == ["0000.jsonl", "0001.jsonl", "0002.jsonl", "0003.jsonl"]
+    assert [row["id"] for row in rows] == [f"p{i:02d}" for i in range(20)]
+    lines = [json.loads(line) for data in files.values() for line in data.split(b"\n")[:-2]]
+    assert lines == rows
+    for row in rows:
+        assert row["num_tokens"] == len(row["token_ids"])
+        assert row["finish_reason"] == ("length" if row["num_tokens"] == 9 else "stop")
+        assert (row["end_token"] is None) == (row["end_logp"] is None) == (row["finish_reason"] == "length")
+        assert row["empty"] == (not row["text"].strip())
+        assert row["sum_logp"] <= 0
+
+
+def test_empty_answers_are_drawn_again_once(
+    whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Attempt 1 stands only where attempt 0 was empty; what is still empty is marked. Greedy gains nothing from it."""
+    rows, _ = whole
+    again = [row for row in rows if row["attempt"]]
+    assert 0 < len(again) < len(rows)
+    assert {row["attempt"] for row in rows} == {0, 1}
+    assert any(not row["empty"] for row in again)
+    assert all(row["attempt"] == 1 for row in rows if row["empty"])
+    nothing = run(tmp_path / "nothing", decode=lambda ids: " \n")
+    assert all(row["empty"] and row["attempt"] == 1 for row in nothing)
+    first = {row["id"]: row["token_ids"] for row in rows}
+    assert any(row["token_ids"] != first[row["id"]] for row in nothing)
+    greedy = SamplingParams(temperature=0, max_new_tokens=3)
+    assert all(row["attempt"] == 0 for row in run(tmp_path / "greedy", params=greedy, decode=lambda ids: ""))
+
+
+def test_stopped_and_resumed(whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path) -> None:
+    """Stopped inside the third wave: two waves are on disk, the next call goes on from there."""
+    rows, files = whole
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return len(list((tmp_path / "waves").glob("*.jsonl"))) == 2 and asked > 4
+
+    with pytest.raises(Stopped):
+        run(tmp_path, should_stop=should_stop)
+    kept = contents(tmp_path)
+    assert len(kept) == 2 and kept.items() <= files.items()
+    assert run(tmp_path) == rows
+    assert contents(tmp_path) == files
+
+
+def test_progress_counts_every_answer_and_token(
+    whole: tuple[list[dict[str, Any]], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line every 30 seconds where nobody watches; what an earlier attempt wrote counts as done, but not as speed."""
+    rows, files = whole
+    (tmp_path / "waves").mkdir()
+    (tmp_path / "waves" / "0000.jsonl").write_bytes(files["0000.jsonl"])
+    counts: list[tuple[int, int]] = []
+    add = progress.GenerationProgress.add
+
+    def noted(self: progress.GenerationProgress, answers: int = 0, tokens: int = 0) -> None:
+        counts.append((answers, tokens))
+        add(self, answers, tokens)
+
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(progress.GenerationProgress, "add", noted)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    assert run(tmp_path, progress="student-answer") == rows
+    assert sum(answers for answers, _ in counts) == 14  # one that is drawn a second time is still one
+    first = [row["num_tokens"] for row in rows[6:] if not row["attempt"]]
+    assert sum(tokens for _, tokens in counts) == sum(first) > 0  # those that were empty had none
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3 and all(line.startswith("student-answer: ") for line in lines)
+    assert re.fullmatch(r"student-answer: \d+/20 answers \d+ tok/s( ETA \d:\d\d:\d\d)?", lines[-1]), lines[-1]
+    assert int(lines[0].split()[1].split("/")[0]) >= 6
+    run(tmp_path, progress="student-answer")
+    assert not capsys.readouterr().err, "nothing is left to write"
+
+
+def test_killed_while_a_wave_is_written(whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path) -> None:
+    rows, files = whole
+    job = start(tmp_path, tmp_path, MACPO_KILL_AT="file-written:2")
+    assert job.wait(timeout=120) == -9
+    assert len(contents(tmp_path)) == 1
+    assert run(tmp_path) == rows
+    assert contents(tmp_path) == files
+
+
+def test_torn_damaged_and_foreign_waves_are_written_anew(
+    whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, files = whole
+    folder = tmp_path / "waves"
+    folder.mkdir()
+    torn, flipped = files["0000.jsonl"], bytearray(files["0001.jsonl"])
+    flipped[10] ^= 1
+    unsealed = files["0003.jsonl"]
+    (folder / "0000.jsonl").write_bytes(torn[: len(torn) - 20])  # inside the last line
+    (folder / "0001.jsonl").write_bytes(flipped)
+    (folder / "0002.jsonl").write_bytes(files["0002.jsonl"])
+    (folder / "0003.jsonl").write_bytes(unsealed[: unsealed.rindex(b"\n", 0, -1) + 1])  # whole rows, no last line
+    before = (folder / "0002.jsonl").stat().st_mtime_ns
+    assert run(tmp_path) == rows
+    assert contents(tmp_path) == files
+    assert (folder / "0002.jsonl").stat().st_mtime_ns == before
+    told = {record.getMessage().split()[0] for record in caplog.records if "written anew" in record.getMessage()}
+    assert told == {"0000.jsonl", "0001.jsonl", "0003.jsonl"}
+
+    for cut in (0, 1, len(torn) // 2):
+        (folder / "0000.jsonl").write_bytes(torn[:cut])
+        assert run(tmp_path) == rows
+    assert contents(tmp_path) == files
+
+    other = run(tmp_path, params=replace(PARAMS, seed=8))
+    assert [row["token_ids"] for row in other] != [row["token_ids"] for row in rows]
+    assert run(tmp_path, purpose="another") != other
+
+
+def test_two_ranks_write_the_same_files(whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path) -> None:
+    rows, files = whole
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    jobs = [start(tmp_path, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+    assert [job.wait(timeout=180) for job in jobs] == [0, 0]
+    assert contents(tmp_path) == files
+    assert [json.loads((tmp_path / f"rows{rank}.json").read_text()) for rank in range(2)] == [rows, rows]
+
+
+def test_waves_are_cut_by_id_and_assigned_longest_first(
+    whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path
+) -> None:
+    _, files = whole
+    costs = [5, 9, 2, 7, 4, 1]
+    shares = [assigned(costs, World(rank, 3)) for rank in range(3)]
+    assert shares == [[1, 5], [3, 2], [0, 4]]  # loads 10, 9, 9
+    requests = [(f"p{i:02d}", prompt) for i, prompt in enumerate(some_prompts([3 + i % 7 for i in range(20)]))]
+    run(tmp_path, requests=requests[::-1])
+    assert contents(tmp_path) == files
+
+
+def test_requests_are_checked_before_anything_is_written(tmp_path: Path) -> None:
+    good = [("a", [5, 6])]
+    with pytest.raises(DataError, match="two requests have this id"):
+        run(tmp_path / "x", requests=[*good, *good], wave_requests=1)
+    with pytest.raises(DataError, match="the prompt is empty"):
+        run(tmp_path / "x", requests=[*good, ("b", [])], wave_requests=1)
+    with pytest.raises(ConfigError, match="wave_requests"):
+        run(tmp_path / "x", requests=good, wave_requests=0)
+    assert not (tmp_path / "x").exists()
+    assert run(tmp_path / "none", requests=[], params=PARAMS) == []
+
+
+def test_samples_have_rows_of_their_own(tmp_path: Path) -> None:
+    params = SamplingParams(max_new_tokens=5, n=3, temperature=1.3)
+    rows = run(tmp_path, params=params)
+    assert [(row["id"], row["sample"]) for row in rows[:4]] == [("p00", 0), ("p00", 1), ("p00", 2), ("p01", 0)]
+    assert len(rows) == 60

@@ -1,0 +1,157 @@
+"""Every Triton kernel and configuration compiles for real GPUs within its bounds, and the check would notice if not.
+
+Each test is a process of its own: kernels are defined for the interpreter or for a GPU when they are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from macpo.kernels import triton_support
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds it
+
+from bench.compile_report import environment as prepared  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not triton_support.INSTALLED, reason="needs Triton")
+
+TOYS = """
+import triton
+import triton.language as tl
+from macpo.kernels.triton_support import AotKernel
+
+
+@triton.jit
+def gemm(p_a, p_b, p_c, K, BLOCK: tl.constexpr):
+    rows, cols = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, BLOCK):
+        acc = tl.dot(tl.load(p_a + rows * K + k + cols), tl.load(p_b + (k + rows) * BLOCK + cols), acc)
+    tl.store(p_c + rows * BLOCK + cols, acc)
+
+
+@triton.jit
+def normalise(p_a, p_b, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(p_a + at)
+    tl.store(p_b + at, x / tl.sum(x, 0))
+
+
+def aot_kernels():
+    matrices = {"p_a": "*bf16", "p_b": "*bf16", "p_c": "*fp32", "K": "i32"}
+    aligned = ("p_a", "p_b", "p_c", "K")
+    rows = {"p_a": "*fp32", "p_b": "*fp32"}
+    return [
+        AotKernel("gemm/64", gemm, matrices, {"BLOCK": 64}, aligned=aligned, wgmma=True),
+        AotKernel("gemm/32", gemm, matrices, {"BLOCK": 32}, aligned=aligned, capabilities=(80,)),
+        AotKernel("gemm/256", gemm, matrices, {"BLOCK": 256}, num_stages=3, num_warps=8, aligned=aligned,
+                  capabilities=(90,), max_spill_bytes=10**6),
+        AotKernel("rows/fits", normalise, rows, {"BLOCK": 1024}),
+        AotKernel("rows/spills", normalise, rows, {"BLOCK": 16384}, num_warps=1),
+        AotKernel("rows/may-spill", normalise, rows, {"BLOCK": 16384}, num_warps=1, max_spill_bytes=10**6),
+        AotKernel("rows/no-wgmma", normalise, rows, {"BLOCK": 1024}, wgmma=True),
+        AotKernel("rows/argument-left-out", normalise, {"p_a": "*fp32"}, {"BLOCK": 1024}),
+    ]
+"""
+
+
+def report(tmp_path, *arguments: str, interpreted: bool = False) -> tuple[subprocess.CompletedProcess, dict]:
+    """The finished process, and its rows by (name, target).
+
+    `interpreted` leaves the interpreter on, as users of the tests' environment do, and the report has to leave it by a
+    process of its own; else it is given what it would give itself, which saves an import of torch.
+    """
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "bench.compile_report", "--jobs", "1", "--json", str(path), *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpreted else prepared(str(tmp_path / "cache"))
+    environment["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return done, {(row["name"], row["target"]): row for row in rows}
+
+
+def passes(done: subprocess.CompletedProcess) -> None:
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+# In parts, so that parallel test processes share one module's configurations.
+@pytest.mark.parametrize("shard", ["1/2", "2/2"])
+@pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
+def test_every_configuration_compiles_for_sm_90(module, shard, tmp_path):
+    done, rows = report(tmp_path, "--target", "90", "--module", module, "--shard", shard)
+    passes(done)
+    assert rows
+
+
+@pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
+def test_the_largest_configuration_of_each_kernel_compiles_for_sm_80_and_sm_100(module, tmp_path):
+    done, rows = report(tmp_path, "--target", "80", "100", "--largest", "--module", module)
+    passes(done)
+    assert {target for _, target in rows} == {80, 100}
+
+
+def test_the_check_sees_spills_and_missing_wgmma(tmp_path):
+    (tmp_path / "toy_kernels.py").write_text(TOYS)
+    done, rows = report(tmp_path, "--target", "90", "--module", "toy_kernels", interpreted=True)
+    problems = {name: row["problem"] for (name, _), row in rows.items()}
+    assert done.returncode == 1
+    assert {name for name, problem in problems.items() if not problem} == {"gemm/64", "rows/fits", "rows/may-spill"}
+    assert "spills" in problems["rows/spills"] and "at most 0 allowed" in problems["rows/spills"]
+    assert problems["rows/no-wgmma"] == "no wgmma"
+    assert "shared memory" in problems["gemm/256"]
+    assert "arguments missing ['p_b']" in problems["rows/argument-left-out"]
+    fits = rows["rows/fits", 90]
+    assert rows["gemm/64", 90]["wgmma"] and not fits["wgmma"]
+    assert 0 < fits["registers"] <= 255 and fits["spill_store_bytes"] == fits["spill_load_bytes"] == 0
+    assert rows["gemm/64", 90]["shared_bytes"] >= 2 * 64 * 64 * 2
+    assert "8 compiled, 5 failed" not in done.stdout and "7 compiled, 4 failed" in done.stdout
+
+
+CHOICE = """
+from bench.compile_report import ISOLATED, jobs_of, main
+import os
+module = "toy_kernels"
+every = jobs_of([module], [80, 90], "gemm/", False, "1/1")
+assert every == [(module, 0, 80), (module, 0, 90), (module, 1, 80), (module, 2, 90)], every
+assert jobs_of([module], [80, 90], "gemm/", True, "1/1") == [(module, 0, 80), (module, 2, 90)]
+shards = [jobs_of([module], [80, 90], "gemm/", False, shard) for shard in ("1/3", "2/3", "3/3")]
+assert sorted(sum(shards, [])) == sorted(every) and len(shards[0]) == 2, shards
+os.environ[ISOLATED] = "1"
+assert main(["--module", module, "--only", "nothing"]) == 2
+"""
+INVENTORY = """
+from bench.compile_report import unlisted
+from macpo.kernels import triton_support
+forgotten = unlisted()
+assert not forgotten, forgotten
+modules = triton_support.KERNEL_MODULES
+triton_support.KERNEL_MODULES = ()
+assert len(unlisted()) >= len(modules) > 0, unlisted()  # with nothing listed, every module's kernels are missed
+"""
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_largest_only_and_shard_choose(tmp_path):
+    (tmp_path / "toy_kernels.py").write_text(TOYS)
+    done = python(CHOICE, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "no kernel of toy_kernels fits" in done.stderr
+
+
+def test_every_kernel_is_listed(tmp_path):
+    done = python(INVENTORY, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]

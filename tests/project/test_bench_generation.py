@@ -1,0 +1,104 @@
+"""The generation and scoring benchmarks at toy sizes; wrong answers do not count; request files are reproducible."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import bench_generation, bench_scoring
+from bench.harness.measure import measure, table
+from bench.harness.options import run_bench
+from bench.inputs import requests as request_file
+from bench.peers import decode_floor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "peers"), [("generation", "batches of"), ("scoring", "padded")])
+def test_small_run(name, peers, tmp_path, capsys):
+    module = import_module(f"bench.bench_{name}")
+    options = ["--shapes", "small", "--device", "cpu", "--repeats", "2", "--peers", peers, "--json-dir", str(tmp_path)]
+    (case,) = json.loads(run_bench(name, module.specs, module.__doc__, options).read_text())["cases"]
+    assert case["flop"] > 0 and case["ceiling"]
+    ours, *others = case["results"]
+    assert ours["peer"] == module.OURS and ours["times_ours"] == 1.0
+    assert [r["peer"] for r in others if r["peer"].endswith(("of 4", "of 8"))] == [r["peer"] for r in others[:2]]
+    for result in (ours, *others[:2]):
+        assert result["status"] == "exact"
+        useful = result["items_per_s"] * result["median_ms"] / 1e3
+        assert useful == pytest.approx(case["shape"]["useful_tokens" if name == "generation" else "tokens"])
+    assert f"{ours['items_per_s']:.0f} /s" in capsys.readouterr().out
+
+
+def test_a_wrong_answer_is_seen():
+    """One token that is not greedy, and an answer that is too short."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    model, requests = bench_generation.make_model(shape, dtype, CPU), request_file.load(shape.requests, shape.vocab)
+    outputs = dict(bench_generation.build_ours(model, requests)())
+    assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
+    for wrong in ((outputs["3"] + 1) % shape.vocab, outputs["3"][:-1]):
+        assert bench_generation.greedy_gap(model, requests, dtype, {**outputs, "3": wrong}) == float("inf")
+
+
+def test_our_other_paths_are_peers_and_the_floor_is_below_all():
+    """Also of a shape whose head is a matrix of its own; the floor's parts add up, and the table names everyone."""
+    for tied in (True, False):
+        (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+        case = bench_generation.make_case("x", replace(shape, tied=tied), dtype, CPU)
+        ours = [peer for peer in case.peers if peer.name.startswith(bench_generation.OURS)]
+        assert [peer.name for peer in ours] == ["macpo Generator", "macpo Generator, pool"]
+        case.peers, case.ceiling = ours, None
+        results = measure(case, 2, 30.0)
+        assert [result.status for result in results] == ["exact", "exact"]
+        assert 0 < case.floor_ms < min(result.median_ms for result in results)
+        *_, parts, shares = table(case, results)
+        numbers = [float(part.split()[-1]) for part in (p.split(" at ")[0] for p in parts.strip(" []").split(","))]
+        assert sum(numbers) == pytest.approx(case.floor_ms, rel=0.02)
+        assert f"macpo Generator, pool {case.floor_ms / results[1].median_ms:.0%}" in shares
+
+
+def test_the_floor_counts_what_a_step_reads(monkeypatch):
+    """With rates of 1 byte and 1 product a second the floor is a sum that can be done by hand."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    model = bench_generation.make_model(shape, dtype, CPU)
+    monkeypatch.setattr(decode_floor, "seconds_of", lambda run, device: 2.0**25)
+    requests = [request_file.GenerationRequest([5] * 4, 3), request_file.GenerationRequest([5] * 6, 1)]
+    floor = decode_floor.decode_floor(model, requests)
+    assert floor.bytes_per_s == 1 and decode_floor.kv_bytes(model) == 2 * 2 * 2 * 8 * 4
+    assert floor.keys_values_s == (5 + 6) * decode_floor.kv_bytes(model)  # two steps of the one long answer
+    assert floor.products_s == 2 * 2**25 and floor.prompts_s == 2**25
+
+
+def test_continuous_batching_is_asked_for_the_same_lengths():
+    """transformers' own engine answers the requests, and leaves the model's attention as it was."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    model, requests = bench_generation.make_model(shape, dtype, CPU), request_file.load(shape.requests, shape.vocab)[:2]
+    before = model.config._attn_implementation
+    outputs = bench_generation.build_continuous(model, requests)()
+    assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
+    assert model.config._attn_implementation == before
+
+
+def test_request_files_are_what_the_script_writes(tmp_path, monkeypatch):
+    committed = {path.name: path.read_bytes() for path in request_file.FOLDER.iterdir()}
+    monkeypatch.setattr(request_file, "FOLDER", tmp_path)
+    request_file.main()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
+    for name, (count, longest_prompt, longest_answer) in request_file.SIZES.items():
+        rows = request_file.load(name, 100)
+        assert len(rows) == count and all(0 < len(r.prompt_ids) <= longest_prompt for r in rows)
+        assert all(0 < r.new_tokens <= longest_answer and max(r.prompt_ids) < 100 for r in rows)
+
+
+def test_candidates_have_the_lengths_of_the_file():
+    groups = bench_scoring.make_groups(bench_scoring.SHAPES["small"][0][1])
+    requests = request_file.load("hh-like-8", 512)
+    assert [len(g.responses) for g in groups] == [bench_scoring.CANDIDATES] * 8
+    assert [len(g.responses[0]) for g in groups] == [r.new_tokens for r in requests]
