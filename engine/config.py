@@ -258,4 +258,4 @@ class ComputeSettings(Settings):
     """Folder for reference log-probs, which runs can share; default `cache` inside the run's folder."""
     trackers: tuple[str, ...] = ()
     """Where training metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (each is an extra), or
-    `module:function` (engine/training/trackers.py)."""
+    `module:function` (engine/trackers.py)."""

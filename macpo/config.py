@@ -209,7 +209,7 @@ class Recipe(Settings):
     """A run of MACPO (arXiv 2410.07672)."""
 
     recipe: Literal["macpo"] = "macpo"
-    """Kind of recipe; `sft` and `preference` are in macpo/standalone/config.py."""
+    """Kind of recipe; `sft` and `preference` are in macpo/standalone_config.py."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides splits, orders, initial weights and sampling noise."""
     output: str = "runs/macpo"

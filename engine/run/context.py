@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.agree import _is_main, stopped
 from macpo.engine.processes import StopFlag
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageContext:
-    """What a stage's function gets: a folder to write into, its inputs, and ways to report.
+    """What a running stage is given: a folder to write into, its inputs, and ways to report.
 
-    A folder left by an interrupted attempt with the same key is handed over as it is: the function goes on from there.
+    A folder left by an interrupted attempt with the same key is handed over as it is: the stage resumes from there.
     """
 
     name: str
-    settings: Mapping[str, Any]
     dir: Path
     inputs: Mapping[str, Path]
+    """Name of each input stage -> its committed folder, verified by its hashes."""
     stop: StopFlag
     group: World | None = None
     counts: dict[str, Any] = field(default_factory=dict)
@@ -40,16 +40,16 @@ class StageContext:
             self.group = World()
         return self.group
 
-    def input(self, alias: str) -> Path:
-        """The committed folder of an input, verified by its hashes."""
-        return self.inputs[alias]
+    def input(self, stage: str) -> Path:
+        """The folder of an input stage."""
+        return self.inputs[stage]
 
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop. Ranks hear it at different moments: agree before acting on it.
 
-        Who asks is alive: see `hangs`.
+        Asking also tells the watchdog that this rank is alive.
         """
-        hangs.beat()
+        watchdog.beat()
         return self.stop.requested
 
     def check_stop(self) -> None:

@@ -44,9 +44,9 @@ class Executor:
         """
         plan = on_main(self.world, lambda: self._prepare(stage, digests))
         folder, timing = Path(plan["folder"]), plan["timing"]
-        inputs = {alias: Path(path) for alias, path in plan["inputs"].items()}
+        inputs = {name: Path(path) for name, path in plan["inputs"].items()}
         if not plan["ready"]:
-            context = StageContext(stage.name, stage.settings, folder, inputs, self.stop, self.world)
+            context = StageContext(stage.name, folder, inputs, self.stop, self.world)
             context.counts.update(timing.get("counts", {}))
             began, before = time.monotonic(), timing.get("seconds", 0.0)
             try:
@@ -68,7 +68,7 @@ class Executor:
         return timing
 
     def _prepare(self, stage: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
-        inputs = {alias: str(self._verified_input(name, digests[name])) for alias, name in stage.inputs.items()}
+        inputs = {name: str(self._verified_input(name, digests[name])) for name in stage.inputs.values()}
         key = self._key(stage, digests)
         folder = self.run.partial(stage.name)
         if folder and self._is_complete(folder, key):
@@ -117,7 +117,7 @@ class Executor:
         world = self.world if self.world is not None and self.world.size > 1 else None
         try:
             try:
-                stage.run(context)
+                stage.work.run(context)
                 state = "ok"
             except Stopped:
                 if world is None:

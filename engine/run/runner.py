@@ -23,7 +23,7 @@ from macpo.engine.run.lock import RunLock, holder
 from macpo.engine.run.manifest import Manifest
 from macpo.engine.run.stages import Graph, Stage
 from macpo.engine.run.status import StageStatus, code_changes, refuse_stale, survey
-from macpo.engine.run.workers import Build, Pool
+from macpo.engine.run.workers import WorkerPool, Workers
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World
@@ -36,8 +36,7 @@ class Runner:
 
     `from_stage`: redo that stage and all that depend on it. `rerun_stale`: redo stages whose settings or inputs
     changed.
-    `jobs`: stages at once, each in a worker process with `threads` CPU threads; needs `build`, from which a worker
-    makes the same graph. Neither changes the results' bits, except `threads` itself.
+    `workers`: how many stages run at once. It does not change the results' bits, except for its `threads`.
     `began`: called once (rank 0) when the folder is held and nothing in it is refused, before the first stage.
     """
 
@@ -49,19 +48,16 @@ class Runner:
         world: World | None = None,
         from_stage: str | None = None,
         rerun_stale: bool = False,
-        jobs: int = 1,
-        threads: int | None = None,
-        build: Build | None = None,
+        workers: Workers | None = None,
         log: Callable[[str], None] | None = None,
-        began: Callable[[], None] | None = None,
     ) -> None:
-        if jobs > 1 and world is not None and world.size > 1:
+        self.workers = workers or Workers()
+        if self.workers.jobs > 1 and world is not None and world.size > 1:
             raise ConfigError("jobs > 1 cannot be combined with several ranks", "set compute.jobs to 1", field="jobs")
-        if jobs > 1 and build is None:
-            raise ValueError('jobs > 1 needs build=("module:function", config)')
         self.folder_of_run = RunFolder(Path(run_dir))
-        self.graph, self.world, self.jobs, self.threads, self.build = graph, world, jobs, threads, build
-        self.from_stage, self.rerun_stale, self.began = from_stage, rerun_stale, began
+        self.graph, self.world = graph, world
+        self.from_stage, self.rerun_stale = from_stage, rerun_stale
+        self.began: Callable[[], None] | None = None
         self.log = log or (lambda message: print(message, file=sys.stderr, flush=True))
         self.digests: dict[str, str] = {}
         self.redoable: set[str] = set()
@@ -83,7 +79,7 @@ class Runner:
         with StopFlag() as stop, contextlib.ExitStack() as held:
             on_main(self.world, lambda: self._open(held))
             executor = Executor(self.folder_of_run, self.graph, stop, self.world)
-            done = (self._run_parallel if self.jobs > 1 else self._run_in_order)(executor)
+            done = (self._run_parallel if self.workers.jobs > 1 else self._run_in_order)(executor)
             on_main(self.world, lambda: self._close(done))
         return done
 
@@ -99,11 +95,11 @@ class Runner:
         under_way = bool(again) and self._is_rerun_under_way()
         self.redoable = {stage.name for stage in self.graph.stages} if self.rerun_stale else set(again)
         found = survey(run, self.graph, () if under_way else again)
-        for standing in found.values():
-            if standing.error is not None:
-                raise standing.error
+        for each in found.values():
+            if each.error is not None:
+                raise each.error
         refuse_stale(run, self.graph, found, self.redoable)
-        stale = [name for name, standing in found.items() if standing.state == "stale" and standing.reasons]
+        stale = [name for name, each in found.items() if each.state == "stale" and each.reasons]
         for name in stale:
             self.log(f"{name} is redone: {found[name].why}")
         if warning := code_changes(found):
@@ -154,7 +150,7 @@ class Runner:
         return True
 
     def _run_in_order(self, executor: Executor) -> list[str]:
-        set_threads(self.threads)
+        set_threads(self.workers.threads)
         done = []
         for stage in self.graph.stages:
             if not on_main(self.world, functools.partial(self._settle, stage)):
@@ -173,14 +169,13 @@ class Runner:
         return any(self.world.gather(stop.requested))
 
     def _run_parallel(self, executor: Executor) -> list[str]:
-        assert self.build is not None
         urgency = self.graph.urgency()
         waiting = {stage.name: stage for stage in self.graph.stages}
         ready: list[Stage] = []
         done: list[str] = []
         failure: BaseException | None = None
         asked = False
-        with Pool(self.build, self.folder_of_run.path, self.jobs, self.threads) as pool:
+        with WorkerPool(self.workers, self.folder_of_run.path) as pool:
             while True:
                 halt = executor.stop.requested or failure is not None
                 if not halt:
@@ -241,14 +236,14 @@ class Runner:
         run = self.folder_of_run
         busy = run.path.is_dir() and holder(run.path) is not None
         found = []
-        for name, standing in survey(run, self.graph).items():
-            state: Any = standing.state
+        for name, each in survey(run, self.graph).items():
+            state: Any = each.state
             if state == "pending" and busy and run.partial(name):
-                state, standing.reasons = "running", []
-            timing = read_timing(standing.folder) if standing.folder else {}
-            folder = standing.folder.name if standing.folder else ""
+                state, each.reasons = "running", []
+            timing = read_timing(each.folder) if each.folder else {}
+            folder = each.folder.name if each.folder else ""
             counts = timing.get("counts", {})
-            found.append(StageStatus(name, folder, state, standing.why, timing.get("seconds"), counts))
+            found.append(StageStatus(name, folder, state, each.why, timing.get("seconds"), counts))
         return found
 
 

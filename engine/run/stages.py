@@ -7,36 +7,86 @@ there, so ablation arms share what they have in common. Neither code nor where i
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.run.context import StageContext
 from macpo.engine.run.keys import key_of
-
-if TYPE_CHECKING:
-    from macpo.engine.run.context import StageContext
-
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run.
+class StageInputs(BaseModel):
+    """Names of the earlier stages whose folders a stage reads: a field each, or a mapping for several alike."""
 
-    `kind`: what the stage does, by a name that outlives the code's layout; part of the key.
-    `settings`: JSON-able; everything the outputs depend on besides the inputs (config slice, seed, file digests).
-    `inputs`: alias -> name of an earlier stage. `cost`: relative duration, a hint for scheduling only.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def by_alias(self) -> dict[str, str]:
+        """What keys and manifests call each input, `field` or `field:key` -> name of the stage."""
+        found: dict[str, str] = {}
+        for field in type(self).model_fields:
+            value = getattr(self, field)
+            if isinstance(value, str):
+                found[field] = value
+            elif value is not None:
+                found |= {f"{field}:{key}": name for key, name in value.items()}
+        return found
+
+
+class StageWork(BaseModel):
+    """What a stage does; a subclass per kind of stage, whose fields are its settings.
+
+    The key hashes the settings and the content of the inputs. Left out are fields with `exclude=True`, which say where
+    the stage runs, and those that have their default: a kind can gain a setting without making finished runs stale.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    name: ClassVar[str]
+    """Name of the kind; part of the key, so it outlives the code's layout."""
+    weight: ClassVar[float] = 1.0
+    """Relative duration: a hint for the order in which parallel jobs take stages."""
+    inputs: StageInputs = StageInputs()
+
+    def settings(self) -> dict[str, Any]:
+        """What the outputs depend on besides the inputs (slice of the recipe, seed, digests of files), as JSON."""
+        kept = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name != "inputs" and (field.is_required() or getattr(self, name) != field.default)
+        }
+        return self.model_dump(mode="json", include=kept)
+
+    def run(self, ctx: StageContext) -> None:
+        """Writes the outputs into `ctx.dir`. Every rank calls it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run, under a name that is unique in it."""
+
     name: str
-    kind: str
-    run: Callable[[StageContext], None]
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    cost: float = 1.0
+    work: StageWork
+
+    @property
+    def kind(self) -> str:
+        return self.work.name
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        return self.work.settings()
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """Alias -> name of an earlier stage."""
+        return self.work.inputs.by_alias()
 
 
 class Graph:
@@ -103,9 +153,9 @@ class Graph:
         return [name for name in self._stages if name in reached]
 
     def urgency(self) -> dict[str, float]:
-        """Cost of the longest chain that begins at each stage: the order in which free workers take them."""
+        """Weight of the longest chain that begins at each stage: the order in which free workers take them."""
         longest: dict[str, float] = {}
         for stage in reversed(self.stages):
             users = [longest[other.name] for other in self.stages if stage.name in other.inputs.values()]
-            longest[stage.name] = stage.cost + max(users, default=0.0)
+            longest[stage.name] = stage.work.weight + max(users, default=0.0)
         return longest

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Standing:
+class StageState:
     """`reasons`: the differing fields of a stale stage; `after`: it is stale only because that stage is."""
 
     state: str
@@ -35,37 +35,37 @@ class Standing:
         return "; ".join(self.reasons) or (f"comes after {self.after}" if self.after else "")
 
 
-def survey(run: RunFolder, graph: Graph, redo: Collection[str] = ()) -> dict[str, Standing]:
-    """Every stage's standing; files are compared by size and time stamp, and by hash where the stamp differs.
+def survey(run: RunFolder, graph: Graph, redo: Collection[str] = ()) -> dict[str, StageState]:
+    """Every stage's state; files are compared by size and time stamp, and by hash where the stamp differs.
 
     `redo`: stages that will be done again anyway, so that nobody needs to look at them.
     """
-    found: dict[str, Standing] = {}
+    found: dict[str, StageState] = {}
     for stage in graph.stages:
-        found[stage.name] = Standing("pending") if stage.name in redo else _stand(run, stage, found)
+        found[stage.name] = StageState("pending") if stage.name in redo else _stand(run, stage, found)
     return found
 
 
-def _stand(run: RunFolder, stage: Stage, found: dict[str, Standing]) -> Standing:
+def _stand(run: RunFolder, stage: Stage, found: dict[str, StageState]) -> StageState:
     folder = run.committed(stage.name)
     if folder is None:
         partial = run.partial(stage.name)
-        return Standing("pending", partial, reasons=["interrupted, goes on from where it was"] if partial else [])
+        return StageState("pending", partial, reasons=["interrupted, goes on from where it was"] if partial else [])
     try:
         manifest = Manifest.read(folder)
         manifest.verify(folder, full=False)
     except IntegrityError as error:
-        return Standing("damaged", folder, error=error)
+        return StageState("damaged", folder, error=error)
     reasons = differences(stage, manifest, found)
     if reasons:
-        return Standing("stale", folder, manifest, reasons)
+        return StageState("stale", folder, manifest, reasons)
     before = [name for name in stage.inputs.values() if found[name].state in ("stale", "damaged")]
     if before:
-        return Standing("stale", folder, manifest, after=before[0])
-    return Standing("done", folder, manifest)
+        return StageState("stale", folder, manifest, after=before[0])
+    return StageState("done", folder, manifest)
 
 
-def differences(stage: Stage, manifest: Manifest, found: dict[str, Standing]) -> list[str]:
+def differences(stage: Stage, manifest: Manifest, found: dict[str, StageState]) -> list[str]:
     """What a finished stage was made from that is no longer so; inputs count where they are done themselves."""
     reasons = changes(dict(manifest.settings), dict(stage.settings))
     if manifest.kind != stage.kind:
@@ -82,9 +82,9 @@ def differences(stage: Stage, manifest: Manifest, found: dict[str, Standing]) ->
     return reasons
 
 
-def refuse_stale(run: RunFolder, graph: Graph, found: dict[str, Standing], allowed: Collection[str]) -> None:
+def refuse_stale(run: RunFolder, graph: Graph, found: dict[str, StageState], allowed: Collection[str]) -> None:
     """Raises: ConfigError naming the changed fields and every stage that they make stale, unless all are `allowed`."""
-    direct = [name for name, standing in found.items() if standing.state == "stale" and standing.reasons]
+    direct = [name for name, each in found.items() if each.state == "stale" and each.reasons]
     if set(direct) <= set(allowed):
         return
     first = next(name for name in direct if name not in allowed)
@@ -100,13 +100,13 @@ def refuse_stale(run: RunFolder, graph: Graph, found: dict[str, Standing], allow
     raise ConfigError(problems=problems)
 
 
-def code_changes(found: dict[str, Standing]) -> str:
+def code_changes(found: dict[str, StageState]) -> str:
     """One line about stages that another version of the code made; empty if there are none."""
     now = code_version()
     older: dict[str, list[str]] = {}
-    for name, standing in found.items():
-        if standing.manifest and any(standing.manifest.created.get(part) != now[part] for part in now):
-            made = standing.manifest.created
+    for name, each in found.items():
+        if each.manifest and any(each.manifest.created.get(part) != now[part] for part in now):
+            made = each.manifest.created
             label = f"{made.get('version')}{'@' + made['commit'][:10] if made.get('commit') else ''}"
             older.setdefault(label, []).append(name)
     parts = [f"{len(names)} by {label} (first: {names[0]})" for label, names in older.items()]

@@ -30,6 +30,22 @@ from macpo.engine.run.stages import Graph
 Build = tuple[str, Mapping[str, Any]]  # ("package.module:function", its JSON argument); the function returns a Graph
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Stages at once, each in a process of its own with `threads` CPU threads; one runs in this process.
+
+    `build`: what a worker makes the same graph from, where there are several.
+    """
+
+    jobs: int = 1
+    threads: int | None = None
+    build: Build | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs > 1 and self.build is None:
+            raise ValueError('jobs > 1 needs build=("module:function", config)')
+
+
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
@@ -43,11 +59,12 @@ class _Worker:
             self.process.stdin.flush()
 
 
-class Pool:
+class WorkerPool:
     """Up to `jobs` workers, each started when it is first needed."""
 
-    def __init__(self, build: Build, run_dir: Path, jobs: int, threads: int | None) -> None:
-        self.build, self.run_dir, self.jobs, self.threads = build, run_dir, jobs, threads
+    def __init__(self, settings: Workers, run_dir: Path) -> None:
+        assert settings.build is not None
+        self.build, self.run_dir, self.jobs, self.threads = settings.build, run_dir, settings.jobs, settings.threads
         self.workers: list[_Worker] = []
         self.selector = selectors.DefaultSelector()
 

@@ -57,7 +57,7 @@ def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
 
 def _of_method(recipe: Recipe) -> _Found:
     teachers = {teacher.name: teacher.data for teacher in recipe.teachers}
-    sources = read_sources(recipe.data.model_dump(mode="json"), teachers, recipe.seed)
+    sources = read_sources(recipe.data, teachers, recipe.seed)
     sizes = {f"{name}'s human pairs": len(pairs) for name, pairs in sources.teachers.items()}
     sizes |= {"student prompts": len(sources.student), "test prompts": len(sources.test)}
     first = next(iter(sources.teachers.values()))[:NUM_MEASURED]
@@ -65,7 +65,7 @@ def _of_method(recipe: Recipe) -> _Found:
 
 
 def _of_standalone(recipe: Standalone) -> _Found:
-    sets = read_sets(recipe.data.model_dump(mode="json"), recipe.recipe, recipe.seed)
+    sets = read_sets(recipe.data, recipe.seed)
     sizes = {"to train on": len(sets.train), "held out": len(sets.test)}
     sample = [_answers(record) for record in sets.train[:NUM_MEASURED]]
     return _Found(sizes, sets.counts, {"student": sets.documents}, sample)

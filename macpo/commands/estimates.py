@@ -1,12 +1,11 @@
-"""`macpo plan`: what a run will do, before any model is loaded. Every figure of tokens, disk, memory and time is an
-estimate from the recipe, model shapes and a sample of the data; the stages themselves are exact."""
+"""What a recipe's stages cost on some hardware, estimated before anything runs; the stages themselves are exact."""
 
 from __future__ import annotations
 
 import os
 import statistics
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,29 +20,15 @@ from macpo.engine.models.compute import device_of, dtype_of, memory_budget
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.planning.calibrate import calibrate, this_machine
-from macpo.engine.planning.fitting import Option, Workload, option
+from macpo.engine.planning.fitting import Option, option
 from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
-from macpo.engine.run.stages import Stage
-from macpo.method.reference import TUNING
+from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost
 from macpo.method.run_plan import Plan
 
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""
-CHARS_PER_TOKEN = 4.0
-PRETRAIN_DOCUMENT_TOKENS = 42
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the estimates need to know of a base model."""
-
-    name: str
-    num_parameters: int
-    bytes_loaded: int
-    bytes_policy: int
-    config: PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +38,6 @@ class Hardware:
     machine: Machine
     room: float
     ranks: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Mean tokens of a prompt and of an answer."""
-
-    prompt: float
-    answer: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +52,7 @@ class Estimate:
     load: bool
     resident_bytes: int
     training: Option | None = None
-    """Of a stage that trains: memory, step time and checkpoint."""
+    """Memory, step time and checkpoint of a stage that trains."""
 
 
 def hardware_of(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, measure: bool = False) -> Hardware:
@@ -120,19 +97,45 @@ def shape_of(agent: AgentSettings, recipe: Recipe) -> Shape:
     return Shape(name, shape.num_parameters, shape.num_parameters * size, policy, config)
 
 
-def sample_lengths(recipe: Recipe) -> Lengths:
-    """Mean lengths from up to 200 rows of the data, at four characters a token."""
+def size_of(recipe: Recipe) -> RunSize:
+    """The sizes that the costs of the recipe's stages depend on.
+
+    Raises:
+        MacpoError: a model whose shape, or data whose rows, cannot be read here.
+    """
+    data, world = recipe.data, recipe.data.world
+    teacher, student, test, documents = data.teacher_prompts, data.student_prompts, data.test_prompts, 2000
+    if world is not None:
+        teacher, student, test = world.teacher_pairs, world.student_prompts, world.test_prompts
+        documents = world.student_documents
+    prompt, response = _sample_lengths(recipe)
+    return RunSize(
+        teacher_prompts=teacher,
+        student_prompts=student,
+        test_prompts=test,
+        num_teachers=len(recipe.teachers),
+        documents=documents,
+        prompt_tokens=prompt,
+        response_tokens=response,
+        max_new_tokens=recipe.sampling.max_new_tokens,
+        generation_batch=recipe.compute.generation_batch,
+        shapes={agent.name: shape_of(agent, recipe) for agent in recipe.agents if agent.has_weights},
+    )
+
+
+def _sample_lengths(recipe: Recipe) -> tuple[float, float]:
+    """Mean tokens of a prompt and a response in up to 200 rows of the data, at four characters a token."""
     limit = recipe.context_tokens - recipe.sampling.max_new_tokens
     if recipe.data.world is not None:
-        return Lengths(min(18, limit), min(24, recipe.sampling.max_new_tokens))
+        return min(18, limit), min(24, recipe.sampling.max_new_tokens)
     data = recipe.data
     assert data.path is not None
     pairs, _ = load_preferences(
         data.path, format=data.format, columns=data.columns, split=data.split, subset=data.subset, max_rows=200
     )
     prompt = statistics.fmean(sum(len(m["content"]) for m in p.prompt.messages) for p in pairs) / CHARS_PER_TOKEN
-    answer = statistics.fmean(len(p.chosen) for p in pairs) / CHARS_PER_TOKEN
-    return Lengths(min(prompt, limit), min(answer, recipe.sampling.max_new_tokens))
+    response = statistics.fmean(len(p.chosen) for p in pairs) / CHARS_PER_TOKEN
+    return min(prompt, limit), min(response, recipe.sampling.max_new_tokens)
 
 
 def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> list[Estimate]:
@@ -145,126 +148,48 @@ def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> li
         ConfigError: settings that a stage's model cannot be trained with.
     """
     machine = (hardware or hardware_of(recipe)).machine
-    shapes = {agent.name: shape_of(agent, recipe) for agent in recipe.agents if agent.has_weights}
-    lengths, device = sample_lengths(recipe), device_of(recipe.compute).type
+    run, device = size_of(recipe), device_of(recipe.compute).type
     budget = memory_budget(recipe.compute)
     resident: OrderedDict[str, int] = OrderedDict()
     rows = []
-    for stage in plan.graph.stages:
-        agent = _agent(stage, shapes)
-        tokens, flop, weight_reads, disk = _cost(stage, recipe, lengths, shapes)
-        seconds = machine.scale * machine.product(flop, dtype_of(recipe.compute)) + weight_reads / BYTES_PER_S[device]
-        training = None
-        if hardware is not None and (work := _workload(stage, lengths, shapes)) is not None:
-            training = _training(stage, recipe, shapes[work[0]], work[1], hardware)
-            passes = tokens
-            if stage.kind == "prefer":  # one pass more, of the reference, a forward alone
-                epochs = stage.settings["optim"]["epochs"]
-                passes = tokens * (epochs + 1 / 3) / (1 + epochs)
-            seconds = passes / work[1].tokens * training.time.total
+    for name, work in _works(plan):
+        cost, agent, training = work.cost(run), work.loads(run), None
+        seconds = machine.scale * machine.product(cost.flop, dtype_of(recipe.compute))
+        seconds += cost.weight_bytes / BYTES_PER_S[device]
+        if hardware is not None and (learning := work.training(run)) is not None:
+            training = _step(learning, recipe, hardware)
+            seconds = learning.tokens / learning.step.tokens * training.time.total
         load = False
         if agent is not None:
-            shape = shapes[agent]
+            shape = run.shapes[agent]
             load = shape.name not in resident
             resident[shape.name] = shape.bytes_loaded
             resident.move_to_end(shape.name)
             while sum(resident.values()) > budget and len(resident) > 1:
                 resident.popitem(last=False)
-        rows.append(
-            Estimate(
-                stage.name, round(tokens), round(disk), seconds, agent or "", load, sum(resident.values()), training
-            )
-        )
+        disk, held = round(work.disk_bytes(run)), sum(resident.values())
+        rows.append(Estimate(name, round(cost.tokens), disk, seconds, agent or "", load, held, training))
     return rows
 
 
-def _agent(stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
-    name = stage.settings.get("agent", {}).get("name")
-    served = "served" in stage.settings and stage.kind == "answer"  # the work is the server's
-    return name if name in shapes and not served else None
-
-
-def _workload(stage: Stage, lengths: Lengths, shapes: Mapping[str, Shape]) -> tuple[str, Workload] | None:
-    """Who learns in a stage that trains, and what one of its steps holds."""
-    kind, s = stage.kind, stage.settings
-    if kind == "pretrain_base":
-        optim = s["init"]["pretrain"]
-        work = Workload(optim["batch"], 1, PRETRAIN_DOCUMENT_TOKENS - 1, optim["microbatch_tokens"], answers=1)
-        return next(name for name in shapes if stage.name.endswith(f"base-{name}")), work
-    if kind not in ("imitate", "prefer"):
-        return None
-    prompt, answer = max(1, round(lengths.prompt)), max(1, round(lengths.answer))
-    limit, answers = s["optim"]["microbatch_tokens"], 2 if kind == "prefer" else 1
-    return s["agent"]["name"], Workload(s["optim"]["batch"], prompt, answer, limit, answers)
-
-
-def _training(stage: Stage, recipe: Recipe, shape: Shape, work: Workload, hardware: Hardware) -> Option:
-    """Memory and step time of a stage that trains."""
-    on_cpu = hardware.machine.waits
-    tuning = TUNING.validate_python(stage.settings.get("tuning", {"type": "full"}))
-    dtype = dtype_of(recipe.compute) if on_cpu else torch.bfloat16
-    setup = Setup(tuning, recipe.compute.parallel, dtype, "cpu" if on_cpu else "cuda", hardware.ranks)
-    return option(shape.config, setup, hardware.machine, hardware.room, work)
-
-
-def _cost(
-    stage: Stage, recipe: Recipe, lengths: Lengths, shapes: Mapping[str, Shape]
-) -> tuple[float, float, float, float]:
-    """(tokens, FLOP, bytes of weights read while decoding, bytes on disk) of one stage."""
-    kind, s = stage.kind, stage.settings
-    student, test, world = recipe.data.student_prompts, recipe.data.test_prompts, recipe.data.world
-    teacher = recipe.data.teacher_prompts
-    if world is not None:
-        student, test, teacher = world.student_prompts, world.test_prompts, world.teacher_pairs
-    p, r = lengths.prompt, lengths.answer
-    row_bytes = CHARS_PER_TOKEN * (p + 2 * r) + 200
-    name = _agent(stage, shapes)
-    n = shapes[name].num_parameters if name else 0
-    if kind in ("split_prompts", "human_answers"):
-        return 0, 0, 0, row_bytes * (teacher * len(recipe.teachers) + student + test)
-    if kind == "pretrain_base":
-        init, owner = s["init"], next(a for a in shapes if stage.name.endswith(f"base-{a}"))
-        documents = world.student_documents if world is not None else 2000
-        tokens = (
-            (init["pretrain"]["max_documents"] or documents) * PRETRAIN_DOCUMENT_TOKENS * init["pretrain"]["epochs"]
-        )
-        shape = shapes[owner]
-        return tokens, 6 * shape.num_parameters * tokens, 0, 4 * shape.num_parameters
-    backward = 4 if s.get("tuning", {}).get("type") == "lora" else 6  # a frozen base needs no weight gradients
-    if kind == "imitate":
-        rows = teacher if s["file"].startswith("teacher-") else student
-        tokens = rows * (p + r) * s["optim"]["epochs"]
-        return tokens, backward * n * tokens, 0, shapes[name].bytes_policy if name else 0
-    if kind == "prefer":
-        tokens = student * (p + 2 * r)
-        return (
-            tokens * (1 + s["optim"]["epochs"]),
-            (2 + backward * s["optim"]["epochs"]) * n * tokens,
-            0,
-            (shapes[name].bytes_policy if name else 0),
-        )
-    if kind == "answer":
-        steps = -(-student // recipe.compute.generation_batch) * recipe.sampling.max_new_tokens
-        reads = steps * shapes[name].bytes_loaded if name else 0
-        return student * (p + r), 2 * n * student * (p + r), reads, student * row_bytes
-    if kind == "score_candidates":
-        count = sum(alias.startswith("answers:") for alias in stage.inputs)
-        tokens = student * (p + count * r)
-        return tokens, 2 * n * tokens, 0, student * (CHARS_PER_TOKEN * r + 100) * count
-    if kind in ("evaluate_policy", "judge_base"):
-        tokens = test * (p + 2 * r)
-        steps = -(-test // recipe.compute.generation_batch) * recipe.sampling.max_new_tokens
-        if kind == "judge_base":
-            return tokens, 2 * n * tokens, 0, 60 * test
-        reads = steps * shapes[name].bytes_loaded if name and "served" not in s else 0
-        answering = 0 if "served" in s else 2 * n * test * (p + r)
-        return tokens + test * (p + r), 2 * n * tokens + answering, reads, test * (row_bytes + 200)
-    return 0, 0, 0, student * row_bytes
-
-
 def disk_needed(recipe: Recipe, plan: Plan) -> int | None:
-    """Estimated bytes of the run; None where the models' shapes cannot be read here."""
+    """Estimated bytes of the run; None where the models' shapes or the data cannot be read here."""
     try:
-        return sum(row.disk_bytes for row in estimate(recipe, plan))
+        run = size_of(recipe)
     except MacpoError:
         return None  # `run` will say what is wrong with the model or the data, with the stage's own message
+    return sum(round(work.disk_bytes(run)) for _, work in _works(plan))
+
+
+def _works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:
+    for stage in plan.graph.stages:
+        assert isinstance(stage.work, MethodStage)
+        yield stage.name, stage.work
+
+
+def _step(learning: TrainingCost, recipe: Recipe, hardware: Hardware) -> Option:
+    """Memory and time of one training step."""
+    on_cpu = hardware.machine.waits
+    dtype = dtype_of(recipe.compute) if on_cpu else torch.bfloat16
+    setup = Setup(learning.tuning, recipe.compute.parallel, dtype, "cpu" if on_cpu else "cuda", hardware.ranks)
+    return option(learning.config, setup, hardware.machine, hardware.room, learning.step)

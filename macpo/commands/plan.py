@@ -15,7 +15,7 @@ from macpo.standalone.records import read_sets
 
 def show_standalone(recipe: Standalone) -> str:
     """The stages as text, with exact numbers of rows and steps; no model is loaded."""
-    sets = read_sets(recipe.data.model_dump(mode="json"), recipe.recipe, recipe.seed)
+    sets = read_sets(recipe.data, recipe.seed)
     steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
     notes = {
         "data": f"{len(sets.train):,} to train on, {len(sets.test):,} held out",

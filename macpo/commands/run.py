@@ -17,6 +17,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
 from macpo.engine.run.runner import Runner
+from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
@@ -62,9 +63,11 @@ def runner_of(
         world=world,
         rerun_stale=rerun_stale,
         from_stage=from_stage,
-        jobs=compute.jobs if world is None or world.size == 1 else 1,  # ranks share every stage instead
-        threads=compute.threads,
-        build=(GRAPH_BUILDER, recipe.model_dump(mode="json")),
+        workers=Workers(
+            jobs=compute.jobs if world is None or world.size == 1 else 1,  # ranks share every stage instead
+            threads=compute.threads,
+            build=(GRAPH_BUILDER, recipe.model_dump(mode="json")),
+        ),
     )
 
 

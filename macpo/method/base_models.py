@@ -1,53 +1,103 @@
-"""TODO."""
+"""Base models that a run trains from scratch: a tokenizer and a small Llama on documents."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 
-from macpo.engine.config import ComputeSettings, InitSettings
+from pydantic import Field
+
+from macpo.engine.config import ComputeSettings, FullSettings, InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, read_records
 from macpo.engine.errors import DataError
-from macpo.engine.models.from_scratch import build_model, document_groups, read_corpus, save_base, train_tokenizer
+from macpo.engine.models.flops import ModelShape
+from macpo.engine.models.from_scratch import (
+    build_model,
+    document_groups,
+    llama_shape,
+    read_corpus,
+    save_base,
+    train_tokenizer,
+)
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.context import StageContext
+from macpo.engine.run.stages import StageInputs
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
+from macpo.method.costs import PRETRAIN_DOCUMENT_TOKENS, Cost, MethodStage, RunSize, TrainingCost
 
 
-def pretrain_base(compute: ComputeSettings, ctx: StageContext) -> None:
+class DataInputs(StageInputs):
+    data: str
+    """Wrote the run's sets of prompts."""
+
+
+class PretrainBase(MethodStage):
     """Train a tokenizer and a small Llama from scratch on documents; writes the Hugging Face folder `model/`."""
-    s = ctx.settings
-    init = InitSettings.model_validate(s["init"])
-    if init.corpus == "data":
-        documents = read_records(ctx.input("data") / f"documents-{s['role']}.jsonl", Example)
-    else:
-        documents = read_corpus(init.corpus)
-    documents = documents[: init.pretrain.max_documents]
-    if not documents:
-        raise DataError(
-            "no document is left to pretrain on: the three sets of prompts use up the data",
-            "lower data.teacher_prompts or data.student_prompts, or name a text file in init.corpus",
-            field=f"{s['role']}.init.corpus",
+
+    name = "pretrain_base"
+    weight = 30.0
+
+    init: InitSettings
+    corpus: str | None
+    """Identity of the text file in `init.corpus`; None where the documents are the run's own."""
+    role: str
+    """Whose documents."""
+    template: str
+    special_text: str
+    seed: int
+    inputs: DataInputs
+    compute: ComputeSettings = Field(exclude=True)
+
+    def run(self, ctx: StageContext) -> None:
+        init = self.init
+        if init.corpus == "data":
+            documents = read_records(ctx.input(self.inputs.data) / f"documents-{self.role}.jsonl", Example)
+        else:
+            documents = read_corpus(init.corpus)
+        documents = documents[: init.pretrain.max_documents]
+        if not documents:
+            raise DataError(
+                "no document is left to pretrain on: the three sets of prompts use up the data",
+                "lower data.teacher_prompts or data.student_prompts, or name a text file in init.corpus",
+                field=f"{self.role}.init.corpus",
+            )
+        tokenizer = train_tokenizer(documents, init, self.template)
+        chat = Chat(tokenizer, self.template, special_text=self.special_text)
+        model = build_model(init, tokenizer, self.seed)
+        result = train(
+            PolicyModule(model),
+            document_groups(chat, documents, init.context, init.learn),
+            sft(),
+            init.pretrain,
+            seed=self.seed,
+            workdir=ctx.dir,
+            world=ctx.world,
+            should_stop=ctx.stop_requested,
+            progress=ctx.name,
+            trackers=Trackers(self.compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
         )
-    tokenizer = train_tokenizer(documents, init, s["template"])
-    chat = Chat(tokenizer, s["template"], special_text=s["special_text"])
-    model = build_model(init, tokenizer, s["seed"])
-    groups = document_groups(chat, documents, init.context, init.learn)
-    result = train(
-        PolicyModule(model),
-        groups,
-        sft(),
-        init.pretrain,
-        seed=s["seed"],
-        workdir=ctx.dir,
-        world=ctx.world,
-        should_stop=ctx.stop_requested,
-        progress=ctx.name,
-        trackers=Trackers(compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
-    )
-    if ctx.world.is_main:
-        save_base(model, tokenizer, ctx.dir / "model")
-        shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
-    ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)
+        if ctx.world.is_main:
+            save_base(model, tokenizer, ctx.dir / "model")
+            shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
+        ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        return ModelShape.of(llama_shape(self.init)).num_parameters
+
+    def cost(self, run: RunSize) -> Cost:
+        settings = self.init.pretrain
+        tokens = (settings.max_documents or run.documents) * PRETRAIN_DOCUMENT_TOKENS * settings.epochs
+        return Cost(tokens, 6 * self.num_parameters * tokens)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return 4 * self.num_parameters
+
+    def training(self, run: RunSize) -> TrainingCost:
+        settings = self.init.pretrain
+        step = Workload(settings.batch, 1, PRETRAIN_DOCUMENT_TOKENS - 1, settings.microbatch_tokens, answers=1)
+        return TrainingCost(llama_shape(self.init), FullSettings(), step, self.cost(run).tokens)

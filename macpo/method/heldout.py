@@ -6,76 +6,127 @@ import shutil
 from typing import Any
 
 from macpo import demo_world
-from macpo.engine.config import ComputeSettings, ServedSettings
 from macpo.engine.data.records import Pair, read_records
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.evaluation import metrics as evaluate
-from macpo.method.answers import generate_answers
-from macpo.method.encoding import encode
+from macpo.evaluation.summary import Role
+from macpo.method.answers import GeneratingStage
+from macpo.method.costs import Cost, RunSize
+from macpo.method.encoding import encode_pairs
 from macpo.method.likelihoods import likelihoods
-from macpo.method.policies import agent_chat, load_policy
+from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
 
 SIDES = ("chosen", "rejected")
 
 
-def human_pair_logps(compute: ComputeSettings, ctx: StageContext, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
-    """Summed log-probs of the human chosen and rejected answers under the stage's policy, by prompt id."""
-    items = [(p.prompt, [(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)]) for p in pairs]
-    groups, kept = encode(ctx, agent_chat(ctx), items)
-    scores = likelihoods(load_policy(compute, ctx), groups, compute, ctx.world, ctx.stop_requested)
+def human_pair_logps(policy: OpenPolicy, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
+    """Summed log-probs of the human chosen and rejected responses under the policy, by prompt id."""
+    groups, kept = encode_pairs(policy, pairs)
     return {
         pairs[index].prompt.id: {
             key: value
             for side, s in zip(SIDES, pair, strict=True)
             for key, value in ((f"{side}_logp", s.sum_logp), (f"{side}_tokens", s.num_tokens))
         }
-        for index, pair in zip(kept, scores, strict=True)
+        for index, pair in zip(kept, likelihoods(policy, groups), strict=True)
     }
 
 
-def judge_base(compute: ComputeSettings, ctx: StageContext) -> None:
+class BaseLogpsInputs(PolicyInputs):
+    data: str
+
+
+class BaseLogps(PolicyStage):
     """Log-probs of the human test pairs under the agent's base model: the reference of the implicit reward."""
-    logps = human_pair_logps(compute, ctx, read_records(ctx.input("data") / "test.jsonl", Pair))
-    if ctx.world.is_main:
-        write_jsonl(ctx.dir / "logps.jsonl", [{"prompt_id": i, **row} for i, row in sorted(logps.items())])
+
+    name = "judge_base"
+    inputs: BaseLogpsInputs
+
+    def run(self, ctx: StageContext) -> None:
+        pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
+        logps = human_pair_logps(self.open_policy(ctx), pairs)
+        if ctx.world.is_main:
+            write_jsonl(ctx.dir / "logps.jsonl", [{"prompt_id": i, **row} for i, row in sorted(logps.items())])
+
+    def cost(self, run: RunSize) -> Cost:
+        tokens = run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens)
+        agent = self.loads(run)
+        return Cost(tokens, 2 * (run.shapes[agent].num_parameters if agent else 0) * tokens)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return 60 * run.test_prompts
 
 
-def evaluate_policy(compute: ComputeSettings, ctx: StageContext, served: ServedSettings | None = None) -> None:
-    """Answers, gold scores where the world has them, and preference metrics; `evaluation.json` and `.jsonl`.
+class EvaluateInputs(PolicyInputs):
+    data: str
+    base_logps: str | None = None
+    """None where the policy's weights are not here: no preference metrics then."""
 
-    Without the input `base_logps` the policy's weights are not here: no preference metrics then.
-    """
-    pairs = read_records(ctx.input("data") / "test.jsonl", Pair)
-    responses, counts = generate_answers(compute, ctx, [pair.prompt for pair in pairs], served)
-    answers = {response.prompt_id: response for response in responses}
-    logps, base = {}, {}
-    if "base_logps" in ctx.inputs:
-        logps = human_pair_logps(compute, ctx, pairs)
-        base = {row["prompt_id"]: row for _, row in read_jsonl(ctx.input("base_logps") / "logps.jsonl")}
-    rows = []
-    for pair in sorted(pairs, key=lambda p: p.prompt.id):
-        prompt, given = pair.prompt, answers.get(pair.prompt.id)
-        row: dict[str, Any] = {"prompt_id": prompt.id, "prompt": list(prompt.messages)}
-        row |= {"answer": given.text if given else "", "finished": bool(given and given.finished)}
-        if ctx.settings["gold"]:
-            row["gold"] = demo_world.gold(prompt.messages, row["answer"])
-        if prompt.id in logps and prompt.id in base:
-            row |= logps[prompt.id]
-            row |= {f"base_{side}_logp": base[prompt.id][f"{side}_logp"] for side in SIDES}
-        rows.append(row)
-    metrics: dict[str, Any] = dict(
-        evaluate.answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
-    )
-    if ctx.settings["gold"]:
-        metrics |= evaluate.gold_mean([row["gold"] for row in rows])
-    judged = [row for row in rows if "chosen_logp" in row]
-    if judged:
-        columns = [[row[f"{prefix}{side}_logp"] for row in judged] for prefix in ("", "base_") for side in SIDES]
-        tokens = {f"{side}_tokens": [row[f"{side}_tokens"] for row in judged] for side in SIDES}
-        metrics |= evaluate.preference_metrics(*columns, beta=ctx.settings["beta"], **tokens)
-    if ctx.world.is_main:
-        about = {name: ctx.settings[name] for name in ("role", "iteration")}
-        write_json(ctx.dir / "evaluation.json", {**about, **counts, **metrics})
-        write_jsonl(ctx.dir / "evaluation.jsonl", rows)
-        shutil.rmtree(ctx.dir / "waves")
+
+class EvaluatePolicy(GeneratingStage):
+    """Responses, gold scores where the world has them, and preference metrics; `evaluation.json` and `.jsonl`."""
+
+    name = "evaluate_policy"
+    weight = 2.0
+    role: Role
+    iteration: int
+    beta: float
+    """Scale of the implicit reward."""
+    gold: bool
+    inputs: EvaluateInputs
+
+    def run(self, ctx: StageContext) -> None:
+        policy = self.open_policy(ctx)
+        pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
+        responses, counts = self.generate(policy, [pair.prompt for pair in pairs])
+        answers = {response.prompt_id: response for response in responses}
+        logps, base = {}, {}
+        if self.inputs.base_logps is not None:
+            logps = human_pair_logps(policy, pairs)
+            path = ctx.input(self.inputs.base_logps) / "logps.jsonl"
+            base = {row["prompt_id"]: row for _, row in read_jsonl(path)}
+        rows = []
+        for pair in sorted(pairs, key=lambda p: p.prompt.id):
+            prompt, given = pair.prompt, answers.get(pair.prompt.id)
+            row: dict[str, Any] = {"prompt_id": prompt.id, "prompt": list(prompt.messages)}
+            row |= {"answer": given.text if given else "", "finished": bool(given and given.finished)}
+            if self.gold:
+                row["gold"] = demo_world.gold(prompt.messages, row["answer"])
+            if prompt.id in logps and prompt.id in base:
+                row |= logps[prompt.id]
+                row |= {f"base_{side}_logp": base[prompt.id][f"{side}_logp"] for side in SIDES}
+            rows.append(row)
+        if ctx.world.is_main:
+            about = {"role": self.role, "iteration": self.iteration}
+            write_json(ctx.dir / "evaluation.json", {**about, **counts, **self._metrics(rows)})
+            write_jsonl(ctx.dir / "evaluation.jsonl", rows)
+            shutil.rmtree(ctx.dir / "waves")
+
+    def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = dict(
+            evaluate.answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
+        )
+        if self.gold:
+            found |= evaluate.gold_mean([row["gold"] for row in rows])
+        judged = [row for row in rows if "chosen_logp" in row]
+        if judged:
+            columns = [[row[f"{prefix}{side}_logp"] for row in judged] for prefix in ("", "base_") for side in SIDES]
+            tokens = {f"{side}_tokens": [row[f"{side}_tokens"] for row in judged] for side in SIDES}
+            found |= evaluate.preference_metrics(*columns, beta=self.beta, **tokens)
+        return found
+
+    def cost(self, run: RunSize) -> Cost:
+        answering = run.test_prompts * (run.prompt_tokens + run.response_tokens)
+        judging = run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens)
+        agent = self.loads(run)
+        if agent is None:
+            return Cost(judging + answering)
+        shape = run.shapes[agent]
+        if self.served is not None:
+            return Cost(judging + answering, 2 * shape.num_parameters * judging)
+        reads = run.decode_steps(run.test_prompts) * shape.bytes_loaded
+        return Cost(judging + answering, 2 * shape.num_parameters * (judging + answering), reads)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.test_prompts * (run.row_bytes + 200)

@@ -1,82 +1,177 @@
-"""How a policy learns: SFT or preference training from where it stands, and what it is held to meanwhile."""
+"""How a policy learns: SFT or preference training from where it stands, against a frozen reference."""
 
 from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
-from macpo.engine.config import (
-    ComputeSettings,
-    OptimSettings,
-    PreferenceSettings,
-)
+from macpo.engine.config import LoraSettings, OptimSettings, PreferenceSettings, Tuning
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
+from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.context import StageContext
-from macpo.engine.training.objectives import preference, sft
+from macpo.engine.training.objectives import Objective, preference, sft
+from macpo.engine.training.reference import weighted
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
+from macpo.method.costs import Cost, RunSize, Shape, TrainingCost
 from macpo.method.encoding import encode, encode_pairs
-from macpo.method.policies import agent_chat, load_policy
-from macpo.method.reference import TUNING, reference_logps
+from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
+from macpo.method.reference import Reference, read_reference
 
 
-def imitate(compute: ComputeSettings, ctx: StageContext) -> None:
+class LearningStage(PolicyStage):
+    """A kind of stage that trains a copy of its policy and saves it as `policy/`."""
+
+    optim: OptimSettings
+    tuning: Tuning
+    seed: int
+    responses: ClassVar[int] = 1
+    """Per prompt."""
+
+    def learn(
+        self,
+        policy: OpenPolicy,
+        groups: list[PrefixGroup],
+        ids: list[str],
+        objective: Callable[[Callable[[], PolicyModule]], Objective],
+    ) -> None:
+        """Args:
+        ids: of the groups' prompts.
+        objective: what is minimised, made before training; its argument gives the policy about to be trained.
+        """
+        ctx = policy.ctx
+        module = functools.cache(lambda: policy.load(self.tuning, seed=self.seed))  # another reference goes before it
+        minimised = objective(module)
+        result = train(
+            module(),
+            groups,
+            minimised,
+            self.optim,
+            seed=self.seed,
+            workdir=ctx.dir,
+            ids=ids,
+            world=ctx.world,
+            should_stop=ctx.stop_requested,
+            progress=ctx.name,
+            trackers=Trackers(self.compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
+        )
+        base_name, tokenizer = str(self.agent.model), policy.chat.tokenizer
+        save_policy(module(), ctx.dir / "policy", base_name=base_name, tokenizer=tokenizer)
+        if ctx.world.is_main:
+            shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
+        ctx.note(tokens=result.tokens, steps=result.steps)
+
+    def num_rows(self, run: RunSize) -> int:
+        """Estimated number of prompts that are trained on."""
+        return run.student_prompts
+
+    def cost(self, run: RunSize) -> Cost:
+        shape = self._shape(run)
+        tokens = self._tokens(run) * self.optim.epochs
+        return Cost(tokens, self._flop_factor * (shape.num_parameters if shape else 0) * tokens)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        shape = self._shape(run)
+        return shape.bytes_policy if shape else 0
+
+    def training(self, run: RunSize) -> TrainingCost:
+        prompt, response = max(1, round(run.prompt_tokens)), max(1, round(run.response_tokens))
+        step = Workload(self.optim.batch, prompt, response, self.optim.microbatch_tokens, self.responses)
+        return TrainingCost(run.shapes[self.agent.name].config, self.tuning, step, self._training_tokens(run))
+
+    def _shape(self, run: RunSize) -> Shape | None:
+        return run.shapes.get(self.agent.name)
+
+    def _tokens(self, run: RunSize) -> float:
+        """In one epoch."""
+        return self.num_rows(run) * (run.prompt_tokens + self.responses * run.response_tokens)
+
+    def _training_tokens(self, run: RunSize) -> float:
+        return self._tokens(run) * self.optim.epochs
+
+    @property
+    def _flop_factor(self) -> int:
+        """FLOP per token and parameter; a frozen base needs no weight gradients."""
+        return 4 if isinstance(self.tuning, LoraSettings) else 6
+
+
+class ImitateInputs(PolicyInputs):
+    examples: str
+    """Wrote the examples or pairs."""
+
+
+class Imitate(LearningStage):
     """SFT on one side of human pairs, or on weak labels: the initial policies, and the ceiling."""
-    path, side = ctx.input("examples") / ctx.settings["file"], ctx.settings["side"]
-    if side == "answer":
-        examples = read_records(path, Example)
-    else:
-        examples = [Example(pair.prompt, getattr(pair, side)) for pair in read_records(path, Pair)]
-    chat = agent_chat(ctx)
-    groups, kept = encode(ctx, chat, [(e.prompt, [(e.answer, e.finished)]) for e in examples])
-    ctx.note(examples=len(groups), dropped_long_prompt=len(examples) - len(groups))
-    ids = [examples[i].prompt.id for i in kept]
-    _learn(compute, ctx, groups, ids, OptimSettings.model_validate(ctx.settings["optim"]))
+
+    name = "imitate"
+    weight = 3.0
+    file: str
+    side: Literal["chosen", "rejected", "answer"]
+    """Which side of pairs; `answer` where the file holds examples."""
+    inputs: ImitateInputs
+
+    def run(self, ctx: StageContext) -> None:
+        policy = self.open_policy(ctx)
+        path = ctx.input(self.inputs.examples) / self.file
+        if self.side == "answer":
+            examples = read_records(path, Example)
+        else:
+            examples = [Example(pair.prompt, getattr(pair, self.side)) for pair in read_records(path, Pair)]
+        groups, kept = encode(policy, [(e.prompt, [(e.answer, e.finished)]) for e in examples])
+        ctx.note(examples=len(groups), dropped_long_prompt=len(examples) - len(groups))
+        self.learn(policy, groups, [examples[i].prompt.id for i in kept], lambda module: sft())
+
+    def num_rows(self, run: RunSize) -> int:
+        return run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
 
 
-def prefer(compute: ComputeSettings, ctx: StageContext) -> None:
-    """Preference training on pairs, from the stage's policy, which is the frozen reference too unless the settings say
+class PreferInputs(PolicyInputs):
+    pairs: str
+    reference: str | None = None
+    """Computed the reference log-probs; by default the stage does so itself."""
+
+
+class Prefer(LearningStage):
+    """Preference training on pairs, from the stage's policy, which is the frozen reference too unless `optim` says
     otherwise."""
-    pairs = read_records(ctx.input("pairs") / ctx.settings.get("file", "pairs.jsonl"), Pair)
-    groups, kept = encode_pairs(ctx, pairs)
-    ctx.note(pairs=len(groups), dropped_long_prompt=len(pairs) - len(groups))
-    known = [pairs[i].ref_chosen_logp for i in kept]
-    ids = [pairs[i].prompt.id for i in kept]
-    _learn(compute, ctx, groups, ids, PreferenceSettings.model_validate(ctx.settings["optim"]), known)
 
+    name = "prefer"
+    weight = 4.0
+    responses = 2
+    optim: PreferenceSettings
+    reference_weights: dict[str, str]
+    """Identity of a reference model that the settings name."""
+    file: str = "pairs.jsonl"
+    inputs: PreferInputs
 
-def _learn(
-    compute: ComputeSettings,
-    ctx: StageContext,
-    groups: list[PrefixGroup],
-    ids: list[str],
-    optim: OptimSettings,
-    known: Sequence[float | None] | None = None,
-) -> None:
-    """Train a copy of the stage's policy on `groups` and save it as `policy/`."""
-    tuning = TUNING.validate_python(ctx.settings["tuning"])
-    policy = functools.cache(lambda: load_policy(compute, ctx, tuning))  # a separate reference comes and goes before it
-    objective = sft()
-    if isinstance(optim, PreferenceSettings):
-        objective = preference(optim, reference_logps(compute, ctx, groups, optim, policy, known))
-    result = train(
-        policy(),
-        groups,
-        objective,
-        optim,
-        seed=ctx.settings["seed"],
-        workdir=ctx.dir,
-        ids=ids,
-        world=ctx.world,
-        should_stop=ctx.stop_requested,
-        progress=ctx.name,
-        trackers=Trackers(compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
-    )
-    base_name = str(ctx.settings["agent"]["model"])
-    save_policy(policy(), ctx.dir / "policy", base_name=base_name, tokenizer=agent_chat(ctx).tokenizer)
-    if ctx.world.is_main:
-        shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
-    ctx.note(tokens=result.tokens, steps=result.steps)
+    def run(self, ctx: StageContext) -> None:
+        policy, settings = self.open_policy(ctx), self.optim
+        pairs = read_records(ctx.input(self.inputs.pairs) / self.file, Pair)
+        groups, kept = encode_pairs(policy, pairs)
+        ctx.note(pairs=len(groups), dropped_long_prompt=len(pairs) - len(groups))
+        known = [pairs[i].ref_chosen_logp for i in kept]
+
+        def objective(module: Callable[[], PolicyModule]) -> Objective:
+            if not settings.has_reference:
+                return preference(settings, None)
+            if self.inputs.reference is not None:
+                parts = read_reference(ctx.input(self.inputs.reference) / "train.safetensors", len(groups))
+                return preference(settings, weighted(parts, settings.ld_alpha).float())
+            reference = Reference(policy, settings, self.tuning, self.seed)
+            return preference(settings, reference.logps(groups, module, known))
+
+        self.learn(policy, groups, [pairs[i].prompt.id for i in kept], objective)
+
+    def cost(self, run: RunSize) -> Cost:
+        """Training, and one forward of the reference."""
+        shape, tokens, epochs = self._shape(run), self._tokens(run), self.optim.epochs
+        flop = (2 + self._flop_factor * epochs) * (shape.num_parameters if shape else 0) * tokens
+        return Cost(tokens * (1 + epochs), flop)
+
+    def _training_tokens(self, run: RunSize) -> float:
+        return self._tokens(run) * (self.optim.epochs + 1 / 3)  # the reference's forward is a third of a step

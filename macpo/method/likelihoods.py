@@ -1,71 +1,57 @@
-"""TODO."""
+"""How likely responses are under a policy; a stage's ranks share the work."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from macpo.engine.config import (
-    ComputeSettings,
-)
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.distributed.world import World
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import ResponseScore, score
 from macpo.engine.training.reference import shared_sums
+from macpo.method.policies import OpenPolicy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How likely an answer is under a policy: summed log-prob (nats) over its tokens."""
+    """How likely a response is under a policy: its summed log-prob (nats) over its tokens."""
 
     sum_logp: float
     num_tokens: int
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean token NLL of the answer, EOS included where it has one."""
+        """exp of the mean token NLL of the response, EOS included where it has one."""
         return math.exp(min(-self.sum_logp / self.num_tokens, 700.0))
 
 
-def likelihoods(
-    policy: PolicyModule,
-    groups: Sequence[PrefixGroup],
-    compute: ComputeSettings,
-    world: World,
-    should_stop: Callable[[], bool] | None = None,
-) -> list[list[Likelihood]]:
-    """Score every response of every group; all ranks get all results. Raises Stopped after `should_stop`."""
-    scores = _scored(policy, groups, compute, world, should_stop, lambda g: [(r.sum_logp, r.num_tokens) for r in g])
+def likelihoods(policy: OpenPolicy, groups: Sequence[PrefixGroup]) -> list[list[Likelihood]]:
+    """Score every response of every group; all ranks get all results. Raises Stopped where a stop is asked for."""
+    scores = _scored(policy, policy.load(), groups, lambda g: [(r.sum_logp, r.num_tokens) for r in g])
     return [[Likelihood(sum_logp, num_tokens) for sum_logp, num_tokens in group] for group in scores]
 
 
-def shared_parts(
-    policy: PolicyModule,
-    groups: Sequence[PrefixGroup],
-    compute: ComputeSettings,
-    world: World,
-    should_stop: Callable[[], bool] | None = None,
-) -> Tensor:
-    """`objectives.shared_sums` of every response of every group: [R, 2] float64; all ranks get all results."""
-    scores = _scored(policy, groups, compute, world, should_stop, lambda g: shared_sums([r.token_logps for r in g]))
+def shared_parts(policy: OpenPolicy, module: PolicyModule, groups: Sequence[PrefixGroup]) -> Tensor:
+    """`shared_sums` of every response of every group under `module`: [R, 2] float64; all ranks get all results."""
+    scores = _scored(policy, module, groups, lambda g: shared_sums([r.token_logps for r in g]))
     return torch.tensor([part for group in scores for part in group], dtype=torch.float64).reshape(-1, 2)
 
 
 def _scored(
-    policy: PolicyModule,
+    policy: OpenPolicy,
+    module: PolicyModule,
     groups: Sequence[PrefixGroup],
-    compute: ComputeSettings,
-    world: World,
-    should_stop: Callable[[], bool] | None,
-    kept: Callable[[list[ResponseScore]], Any],
-) -> list[Any]:
-    """What is kept of each group's scores, the groups dealt out to the ranks; all ranks get all results."""
-    mine = score(policy, groups, max_tokens=compute.score_tokens, world=world, should_stop=should_stop)
-    found = world.gather([kept(scores) if scores else None for scores in mine])
+    kept: Callable[[list[ResponseScore]], list[T]],
+) -> list[list[T]]:
+    """What is kept of each group's scores. Each rank scores some of the groups; all ranks get all results."""
+    ctx, max_tokens = policy.ctx, policy.compute.score_tokens
+    mine = score(module, groups, max_tokens=max_tokens, world=ctx.world, should_stop=ctx.stop_requested)
+    found = ctx.world.gather([kept(scores) if scores else None for scores in mine])
     return [next(part for part in parts if part is not None) for parts in zip(*found, strict=True)]

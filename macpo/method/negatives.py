@@ -1,13 +1,17 @@
-"""Negative behaviour: which worse answer an agent is shown."""
+"""Negative behaviour: which worse response an agent is shown."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from macpo.engine.data.records import Example, Prompt, Response, read_records, write_records
 from macpo.engine.run.context import StageContext
+from macpo.engine.run.stages import StageInputs
 from macpo.method.answers import read_answers
+from macpo.method.costs import MethodStage
+
+Answers = dict[str, dict[str, Response]]  # agent -> prompt id -> its response
 
 
 def random_name(seed: int, purpose: str, prompt_id: str, names: Sequence[str]) -> str:
@@ -16,31 +20,39 @@ def random_name(seed: int, purpose: str, prompt_id: str, names: Sequence[str]) -
     return sorted(names)[int.from_bytes(digest[:8], "big") % len(names)]
 
 
-def pick_answer(seed: int, purpose: str, prompt_id: str, answers: dict[str, dict[str, Response]]) -> Response | None:
-    """The answer of a seeded random agent among those that answered this prompt; None if none did."""
+def pick_answer(seed: int, purpose: str, prompt_id: str, answers: Answers) -> Response | None:
+    """The response of a seeded random agent among those that answered this prompt; None if none did."""
     names = [name for name, given in answers.items() if prompt_id in given]
     return answers[random_name(seed, purpose, prompt_id, names)][prompt_id] if names else None
 
 
-def answers_by_agent(ctx: StageContext, prefix: str) -> dict[str, dict[str, Response]]:
-    """Answers by agent and prompt id, from the inputs called `prefix:<agent>`."""
-    return {
-        alias.removeprefix(f"{prefix}:"): read_answers(ctx.input(alias))
-        for alias in ctx.inputs
-        if alias.startswith(f"{prefix}:")
-    }
+def answers_by_agent(ctx: StageContext, stages: Mapping[str, str]) -> Answers:
+    """Responses by agent and prompt id; `stages`: agent -> the stage in which it answered."""
+    return {agent: read_answers(ctx.input(stage)) for agent, stage in stages.items()}
 
 
-def weak_negative_labels(ctx: StageContext) -> None:
+class WeakNegativeInputs(StageInputs):
+    data: str
+    answers: dict[str, str]
+    """Teacher -> the stage in which its negative policy answered."""
+
+
+class WeakNegativeLabels(MethodStage):
     """One weak negative label a prompt for the student's negative policy, from a seeded random teacher.
 
-    Not by perplexity: the most likely negative answer is too often a good one.
+    Not by perplexity: the most likely negative response is too often a good one.
     """
-    answers = answers_by_agent(ctx, "answers")
-    picked = (
-        (prompt, pick_answer(ctx.settings["seed"], "weak-negative", prompt.id, answers))
-        for prompt in read_records(ctx.input("data") / "student.jsonl", Prompt)
-    )
-    examples = [Example(prompt, label.text, label.finished, label.agent) for prompt, label in picked if label]
-    write_records(ctx.dir / "examples.jsonl", examples)
-    ctx.note(examples=len(examples))
+
+    name = "weak_negative_labels"
+    seed: int
+    inputs: WeakNegativeInputs
+
+    def run(self, ctx: StageContext) -> None:
+        answers = answers_by_agent(ctx, self.inputs.answers)
+        picked = (
+            (prompt, pick_answer(self.seed, "weak-negative", prompt.id, answers))
+            for prompt in read_records(ctx.input(self.inputs.data) / "student.jsonl", Prompt)
+        )
+        examples = [Example(prompt, label.text, label.finished, label.agent) for prompt, label in picked if label]
+        write_records(ctx.dir / "examples.jsonl", examples)
+        ctx.note(examples=len(examples))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 from macpo.engine.data.records import Pair, Prompt, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_jsonl
 from macpo.engine.run.context import StageContext
-from macpo.method.negatives import answers_by_agent, pick_answer
+from macpo.engine.run.stages import StageInputs
+from macpo.method.costs import MethodStage
+from macpo.method.negatives import Answers, answers_by_agent, pick_answer
 from macpo.method.positives import choose, read_candidates
 
 
@@ -21,35 +24,70 @@ class _Positive:
     logp: float | None = None
 
 
-def student_pairs(ctx: StageContext) -> None:
-    """The kept candidate of every prompt against the negative answer; writes `scores.jsonl` and `pairs.jsonl`.
+class StudentPairInputs(StageInputs):
+    data: str
+    scores: str
+    negatives: dict[str, str]
+    """Agent -> the stage in which its negative policy answered."""
+
+
+class StudentPairs(MethodStage):
+    """The kept candidate of every prompt against the negative response; writes `scores.jsonl` and `pairs.jsonl`.
 
     The kept candidate's log-prob goes along: the scorer is the policy about to be trained.
     """
-    rows, positives = [], {}
-    for prompt_id, candidates in sorted(read_candidates(ctx).items()):
-        index, why = choose(candidates, ctx.settings["selection"], ctx.settings["seed"], prompt_id)
-        kept = candidates[index]
-        positives[prompt_id] = _Positive(kept["text"], kept["finished"], kept["by"], kept["sum_logp"])
-        rows.append({"prompt_id": prompt_id, "candidates": candidates, "kept": index, "why": why})
-    write_jsonl(ctx.dir / "scores.jsonl", rows)
-    _write_pairs(ctx, positives)
+
+    name = "student_pairs"
+    selection: str
+    seed: int
+    inputs: StudentPairInputs
+
+    def run(self, ctx: StageContext) -> None:
+        rows, positives = [], {}
+        for prompt_id, candidates in sorted(read_candidates(ctx.input(self.inputs.scores)).items()):
+            index, why = choose(candidates, self.selection, self.seed, prompt_id)
+            kept = candidates[index]
+            positives[prompt_id] = _Positive(kept.text, kept.finished, kept.by, kept.sum_logp)
+            written = [asdict(each) for each in candidates]
+            rows.append({"prompt_id": prompt_id, "candidates": written, "kept": index, "why": why})
+        write_jsonl(ctx.dir / "scores.jsonl", rows)
+        _write_pairs(ctx, self.inputs.data, positives, answers_by_agent(ctx, self.inputs.negatives), self.seed)
 
 
-def teacher_pairs(ctx: StageContext) -> None:
-    """The one positive answer of every prompt (the student's, or the agent's own) against the negative answer."""
-    (answers,) = answers_by_agent(ctx, "positives").values()
-    _write_pairs(ctx, {i: _Positive(r.text, r.finished, r.agent) for i, r in answers.items()})
+class TeacherPairInputs(StageInputs):
+    data: str
+    positives: dict[str, str]
+    """The one agent -> the stage in which the student, or the agent itself, answered."""
+    negatives: dict[str, str]
+    """Agent -> the stage in which its negative policy answered."""
 
 
-def _write_pairs(ctx: StageContext, positives: dict[str, _Positive]) -> None:
-    """Join with the negatives, drop what cannot teach, count why; raises DataError (3) when nothing is left."""
-    negatives = answers_by_agent(ctx, "negatives")
+class TeacherPairs(MethodStage):
+    """The positive response to every prompt (the student's, or the agent's own) against the negative one."""
+
+    name = "teacher_pairs"
+    seed: int
+    inputs: TeacherPairInputs
+
+    def run(self, ctx: StageContext) -> None:
+        (answers,) = answers_by_agent(ctx, self.inputs.positives).values()
+        positives = {i: _Positive(r.text, r.finished, r.agent) for i, r in answers.items()}
+        _write_pairs(ctx, self.inputs.data, positives, answers_by_agent(ctx, self.inputs.negatives), self.seed)
+
+
+def _write_pairs(
+    ctx: StageContext, data: str, positives: Mapping[str, _Positive], negatives: Answers, seed: int
+) -> None:
+    """Join positives with negatives, drop what cannot teach and count why.
+
+    Raises:
+        DataError: nothing is left.
+    """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
-    for prompt in read_records(ctx.input("data") / "student.jsonl", Prompt):
+    for prompt in read_records(ctx.input(data) / "student.jsonl", Prompt):
         good = positives.get(prompt.id)
-        bad = pick_answer(ctx.settings["seed"], "negative", prompt.id, negatives)
+        bad = pick_answer(seed, "negative", prompt.id, negatives)
         if good is None or bad is None:
             dropped["no_positive" if good is None else "no_negative"] += 1
         elif (good.text, good.finished) == (bad.text, bad.finished):

@@ -1,14 +1,18 @@
-"""TODO."""
+"""One of an agent's policies as a stage uses it: where its weights lie, its tokenizer and its template.
+
+A policy is a folder `policy/` of the stage that made it: a peft adapter, or a whole Hugging Face model.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from macpo.engine.config import (
-    ComputeSettings,
-    Tuning,
-)
+from pydantic import BaseModel, ConfigDict, Field
+
+from macpo.engine.config import ComputeSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.generation.split_model import split_policy, team_size
 from macpo.engine.models.compute import model_pool
@@ -16,28 +20,84 @@ from macpo.engine.models.loading import check_vocab
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.run.context import StageContext
+from macpo.engine.run.stages import StageInputs
+from macpo.method.costs import MethodStage, RunSize
 
 
-def base_path(ctx: StageContext) -> str:
-    """The agent's base model: made by an earlier stage, or named in the recipe."""
-    return str(ctx.input("base") / "model") if "base" in ctx.inputs else str(ctx.settings["agent"]["model"])
+class StageAgent(BaseModel):
+    """What a stage needs to know of an agent: its base model, and how text becomes its tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    model: str | None
+    """Folder or Hub id, or what a base model that the run makes is called; None for a server's alone."""
+    template: str
+    eos_token: str | None
+    special_text: Literal["plain", "error"]
+    context_tokens: int
+    max_prompt_tokens: int
+    long_prompt: Literal["truncate", "drop", "error"]
+    trust_remote_code: bool
 
 
-def policy_ref(ctx: StageContext) -> PolicyRef:
-    """The policy a stage starts from: an earlier stage's, a ready one of the recipe's, or the bare base."""
-    if "policy" in ctx.inputs:
-        folder = ctx.input("policy") / "policy"
-    elif ctx.settings.get("ready"):
-        folder = Path(ctx.settings["ready"])
-    else:
-        return PolicyRef(base_path(ctx))
-    return folder_ref(ctx, folder)
+class PolicySource(BaseModel):
+    """What every stage depends on that opens one of an agent's policies."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    agent: StageAgent
+    dtype: str
+    weights: dict[str, str]
+    """Identity of each model folder or Hub id that the stage may read."""
+    ready: str | None = None
+    """Folder of an already trained policy that the recipe names."""
 
 
-def folder_ref(ctx: StageContext, folder: Path) -> PolicyRef:
-    """A whole model, or an adapter of the agent's base."""
+class PolicyInputs(StageInputs):
+    base: str | None = None
+    """Made the agent's base model; None where the recipe names one."""
+    policy: str | None = None
+    """Trained the policy that the stage starts from; None for a ready one, or the bare base model."""
+
+
+class PolicyStage(MethodStage):
+    """A kind of stage that opens one of an agent's policies."""
+
+    policy: PolicySource
+    inputs: PolicyInputs = PolicyInputs()
+    compute: ComputeSettings = Field(exclude=True)
+    """Where the stage runs."""
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings()
+        policy: dict[str, Any] = found.pop("policy")
+        if self.policy.ready is None:
+            del policy["ready"]
+        return policy | found
+
+    @property
+    def agent(self) -> StageAgent:
+        return self.policy.agent
+
+    def open_policy(self, ctx: StageContext) -> OpenPolicy:
+        """The stage's policy; call it once a stage."""
+        made = self.inputs.base
+        base = str(ctx.input(made) / "model") if made is not None else str(self.agent.model)
+        folder = None if self.policy.ready is None else Path(self.policy.ready)
+        if self.inputs.policy is not None:
+            folder = ctx.input(self.inputs.policy) / "policy"
+        ref = PolicyRef(base) if folder is None else policy_ref(base, folder)
+        return OpenPolicy(ctx, self.agent, self.compute, base, ref)
+
+    def loads(self, run: RunSize) -> str | None:
+        return self.agent.name if self.agent.name in run.shapes else None
+
+
+def policy_ref(base: str, folder: Path) -> PolicyRef:
+    """The policy in a folder: a whole model, or an adapter of the base."""
     adapter = (folder / "adapter_config.json").exists()
-    return PolicyRef(base_path(ctx), str(folder)) if adapter else PolicyRef(str(folder))
+    return PolicyRef(base, str(folder)) if adapter else PolicyRef(str(folder))
 
 
 @functools.lru_cache(maxsize=16)
@@ -46,41 +106,57 @@ def _chat(path: str, template: str, special_text: str, eos_token: str | None, tr
     return Chat(tokenizer, template, special_text=special_text, eos_token=eos_token)
 
 
-def agent_chat(ctx: StageContext) -> Chat:
-    """The agent's tokenizer and template."""
-    agent = ctx.settings["agent"]
-    path = base_path(ctx)
-    return _chat(path, agent["template"], agent["special_text"], agent["eos_token"], agent["trust_remote_code"])
+@dataclass(frozen=True)
+class OpenPolicy:
+    """A policy in a running stage; its weights are read when they are asked for."""
 
+    ctx: StageContext
+    agent: StageAgent
+    compute: ComputeSettings
+    base: str
+    """Folder or Hub id of the agent's base model."""
+    ref: PolicyRef
 
-def load_policy(
-    compute: ComputeSettings, ctx: StageContext, tuning: Tuning | None = None, ref: PolicyRef | None = None
-) -> PolicyModule:
-    """The stage's policy (or another one, `ref`), to score with (tuning None) or to train.
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The agent's tokenizer and template."""
+        agent = self.agent
+        return _chat(self.base, agent.template, agent.special_text, agent.eos_token, agent.trust_remote_code)
 
-    Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank. Raises ConfigError
-    where its embedding lacks a row for a token.
-    """
-    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
-    ref = ref or policy_ref(ctx)
-    spread = (tuning is not None or not pool.fits(ref.base)) and spreads(compute.parallel, ctx.world)
-    policy = pool.policy(ref, tuning, seed=ctx.settings.get("seed", 0) if tuning is not None else 0, spread=spread)
-    check_vocab(policy.base, agent_chat(ctx).tokenizer)
-    return parallelize(policy, compute.parallel, ctx.world) if spread or tuning is not None else policy
+    def load(self, tuning: Tuning | None = None, ref: PolicyRef | None = None, *, seed: int = 0) -> PolicyModule:
+        """The policy (or another one, `ref`), to score with (tuning None) or to train.
 
+        Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank.
 
-def load_writer(compute: ComputeSettings, ctx: StageContext) -> PolicyModule:
-    """The stage's policy, to generate with: whole where a rank can hold it, else split over the fewest that can.
+        Args:
+            seed: of a fresh adapter's weights.
 
-    Raises ConfigError where its embedding lacks a row for a token, ResourceError where no ranks can hold it.
-    """
-    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
-    ref = policy_ref(ctx)
-    shared = ctx.world.size > 1 and not pool.fits(ref.base)
-    policy = pool.policy(ref, spread=shared)
-    check_vocab(policy.base, agent_chat(ctx).tokenizer)
-    if not shared:
-        return policy
-    ranks = team_size(policy, lambda ranks: pool.fits(ref.base, ranks), ctx.world)
-    pool.make_room(ref.base, ranks)
-    return split_policy(policy, ctx.world, ranks)
+        Raises:
+            ConfigError: its embedding lacks a row for a token.
+        """
+        pool, parallel, world = self._pool(), self.compute.parallel, self.ctx.world
+        ref = ref or self.ref
+        spread = (tuning is not None or not pool.fits(ref.base)) and spreads(parallel, world)
+        policy = pool.policy(ref, tuning, seed=seed if tuning is not None else 0, spread=spread)
+        check_vocab(policy.base, self.chat.tokenizer)
+        return parallelize(policy, parallel, world) if spread or tuning is not None else policy
+
+    def load_writer(self) -> PolicyModule:
+        """The policy, to generate with: whole where a rank can hold it, else split over the fewest that can.
+
+        Raises:
+            ConfigError: its embedding lacks a row for a token.
+            ResourceError: no number of ranks can hold it.
+        """
+        pool, world = self._pool(), self.ctx.world
+        shared = world.size > 1 and not pool.fits(self.ref.base)
+        policy = pool.policy(self.ref, spread=shared)
+        check_vocab(policy.base, self.chat.tokenizer)
+        if not shared:
+            return policy
+        ranks = team_size(policy, lambda ranks: pool.fits(self.ref.base, ranks), world)
+        pool.make_room(self.ref.base, ranks)
+        return split_policy(policy, world, ranks)
+
+    def _pool(self) -> Any:
+        return model_pool(self.compute, self.agent.trust_remote_code)

@@ -1,12 +1,15 @@
-"""TODO."""
+"""What a standalone recipe measures: reference log-probs of its pairs, and its policy on the held-out prompts."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
+from pydantic import field_serializer
 from safetensors.torch import save
 from torch import Tensor
 
-from macpo.engine.config import ComputeSettings, PreferenceSettings
+from macpo.engine.config import PreferenceSettings, Tuning
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.files import atomic_write, write_json
@@ -14,34 +17,82 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.training.objectives import loss_settings
 from macpo.engine.training.reference import weighted
 from macpo.evaluation.metrics import preference_metrics
+from macpo.evaluation.summary import Role
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
 from macpo.method.encoding import encode, encode_pairs
 from macpo.method.likelihoods import likelihoods, shared_parts
-from macpo.method.policies import agent_chat, load_policy
-from macpo.method.reference import read_reference, reference_parts
+from macpo.method.policies import PolicyInputs, PolicyStage
+from macpo.method.reference import Reference, read_reference
+
+LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
 
 
-def score_reference(compute: ComputeSettings, ctx: StageContext) -> None:
+class ScoreReferenceInputs(PolicyInputs):
+    pairs: str
+
+
+class ScoreReference(PolicyStage):
     """Log-probs of all pairs under the reference: `train.safetensors`, `test.safetensors`, [num_groups, 2, 2] each."""
-    settings = PreferenceSettings(**{name: ctx.settings[name] for name in ("reference", "reference_model")})
-    tokens = 0
-    for name in ("train", "test"):
-        groups, _ = encode_pairs(ctx, read_records(ctx.input("pairs") / f"{name}.jsonl", Pair))
-        parts = reference_parts(compute, ctx, groups, settings)
-        tokens += sum(group.num_tokens for group in groups)
+
+    name = "score_reference"
+    tuning: Tuning
+    reference: Literal["policy", "adapter-off"]
+    reference_model: str | None
+    reference_weights: dict[str, str]
+    inputs: ScoreReferenceInputs
+
+    def run(self, ctx: StageContext) -> None:
+        policy = self.open_policy(ctx)
+        settings = PreferenceSettings(reference=self.reference, reference_model=self.reference_model)
+        tokens = 0
+        for name in ("train", "test"):
+            groups, _ = encode_pairs(policy, read_records(ctx.input(self.inputs.pairs) / f"{name}.jsonl", Pair))
+            parts = Reference(policy, settings, self.tuning).parts(groups)
+            tokens += sum(group.num_tokens for group in groups)
+            if ctx.world.is_main:
+                atomic_write(ctx.dir / f"{name}.safetensors", save({"parts": parts.reshape(-1, 2, 2)}))
+        ctx.note(tokens=tokens)
+
+
+class EvaluateInputs(PolicyInputs):
+    data: str
+    reference: str | None = None
+
+
+class Evaluate(PolicyStage):
+    """A kind of stage that writes `evaluation.json`."""
+
+    role: Role
+    iteration: int
+    inputs: EvaluateInputs
+
+    def write(self, ctx: StageContext, groups: list[PrefixGroup], num_dropped: int, metrics: dict[str, float]) -> None:
         if ctx.world.is_main:
-            atomic_write(ctx.dir / f"{name}.safetensors", save({"parts": parts.reshape(-1, 2, 2)}))
-    ctx.note(tokens=tokens)
+            about = {"role": self.role, "iteration": self.iteration, "dropped_long_prompt": num_dropped}
+            write_json(ctx.dir / "evaluation.json", {**about, **metrics})
+        ctx.note(tokens=sum(group.num_tokens for group in groups))
 
 
-def evaluate_pairs(compute: ComputeSettings, ctx: StageContext) -> None:
-    """Loss, preference accuracy and margin on the held-out pairs; `evaluation.json`."""
-    pairs = read_records(ctx.input("data") / "test.jsonl", Pair)
-    groups, kept = encode_pairs(ctx, pairs)
-    parts = shared_parts(load_policy(compute, ctx), groups, compute, ctx.world, ctx.stop_requested).reshape(-1, 2, 2)
-    reference = read_reference(ctx, "test", len(groups)) if "reference" in ctx.inputs else None
-    settings = PreferenceSettings.model_validate(ctx.settings["loss"])
-    _write_evaluation(ctx, groups, len(pairs) - len(kept), pair_metrics(settings, parts, reference, groups))
+class EvaluatePairs(Evaluate):
+    """Loss, preference accuracy and margin on the held-out pairs."""
+
+    name = "evaluate_pairs"
+    loss: PreferenceSettings
+
+    @field_serializer("loss")
+    def _key_of_loss(self, loss: PreferenceSettings) -> dict[str, Any]:
+        """How the loss is minimised does not change its value."""
+        return loss.model_dump(mode="json", include=LOSS_FIELDS)
+
+    def run(self, ctx: StageContext) -> None:
+        policy = self.open_policy(ctx)
+        pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
+        groups, kept = encode_pairs(policy, pairs)
+        parts = shared_parts(policy, policy.load(), groups).reshape(-1, 2, 2)
+        reference = None
+        if self.inputs.reference is not None:
+            reference = read_reference(ctx.input(self.inputs.reference) / "test.safetensors", len(groups))
+        self.write(ctx, groups, len(pairs) - len(kept), pair_metrics(self.loss, parts, reference, groups))
 
 
 def pair_metrics(
@@ -65,21 +116,17 @@ def pair_metrics(
     return {"loss": loss_b.mean().item(), **preference_metrics(*columns, beta=settings.beta)}
 
 
-def evaluate_examples(compute: ComputeSettings, ctx: StageContext) -> None:
-    """NLL and perplexity of the held-out answers, by token; `evaluation.json`."""
-    examples = read_records(ctx.input("data") / "test.jsonl", Example)
-    groups, kept = encode(ctx, agent_chat(ctx), [(e.prompt, [(e.answer, e.finished)]) for e in examples])
-    scores = [
-        found for (found,) in likelihoods(load_policy(compute, ctx), groups, compute, ctx.world, ctx.stop_requested)
-    ]
-    num_tokens = sum(score.num_tokens for score in scores)
-    loss = torch.tensor([-score.sum_logp for score in scores], dtype=torch.float64).sum() / num_tokens
-    metrics = {"loss": loss.item(), "perplexity": loss.clamp(max=700.0).exp().item()}
-    _write_evaluation(ctx, groups, len(examples) - len(kept), metrics | {"answers": len(groups)})
+class EvaluateExamples(Evaluate):
+    """NLL and perplexity of the held-out responses, by token."""
 
+    name = "evaluate_examples"
 
-def _write_evaluation(ctx: StageContext, groups: list[PrefixGroup], dropped: int, metrics: dict[str, float]) -> None:
-    about = {name: ctx.settings[name] for name in ("role", "iteration")}
-    if ctx.world.is_main:
-        write_json(ctx.dir / "evaluation.json", {**about, "dropped_long_prompt": dropped, **metrics})
-    ctx.note(tokens=sum(group.num_tokens for group in groups))
+    def run(self, ctx: StageContext) -> None:
+        policy = self.open_policy(ctx)
+        examples = read_records(ctx.input(self.inputs.data) / "test.jsonl", Example)
+        groups, kept = encode(policy, [(e.prompt, [(e.answer, e.finished)]) for e in examples])
+        scores = [found for (found,) in likelihoods(policy, groups)]
+        num_tokens = sum(score.num_tokens for score in scores)
+        loss = torch.tensor([-score.sum_logp for score in scores], dtype=torch.float64).sum() / num_tokens
+        metrics = {"loss": loss.item(), "perplexity": loss.clamp(max=700.0).exp().item(), "answers": len(groups)}
+        self.write(ctx, groups, len(examples) - len(kept), metrics)

@@ -5,14 +5,20 @@ data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
 
 from __future__ import annotations
 
-from typing import Any
-
+from macpo.config import AgentSettings
 from macpo.data.rows import fingerprint
-from macpo.method.learning import imitate, prefer
+from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.run_plan import Builder, Plan, Point, StageName
-from macpo.standalone.config import NAME, PreferenceRecipe, Standalone
-from macpo.standalone.evaluation import evaluate_examples, evaluate_pairs, score_reference
-from macpo.standalone.records import split_records
+from macpo.standalone.config import NAME, PreferenceRecipe, SftRecipe, Standalone
+from macpo.standalone.evaluation import (
+    Evaluate,
+    EvaluateExamples,
+    EvaluateInputs,
+    EvaluatePairs,
+    ScoreReference,
+    ScoreReferenceInputs,
+)
+from macpo.standalone.records import SplitRecords
 
 
 def build_plan(recipe: Standalone) -> Plan:
@@ -21,50 +27,83 @@ def build_plan(recipe: Standalone) -> Plan:
     steps = Builder(recipe, plan)
     (agent,) = recipe.agents
     paths = {recipe.data.path, recipe.data.test_path}
-    data_settings = {
-        "data": recipe.data.model_dump(mode="json", exclude={"long_prompt", "special_text"}),
-        "kind": recipe.recipe,
-        "files": {path: fingerprint(path) for path in sorted(filter(None, paths))},
-        "seed": recipe.seed,
-    }
-    data = steps.data = steps.add("data", split_records, data_settings, {})
-    common = steps.policy_settings(agent, ready=agent.positive)
-    base = steps.base(agent)
-    training: dict[str, Any] = {"seed": steps.seed(agent, recipe.recipe)}
-    inputs: dict[str, StageName] = {}
-
+    files = {path: fingerprint(path) for path in sorted(filter(None, paths))}
+    steps.data = steps.add("data", SplitRecords(data=recipe.data, kind=recipe.recipe, files=files, seed=recipe.seed))
     if isinstance(recipe, PreferenceRecipe):
-        training |= {"optim": recipe.training.model_dump(mode="json"), "file": "train.jsonl"}
-        training |= steps.reference_settings(agent, recipe.training)
-        if recipe.training.has_reference:
-            chosen = {name: training["optim"][name] for name in ("reference", "reference_model")}
-            settings = common | steps.reference_settings(agent, recipe.training) | chosen
-            run = steps.compute(score_reference)
-            inputs["reference"] = steps.add("reference", run, settings, base | {"pairs": data})
-        run, alias, judge = steps.compute(prefer), "pairs", steps.compute(evaluate_pairs)
-        judging: dict[str, Any] = {"loss": recipe.training.model_dump(mode="json", include=LOSS_FIELDS)}
+        _preference(recipe, steps, agent)
     else:
-        training |= {"optim": recipe.training.model_dump(mode="json"), "file": "train.jsonl", "side": "answer"}
-        training |= {"tuning": agent.tuning.model_dump(mode="json")}
-        run, alias, judge = steps.compute(imitate), "examples", steps.compute(evaluate_examples)
-        judging = {}
-
-    def evaluate(iteration: int, policy: StageName | None) -> None:
-        ready = agent.positive if policy is None else None
-        settings = steps.policy_settings(agent, ready) | judging | {"role": "policy", "iteration": iteration}
-        sources = base | inputs | {"data": data} | ({"policy": policy} if policy else {})
-        stage = steps.add(f"eval-{NAME}-iter{iteration}", judge, settings, sources)
-        plan.points.append(Point("", NAME, "policy", iteration, policy, stage))
-
-    evaluate(0, None)
-    evaluate(1, steps.add(f"train-{NAME}", run, common | training, base | inputs | {alias: data}))
+        _sft(recipe, steps, agent)
     return plan
 
 
-LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
+def _preference(recipe: PreferenceRecipe, steps: Builder, agent: AgentSettings) -> None:
+    optim, base, compute = recipe.training, steps.base(agent), recipe.compute
+    policy, weights = steps.policy(agent, ready=agent.positive), steps.fingerprints(optim.reference_model)
+    reference = None
+    if optim.has_reference:
+        scoring = ScoreReference(
+            policy=policy,
+            tuning=agent.tuning,
+            reference=optim.reference,
+            reference_model=optim.reference_model,
+            reference_weights=weights,
+            inputs=ScoreReferenceInputs(base=base, pairs=steps.data),
+            compute=compute,
+        )
+        reference = steps.add("reference", scoring)
+
+    def evaluate(iteration: int, trained: StageName | None) -> None:
+        work = EvaluatePairs(
+            policy=steps.policy(agent, ready=agent.positive if trained is None else None),
+            loss=optim,
+            role="policy",
+            iteration=iteration,
+            inputs=EvaluateInputs(base=base, data=steps.data, reference=reference, policy=trained),
+            compute=compute,
+        )
+        _add_evaluation(steps, work, trained)
+
+    evaluate(0, None)
+    training = Prefer(
+        policy=policy,
+        optim=optim,
+        tuning=agent.tuning,
+        reference_weights=weights,
+        file="train.jsonl",
+        seed=steps.seed(agent, recipe.recipe),
+        inputs=PreferInputs(base=base, pairs=steps.data, reference=reference),
+        compute=compute,
+    )
+    evaluate(1, steps.add(f"train-{NAME}", training))
 
 
-# --- data ---------------------------------------------------------------------------------------------------------
+def _sft(recipe: SftRecipe, steps: Builder, agent: AgentSettings) -> None:
+    base, compute = steps.base(agent), recipe.compute
+
+    def evaluate(iteration: int, trained: StageName | None) -> None:
+        work = EvaluateExamples(
+            policy=steps.policy(agent, ready=agent.positive if trained is None else None),
+            role="policy",
+            iteration=iteration,
+            inputs=EvaluateInputs(base=base, data=steps.data, policy=trained),
+            compute=compute,
+        )
+        _add_evaluation(steps, work, trained)
+
+    evaluate(0, None)
+    training = Imitate(
+        policy=steps.policy(agent, ready=agent.positive),
+        optim=recipe.training,
+        tuning=agent.tuning,
+        file="train.jsonl",
+        side="answer",
+        seed=steps.seed(agent, recipe.recipe),
+        inputs=ImitateInputs(base=base, examples=steps.data),
+        compute=compute,
+    )
+    evaluate(1, steps.add(f"train-{NAME}", training))
 
 
-# --- reference and evaluation -------------------------------------------------------------------------------------
+def _add_evaluation(steps: Builder, work: Evaluate, trained: StageName | None) -> None:
+    stage = steps.add(f"eval-{NAME}-iter{work.iteration}", work)
+    steps.plan.points.append(Point("", NAME, "policy", work.iteration, trained, stage))

@@ -1,10 +1,11 @@
-"""TODO."""
+"""The data of a standalone recipe: what is trained on, and what is held out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import field_serializer
 
 from macpo import demo_world
 from macpo.data.examples import load_examples
@@ -13,6 +14,7 @@ from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext
+from macpo.method.costs import MethodStage
 from macpo.standalone.config import ExampleData, PairData
 
 Records = list[Pair] | list[Example]
@@ -29,17 +31,15 @@ class Sets:
     counts: dict[str, int]
 
 
-def read_sets(settings: Mapping[str, Any], kind: str, seed: int) -> Sets:
+def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
     """Build the demo world, or load a data set and hold prompts out of it.
 
     Raises DataError where too few prompts are left to train or to evaluate on.
     """
-    model: type[PairData] | type[ExampleData] = PairData if kind == "preference" else ExampleData
-    data = model.model_validate(settings)
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=1)
         side = "rejected" if data.format == "rejected" else "chosen"
-        train, test = (_of_kind(pairs, kind, side) for pairs in (made.student, made.test))
+        train, test = (_of_kind(pairs, data, side) for pairs in (made.student, made.test))
         return Sets(train, test, made.documents["student"], {})
     records, counts = _load(data, data.path, data.split)
     if data.test_path is None and data.test_split is None:
@@ -77,8 +77,8 @@ def _load(data: PairData | ExampleData, path: str | None, split: str) -> tuple[l
     return found
 
 
-def _of_kind(pairs: list[Pair], kind: str, side: str) -> Records:
-    return pairs if kind == "preference" else [Example(pair.prompt, getattr(pair, side)) for pair in pairs]
+def _of_kind(pairs: list[Pair], data: PairData | ExampleData, side: str) -> Records:
+    return pairs if isinstance(data, PairData) else [Example(pair.prompt, getattr(pair, side)) for pair in pairs]
 
 
 def _documents(record: Pair | Example) -> list[Example]:
@@ -87,12 +87,25 @@ def _documents(record: Pair | Example) -> list[Example]:
     return [Example(record.prompt, record.chosen), Example(record.prompt, record.rejected)]
 
 
-def split_records(ctx: StageContext) -> None:
+class SplitRecords(MethodStage):
     """Write `train.jsonl`, `test.jsonl` and `documents-student.jsonl`."""
-    sets = read_sets(ctx.settings["data"], ctx.settings["kind"], ctx.settings["seed"])
-    write_records(ctx.dir / "train.jsonl", sets.train)
-    write_records(ctx.dir / "test.jsonl", sets.test)
-    write_records(ctx.dir / "documents-student.jsonl", sets.documents)
-    write_json(
-        ctx.dir / "counts.json", {"rows": {"train": len(sets.train), "test": len(sets.test)}, "input": sets.counts}
-    )
+
+    name = "split_records"
+    data: PairData | ExampleData
+    kind: Literal["sft", "preference"]
+    files: dict[str, str]
+    """Identity of each file or folder that is read."""
+    seed: int
+
+    @field_serializer("data")
+    def _key_of_data(self, data: PairData | ExampleData) -> dict[str, Any]:
+        """How prompts become tokens does not change which prompts there are."""
+        return data.model_dump(mode="json", exclude={"long_prompt", "special_text"})
+
+    def run(self, ctx: StageContext) -> None:
+        sets = read_sets(self.data, self.seed)
+        write_records(ctx.dir / "train.jsonl", sets.train)
+        write_records(ctx.dir / "test.jsonl", sets.test)
+        write_records(ctx.dir / "documents-student.jsonl", sets.documents)
+        rows = {"train": len(sets.train), "test": len(sets.test)}
+        write_json(ctx.dir / "counts.json", {"rows": rows, "input": sets.counts})

@@ -24,7 +24,8 @@ from macpo.engine.errors import DataError
 from macpo.engine.files import Appender, atomic_write, read_jsonl, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.runner import Runner
-from macpo.engine.run.stages import Graph, Stage
+from macpo.engine.run.stages import Graph, Stage, StageInputs, StageWork
+from macpo.engine.run.workers import Workers
 
 CALLS: list[str] = []  # a module cache: what survives between the stages of one process
 
@@ -72,69 +73,107 @@ def _event(ctx: StageContext, what: str) -> None:
             file.write(f"{what} {ctx.name} {os.getpid()}\n")
 
 
-def make_data(ctx: StageContext) -> None:
-    _enter(ctx)
-    seed, count = ctx.settings["seed"], ctx.settings["num_rows"]
-    write_jsonl(ctx.dir / "rows.jsonl", ({"id": i, "text": f"row {seed} {i}"} for i in range(count)))
-    ctx.log(f"{count} rows")
-    _event(ctx, "end")
+class From(StageInputs):
+    data: str | None = None
+    rows: str | None = None
+    a: str | None = None
+    b: str | None = None
+    first: str | None = None
 
 
-def transform(ctx: StageContext) -> None:
-    """Row by row into an append-only file: an interrupted attempt goes on behind its last row."""
-    _enter(ctx)
-    rows = [row for alias in sorted(ctx.inputs) for _, row in read_jsonl(ctx.input(alias) / "rows.jsonl")]
-    with Appender(ctx.dir / "rows.jsonl") as log:
-        ctx.note(resumed_at=len(log.rows))
-        for row in rows[len(log.rows) :]:
-            _work(float(os.environ.get("TOY_SLEEP", 0)))
-            ctx.check_stop()
-            text = hashlib.sha256(f"{ctx.settings['salt']} {row['text']}".encode()).hexdigest()
-            log.add([{"id": row["id"], "text": text, "pad": "x" * 200}])
-    (ctx.dir / "model").mkdir(exist_ok=True)
-    atomic_write(ctx.dir / "model" / "weights.bin", bytes(range(256)) * 64)
-    ctx.note(tokens=len(rows))
-    _event(ctx, "end")
+class Toy(StageWork):
+    inputs: From = From()
 
-
-def join(ctx: StageContext) -> None:
-    _enter(ctx)
-    rows = [row for alias in sorted(ctx.inputs) for _, row in read_jsonl(ctx.input(alias) / "rows.jsonl")]
-    write_jsonl(ctx.dir / "rows.jsonl", rows[: len(rows) // 2])
-    write_json(ctx.dir / "summary.json", {"rows": len(rows)})
-    _event(ctx, "end")
-
-
-def shards(ctx: StageContext) -> None:
-    """Every rank writes a file of its own and says so to the others."""
-    if ctx.world.rank == 1:
+    def run(self, ctx: StageContext) -> None:
         _enter(ctx)
-    write_json(ctx.dir / f"shard-{ctx.world.rank}.json", {"rank": ctx.world.rank, "size": ctx.world.size})
-    if ctx.world.gather(ctx.world.rank) != list(range(ctx.world.size)):
-        raise DataError("the ranks do not hear each other", "check gather")
+        self.write(ctx)
+        _event(ctx, "end")
+
+    def write(self, ctx: StageContext) -> None:
+        raise NotImplementedError
+
+    def rows(self, ctx: StageContext) -> list[dict[str, Any]]:
+        """The rows of all inputs, in the order of their aliases."""
+        names = [name for _, name in sorted(self.inputs.by_alias().items())]
+        return [row for name in names for _, row in read_jsonl(ctx.input(name) / "rows.jsonl")]
+
+
+class MakeData(Toy):
+    name = "make_data"
+    seed: int
+    num_rows: int = 1
+    note: str = ""
+
+    def write(self, ctx: StageContext) -> None:
+        write_jsonl(ctx.dir / "rows.jsonl", ({"id": i, "text": f"row {self.seed} {i}"} for i in range(self.num_rows)))
+        ctx.log(f"{self.num_rows} rows")
+
+
+class Transform(Toy):
+    """Row by row into an append-only file: an interrupted attempt resumes behind its last row."""
+
+    name = "transform"
+    salt: str
+    i: int = 0
+
+    def write(self, ctx: StageContext) -> None:
+        rows = self.rows(ctx)
+        with Appender(ctx.dir / "rows.jsonl") as log:
+            ctx.note(resumed_at=len(log.rows))
+            for row in rows[len(log.rows) :]:
+                _work(float(os.environ.get("TOY_SLEEP", 0)))
+                ctx.check_stop()
+                text = hashlib.sha256(f"{self.salt} {row['text']}".encode()).hexdigest()
+                log.add([{"id": row["id"], "text": text, "pad": "x" * 200}])
+        (ctx.dir / "model").mkdir(exist_ok=True)
+        atomic_write(ctx.dir / "model" / "weights.bin", bytes(range(256)) * 64)
+        ctx.note(tokens=len(rows))
+
+
+class Join(Toy):
+    name = "join"
+    i: int = 0
+
+    def write(self, ctx: StageContext) -> None:
+        rows = self.rows(ctx)
+        write_jsonl(ctx.dir / "rows.jsonl", rows[: len(rows) // 2])
+        write_json(ctx.dir / "summary.json", {"rows": len(rows)})
+
+
+class Shards(StageWork):
+    """Every rank writes a file of its own and says so to the others."""
+
+    name = "shards"
+    config: dict[str, Any]
+    inputs: From = From()
+
+    def run(self, ctx: StageContext) -> None:
+        if ctx.world.rank == 1:
+            _enter(ctx)
+        write_json(ctx.dir / f"shard-{ctx.world.rank}.json", {"rank": ctx.world.rank, "size": ctx.world.size})
+        if ctx.world.gather(ctx.world.rank) != list(range(ctx.world.size)):
+            raise DataError("the ranks do not hear each other", "check gather")
 
 
 def build_ranked(config: Mapping[str, Any]) -> Graph:
     """shards -> more, for runs of several ranks."""
     graph = Graph()
-    first = graph.add(Stage("shards", "shards", shards, dict(config)))
-    graph.add(Stage("more", "shards", shards, {"again": True}, {"first": first}))
+    first = graph.add(Stage("shards", Shards(config=dict(config))))
+    graph.add(Stage("more", Shards(config={"again": True}, inputs=From(first=first))))
     return graph
 
 
 def build(config: Mapping[str, Any]) -> Graph:
     """data -> (a1, b1) -> join1 -> (a2, b2) -> join2; `config`: seed, salt, num_rows, extra (another arm)."""
     graph = Graph()
-    settings = {"seed": config.get("seed", 1), "num_rows": config.get("num_rows", 6)}
-    last = graph.add(Stage("data", "make_data", make_data, settings))
+    last = graph.add(Stage("data", MakeData(seed=config.get("seed", 1), num_rows=config.get("num_rows", 6))))
     if config.get("extra"):
-        graph.add(Stage("extra", "transform", transform, {"salt": "extra"}, {"data": last}))
+        graph.add(Stage("extra", Transform(salt="extra", inputs=From(data=last))))
     for i in (1, 2):
-        arms = {arm: f"{arm}{i}" for arm in ("a", "b")}
         salts = {"a": config.get("salt", "s"), "b": "t"}
-        for arm, name in arms.items():
-            graph.add(Stage(name, "transform", transform, {"salt": salts[arm], "i": i}, {"data": last}))
-        last = graph.add(Stage(f"join{i}", "join", join, {"i": i}, arms))
+        for arm, salt in salts.items():
+            graph.add(Stage(f"{arm}{i}", Transform(salt=salt, i=i, inputs=From(data=last))))
+        last = graph.add(Stage(f"join{i}", Join(i=i, inputs=From(a=f"a{i}", b=f"b{i}"))))
     return graph
 
 
@@ -156,9 +195,7 @@ def main() -> int:
         build(options.config),
         from_stage=options.from_stage,
         rerun_stale=options.rerun_stale,
-        jobs=options.jobs,
-        threads=options.threads,
-        build=("toy_run:build", options.config),
+        workers=Workers(options.jobs, options.threads, ("toy_run:build", options.config)),
     )
     return run_cli(runner.run, debug=options.debug)
 
@@ -174,6 +211,4 @@ def _ranked(run_dir: Path, configs: Sequence[Mapping[str, Any]]) -> int:
 
 
 if __name__ == "__main__":
-    import toy_run  # by its own name, which is part of every stage's key
-
-    sys.exit(toy_run.main())
+    sys.exit(main())

@@ -43,7 +43,7 @@ from macpo.engine.models.policy import PolicyModule
 from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.runner import Runner
-from macpo.engine.run.stages import Graph, Stage
+from macpo.engine.run.stages import Graph, Stage, StageWork
 
 
 @pytest.fixture(autouse=True)
@@ -174,19 +174,24 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(
 # --- failing, hanging, crowded (30, 31, 34) ---
 
 
-def train_stage(ctx: StageContext) -> None:
+class TrainStage(StageWork):
     """What a recipe's training stage does, with a rank that fails or hangs in its third step."""
-    asked = iter(range(1, 99))
 
-    def ask() -> bool:
-        if next(asked) == 3 and ctx.world.rank == 1:
-            if ctx.settings["how"] == "raise":
-                raise ZeroDivisionError("a bug")
-            if ctx.settings["how"] == "hang":
-                hang_here()
-        return ctx.stop_requested()
+    name = "train_stage"
+    how: str
 
-    run_sft(ctx.dir, OptimSettings.model_validate(SFT), world=ctx.world, should_stop=ask)
+    def run(self, ctx: StageContext) -> None:
+        asked = iter(range(1, 99))
+
+        def ask() -> bool:
+            if next(asked) == 3 and ctx.world.rank == 1:
+                if self.how == "raise":
+                    raise ZeroDivisionError("a bug")
+                if self.how == "hang":
+                    hang_here()
+            return ctx.stop_requested()
+
+        run_sft(ctx.dir, OptimSettings.model_validate(SFT), world=ctx.world, should_stop=ask)
 
 
 def hang_here() -> None:
@@ -195,7 +200,7 @@ def hang_here() -> None:
 
 def staged(folder: Path, how: str) -> Callable[[World], None]:
     graph = Graph()
-    graph.add(Stage("teach", "train_stage", train_stage, {"how": how}))
+    graph.add(Stage("teach", TrainStage(how=how)))
 
     def body(world: World) -> None:
         os._exit(run_cli(Runner(folder, graph, world=world, log=lambda message: None).run))

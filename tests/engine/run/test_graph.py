@@ -8,45 +8,72 @@ from typing import Any
 
 import pytest
 import toy_run
+from pydantic import Field, ValidationError
+from toy_run import From, Join, MakeData, Toy, Transform
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.run.keys import canonical, changes
-from macpo.engine.run.stages import Graph, Stage
+from macpo.engine.run.keys import canonical, changes, key_of
+from macpo.engine.run.stages import Graph, Stage, StageWork
+
+
+class Anything(StageWork):
+    name = "anything"
+    x: Any
 
 
 def test_equal_stages_are_one_and_different_ones_may_not_share_a_name() -> None:
     graph = toy_run.build({})
-    twin = Stage("arm-a1", "transform", toy_run.transform, {"i": 1, "salt": "s"}, {"data": "data"})
+    twin = Stage("arm-a1", Transform(salt="s", i=1, inputs=From(data="data")))
     assert graph.add(twin) == "a1" and len(graph.stages) == 7
-    assert graph.add(Stage("tuple", "join", toy_run.join, {"x": (1, 2)})) == graph.add(
-        Stage("y", "join", toy_run.join, {"x": [1, 2]})
-    )
+    pair = (Stage("tuple", Anything(x=(1, 2))), Stage("list", Anything(x=[1, 2])))
+    assert graph.add(pair[0]) == graph.add(pair[1])
     with pytest.raises(ConfigError, match="two different stages are called 'a1'"):
-        graph.add(Stage("a1", "transform", toy_run.transform, {"i": 9}, {"data": "data"}))
+        graph.add(Stage("a1", Transform(salt="s", i=9, inputs=From(data="data"))))
     with pytest.raises(ValueError, match="needs 'nobody'"):
-        graph.add(Stage("c", "join", toy_run.join, {}, {"x": "nobody"}))
+        graph.add(Stage("c", Join(inputs=From(a="nobody"))))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../a", "a b", ".a", "a.tmp", "é"])
 def test_stage_names_are_safe_file_names(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a stage"):
-        Graph().add(Stage(name, "join", toy_run.join, {}))
+        Graph().add(Stage(name, Join()))
 
 
-def test_identity_depends_on_function_settings_and_inputs_only() -> None:
-    def identity(run: Any = toy_run.transform, seed: int = 1, alias: str = "data", name: str = "x") -> str:
+def test_identity_depends_on_kind_settings_and_inputs_only() -> None:
+    def identity(work: type[Toy] = Transform, seed: int = 1, alias: str = "data", name: str = "x", **more: Any) -> str:
         graph = Graph()
-        graph.add(Stage("data", "make_data", toy_run.make_data, {"seed": seed}))
-        return graph.identity(graph.add(Stage(name, run.__name__, run, {"salt": "s"}, {alias: "data"})))
+        graph.add(Stage("data", MakeData(seed=seed)))
+        more |= {"salt": "s"} if work is Transform else {}
+        return graph.identity(graph.add(Stage(name, work(inputs=From(**{alias: "data"}), **more))))
 
     assert identity() == identity(name="other")
-    assert len({identity(), identity(toy_run.join), identity(seed=2), identity(alias="rows")}) == 4
+    assert len({identity(), identity(Join), identity(seed=2), identity(alias="rows"), identity(i=3)}) == 5
+
+
+def test_a_default_is_not_in_the_key_nor_is_where_a_stage_runs() -> None:
+    """So a kind can gain a setting, and a run can move to another machine, without making finished stages stale."""
+
+    class Placed(StageWork):
+        name = "placed"
+        seed: int
+        maybe: int | None
+        later: int = 3
+        device: str = Field("cpu", exclude=True)
+
+    assert Stage("x", Placed(seed=1, maybe=None)).settings == {"seed": 1, "maybe": None}
+    assert Placed(seed=1, maybe=2, later=3, device="cuda").settings() == {"seed": 1, "maybe": 2}
+    assert Placed(seed=1, maybe=2, later=4).settings() == {"seed": 1, "maybe": 2, "later": 4}
+    with pytest.raises(ValidationError, match="sede"):
+        Placed(seed=1, maybe=2, sede=3)
 
 
 @pytest.mark.parametrize("bad", [{"x": float("nan")}, {"x": Path("p")}, {1: 2}, {"x": {1, 2}}])
 def test_settings_must_be_json(bad: dict) -> None:
     with pytest.raises(ValueError, match=r"JSON|range|compliant"):
-        Graph().add(Stage("x", "join", toy_run.join, bad))
+        key_of("x", bad, {})
+    if "x" in bad and isinstance(bad["x"], float):
+        with pytest.raises(ValueError, match=r"JSON|range|compliant"):
+            Graph().add(Stage("x", Anything(**bad)))
 
 
 def test_urgency_and_downstream() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import toy_run
+from toy_run import From, MakeData, Transform
 
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
 from macpo.engine.run import manifest as manifests
@@ -21,7 +22,7 @@ from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.lock import LOCK, Holder, RunLock, start_time
 from macpo.engine.run.manifest import Manifest
 from macpo.engine.run.runner import Runner
-from macpo.engine.run.stages import Graph, Stage
+from macpo.engine.run.stages import Graph, Stage, StageWork
 
 ALL = ["data", "a1", "b1", "join1", "a2", "b2", "join2"]
 
@@ -98,14 +99,19 @@ def test_finished_stages_are_found_when_the_graph_grows(done: Path) -> None:
     assert ran == ["join2"] and (done / "08-join2").is_dir() and not (done / "07-join2").exists()
 
 
-def two_steps(ctx: StageContext) -> None:
+class TwoSteps(StageWork):
     """Stops after its first step; a second attempt writes down what it found."""
-    found = sorted(os.listdir(ctx.dir))
-    if "TOY_STOP" in os.environ:
-        (ctx.dir / "half").write_text("x")
-        (ctx.dir / ".half.1.part").write_text("rubbish")
-        raise Stopped("enough", "go on")
-    (ctx.dir / "found.json").write_text(json.dumps(found))
+
+    name = "two_steps"
+    seed: int
+
+    def run(self, ctx: StageContext) -> None:
+        found = sorted(os.listdir(ctx.dir))
+        if "TOY_STOP" in os.environ:
+            (ctx.dir / "half").write_text("x")
+            (ctx.dir / ".half.1.part").write_text("rubbish")
+            raise Stopped("enough", "go on")
+        (ctx.dir / "found.json").write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(("seed", "found"), [(1, ["RUNNING", "half", "timing.json"]), (2, ["RUNNING"])])
@@ -114,7 +120,7 @@ def test_a_partial_folder_goes_on_if_its_key_is_the_same_and_is_wiped_if_not(
 ) -> None:
     def graph(seed: int) -> Graph:
         graph = Graph()
-        graph.add(Stage("one", "two_steps", two_steps, {"seed": seed}))
+        graph.add(Stage("one", TwoSteps(seed=seed)))
         return graph
 
     monkeypatch.setenv("TOY_STOP", "1")
@@ -167,8 +173,8 @@ def test_rerun_stale_redoes_what_changed_and_from_needs_to_reach_it(done: Path, 
 def test_a_redone_stage_with_the_same_outputs_keeps_what_follows(tmp_path: Path) -> None:
     def graph(note: str) -> Graph:
         graph = Graph()
-        rows = graph.add(Stage("rows", "make_data", toy_run.make_data, {"seed": 1, "num_rows": 3, "note": note}))
-        graph.add(Stage("next", "transform", toy_run.transform, {"salt": "s"}, {"rows": rows}))
+        rows = graph.add(Stage("rows", MakeData(seed=1, num_rows=3, note=note)))
+        graph.add(Stage("next", Transform(salt="s", inputs=From(rows=rows))))
         return graph
 
     run(tmp_path / "run", graph=graph("a"))
@@ -285,9 +291,16 @@ def test_a_copied_run_with_new_time_stamps_is_fine(finished: Path, tmp_path: Pat
     assert run(copy)[0] == []
 
 
+class Link(StageWork):
+    name = "link"
+
+    def run(self, ctx: StageContext) -> None:
+        (ctx.dir / "link").symlink_to("/etc/passwd")
+
+
 def test_a_stage_may_not_write_links(tmp_path: Path) -> None:
     graph = Graph()
-    graph.add(Stage("one", "link", lambda ctx: (ctx.dir / "link").symlink_to("/etc/passwd"), {}))
+    graph.add(Stage("one", Link()))
     with pytest.raises(IntegrityError, match="not a regular file"):
         run(tmp_path / "run", graph=graph)
 

@@ -1,0 +1,97 @@
+"""What the stages of a run cost, estimated from the shapes of the models and a sample of the data.
+
+The stages themselves are exact; each kind says beside its work what it costs (`MethodStage`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from macpo.engine.config import Tuning
+from macpo.engine.planning.fitting import Workload
+from macpo.engine.run.stages import StageWork
+
+CHARS_PER_TOKEN = 4.0
+PRETRAIN_DOCUMENT_TOKENS = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the estimates need to know of an agent's base model."""
+
+    name: str
+    num_parameters: int
+    bytes_loaded: int
+    bytes_policy: int
+    """On disk: an adapter, or all weights in float32."""
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RunSize:
+    """The sizes of a run that its stages' costs depend on."""
+
+    teacher_prompts: int
+    student_prompts: int
+    test_prompts: int
+    num_teachers: int
+    documents: int
+    """To pretrain a base model on, where the recipe has no limit of its own."""
+    prompt_tokens: float
+    """Mean."""
+    response_tokens: float
+    """Mean."""
+    max_new_tokens: int
+    generation_batch: int
+    shapes: Mapping[str, Shape]
+    """The base model of every agent whose weights are here."""
+
+    @property
+    def row_bytes(self) -> float:
+        """A prompt with two responses as JSON."""
+        return CHARS_PER_TOKEN * (self.prompt_tokens + 2 * self.response_tokens) + 200
+
+    def decode_steps(self, num_prompts: int) -> int:
+        """Steps of decoding, each of which reads every weight once, to answer so many prompts."""
+        return -(-num_prompts // self.generation_batch) * self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one stage computes: `weight_bytes` are read while decoding, beside the FLOP."""
+
+    tokens: float = 0.0
+    flop: float = 0.0
+    weight_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCost:
+    """One step of a stage that trains, and how many tokens go through such steps."""
+
+    config: PretrainedConfig
+    tuning: Tuning
+    step: Workload
+    tokens: float
+
+
+class MethodStage(StageWork):
+    """A kind of stage that can say what it costs."""
+
+    def cost(self, run: RunSize) -> Cost:
+        return Cost()
+
+    def disk_bytes(self, run: RunSize) -> float:
+        """What the stage leaves on disk; by default a row for each prompt of the student half."""
+        return run.student_prompts * run.row_bytes
+
+    def loads(self, run: RunSize) -> str | None:
+        """The agent whose base model the stage needs in memory."""
+        return None
+
+    def training(self, run: RunSize) -> TrainingCost | None:
+        """What a step of the stage needs, where it trains."""
+        return None
