@@ -11,10 +11,9 @@ import torch
 from tiny import tiny
 
 from macpo.commands.run import run
-from macpo.config import Recipe
+from macpo.config import DataSettings, Recipe
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
-from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.models.compute import model_pool
@@ -22,11 +21,11 @@ from macpo.engine.models.policy import PolicyRef
 from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
+from macpo.engine.scoring import score
 from macpo.iteration import build_plan
 from macpo.method.encoding import encode
-from macpo.method.likelihoods import likelihoods
-from macpo.method.pairs import teacher_pairs
-from macpo.method.policies import agent_chat
+from macpo.method.learning import Imitate
+from macpo.method.pairs import TeacherPairInputs, TeacherPairs
 from macpo.method.positives import as_generated
 from macpo.method.prompt_sets import read_sources
 
@@ -95,7 +94,7 @@ def test_filter_scores_equal_recomputed_reference_logps(finished: tuple[Path, Re
         for p in pairs
     ]
     policy = model_pool(recipe.compute, False).policy(PolicyRef(reference))
-    recomputed = likelihoods(policy, [g for g in groups if g], recipe.compute, World())
+    recomputed = score(policy, [g for g in groups if g], max_tokens=recipe.compute.score_tokens)
     kept = torch.tensor([p.ref_chosen_logp for p in pairs])
     again = torch.tensor([scores[0].sum_logp for scores in recomputed])
     assert torch.allclose(kept, again, rtol=1e-5, atol=1e-5)
@@ -211,9 +210,8 @@ def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None
         for prompt, one in items
     ]
     compute = tiny(with_arms).compute
-    wanted = likelihoods(
-        model_pool(compute, False).policy(PolicyRef(policy)), [g for g in groups if g], compute, World()
-    )
+    module = model_pool(compute, False).policy(PolicyRef(policy))
+    wanted = score(module, [g for g in groups if g], max_tokens=compute.score_tokens)
     for row, (scored,) in zip(rows, wanted, strict=True):
         (one,) = row["candidates"]
         assert (one["sum_logp"], one["num_tokens"]) == (pytest.approx(scored.sum_logp, rel=1e-5), scored.num_tokens)
@@ -240,14 +238,14 @@ def test_no_pair_left_names_the_counts(tmp_path: Path) -> None:
     for folder in ("data", "positives", "negatives", "out"):
         (tmp_path / folder).mkdir()
     write_records(tmp_path / "data" / "student.jsonl", [prompt, Prompt.of("other")])
-    aliases = {"data": "data", "positives:teacher0": "positives", "negatives:teacher0": "negatives"}
-    inputs = {alias: tmp_path / folder for alias, folder in aliases.items()}
-    context = StageContext("iter1-teacher0-pairs", {"seed": 0}, tmp_path / "out", inputs, StopFlag())
+    inputs = {name: tmp_path / name for name in ("data", "positives", "negatives")}
+    context = StageContext("iter1-teacher0-pairs", tmp_path / "out", inputs, StopFlag())
+    read = TeacherPairInputs(data="data", positives={"teacher0": "positives"}, negatives={"teacher0": "negatives"})
     same = [Response(prompt.id, "teacher0", "same answer", True, 3)]
     write_records(tmp_path / "positives" / "responses.jsonl", same)
     write_records(tmp_path / "negatives" / "responses.jsonl", same)
     with pytest.raises(DataError, match="identical: 1, no_positive: 1"):
-        teacher_pairs(context)
+        TeacherPairs(seed=0, inputs=read).run(context)
 
 
 def test_ready_agents_bring_their_policies(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
@@ -288,7 +286,7 @@ def test_a_teachers_own_data_loses_the_reserved_prompts(tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"path": str(path), "teacher_prompts": 8, "student_prompts": 6, "test_prompts": 5}
-    sources = read_sources(data, {"teacher0": None, "teacher1": str(path)}, seed=0)
+    sources = read_sources(DataSettings(**data), {"teacher0": None, "teacher1": str(path)}, seed=0)
     reserved = {pair.prompt.id for pair in (*sources.student, *sources.test)}
     assert len(sources.teachers["teacher0"]) == 8 and len(sources.teachers["teacher1"]) == 40 - 11
     assert not reserved & {pair.prompt.id for pair in sources.teachers["teacher1"]}
@@ -298,15 +296,17 @@ def test_a_teachers_own_data_loses_the_reserved_prompts(tmp_path: Path) -> None:
 def test_prompts_that_are_too_long_are_dropped_and_counted(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
     """FAULTS 11: dropped by policy with a count; an error of the data if none is left."""
     run_dir, recipe = finished
-    settings = next(s for s in build_plan(recipe).graph.stages if s.name == "init-teacher0-positive").settings
+    work = build_plan(recipe).graph.stage("init-teacher0-positive").work
+    assert isinstance(work, Imitate)
     prompts = [Prompt.of("short words"), Prompt.of("word " * 80)]
     items = [(prompt, [("an answer", True)]) for prompt in prompts]
 
     def kept(policy: str, chosen: list[tuple[Prompt, list[tuple[str, bool]]]]) -> list[int]:
-        agent = settings["agent"] | {"long_prompt": policy}
-        inputs = {"base": folder_of(run_dir, "base-teacher0")}
-        context = StageContext("init-teacher0-positive", {"agent": agent}, tmp_path, inputs, StopFlag())
-        return encode(context, agent_chat(context), chosen)[1]
+        agent = work.agent.model_copy(update={"long_prompt": policy})
+        changed = work.model_copy(update={"policy": work.policy.model_copy(update={"agent": agent})})
+        inputs = {"base-teacher0": folder_of(run_dir, "base-teacher0")}
+        context = StageContext("init-teacher0-positive", tmp_path, inputs, StopFlag())
+        return encode(changed.open_policy(context), chosen)[1]
 
     assert kept("truncate", items) == [0, 1] and kept("drop", items) == [0]
     with pytest.raises(DataError, match="none of 1 prompts is left"):

@@ -28,8 +28,8 @@ from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.stages import Stage
 from macpo.iteration import build_plan
-from macpo.standalone.config import Standalone
-from macpo.standalone.records import read_sets
+from macpo.standalone.config import ExampleData, Standalone
+from macpo.standalone.records import Sets, read_sets
 
 ROOT = Path(__file__).parents[2]
 WORLD |= {"student_prompts": 32, "test_prompts": 12}
@@ -262,17 +262,21 @@ def test_columns_have_other_names_and_prompts_are_held_out_by_content(tmp_path: 
     rows = [{"question": f"q{i % 9}", "answer": f"a{i}"} for i in range(18)]  # every prompt twice
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"path": str(path), "columns": {"prompt": "question", "response": "answer"}, "test_prompts": 3}
-    sets = read_sets(data, "sft", 0)
+
+    def sets_of(seed: int = 0, **changes: Any) -> Sets:
+        return read_sets(ExampleData(**data | changes), seed)
+
+    sets = sets_of()
     held, used = ({record.prompt.id for record in part} for part in (sets.test, sets.train))
     assert (len(held), len(used), len(sets.train), len(sets.documents)) == (3, 6, 12, 0) and not held & used
-    assert {record.prompt.id for record in read_sets(data, "sft", 1).test} != held
-    assert [r.prompt.id for r in read_sets(data | {"test_prompts": 2}, "sft", 0).test] == [
-        record.prompt.id for record in sets.test[:2]
-    ], "a smaller test set is a part of a larger one"
-    limited = read_sets(data | {"train_prompts": 4}, "sft", 0)
+    assert {record.prompt.id for record in sets_of(seed=1).test} != held
+    assert [r.prompt.id for r in sets_of(test_prompts=2).test] == [record.prompt.id for record in sets.test[:2]], (
+        "a smaller test set is a part of a larger one"
+    )
+    limited = sets_of(train_prompts=4)
     assert len(limited.train) == 8 and len(limited.documents) == 4, "what is left over is for pretraining"
     with pytest.raises(DataError, match="0 distinct prompts are left to train on and 9 to evaluate on"):
-        read_sets(data | {"test_prompts": 9}, "sft", 0)
+        sets_of(test_prompts=9)
     with pytest.raises(ConfigError, match=r"data\.columns: got 'promt'"):
         load_examples(path, columns={"promt": "question"})
 
