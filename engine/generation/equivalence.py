@@ -43,8 +43,8 @@ def verified_cache_shapes(model: PreTrainedModel) -> dict[int, CacheShape]:
             prompts = torch.cat([ids[:-1] for ids in sequences])
             next_logits(model, prompts, prefill.segments.positions(), prefill, None)
             num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-            if cache.num_layers != num_layers:
-                text = f"{cache.num_layers} of its {num_layers} layers use transformers' attention interface"
+            if len(cache.shapes()) != num_layers:
+                text = f"{len(cache.shapes())} of its {num_layers} layers use transformers' attention interface"
                 raise ConfigError(text, FIX)
             positions = torch.tensor(lengths, device=model.device)
             decode = DecodeAttention(cache, slots, positions, torch.arange(cache.slot_tokens, device=model.device))

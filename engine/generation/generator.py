@@ -41,10 +41,6 @@ _log = logging.getLogger(__name__)
 CacheKind = Literal["pool", "slots"]
 
 
-def _never() -> bool:
-    return False
-
-
 class Generator:
     """Batched generation for a Hugging Face causal LM, a peft model or a PolicyModule.
 
@@ -79,11 +75,8 @@ class Generator:
         cache: CacheKind | None = None,
         use_graphs: bool | None = None,
     ) -> None:
-        for name, value in (
-            ("max_batch", max_batch),
-            ("max_cache_tokens", max_cache_tokens),
-            ("block_tokens", block_tokens),
-        ):
+        sizes = {"max_batch": max_batch, "max_cache_tokens": max_cache_tokens, "block_tokens": block_tokens}
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"got {value}", f"{name} must be at least 1", field=f"generator.{name}")
         if cache not in (None, "pool", "slots"):
@@ -164,7 +157,7 @@ class Generator:
                 found[sequence.key] = sequence.finish(self.tokenizer)
                 count(answers=1)
 
-            stop = self.team.any_of(should_stop or _never)
+            stop = self.team.any_of(should_stop or (lambda: False))
             job = Job(self.model, self.num_tokens, self.tokenizer, self._sequence, stop, count, self.team)
             self._cache_shapes()  # refuses a model before anything is stacked or decoded
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))

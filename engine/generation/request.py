@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from hashlib import sha256
+from typing import Any, Literal
 
-from macpo.engine.data.records import Message
+from macpo.engine.data.records import Message, Prompt
 from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
 from macpo.engine.generation.params import SamplingParams
 
@@ -17,16 +17,17 @@ FinishReason = Literal["stop", "length"]
 
 def request_key(*parts: str) -> int:
     """Hashes texts to a stable 63-bit integer: the request's part of the sampling noise."""
-    digest = hashlib.sha256("\x00".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
+    digest = sha256("\x00".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
-def content_ids(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """One id per prompt: hash of its tokens and the number of its occurrence, so order does not matter."""
+def content_ids(prompts: Sequence[Sequence[int]] | Sequence[Sequence[Message]], *, chat: bool = False) -> list[str]:
+    """One id per prompt: hash of its tokens (`chat`: its messages) and the number of its occurrence."""
     seen: Counter[str] = Counter()
     ids = []
     for prompt in prompts:
-        digest = hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16]
+        content: Any = prompt
+        digest = Prompt.of(content).id if chat else sha256(",".join(map(str, content)).encode()).hexdigest()[:16]
         ids.append(f"{digest}-{seen[digest]}")
         seen[digest] += 1
     return ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from macpo.engine.errors import NumericsError
@@ -11,27 +12,24 @@ from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import FinishReason, Request, Sample
 
 
+@dataclass(eq=False, slots=True)
 class ActiveSequence:
-    """A sequence that is being generated; `done` once its response is known to have ended."""
+    """A sequence that is being generated."""
 
-    __slots__ = (
-        "budget", "done", "end", "ended", "logps", "raw_logps", "request", "sample", "stop_ids", "tokens"
-    )  # fmt: skip
-
-    def __init__(self, request: Request, sample: int, budget: int, stop_ids: frozenset[int]) -> None:
-        self.request = request
-        self.sample = sample
-        self.budget = budget
-        """Most new tokens, an end token included."""
-        self.stop_ids = stop_ids
-        self.tokens: list[int] = []
-        self.raw_logps: list[float] = []
-        self.logps: list[float] = []
-        self.done = False
-        self.ended = False
-        """Whether a stop token or stop text came."""
-        self.end: tuple[int, float] | None = None
-        """The stop token and its raw log-prob."""
+    request: Request
+    sample: int
+    budget: int
+    """Most new tokens, an end token included."""
+    stop_ids: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    raw_logps: list[float] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    done: bool = False
+    """Whether the response is known to have ended."""
+    ended: bool = False
+    """Whether a stop token or stop text came."""
+    end: tuple[int, float] | None = None
+    """The stop token and its raw log-prob."""
 
     @property
     def params(self) -> SamplingParams:

@@ -20,7 +20,7 @@ from typing import Any
 
 from macpo.engine.config import ServedSettings
 from macpo.engine.connection import Connection, Unavailable
-from macpo.engine.data.records import Message, Prompt
+from macpo.engine.data.records import Message
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.params import SamplingParams, one_each
@@ -82,15 +82,14 @@ class ServedGenerator:
         """
         chat = self.settings.api == "chat"
         if request_ids is None:
-            request_ids = _dialogue_ids(prompts) if chat else content_ids(prompts)  # type: ignore[arg-type]
+            request_ids = content_ids(prompts, chat=chat)
         if len(request_ids) != len(prompts):
             raise ConfigError(f"{len(request_ids)} request ids for {len(prompts)} prompts", "give one per prompt")
         requests: list[Request] = []
         for id_, prompt, one in zip(request_ids, prompts, one_each(params, len(prompts)), strict=True):
-            asked: dict[str, Any] = (
-                {"prompt_ids": (), "messages": tuple(prompt)} if chat else {"prompt_ids": tuple(prompt)}
-            )
-            requests.append(Request(id_, params=one, samples=tuple(range(one.n)), **asked))
+            content: Any = tuple(prompt)
+            ids, messages = ((), content) if chat else (content, ())
+            requests.append(Request(id_, ids, one, tuple(range(one.n)), messages=messages))
         return self.run(requests, progress=progress)
 
     def run(
@@ -302,14 +301,3 @@ def _generation_config(params: SamplingParams) -> dict[str, Any]:
     if params.stop_token_ids:
         config |= {"eos_token_id": list(params.stop_token_ids), "pad_token_id": params.stop_token_ids[0]}
     return config
-
-
-def _dialogue_ids(dialogues: Sequence[Sequence[Message]]) -> list[str]:
-    """One id per dialogue: content hash and number of its occurrence, as in `content_ids`."""
-    seen: Counter[str] = Counter()
-    ids = []
-    for dialogue in dialogues:
-        digest = Prompt.of(dialogue).id
-        ids.append(f"{digest}-{seen[digest]}")
-        seen[digest] += 1
-    return ids

@@ -98,7 +98,7 @@ def _split_linear(name: str, module: nn.Module, kind: str, team: World) -> None:
     if kind == "colwise_gather_output":
         module.register_forward_hook(partial(_gather, team, whole))
     elif not by_outputs:
-        module.register_forward_hook(partial(_add_up, team))
+        module.register_forward_hook(lambda module, args, y: _total(y, team))
     if kind == "rowwise_split_input":
         module.register_forward_pre_hook(partial(_own_inputs, team))
 
@@ -120,10 +120,6 @@ def _parameter(weight: Tensor) -> nn.Parameter:
 def _total(y: Tensor, team: World) -> Tensor:
     """Sums over the group: 16-bit numbers are added in float32 and rounded once."""
     return team.sum_(y.to(torch.promote_types(y.dtype, torch.float32)).contiguous()).to(y.dtype)
-
-
-def _add_up(team: World, module: nn.Module, args: Any, y: Tensor) -> Tensor:
-    return _total(y, team)
 
 
 def _gather(team: World, width: int, module: nn.Module, args: Any, y: Tensor) -> Tensor:

@@ -129,8 +129,7 @@ def read_wave(path: Path, digest: str) -> list[ResponseRecord] | None:
     with explained(path):
         raw = path.read_bytes()
     body, seal = _split(raw)
-    expected = {"rows": body.count(b"\n"), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
-    if seal != expected:
+    if seal != _seal(body, digest):
         why = "torn or damaged" if seal is None or seal.get("requests") == digest else "of other requests"
         log.warning("%s is %s and is written again", path.name, why)
         return None
@@ -158,8 +157,11 @@ def _split(raw: bytes) -> tuple[bytes, dict[str, Any] | None]:
 
 def _encode(rows: Sequence[ResponseRecord], digest: str) -> bytes:
     body = b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
-    seal = {"rows": len(rows), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
-    return body + json.dumps(seal).encode() + b"\n"
+    return body + json.dumps(_seal(body, digest)).encode() + b"\n"
+
+
+def _seal(body: bytes, digest: str) -> dict[str, Any]:
+    return {"rows": body.count(b"\n"), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
 
 
 def _path(folder: Path, number: int) -> Path:

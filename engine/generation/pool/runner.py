@@ -36,9 +36,8 @@ class PoolRunner(BatchRunner):
 
     def _context(self, part: Part) -> PagedPrefill:
         tables = [[self._tables[row] for row in rows] for _, rows in part]
-        return PagedPrefill(
-            self.session.pool, [len(group.request.prompt_ids) for group, _ in part], tables, self.device
-        )
+        lengths = [len(group.request.prompt_ids) for group, _ in part]
+        return PagedPrefill(self.session.pool, lengths, tables, self.device)
 
     def _decode(self) -> None:
         rows = self.rows

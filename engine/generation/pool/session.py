@@ -133,12 +133,7 @@ def _addresses(model: nn.Module) -> tuple[object, ...]:
     tensors = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
     tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     settings = tuple(
-        (
-            tuple(tuner.active_adapters),
-            tuple(tuner.merged_adapters),
-            tuner.disable_adapters,
-            repr(getattr(tuner, "scaling", None)),
-        )
-        for tuner in tuners
+        (tuple(t.active_adapters), tuple(t.merged_adapters), t.disable_adapters, repr(getattr(t, "scaling", None)))
+        for t in tuners
     )
     return tensors, settings

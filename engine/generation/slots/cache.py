@@ -27,11 +27,6 @@ class SlotCache:
         self.slot_tokens = slot_tokens
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def num_layers(self) -> int:
-        """Number of layers that have written so far."""
-        return len(self._layers)
-
     def shapes(self) -> dict[int, CacheShape]:
         """Shapes of the layers that have written so far, by index."""
         return {i: CacheShape(k.shape[1], k.shape[3], v.shape[3], k.dtype) for i, (k, v) in self._layers.items()}
