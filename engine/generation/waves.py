@@ -73,7 +73,7 @@ def generate_waves(
         end_token: the token that ended it, or null. end_logp: its raw log-prob.
         sum_logp: sum of the raw log-probs in nats without the end token; null where a server gives none.
         text: null without a tokenizer.
-        empty: only white space, even in a second draw (attempt 1; greedy decoding has none).
+        empty: only white space, even after a second draw (attempt 1; greedy decoding draws once).
 
     Raises:
         ConfigError, DataError: bad requests, before any work. Stopped: asked to stop; committed waves stay.
