@@ -14,6 +14,7 @@ from torch import nn
 
 from macpo.engine.generation import Generator, Output, SamplingParams, generator
 from macpo.engine.generation.pool import session
+from macpo.engine.generation.pool.capacity import waiting_part
 from macpo.engine.generation.pool.decode_step import DecodeStep
 from macpo.kernels import use_backend
 
@@ -62,7 +63,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replay]]:
         return made[-1]
 
     monkeypatch.setattr(session, "capture_graph", capture)
-    monkeypatch.setattr(generator, "graphs_why_not", lambda model, team: session.waiting_part(model))
+    monkeypatch.setattr(generator, "graphs_why_not", lambda model, team: waiting_part(model))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     yield made
 
