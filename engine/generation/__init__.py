@@ -1,4 +1,4 @@
-"""Batched generation: prompts in, sampled answers with their log-probs out."""
+"""Batched generation: prompts in, sampled responses with their log-probs out."""
 
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams

@@ -1,4 +1,4 @@
-"""What prefill and decoding over slots and over blocks share."""
+"""Helpers that the attention contexts over slots and over blocks share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from macpo.engine.errors import ConfigError
 from macpo.kernels import Segments
 
 
-def _packed(lengths: Sequence[int], device: torch.device) -> tuple[Segments, Tensor]:
-    """Prompts beside each other, and the row of each one's last token [prompts]."""
+def packed_prompts(lengths: Sequence[int], device: torch.device) -> tuple[Segments, Tensor]:
+    """Segments of prompts packed into one row, and the position of each prompt's last token in it [prompts]."""
     segments = Segments.from_lengths([(length, []) for length in lengths]).to(device)
     return segments, (torch.tensor(list(lengths)).cumsum(0) - 1).to(device)
 
 
-def _layer(module: nn.Module) -> int:
+def layer_index(module: nn.Module) -> int:
     index = getattr(module, "layer_idx", None)
     if not isinstance(index, int):
         raise ConfigError(f"{type(module).__name__} does not know its layer index", "use another architecture")

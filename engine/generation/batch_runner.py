@@ -1,10 +1,13 @@
-"""BatchRunner: prefills and decodes a dense batch until every request is answered; what keys and values lie in is
-the subclass's (`slot_runner`, `pool_runner`)."""
+"""BatchRunner: prefills and decodes a dense batch until every request has its responses.
+
+The subclasses hold keys and values: in slots (`slots/runner.py`) or in blocks (`pool/runner.py`).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,89 +17,88 @@ from transformers import PreTrainedModel
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.errors import Stopped
 from macpo.engine.generation.multilora import StackedAdapters
+from macpo.engine.generation.request import Request
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.models.attention_hook import AttentionContext
 from macpo.engine.progress import Count, uncounted
 from macpo.kernels import Segments
 
 CPU_PREFILL_TOKENS, PREFILL_TOKENS = 2048, 8192
-"""Prompt tokens of one packed forward."""
+"""Most prompt tokens of one packed forward."""
 STOP_TEXT_STEPS = 8
-"""Decode steps between two looks for stop texts."""
+"""Decode steps between two searches for stop texts."""
 STOP_CHECK_STEPS = 16
-"""Decode steps between two questions whether the run should stop."""
+"""Decode steps between two checks whether the run should stop."""
 LOG_STEPS = 64
-"""Decode steps at most between two times that the rows take what was drawn."""
+"""Most decode steps before the sequences take the tokens that were drawn."""
 
-MakeRow = Callable[[Group, int], Row]
-Part = Sequence[tuple[Group, list[Row]]]
-"""Requests of one prefill with the rows of their samples."""
+Part = Sequence[tuple[Group, list[ActiveSequence]]]
+"""Requests of one prefill with the sequences of their samples."""
 
 
 class PrefillContext(AttentionContext, Protocol):
-    """How packed prompts attend and where their keys and values go."""
+    """Says how packed prompts attend and where their keys and values go."""
 
     segments: Segments
     last_rows: Tensor
-    """[prompts]: each prompt's last token."""
+    """[prompts]: packed row of each prompt's last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all batches of a generator's run have in common."""
+
+    model: PreTrainedModel
+    num_tokens: int
+    """Token ids at or above it are never drawn."""
+    tokenizer: object
+    make_sequence: Callable[[Request, int], ActiveSequence]
+    """Starts the sequence of a request's sample."""
+    should_stop: Callable[[], bool]
+    count: Count = uncounted
+    team: World = ALONE
+    """The tensor-parallel group."""
+    adapters: StackedAdapters | None = None
+    """None: the model's active adapter serves every request."""
 
 
 class BatchRunner(ABC):
-    """One run of the scheduler's requests; the model's attention hook is on and the model in eval mode.
+    """Runs the scheduler's requests; the model's attention hook must be on and the model in eval mode.
 
-    Live rows are `rows[0:n]`. Between two changes of the batch the steps run on device state alone; a finished row
-    idles in its place until an eighth of the batch is done or enough places are free for a refill.
+    `rows[i]` is the sequence in row i of the batch. Between two changes of the batch the steps run on device state
+    alone; a finished sequence idles in its row until an eighth of the batch is done or a refill fits the free rows.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        scheduler: Scheduler,
-        make_row: MakeRow,
-        *,
-        num_tokens: int,
-        tokenizer: object,
-        should_stop: Callable[[], bool],
-        adapters: StackedAdapters | None = None,
-        team: World = ALONE,
-        count: Count = uncounted,
-    ) -> None:
-        self.model = model
-        self.count = count
-        self.team = team
-        self.adapters = adapters
+    def __init__(self, scheduler: Scheduler, job: Job) -> None:
         self.scheduler = scheduler
-        self.make_row = make_row
-        self.num_tokens = num_tokens
-        self.tokenizer = tokenizer
-        self.should_stop = should_stop
-        self.device = model.device
-        self.rows: list[Row] = []
+        self.job = job
+        self.device = job.model.device
+        self.rows: list[ActiveSequence] = []
 
     @abstractmethod
     def _context(self, part: Part) -> PrefillContext:
-        """For the packed prompts of a part."""
+        """Attention context of a part's packed prompts."""
 
     @abstractmethod
     def _decode(self) -> None:
-        """Steps until the batch is worth changing; leaves no step behind that the rows have not taken."""
+        """Decodes until the batch is worth changing; the sequences have then taken every token that was drawn."""
 
     def _admit(self, num_free: int) -> list[Group]:
         return self.scheduler.admit(num_free)
 
-    def _opened(self, group: Group, rows: list[Row]) -> None:  # noqa: B027 (a cache may have nothing to do)
-        """A group starts as these rows."""
+    def _opened(self, group: Group, rows: list[ActiveSequence]) -> None:  # noqa: B027 (a cache may have nothing to do)
+        """Called when a group starts as these sequences."""
 
-    def _closed(self, row: Row) -> None:  # noqa: B027
-        """A row has ended and leaves the batch."""
+    def _closed(self, row: ActiveSequence) -> None:  # noqa: B027
+        """Called when a sequence has ended and leaves the batch."""
 
     def _moved(self, moves: Sequence[tuple[int, int]], num_tokens: int) -> None:  # noqa: B027
-        """Rows of at most `num_tokens` tokens go from place a to place b, for every (a, b)."""
+        """Called when sequences of at most `num_tokens` tokens move from row a to row b, for every (a, b)."""
 
-    def run(self, on_done: Callable[[Row], None]) -> None:
-        """Answers everything; `on_done` takes each row once it has ended, in a deterministic order."""
+    def run(self, on_done: Callable[[ActiveSequence], None]) -> None:
+        """Runs all requests; `on_done` takes each sequence once it has ended, in a deterministic order."""
         while True:
             for row in self.rows:
                 if row.done:
@@ -108,15 +110,15 @@ class BatchRunner(ABC):
             self._decode()
 
     def _reorganise(self) -> None:
-        """Drops done rows and fills their places with waiting requests or the last rows."""
-        places: list[Row | None] = [None if row.done else row for row in self.rows]
+        """Drops sequences that are done and fills their rows with waiting requests or the last sequences."""
+        places: list[ActiveSequence | None] = [None if row.done else row for row in self.rows]
         places += [None] * (self.scheduler.num_slots - len(places))
         free = [place for place, row in enumerate(places) if row is None]
-        batch: list[tuple[Group, list[Row]]] = []
+        batch: list[tuple[Group, list[ActiveSequence]]] = []
         new: set[int] = set()
         for group in self._admit(len(free)):
             own, free = free[: len(group.samples)], free[len(group.samples) :]
-            rows = [self.make_row(group, sample) for sample in group.samples]
+            rows = [self.job.make_sequence(group.request, sample) for sample in group.samples]
             for place, row in zip(own, rows, strict=True):
                 places[place] = row
             new.update(own)
@@ -128,8 +130,8 @@ class BatchRunner(ABC):
             self._check_stop()
             self._prefill(part)
 
-    def _close_holes(self, places: list[Row | None], new: set[int]) -> None:
-        """Moves the last rows into free places below them. New rows fill the lowest places, so they never move."""
+    def _close_holes(self, places: list[ActiveSequence | None], new: set[int]) -> None:
+        """Moves the last sequences into free rows below them; new ones fill the lowest rows, so they never move."""
         moves: list[tuple[int, int]] = []
         num_tokens = 0
         last = len(places) - 1
@@ -147,29 +149,29 @@ class BatchRunner(ABC):
         self._moved(moves, num_tokens)
 
     def _prefill(self, part: Part) -> None:
-        """Packed forward of some prompts, and the first token of all their samples."""
+        """Runs one packed forward of some prompts and draws the first token of all their samples."""
         prompts = [group.request.prompt_ids for group, _ in part]
-        if self.adapters is not None:
-            self.adapters.assign([group.request.adapter for group, _ in part for _ in group.request.prompt_ids])
+        if self.job.adapters is not None:
+            self.job.adapters.assign([group.request.adapter for group, _ in part for _ in group.request.prompt_ids])
         context = self._context(part)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        logits = next_logits(self.model, ids, context.segments.positions(), context, context.last_rows)
+        logits = next_logits(self.job.model, ids, context.segments.positions(), context, context.last_rows)
         rows = [row for _, own in part for row in own]
         counts = torch.tensor([len(own) for _, own in part], device=self.device)
-        sampler = RowSampler(rows, self.num_tokens, self.device, self.team)
+        sampler = RowSampler(rows, self.job.num_tokens, self.device, self.job.team)
         tokens, raw_logps, logps = (x.tolist() for x in sampler(logits.repeat_interleave(counts, 0)))
         new = [row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1]) for i, row in enumerate(rows)]
-        self.count(tokens=sum(new))
+        self.job.count(tokens=sum(new))
 
     def _take(self, steps: Sequence[Tensor], look_for_text: bool) -> int:
-        """Hands the rows tokens, raw and processed log-probs [n, steps]; returns how many rows are done."""
+        """Gives the sequences tokens, raw and processed log-probs [n, steps]; returns how many are done."""
         columns = [x.tolist() for x in steps]
         num_new = 0
         for row, tokens, raw_logps, logps in zip(self.rows, *columns, strict=True):
             num_new += row.extend(tokens, raw_logps, logps)
             if look_for_text and row.params.stop and not row.done:
-                row.done = row.stopped_in_tail(self.tokenizer, len(tokens))
-        self.count(tokens=num_new)
+                row.done = row.stopped_in_tail(self.job.tokenizer, len(tokens))
+        self.job.count(tokens=num_new)
         return sum(row.done for row in self.rows)
 
     def _worth_changing(self, num_done: int, num_free_blocks: int = 0) -> bool:
@@ -180,14 +182,14 @@ class BatchRunner(ABC):
         return num_done > 0 and num_done * 8 >= len(self.rows)
 
     def _check_stop(self) -> None:
-        if self.should_stop():
+        if self.job.should_stop():
             raise Stopped("stopped while generating", "run the same command again")
 
 
 def next_logits(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None
 ) -> Tensor:
-    """Logits [rows, W] of a packed row of ids [T] at positions [T]; all T rows where rows is None."""
+    """Logits [rows, W] of packed ids [T] at positions [T]; of all T tokens where rows is None."""
     logits: Tensor = model(
         input_ids=ids[None],
         position_ids=positions[None],
@@ -200,8 +202,8 @@ def next_logits(
 
 
 def _parts(batch: Part, most: int) -> Iterator[Part]:
-    """Consecutive groups whose prompts together have at most `most` tokens (one longer prompt goes alone)."""
-    part: list[tuple[Group, list[Row]]] = []
+    """Splits groups into runs whose prompts have at most `most` tokens together (a longer prompt goes alone)."""
+    part: list[tuple[Group, list[ActiveSequence]]] = []
     num_tokens = 0
     for item in batch:
         length = len(item[0].request.prompt_ids)

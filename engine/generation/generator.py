@@ -1,16 +1,17 @@
-"""Generator: many prompts in, sampled answers with log-probs out.
+"""Generator: many prompts in, sampled responses with log-probs out.
 
     Generator(model, tokenizer).generate(prompts, SamplingParams(max_new_tokens=64, seed=1))
 
-A sampled text is a function of model, prompt, params, request id, sample and attempt: the noise is seeded by these,
-never by the batch, the order or the number of processes (in float32, up to logit ties in the last bits).
+A sampled text is a function of model, prompt, params, request id, sample and attempt: these seed the noise, never the
+batch, the order or the number of processes (in float32, up to logit ties in the last bits).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,18 +19,17 @@ from torch import nn
 
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.generation.batch_runner import BatchRunner
-from macpo.engine.generation.equivalence import hooked_layers
-from macpo.engine.generation.hf_runner import HfRunner
-from macpo.engine.generation.model_facts import LayerShape, disabled, eos_ids, head_width, unwrap
+from macpo.engine.generation.batch_runner import BatchRunner, Job
+from macpo.engine.generation.equivalence import verified_cache_shapes
+from macpo.engine.generation.model_facts import CacheShape, disabled, eos_ids, head_width, unwrap
 from macpo.engine.generation.multilora import StackedAdapters, why_not
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.pool.capacity import PoolPlan, bucket_of, graphs_why_not, plan_pool, pool_why_not
 from macpo.engine.generation.pool.runner import PoolRunner
 from macpo.engine.generation.pool.session import PoolSession
 from macpo.engine.generation.request import Output, Request, Sample, check_requests, content_ids
-from macpo.engine.generation.scheduler import Group, Need, Scheduler
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.scheduler import Need, Scheduler
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.generation.slots.packed_linear import packed_linears
 from macpo.engine.generation.slots.runner import SlotRunner
@@ -41,29 +41,27 @@ _log = logging.getLogger(__name__)
 CacheKind = Literal["pool", "slots"]
 
 
-def _never() -> bool:
-    return False
-
-
 class Generator:
     """Batched generation for a Hugging Face causal LM, a peft model or a PolicyModule.
 
     Args:
-        model: weights, on their device; put into eval mode while generating, restored afterwards.
+        model: the model with its weights on their device; it is in eval mode while generating and restored afterwards.
         tokenizer: needed for stop texts and for `Sample.text`; ids beyond its length are never drawn.
         max_batch: sequences decoded together.
-        max_cache_tokens: bound of the key-value cache in tokens; None: what `max_batch` of the longest request need.
-        block_tokens: a sequence's share of the cache is rounded up to a multiple of this.
+        max_cache_tokens: limit of the key-value cache in tokens; None: enough for `max_batch` of the longest requests.
+        block_tokens: each sequence's share of the cache is rounded up to a multiple of this.
         cache: "pool" keeps keys and values in blocks that a request's samples share, and decodes by device work of
             fixed shape; "slots" keeps each sequence in a slot of its own, which is faster on a CPU. None: the pool on
             a GPU whose kernels take the model, else slots. The pool stays allocated between calls.
-        use_graphs: whether decode steps over the pool are captured as CUDA graphs. None: where that is possible (one
-            log line says why it is not on a GPU); True: an error where it is not.
+        use_graphs: whether decode steps over the pool are captured as CUDA graphs. None: where that is possible (on a
+            GPU, one log line says why it is not); True: an error where it is not.
 
-    A policy that is split over a team of ranks (`split_policy`) is generated with by all of them together: each
-    makes the same calls and gets the same outputs.
+    The ranks of a tensor-parallel group (`split_policy`) generate together: each makes the same calls and gets the
+    same outputs.
 
-    Models that bypass transformers' attention interface are answered by their own `generate` (one log line says so).
+    Raises:
+        ConfigError: an argument out of range. On first use: a model whose attention the hook cannot honour; the error
+            names the architecture.
     """
 
     def __init__(
@@ -77,11 +75,8 @@ class Generator:
         cache: CacheKind | None = None,
         use_graphs: bool | None = None,
     ) -> None:
-        for name, value in (
-            ("max_batch", max_batch),
-            ("max_cache_tokens", max_cache_tokens),
-            ("block_tokens", block_tokens),
-        ):
+        sizes = {"max_batch": max_batch, "max_cache_tokens": max_cache_tokens, "block_tokens": block_tokens}
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"got {value}", f"{name} must be at least 1", field=f"generator.{name}")
         if cache not in (None, "pool", "slots"):
@@ -100,10 +95,10 @@ class Generator:
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         self.num_tokens = head_width(self.model) if tokenizer is None else min(head_width(self.model), len(tokenizer))
         self.eos_ids = eos_ids(self.model, tokenizer)
-        self._layers: dict[int, LayerShape] | None = None
+        self._layers: dict[int, CacheShape] = {}
         self._probed: tuple[object, ...] = ()
         self._session: PoolSession | None = None
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._stack: StackedAdapters | None = None
 
     def generate(
@@ -115,27 +110,27 @@ class Generator:
         adapters: str | Sequence[str | None] | None = None,
         progress: Count | str | bool = False,
     ) -> list[Output]:
-        """Answers every prompt `params.n` times.
+        """Draws `params.n` responses to every prompt.
 
         Args:
             prompts: token ids, BOS and template included.
-            params: one for all, or one a prompt.
-            request_ids: what the noise is keyed by; default: hash of the prompt and the number of its occurrence.
-            adapters: name of a loaded peft adapter, for all or one a prompt; None leaves the active one.
-            progress: shows answers, tokens/s and time left, with this label where it is a text; or counts there.
+            params: one for all prompts, or one per prompt.
+            request_ids: keys of the noise; default: hash of the prompt and the number of its occurrence.
+            adapters: name of a loaded peft adapter, for all prompts or one per prompt; None keeps the active one.
+            progress: whether to show responses, tokens/s and time left; a text is its label, a Count is called instead.
 
         Returns:
-            An Output a prompt, in the order of `prompts`.
+            One Output per prompt, in the order of `prompts`.
 
         Raises:
-            ConfigError, DataError: before any work, all bad requests at once.
+            ConfigError, DataError: bad requests, all at once, before any work; or an unsupported architecture.
             NumericsError: logits that are not finite.
         """
         ids = content_ids(prompts) if request_ids is None else list(request_ids)
         names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
         for what, values in (("request ids", ids), ("adapters", names)):
             if len(values) != len(prompts):
-                raise ConfigError(f"{len(values)} {what} for {len(prompts)} prompts", "give one a prompt")
+                raise ConfigError(f"{len(values)} {what} for {len(prompts)} prompts", "give one per prompt")
         requests = [
             Request(id_, tuple(prompt), one, tuple(range(one.n)), 0, name)
             for id_, prompt, one, name in zip(ids, prompts, one_each(params, len(prompts)), names, strict=True)
@@ -149,86 +144,63 @@ class Generator:
         progress: Count | str | bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Output]:
-        """As `generate`, for requests that also choose samples and attempt; raises Stopped when asked to."""
+        """Like `generate`, for requests that also choose samples and attempt; raises Stopped when asked to stop."""
         self.check(requests)
-        found: dict[tuple[int, int], Sample] = {}
-        steps, total = max(map(self._budget, requests), default=0), sum(len(r.samples) for r in requests)
+        if not requests:
+            return []
+        found: dict[tuple[str, int, int], Sample] = {}
+        steps, total = max(map(self._budget, requests)), sum(len(r.samples) for r in requests)
         shown = progress if self.team.is_main else False
         with self._ready(), packed_linears(self._outer, steps), counted(shown, total) as count:
 
-            def on_done(row: Row) -> None:
-                found[row.index, row.sample] = row.finish(self.tokenizer)
+            def on_done(sequence: ActiveSequence) -> None:
+                found[sequence.key] = sequence.finish(self.tokenizer)
                 count(answers=1)
 
-            stop = self.team.any_of(should_stop or _never)
+            stop = self.team.any_of(should_stop or (lambda: False))
+            job = Job(self.model, self.num_tokens, self.tokenizer, self._sequence, stop, count, self.team)
+            self._cache_shapes()  # refuses a model before anything is stacked or decoded
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
             stacked = self._stacked(names) if len(names) > 1 else None
             if stacked is not None:
                 with stacked.active():
-                    self._run(requests, list(range(len(requests))), on_done, count, stop, stacked)
+                    self._run(requests, replace(job, adapters=stacked), on_done)
                 names = []
             for name in names:
                 with self._adapter(name):
-                    indices = [i for i, request in enumerate(requests) if request.adapter == name]
-                    self._run(requests, indices, on_done, count, stop)
-        return [Output(request.id, [found[i, s] for s in request.samples]) for i, request in enumerate(requests)]
+                    self._run([request for request in requests if request.adapter == name], job, on_done)
+        return [Output(r.id, [found[r.id, r.attempt, sample] for sample in r.samples]) for r in requests]
 
-    def _run(
-        self,
-        requests: Sequence[Request],
-        indices: list[int],
-        on_done: Callable[[Row], None],
-        count: Count,
-        should_stop: Callable[[], bool],
-        adapters: StackedAdapters | None = None,
-    ) -> None:
-        """Requests, by their place in the list: of the active adapter, or of any that is stacked."""
-        part = [requests[i] for i in indices]
-
-        def make_row(group: Group, sample: int) -> Row:
-            return self._row(indices[group.index], group.request, sample)
-
-        layers = self._hooked_layers()
-        if layers is None and self.team.size > 1:
-            raise ConfigError("a model that bypasses the attention hook cannot be split", "use one that fits a rank")
-        if layers is None:
-            self._refuse_graphs("the model bypasses the attention hook")
-            runner = HfRunner(self.model, self.max_batch, self.num_tokens, self.tokenizer, should_stop, count)
-            runner.run([self._row(i, requests[i], sample) for i in indices for sample in requests[i].samples], on_done)
-            return
-        options: dict[str, Any] = {"make_row": make_row, "num_tokens": self.num_tokens, "tokenizer": self.tokenizer}
-        options |= {"should_stop": should_stop, "adapters": adapters, "team": self.team, "count": count}
+    def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
         with attention_hook(self.model):
-            pool = self._uses_pool(layers)
-            (self._pool_runner(part, layers, **options) if pool else self._slot_runner(part, **options)).run(on_done)
+            (self._pool_runner(part, job) if self._uses_pool() else self._slot_runner(part, job)).run(on_done)
 
-    def _slot_runner(self, part: Sequence[Request], **options: Any) -> BatchRunner:
+    def _slot_runner(self, part: Sequence[Request], job: Job) -> BatchRunner:
         self._refuse_graphs("the cache is in slots")
         slot_tokens = max(self._reserved(request) for request in part)
         num_slots = min(self.max_batch, sum(len(request.samples) for request in part))
         if self.max_cache_tokens is not None:
             num_slots = min(num_slots, self.max_cache_tokens // slot_tokens)
-        cache = SlotCache(num_slots, slot_tokens)
-        return SlotRunner(cache, self.model, Scheduler(part, num_slots), **options)
+        return SlotRunner(SlotCache(num_slots, slot_tokens), Scheduler(part, num_slots), job)
 
-    def _pool_runner(self, part: Sequence[Request], layers: Mapping[int, LayerShape], **options: Any) -> BatchRunner:
+    def _pool_runner(self, part: Sequence[Request], job: Job) -> BatchRunner:
         plan = plan_pool(
             part, self._budget,
             num_stop_ids=max(len(self._stop_ids(request)) for request in part), num_tokens=self.num_tokens,
             block_tokens=self.block_tokens, max_batch=self.max_batch, max_cache_tokens=self.max_cache_tokens,
         )  # fmt: skip
-        session = self._session_for(plan, layers)
-        session.start(options["adapters"])
+        session = self._session_for(plan)
+        session.start(job.adapters)
         self._capture(session, plan.num_slots)
 
         def need(request: Request) -> Need:
             return plan.needs[len(request.prompt_ids), self._budget(request)]
 
         scheduler = Scheduler(part, plan.num_slots, plan.num_blocks, need)
-        return PoolRunner(session, plan.num_blocks, self.model, scheduler, **options)
+        return PoolRunner(session, plan.num_blocks, scheduler, job)
 
     def _capture(self, session: PoolSession, num_slots: int) -> None:
-        """Graphs for batches of up to `num_slots`, where they are wanted and possible."""
+        """Captures graphs for batches of up to `num_slots` where they are wanted and possible."""
         if self.use_graphs is False:
             session.drop_graphs()
             return
@@ -241,10 +213,11 @@ class Generator:
         if why:
             self._refuse_graphs(why)
             if self.model.device.type == "cuda":
-                self._say(f"decoding runs without CUDA graphs, which is slower: {why}")
+                self._warn_once(f"decoding runs without CUDA graphs, which is slower: {why}")
 
-    def _session_for(self, plan: PoolPlan, layers: Mapping[int, LayerShape]) -> PoolSession:
+    def _session_for(self, plan: PoolPlan) -> PoolSession:
         """The kept session, or a new one that is at least as large."""
+        layers = self._cache_shapes()
         kept, rows, blocks = self._session, bucket_of(plan.num_slots), plan.num_blocks
         if kept is None or not kept.serves(plan, layers):
             if kept is not None:
@@ -254,41 +227,41 @@ class Generator:
         self._session = kept
         return kept
 
-    def _uses_pool(self, layers: Mapping[int, LayerShape]) -> bool:
+    def _uses_pool(self) -> bool:
         if self.cache == "slots" or (self.cache is None and self.model.device.type != "cuda"):
             return False
-        why = pool_why_not(layers, self.block_tokens, self.model.device)
+        why = pool_why_not(self._cache_shapes(), self.block_tokens, self.model.device)
         if why and self.cache == "pool":
             raise ConfigError(
                 f"the block pool does not take {why}", "leave cache to its default", field="generator.cache"
             )
         if why:
-            self._say(f"keys and values are kept in slots, which is slower: the block pool does not take {why}")
+            self._warn_once(f"keys and values are kept in slots, which is slower: the block pool does not take {why}")
         return not why
 
     def _refuse_graphs(self, why: str) -> None:
-        """Raises where the caller insists on graphs."""
+        """Raises ConfigError where the caller insists on graphs."""
         if self.use_graphs:
             raise ConfigError(f"no CUDA graphs: {why}", "leave use_graphs to its default", field="generator.use_graphs")
 
-    def _say(self, text: str) -> None:
-        """A log line, once a generator."""
-        if text not in self._said:
-            self._said.add(text)
+    def _warn_once(self, text: str) -> None:
+        """Logs a warning once per generator."""
+        if text not in self._logged:
+            self._logged.add(text)
             _log.warning("%s", text)
 
-    def _hooked_layers(self) -> dict[int, LayerShape] | None:
-        """What the layers cache; None where the model bypasses the hook. Asked again where its tensors have changed."""
+    def _cache_shapes(self) -> dict[int, CacheShape]:
+        """What the layers cache; the model is checked again where its dtype or device has changed."""
         kind = (self.model.dtype, self.model.device)
         if self._probed != kind:
-            self._layers = hooked_layers(self.model)
+            self._layers = verified_cache_shapes(self.model)
             self._probed = kind
         return self._layers
 
     def _stacked(self, names: Sequence[str | None]) -> StackedAdapters | None:
-        """The adapters for one batch; None, with a log line, where they have to run one after the other."""
+        """The adapters stacked for one batch; None, with a log line, where they have to run one after the other."""
         outer: Any = self._outer
-        reason = "the model bypasses the attention hook" if self._hooked_layers() is None else why_not(outer)
+        reason = why_not(outer)
         if not reason and None in names and (len(outer.active_adapters) > 1 or disabled(outer)):
             reason = "several adapters are active at once, or they are switched off"
         if reason:
@@ -300,8 +273,8 @@ class Generator:
             self._stack = StackedAdapters(outer, own, names)
         return self._stack
 
-    def _row(self, index: int, request: Request, sample: int) -> Row:
-        return Row(index, request, sample, self._budget(request), self._stop_ids(request))
+    def _sequence(self, request: Request, sample: int) -> ActiveSequence:
+        return ActiveSequence(request, sample, self._budget(request), self._stop_ids(request))
 
     def _stop_ids(self, request: Request) -> frozenset[int]:
         own = frozenset(request.params.stop_token_ids)
@@ -312,12 +285,12 @@ class Generator:
         return budget if self.context_tokens is None else min(budget, self.context_tokens - len(request.prompt_ids))
 
     def _reserved(self, request: Request) -> int:
-        """Cache tokens of the longest possible answer, in whole blocks."""
+        """Cache tokens of prompt and longest possible response, in whole blocks."""
         blocks = -(-(len(request.prompt_ids) + self._budget(request)) // self.block_tokens)
         return blocks * self.block_tokens
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises ConfigError or DataError that names what is wrong with which requests; no work is done."""
+        """Raises a ConfigError or DataError that says what is wrong with which requests; no work is done."""
         check_requests(
             requests,
             vocabulary=embedding_rows(self.model),
@@ -330,7 +303,7 @@ class Generator:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Eval mode and no gradients; restores what was there."""
+        """Sets eval mode and turns gradients off; restores the modules' modes."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -342,7 +315,7 @@ class Generator:
 
     @contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:
-        """The named adapter active; restores the former one and what required gradients."""
+        """Activates the named adapter; restores the former one and which parameters require gradients."""
         if name is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""What generation asks a model: the module that holds its adapters, its vocabulary, its end tokens."""
+"""Facts that generation reads off a model: where its adapters are, its vocabulary, its end tokens, its cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def disabled(outer: nn.Module) -> bool:
 
 
 def head_width(model: PreTrainedModel) -> int:
-    """Columns of the logits."""
+    """Number of columns of the logits."""
     head = model.get_output_embeddings()
     if head is None:
         raise ConfigError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
@@ -38,7 +38,7 @@ def head_width(model: PreTrainedModel) -> int:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """End tokens by the tokenizer, the generation config and the model config, each of which may hold a list."""
+    """End tokens of the tokenizer, the generation config and the model config, each of which may hold a list."""
     sources = (tokenizer, model.generation_config, model.config, model.config.get_text_config())
     found: set[int] = set()
     for source in sources:
@@ -47,8 +47,8 @@ def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-class LayerShape(NamedTuple):
-    """What one layer keeps of a token."""
+class CacheShape(NamedTuple):
+    """Shape and dtype of what one layer caches per token."""
 
     num_heads: int
     k_dim: int

@@ -1,8 +1,8 @@
 """Several LoRA adapters of one base in one batch, by stacked rank: y = x W' + ((x A') * mask) B'.
 
-A [R, in] and B [out, R] are the adapters' factors one below the other (beside each other), R the sum of their ranks;
-the mask [T, R] holds each token's scaling at the columns of its own adapter and 0 elsewhere. Two dense products of
-fixed shape, no sorting of rows. With n adapters they cost about n r (in + out) / (in out) of the base's product.
+A [R, in] stacks the adapters' factors by rows, B [out, R] by columns; R is the sum of their ranks. The mask [T, R]
+holds each token's scaling in the columns of its own adapter and 0 elsewhere. That takes two dense products of fixed
+shape and no sorting of rows; n adapters cost about n r (in + out) / (in out) of the base's product.
 Legend: T tokens of the packed row, R stacked rank.
 """
 
@@ -36,20 +36,20 @@ class _Stack:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What stays while only weights change."""
+        """What is unchanged while only weights change."""
         return self.layout, self.a.dtype, self.a.device
 
 
 class StackedAdapters:
-    """The named adapters of a peft model, each token by its own.
+    """The named adapters of a peft model, stacked so that each token uses its own.
 
     Args:
-        model: in eval mode, its adapters loaded and not merged.
-        names: the adapters, as peft knows them.
-        labels: what requests call them (None: the active one); default `names`.
+        model: a peft model in eval mode with its adapters loaded and not merged.
+        names: the adapters' names in peft.
+        labels: the names that requests use (None: the active adapter); default `names`.
 
     Raises:
-        ValueError: what `why_not` says.
+        ValueError: the adapters cannot share a batch, for the reason that `why_not` gives.
     """
 
     def __init__(self, model: PeftModel, names: Sequence[str], labels: Sequence[str | None] | None = None) -> None:
@@ -65,19 +65,19 @@ class StackedAdapters:
         self._masks: dict[Layout, Tensor] = {}
 
     def index(self, label: str | None) -> int:
-        """Place of an adapter, for `select`."""
+        """Index of an adapter, for `select`."""
         return self.labels.index(label)
 
     def assign(self, labels: Sequence[str | None]) -> None:
-        """Which adapter each of the T tokens of the next forwards has."""
+        """Sets the adapter of each of the T tokens of the next forwards."""
         self.select(torch.tensor([self.index(label) for label in labels], device=self._model.device))
 
     def select(self, index: Tensor) -> None:
-        """As `assign`, by the adapters' places [T] int64, which stay on their device."""
+        """Like `assign`, by the adapters' indices [T] int64, which stay on their device."""
         self._masks = {layout: table.index_select(0, index) for layout, table in self._tables.items()}
 
     def refresh(self) -> bool:
-        """Takes the adapters' present weights into the same tensors; False where the shapes no longer fit."""
+        """Copies the adapters' present weights into the same tensors; False where the shapes no longer fit."""
         layers = _lora_layers(self._model)
         if list(map(id, layers)) != list(self._stacks):
             return False
@@ -130,7 +130,7 @@ def _lora_layers(model: nn.Module) -> list[LoraLinear]:
 
 
 def _table(layout: Layout) -> Tensor:
-    """[adapters, R]: an adapter's scaling at the columns of its own ranks, 0 elsewhere."""
+    """[adapters, R]: each adapter's scaling in the columns of its own ranks, 0 elsewhere."""
     scalings = torch.tensor([scaling for _, scaling in layout])
     ranks = torch.tensor([rank for rank, _ in layout])
     return torch.diag(scalings).repeat_interleave(ranks, dim=1)

@@ -1,4 +1,4 @@
-"""SamplingParams: how one request's answers are drawn, checked when made."""
+"""SamplingParams: how one request's responses are drawn; checked when created."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from macpo.engine.errors import ConfigError
 
 MAX_SEED = 2**63 - 1
 MAX_SAMPLES = 4096
-"""The noise counter has room for so many samples of a request."""
+"""Most samples of a request that the noise counter has room for."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How answers are drawn; filters apply in Hugging Face's order: penalty, temperature, top-k, top-p, min-p.
+    """How responses are drawn; filters apply in Hugging Face's order: penalty, temperature, top-k, top-p, min-p.
 
-    Raises ConfigError on a value out of range.
+    Raises:
+        ConfigError: a value out of range.
     """
 
     temperature: float = 1.0
@@ -31,19 +32,19 @@ class SamplingParams:
     min_p: float = 0.0
     """Only tokens at least this fraction as likely as the best one; 0 turns it off."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, where negative) the logits of tokens seen in prompt or answer; 1 turns it off."""
+    """Divides (multiplies, where negative) the logits of tokens seen in prompt or response; 1 turns it off."""
     max_new_tokens: int = 256
-    """Longest answer; cut where the model's context ends."""
+    """Most tokens of a response; fewer where the model's context ends."""
     n: int = 1
-    """Samples of one prompt; they share its prefill."""
+    """Number of samples per prompt; they share its prefill."""
     seed: int = 0
     """Key of the noise; with the request's id it fixes the text, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these texts (needs a tokenizer)."""
+    """The response ends before the first of these texts (needs a tokenizer)."""
     stop_token_ids: tuple[int, ...] = ()
-    """The answer ends before the first of these tokens, as it does before EOS."""
+    """The response ends before the first of these tokens, as it does before EOS."""
     ignore_eos: bool = False
-    """EOS is a token like any other; `stop_token_ids` still end the answer."""
+    """Treats EOS as a token like any other; `stop_token_ids` still end the response."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -67,7 +68,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, settings: SamplingSettings, **rest: Any) -> Self:
-        """From a recipe's sampling block; `rest` gives n, seed, stop, ..."""
+        """Builds params from a recipe's sampling block; `rest` gives n, seed, stop, ..."""
         return cls(**settings.model_dump(), **rest)
 
 
@@ -81,9 +82,9 @@ def _number(value: object, low: float, high: float = math.inf) -> bool:
 
 
 def one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    """`count` params from one, or from one a prompt (ConfigError where the numbers differ)."""
+    """Expands params to one per prompt; raises ConfigError where the numbers differ."""
     if isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling params for {count} prompts", "give one, or one a prompt")
+        raise ConfigError(f"{len(params)} sampling params for {count} prompts", "give one, or one per prompt")
     return list(params)

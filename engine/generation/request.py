@@ -1,14 +1,14 @@
-"""What goes into a generator and what comes out."""
+"""Request, Sample and Output: what goes into a generator and what comes out."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from hashlib import sha256
+from typing import Any, Literal
 
-from macpo.engine.data.records import Message
+from macpo.engine.data.records import Message, Prompt
 from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
 from macpo.engine.generation.params import SamplingParams
 
@@ -16,17 +16,18 @@ FinishReason = Literal["stop", "length"]
 
 
 def request_key(*parts: str) -> int:
-    """Stable 63-bit hash of some texts: the request's part of the sampling noise."""
-    digest = hashlib.sha256("\x00".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
+    """Hashes texts to a stable 63-bit integer: the request's part of the sampling noise."""
+    digest = sha256("\x00".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
-def content_ids(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """An id a prompt: hash of its tokens and the number of its occurrence, so order does not matter."""
+def content_ids(prompts: Sequence[Sequence[int]] | Sequence[Sequence[Message]], *, chat: bool = False) -> list[str]:
+    """One id per prompt: hash of its tokens (`chat`: its messages) and the number of its occurrence."""
     seen: Counter[str] = Counter()
     ids = []
     for prompt in prompts:
-        digest = hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16]
+        content: Any = prompt
+        digest = Prompt.of(content).id if chat else sha256(",".join(map(str, content)).encode()).hexdigest()[:16]
         ids.append(f"{digest}-{seen[digest]}")
         seen[digest] += 1
     return ids
@@ -34,7 +35,7 @@ def content_ids(prompts: Sequence[Sequence[int]]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be answered `len(samples)` times.
+    """One prompt that gets `len(samples)` responses.
 
     The text of a sample is a function of the model, `purpose`, `id`, sample index, `attempt`, prompt and params alone.
     """
@@ -46,9 +47,9 @@ class Request:
     attempt: int = 0
     adapter: str | None = None
     purpose: str = ""
-    """Keeps apart the noise of two askers (agents, iterations) that use the same ids and seed."""
+    """Keeps apart the noise of two callers (agents, iterations) that use the same ids and seed."""
     messages: tuple[Message, ...] = ()
-    """The dialogue, for a served model that is asked by chat; `prompt_ids` then only say how it should be read."""
+    """The dialogue, for a served model with `api: chat`; `prompt_ids` then only say how it should be tokenised."""
 
     @property
     def key(self) -> int:
@@ -58,14 +59,14 @@ class Request:
 
 @dataclass(slots=True)
 class Sample:
-    """One answer.
+    """One response.
 
     `token_ids` holds neither the EOS (or stop token) that ended it, nor tokens that lie wholly in a stop text.
     `raw_logps` are the model's own log-probs of these tokens (nats, unprocessed logits over the whole vocabulary);
-    `logps` those of the distribution that was sampled (after penalty, temperature and filters; greedy: 0).
-    `finish_reason` is "stop" where the model ended the answer, "length" where the token budget did.
-    `text` is there when the generator has a tokenizer: decoded without special tokens, cut before a stop text.
-    Of a served model (`ServedGenerator`) there are no log-probs, and without tokenizer no ids but their number.
+    `logps` are those of the distribution that was sampled (after penalty, temperature and filters; greedy: 0).
+    `finish_reason` is "stop" where the model ended the response, "length" where the token budget did.
+    `text` is set when the generator has a tokenizer: decoded without special tokens, cut before a stop text.
+    A served model (`ServedGenerator`) gives no log-probs and, without a tokenizer, no ids but their number.
     """
 
     token_ids: list[int]
@@ -78,7 +79,7 @@ class Sample:
     end_logp: float | None = None
     """Raw log-prob of `end_token`."""
     counted: int | None = None
-    """Tokens as a server counts them, its end token included, where `token_ids` are not known."""
+    """Number of tokens by the server's count, its end token included, where `token_ids` are not known."""
 
     @property
     def num_tokens(self) -> int:
@@ -87,14 +88,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Output:
-    """The answers to one request, in the order of its samples."""
+    """The responses to one request, in the order of its samples."""
 
     request_id: str
     samples: list[Sample] = field(default_factory=list)
 
 
 MAX_PROBLEMS = 10
-"""Bad requests that one error names."""
+"""Most bad requests that one error names."""
 
 
 def check_requests(
@@ -107,13 +108,13 @@ def check_requests(
     has_tokenizer: bool,
     adapters: Collection[str],
 ) -> None:
-    """Raises ConfigError or DataError that names what is wrong with which requests.
+    """Raises a ConfigError or DataError that says what is wrong with which requests.
 
     Args:
-        vocabulary: token ids that the model can read.
-        context_tokens: positions of the model; None: it has no bound.
-        reserved: cache tokens that a request may take.
-        adapters: names of those that are loaded.
+        vocabulary: number of token ids that the model can read.
+        context_tokens: positions of the model; None: unlimited.
+        reserved: gives the most cache tokens of a request.
+        adapters: names of the loaded adapters.
     """
     data: list[Problem] = []
     config: list[Problem] = []
@@ -130,7 +131,7 @@ def check_requests(
             text = f"the prompt has {length} tokens, the model's context {context_tokens}"
             data.append(Problem(text, "shorten the prompt", field=name))
         elif max_cache_tokens is not None and reserved(request) > max_cache_tokens:
-            text = f"prompt and answer may take {reserved(request)} tokens, the cache {max_cache_tokens}"
+            text = f"prompt and response may take {reserved(request)} tokens, the cache {max_cache_tokens}"
             data.append(Problem(text, "raise max_cache_tokens or lower max_new_tokens", field=name))
         for sample in request.samples:
             if (key := (request.id, sample, request.attempt)) in seen:
@@ -147,7 +148,7 @@ def check_requests(
 
 
 def shortened(kind: type[MacpoError], problems: list[Problem]) -> MacpoError:
-    """An error that names the first few problems, and how many more there are."""
+    """Builds an error that names the first few problems, and how many more there are."""
     shown = problems[:MAX_PROBLEMS]
     if len(problems) > len(shown):
         shown.append(Problem(f"and {len(problems) - len(shown)} more like these"))

@@ -1,4 +1,4 @@
-"""Per-row sampling state of a batch, and the one call of the sampling operator.
+"""Sampling state of a batch, and the one call of the sampling operator.
 
 B rows, V vocabulary entries that may be drawn.
 """
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.params import SamplingParams
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.kernels import SampleParams, sample
 
 
 class RowSampler:
-    """Draws the next token of fixed rows; made anew when the batch changes."""
+    """Draws the next token of a fixed batch; built again when the batch changes."""
 
-    def __init__(self, rows: Sequence[Row], num_tokens: int, device: torch.device, team: World = ALONE) -> None:
+    def __init__(
+        self, rows: Sequence[ActiveSequence], num_tokens: int, device: torch.device, team: World = ALONE
+    ) -> None:
         """num_tokens: ids at or above it are never drawn (a head wider than the tokenizer)."""
         self.num_tokens = num_tokens
         self.team = team
@@ -40,15 +42,15 @@ class RowSampler:
 def draw(
     logits: Tensor, num_tokens: int, params: SampleParams, keys: Tensor, counts: Tensor, team: World = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A token a row; `params.seen` and `counts` are brought up to date in place.
+    """Draws one token per row; updates `params.seen` and `counts` in place.
 
     Args:
         logits: [B, W >= num_tokens] float.
-        keys: [B, 3] int64 (`noise_key`); counts: [B] int64, tokens of each answer so far.
-        team: ranks that have the same logits and must go on alike: what the first one draws holds for all.
+        keys: [B, 3] int64 (`noise_key`); counts: [B] int64, tokens of each response so far.
+        team: the tensor-parallel group, whose ranks have the same logits: all take what its first rank draws.
 
     Returns:
-        Token ids int64 [B], raw and processed log-probs float32 [B]; waits for no device.
+        Token ids int64 [B], raw and processed log-probs float32 [B]; does not wait for the device.
     """
     drawable = logits[:, :num_tokens]
     tokens, raw_logps, logps = sample(drawable, params, keys, counts)
@@ -62,7 +64,7 @@ def draw(
 
 
 def sample_params(settings: Sequence[SamplingParams], seen: Tensor | None, device: torch.device) -> SampleParams:
-    """The operator's settings of rows."""
+    """The sampling operator's settings, one row per element of `settings`."""
 
     def column(name: str, dtype: torch.dtype) -> Tensor:
         return torch.tensor([getattr(one, name) for one in settings], dtype=dtype, device=device)
@@ -79,17 +81,17 @@ def sample_params(settings: Sequence[SamplingParams], seen: Tensor | None, devic
 
 
 def penalised(settings: Sequence[SamplingParams]) -> bool:
-    """Whether some row must know its tokens."""
+    """Whether some sequence has a repetition penalty, which needs to know its tokens."""
     return any(one.repetition_penalty != 1.0 for one in settings)
 
 
-def noise_key(row: Row) -> tuple[int, int, int]:
-    """What the row's noise is drawn by, besides its seed and position."""
+def noise_key(row: ActiveSequence) -> tuple[int, int, int]:
+    """The sequence's part of the noise counter, besides its seed and position."""
     return row.request.key, row.sample, row.request.attempt
 
 
-def mark_seen(seen: Tensor, rows: Sequence[Row]) -> None:
-    """Prompt and answer of the penalised rows become true in seen [>= rows, V], in place."""
+def mark_seen(seen: Tensor, rows: Sequence[ActiveSequence]) -> None:
+    """Marks prompt and response tokens of the penalised rows in seen [>= rows, V], in place."""
     marked = [(i, row) for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
     if not marked:
         return

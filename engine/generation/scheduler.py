@@ -1,9 +1,9 @@
-"""Which request starts when: pure Python, a function of the set of requests alone.
+"""Decides which request starts when: pure Python, a function of the set of requests alone.
 
 Requests run longest prompt first (so that a batch's contexts are of similar length), ties by id. All samples of a
 request start together, so its prompt is prefilled once; only a request with more samples than slots (or than the
-block pool has room for) is cut. A slot holds the worst case of any request of the run, and blocks are handed out for
-a request's worst case when it starts, so nothing that was admitted is ever preempted.
+block pool has room for) is split. A slot holds the worst case of any request of the run, and a request gets blocks for
+its own worst case when it starts, so nothing that was admitted is ever preempted.
 """
 
 from __future__ import annotations
@@ -17,51 +17,39 @@ from macpo.engine.generation.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Samples of one request that share a prefill; `index` is the request's place in the caller's list."""
+    """Samples of one request that share a prefill."""
 
-    index: int
     request: Request
     samples: tuple[int, ...]
 
 
-def no_blocks(_: Request) -> Need:
-    """Of a request over slots."""
-    return Need(0, 0)
-
-
 class Scheduler:
-    """Hands out groups as slots (and blocks of a pool) fall free, at least an eighth of the slots at a time."""
+    """Starts groups as slots (and blocks of a pool) become free, at least an eighth of the slots at a time."""
 
     def __init__(
         self,
         requests: Sequence[Request],
         num_slots: int,
         num_blocks: int = 0,
-        need: Callable[[Request], Need] = no_blocks,
+        need: Callable[[Request], Need] = lambda _: Need(0, 0),
     ) -> None:
-        """num_blocks: of the whole pool, at least `need(request).blocks(1)` of every request."""
+        """num_blocks: blocks of the whole pool, at least `need(request).blocks(1)` for every request."""
         self.num_slots = num_slots
         self._num_blocks = num_blocks
         self._need = need
-        order = sorted(range(len(requests)), key=lambda i: _rank(requests[i]))
         self._waiting: deque[Group] = deque(
-            Group(i, requests[i], requests[i].samples[start : start + size])
-            for i in order
-            for size in [self._largest_group(requests[i])]
-            for start in range(0, len(requests[i].samples), size)
+            Group(request, request.samples[start : start + size])
+            for request in sorted(requests, key=_rank)
+            for size in [self._largest_group(request)]
+            for start in range(0, len(request.samples), size)
         )
         self._num_waiting = sum(len(group.samples) for group in self._waiting)
-
-    @property
-    def num_waiting(self) -> int:
-        """Samples that have not started."""
-        return self._num_waiting
 
     def need(self, group: Group) -> Need:
         return self._need(group.request)
 
     def ready(self, num_free: int, num_free_blocks: int = 0) -> bool:
-        """Whether so many free slots and blocks are worth a refill; always where everything is free."""
+        """Whether this many free slots and blocks are worth a refill; always where all slots are free."""
         if not self._waiting:
             return False
         chunk = min(max(1, self.num_slots // 8), self._num_waiting)
@@ -72,7 +60,7 @@ class Scheduler:
         return num_free == self.num_slots or blocks <= num_free_blocks
 
     def admit(self, num_free: int, num_free_blocks: int = 0) -> list[Group]:
-        """The groups that start now."""
+        """Removes the groups that start now from the waiting ones and returns them."""
         groups: list[Group] = []
         if self.ready(num_free, num_free_blocks):
             for group in self._first(num_free):
@@ -86,7 +74,7 @@ class Scheduler:
         return groups
 
     def _first(self, num_samples: int) -> Iterator[Group]:
-        """The next groups that have at most so many samples together."""
+        """The next groups, of at most `num_samples` samples together."""
         for group in self._waiting:
             num_samples -= len(group.samples)
             if num_samples < 0:
@@ -107,17 +95,17 @@ def _rank(request: Request) -> tuple[int, int, str, int, tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Blocks of a request at worst: `shared` by its samples, and `own` of each sample."""
+    """Most blocks that a request needs: `shared` by its samples, and `own` for each sample."""
 
     shared: int
     own: int
 
     @classmethod
     def of(cls, prompt_tokens: int, num_tokens: int, block_tokens: int) -> Need:
-        """Of a prompt that grows to at most `num_tokens`, more than it has."""
+        """Blocks for a prompt that grows to at most `num_tokens` tokens, more than it has."""
         shared = prompt_tokens // block_tokens
         return cls(shared, -(-num_tokens // block_tokens) - shared)
 
     def blocks(self, num_samples: int) -> int:
-        """Of so many samples together."""
+        """Blocks for `num_samples` samples together."""
         return self.shared + num_samples * self.own

@@ -1,9 +1,10 @@
-"""Row: the host's record of one running sequence, and where its answer ends."""
+"""ActiveSequence: the host's record of one running sequence, and where its response ends."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from macpo.engine.errors import NumericsError
@@ -11,40 +12,41 @@ from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import FinishReason, Request, Sample
 
 
-class Row:
-    """A sequence that is being generated; `done` once its answer is known to have ended."""
+@dataclass(eq=False, slots=True)
+class ActiveSequence:
+    """A sequence that is being generated."""
 
-    __slots__ = (
-        "budget", "done", "end", "ended", "index", "logps", "raw_logps", "request", "sample", "stop_ids", "tokens"
-    )  # fmt: skip
-
-    def __init__(self, index: int, request: Request, sample: int, budget: int, stop_ids: frozenset[int]) -> None:
-        self.index = index
-        self.request = request
-        self.sample = sample
-        self.budget = budget
-        """Most new tokens, an end token included."""
-        self.stop_ids = stop_ids
-        self.tokens: list[int] = []
-        self.raw_logps: list[float] = []
-        self.logps: list[float] = []
-        self.done = False
-        self.ended = False
-        """A stop token or stop text came."""
-        self.end: tuple[int, float] | None = None
-        """The stop token and its raw log-prob."""
+    request: Request
+    sample: int
+    budget: int
+    """Most new tokens, an end token included."""
+    stop_ids: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    raw_logps: list[float] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    done: bool = False
+    """Whether the response is known to have ended."""
+    ended: bool = False
+    """Whether a stop token or stop text came."""
+    end: tuple[int, float] | None = None
+    """The stop token and its raw log-prob."""
 
     @property
     def params(self) -> SamplingParams:
         return self.request.params
 
     @property
+    def key(self) -> tuple[str, int, int]:
+        """Identifies the sequence within a run: request id, attempt and sample."""
+        return self.request.id, self.request.attempt, self.sample
+
+    @property
     def position(self) -> int:
-        """Where the newest token will lie in the cache."""
+        """Position of the newest token in the cache."""
         return len(self.request.prompt_ids) + len(self.tokens) - 1
 
     def extend(self, tokens: Sequence[int], raw_logps: Sequence[float], logps: Sequence[float]) -> int:
-        """Takes new tokens up to the budget or the first stop token, and says how many; a done row takes none."""
+        """Takes new tokens up to the budget or the first stop token; returns how many (none once it is done)."""
         if self.done:
             return 0
         keep = min(len(tokens), self.budget - len(self.tokens))
@@ -59,7 +61,7 @@ class Row:
         return end
 
     def finish(self, tokenizer: Any) -> Sample:
-        """The sample, cut before a stop text."""
+        """Returns the sample, cut before a stop text."""
         if not all(map(math.isfinite, (*self.raw_logps, self.end[1] if self.end else 0.0))):
             raise NumericsError(
                 f"the model's logits for request {self.request.id} are not finite",
@@ -76,7 +78,7 @@ class Row:
         return Sample(self.tokens[:keep], self.raw_logps[:keep], self.logps[:keep], reason, text, *end)
 
     def stopped_in_tail(self, tokenizer: Any, num_new: int) -> bool:
-        """Whether a stop text seems to lie in the newest tokens; `finish` decides on the whole answer."""
+        """Whether the newest tokens seem to hold a stop text; `finish` decides on the whole response."""
         stop = self.params.stop
         tail = self.tokens[-(num_new + 4 + max(map(len, stop))) :]
         text = decode(tokenizer, tail, special=True)
@@ -84,7 +86,7 @@ class Row:
 
 
 def decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
-    """Text of an answer, exactly as the tokens spell it."""
+    """Decodes tokens to exactly the text that they spell."""
     text = tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
@@ -93,7 +95,7 @@ def decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> s
 def find_stop(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> tuple[int, str] | None:
     """(tokens to keep, text before the stop text), or None where no stop text occurs.
 
-    Kept are the fewest tokens that spell the text before the stop, so one token may reach into the stop text.
+    Keeps the fewest tokens that spell the text before the stop text, into which the last one may reach.
     """
     if not stop:
         return None

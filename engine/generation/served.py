@@ -1,11 +1,11 @@
-"""ServedGenerator: answers by an OpenAI-compatible server that holds the weights, in place of a `Generator`.
+"""ServedGenerator: responses from an OpenAI-compatible server that holds the weights, in place of a `Generator`.
 
     settings = ServedSettings(base_url="http://127.0.0.1:8000/v1", server="vllm")
     ServedGenerator(settings, "my-model", tokenizer).generate(prompts, SamplingParams(max_new_tokens=64, seed=1))
 
-Every setting of SamplingParams is sent, those at their default too, because servers take what is missing from the
-model's generation_config.json; one that the kind of server does not know is refused. The noise is the server's: a seed
-goes along with each request, but whether it makes the text repeatable is up to the server.
+Every setting of SamplingParams is sent, including defaults, because servers take missing ones from the model's
+generation_config.json; a setting that the kind of server does not know raises an error. The server draws the noise:
+each request carries a seed, but whether that makes the text reproducible depends on the server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from macpo.engine.config import ServedSettings
 from macpo.engine.connection import Connection, Unavailable
-from macpo.engine.data.records import Message, Prompt
+from macpo.engine.data.records import Message
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.params import SamplingParams, one_each
@@ -29,7 +29,7 @@ from macpo.engine.generation.sequence import decode
 from macpo.engine.progress import Count, counted
 
 POLL_S = 0.1
-"""How often a stop is looked for while answers are awaited."""
+"""Seconds between two checks whether to stop while waiting for responses."""
 _ALL = frozenset({"top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos"})
 OPTIONS: dict[str, frozenset[str]] = {
     "vllm": _ALL,
@@ -37,29 +37,29 @@ OPTIONS: dict[str, frozenset[str]] = {
     "transformers": _ALL - {"ignore_eos"},
     "openai": frozenset(),
 }
-"""Options of SamplingParams beyond OpenAI's own (temperature, top_p, max_tokens, stop, seed) that a server takes."""
+"""SamplingParams that a kind of server takes beyond OpenAI's own (temperature, top_p, max_tokens, stop, seed)."""
 _READS_TOKENS = ("vllm", "sglang")
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "content_filter": "stop"}
 
 
 class ServedGenerator:
-    """`run` and `generate` of a `Generator`, for a model that is served elsewhere.
+    """Implements `run` and `generate` of a `Generator` for a model that is served elsewhere.
 
     Args:
-        settings: where the server is, of which kind it is, and how it is asked.
-        model: the name under which the server has the weights.
-        tokenizer: the served model's. `completions` needs it where the server reads text, not tokens; it also gives an
-            answer's token ids (of the text, tokenised again) where the server sends none, and with it the server's
-            count of the prompt's tokens is held to ours.
+        settings: the server's address, its kind and how to call it.
+        model: the server's name for the weights.
+        tokenizer: the served model's tokenizer. `completions` needs it where the server reads text, not tokens. It also
+            gives a response's token ids (the text, tokenised again) where the server sends none, and the server's count
+            of the prompt's tokens is compared with ours.
 
-    Outputs have no log-probs. An answer that the server withholds (`content_filter`) is empty.
+    Outputs have no log-probs. A response that the server withholds (`content_filter`) is empty.
 
     Raises:
         ConfigError: a URL that cannot be used.
     """
 
     team = World()
-    """Each rank asks the server for itself."""
+    """Each rank calls the server by itself."""
 
     def __init__(self, settings: ServedSettings, model: str, tokenizer: Any = None) -> None:
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
@@ -75,22 +75,21 @@ class ServedGenerator:
         request_ids: Sequence[str] | None = None,
         progress: Count | str | bool = False,
     ) -> list[Output]:
-        """Answers every prompt `params.n` times; prompts are token ids for `completions`, dialogues for `chat`.
+        """Draws `params.n` responses to every prompt: token ids for `completions`, dialogues for `chat`.
 
         Returns:
-            An Output a prompt, in the order of `prompts`. Raises as `run`.
+            One Output per prompt, in the order of `prompts`. Raises what `run` raises.
         """
         chat = self.settings.api == "chat"
         if request_ids is None:
-            request_ids = _dialogue_ids(prompts) if chat else content_ids(prompts)  # type: ignore[arg-type]
+            request_ids = content_ids(prompts, chat=chat)
         if len(request_ids) != len(prompts):
-            raise ConfigError(f"{len(request_ids)} request ids for {len(prompts)} prompts", "give one a prompt")
+            raise ConfigError(f"{len(request_ids)} request ids for {len(prompts)} prompts", "give one per prompt")
         requests: list[Request] = []
         for id_, prompt, one in zip(request_ids, prompts, one_each(params, len(prompts)), strict=True):
-            asked: dict[str, Any] = (
-                {"prompt_ids": (), "messages": tuple(prompt)} if chat else {"prompt_ids": tuple(prompt)}
-            )
-            requests.append(Request(id_, params=one, samples=tuple(range(one.n)), **asked))
+            content: Any = tuple(prompt)
+            ids, messages = ((), content) if chat else (content, ())
+            requests.append(Request(id_, ids, one, tuple(range(one.n)), messages=messages))
         return self.run(requests, progress=progress)
 
     def run(
@@ -100,11 +99,11 @@ class ServedGenerator:
         progress: Count | str | bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Output]:
-        """The answers, `settings.concurrency` requests at a time; one call of the server a sample.
+        """Responds to all requests, with one call of the server per sample and `settings.concurrency` calls at a time.
 
         Raises:
-            ConfigError, DataError: what the server cannot be asked, before any work; a wrong key; another tokenizer.
-            PeerError: no proper answer, also after `max_retries`. Stopped: asked to; what is under way is dropped.
+            ConfigError, DataError: unsupported requests, before any work; a wrong key; another tokenizer.
+            PeerError: no valid reply, even after `max_retries`. Stopped: asked to stop; calls in progress are dropped.
         """
         self.check(requests)
         jobs = [(request, sample) for request in requests for sample in request.samples]
@@ -113,7 +112,7 @@ class ServedGenerator:
         return [Output(request.id, [next(samples) for _ in request.samples]) for request in requests]
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises ConfigError or DataError for what cannot be asked of this kind of server; nothing is sent."""
+        """Raises ConfigError or DataError for requests that this kind of server does not support; sends nothing."""
         server, chat = self.settings.server, self.settings.api == "chat"
         config = {problem for request in requests for problem in _unknown_options(request.params, server)}
         if not chat and server not in _READS_TOKENS and self.tokenizer is None:
@@ -145,15 +144,15 @@ class ServedGenerator:
     async def _all(
         self, jobs: Sequence[tuple[Request, int]], count: Count, should_stop: Callable[[], bool]
     ) -> list[Sample]:
-        """Samples in the order of the jobs. The first failure, or a stop, ends all that is under way."""
+        """Samples in the order of the jobs; the first failure, or a stop, ends all calls in progress."""
         gate = asyncio.Semaphore(self.settings.concurrency)
         async with self.connection.async_client() as client:
 
-            async def answer(request: Request, sample: int) -> Sample:
+            async def respond(request: Request, sample: int) -> Sample:
                 async with gate:
                     return await self._one(client, request, sample)
 
-            tasks = [asyncio.create_task(answer(*job)) for job in jobs]
+            tasks = [asyncio.create_task(respond(*job)) for job in jobs]
             try:
                 waiting = set(tasks)
                 while waiting:
@@ -186,7 +185,7 @@ class ServedGenerator:
         raise problem from None
 
     def body(self, request: Request, sample: int) -> dict[str, Any]:
-        """What the server is asked: the arguments of the client's `create`."""
+        """The arguments of the client's `create` for a sample."""
         params, server = request.params, self.settings.server
         seed = request_key(str(params.seed), request.purpose, request.id, str(sample), str(request.attempt))
         asked: dict[str, Any] = {
@@ -207,7 +206,7 @@ class ServedGenerator:
                 "ignore_eos": params.ignore_eos,
                 "return_token_ids": True,
             }
-        elif server == "transformers":  # its own options do not include these, nor whether to sample at all
+        elif server == "transformers":  # its own options lack these, and whether to sample at all
             asked["extra_body"] = {"generation_config": json.dumps(_generation_config(params))}
         if self.settings.api == "chat":
             return {"messages": [dict(message) for message in request.messages], **asked}
@@ -215,13 +214,13 @@ class ServedGenerator:
         return {"prompt": ids if server in _READS_TOKENS else prompt_text(self.tokenizer, ids), **asked}
 
     def _sample(self, reply: Any, request: Request) -> Sample:
-        """Raises Unavailable for what is no completion, ConfigError where the server reads other tokens than we do."""
+        """Raises Unavailable for a reply that is no completion, ConfigError where the server counts other tokens."""
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
             raise Unavailable("the reply is no completion")
         choice, usage = choices[0], getattr(reply, "usage", None)
         text = getattr(choice, "text", None)
-        if self.settings.api == "chat":  # a message without content is an answer without words
+        if self.settings.api == "chat":  # a message without content is an empty response
             text = getattr(getattr(choice, "message", None), "content", None) or ""
         reason = getattr(choice, "finish_reason", None)
         if not isinstance(text, str) or reason not in _REASONS:
@@ -249,7 +248,7 @@ class ServedGenerator:
         return Sample(list(ids or []), None, None, _REASONS[reason], text, counted=counted)
 
     def _without_end(self, text: str, ids: list[int] | None, params: SamplingParams) -> tuple[str, list[int] | None]:
-        """Drops the token that ended an answer; servers send it along, as text too where it is not marked special."""
+        """Drops the token that ended a response; servers send it, as text too where it is not marked special."""
         if self.tokenizer is None:
             return text, ids
         if ids is not None:
@@ -262,7 +261,7 @@ class ServedGenerator:
 
 
 def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str | None:
-    """The text that the tokenizer, adding its special tokens as a server's does, reads as exactly these ids."""
+    """Text that the tokenizer, adding special tokens as a server's does, reads as exactly these ids; None if none."""
     text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     bare = text.removeprefix(tokenizer.bos_token or "")
     for candidate in (bare, bare.removeprefix(" "), text):
@@ -272,7 +271,7 @@ def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str | None:
 
 
 def _finished(work: Coroutine[Any, Any, list[Sample]]) -> list[Sample]:
-    """Its result, also where a loop runs already (a notebook's)."""
+    """Runs a coroutine to its result, even where an event loop is already running (in a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -290,7 +289,7 @@ def _unknown_options(params: SamplingParams, server: str) -> Iterator[Problem]:
 
 
 def _generation_config(params: SamplingParams) -> dict[str, Any]:
-    """For `transformers serve`: a whole GenerationConfig, as its generate takes it."""
+    """A complete GenerationConfig for `transformers serve`."""
     config: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
         "repetition_penalty": params.repetition_penalty,
@@ -302,14 +301,3 @@ def _generation_config(params: SamplingParams) -> dict[str, Any]:
     if params.stop_token_ids:
         config |= {"eos_token_id": list(params.stop_token_ids), "pad_token_id": params.stop_token_ids[0]}
     return config
-
-
-def _dialogue_ids(dialogues: Sequence[Sequence[Message]]) -> list[str]:
-    """Content hash and number of the occurrence, as `content_ids`."""
-    seen: Counter[str] = Counter()
-    ids = []
-    for dialogue in dialogues:
-        digest = Prompt.of(dialogue).id
-        ids.append(f"{digest}-{seen[digest]}")
-        seen[digest] += 1
-    return ids

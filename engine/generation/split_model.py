@@ -1,11 +1,11 @@
-"""A model that no rank can hold alone: every layer split over a team of ranks, which generate in lockstep.
+"""Splits a model that no GPU can hold alone over a tensor-parallel group, whose ranks generate in lockstep.
 
-The model's own plan says what is cut by its outputs and what by its inputs (`engine/models/tensor_parallel.py`). Training
-cuts into DTensors; here a rank keeps plain tensors, so packed weights, fused LoRA and stacked adapters run as on a
-whole model, and hooks put together what crosses ranks.
+The model's own plan says which layers are split by outputs and which by inputs (`engine/models/tensor_parallel.py`).
+Training splits into DTensors; here a rank keeps plain tensors, so packed weights, fused LoRA and stacked adapters run
+as on a whole model, and hooks combine what crosses ranks.
 
-LoRA follows its layer: B is cut with the outputs, A with the inputs. Vocabularies are cut into equal parts, the last
-one padded with rows of zeros that are never looked at.
+LoRA follows its layer: B is split with the outputs, A with the inputs. Vocabularies are split into equal parts, the
+last one padded with rows of zeros that are never read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from macpo.engine.models.tensor_parallel import FIELD, head_counts, linear_parts
 
 
 def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -> int:
-    """The fewest ranks that hold a copy together: a divisor of the ranks and of the model's heads.
+    """The smallest tensor-parallel group that can hold the model: a divisor of the ranks and of the model's heads.
 
     Args:
-        fits: whether a part of the model fits on a rank, where so many share it.
+        fits: whether a rank's part fits, given the number of ranks that share the model.
 
     Raises:
-        ResourceError: not even all ranks together are enough.
+        ResourceError: not even all ranks together can hold it.
     """
     counts = head_counts(policy.base)
     sizes = [n for n in range(1, world.size + 1) if not world.size % n and not any(c % n for c in counts.values())]
@@ -49,13 +49,14 @@ def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -
 
 @torch.no_grad()
 def split_policy(policy: PolicyModule, world: World, size: int) -> PolicyModule:
-    """Split a frozen policy over teams of `size` ranks, in place, onto its `home`; all ranks of the world call it.
+    """Split a frozen policy over tensor-parallel groups of `size` ranks, in place; all ranks of the world call it.
 
-    Its weights may be anywhere (a base that is mapped from its files is read only where it is kept). Its forward is
-    one of the whole team from now on, on the same tokens. `policy.team` is the team.
+    Each rank moves its part to `policy.home`. The weights may be anywhere; of a base that is mapped from its files, a
+    rank reads only the part that it keeps. From then on the group `policy.team` runs each forward together, on the same
+    tokens.
 
     Raises:
-        ConfigError: no plan, or a kind of layer or a size that cannot be split, by name.
+        ConfigError: no plan, or a layer or size that cannot be split; the error names it.
     """
     if size == 1:
         return policy.to(policy.home)
@@ -78,8 +79,8 @@ def split_policy(policy: PolicyModule, world: World, size: int) -> PolicyModule:
 
 
 def _split_linear(name: str, module: nn.Module, kind: str, team: World) -> None:
-    """One linear layer, with the LoRA that it carries, and what its ranks say to each other."""
-    if kind == "replicated_with_grad_allreduce":  # a norm over the size of each head: every rank has its own heads
+    """Splits one linear layer with its LoRA and registers the hooks that combine its ranks' results."""
+    if kind == "replicated_with_grad_allreduce":  # a norm over the head size: every rank has its own heads
         return
     base, a, b = linear_parts(name, module)
     by_outputs = kind in ("colwise", "colwise_gather_output")
@@ -92,18 +93,18 @@ def _split_linear(name: str, module: nn.Module, kind: str, team: World) -> None:
     for layer in [base, *(b if by_outputs else a)]:
         layer.weight = _parameter(_part(layer.weight, dim, team))
     if base.bias is not None:
-        bias = _part(base.bias, 0, team) if by_outputs else base.bias * (team.rank == 0)  # added up once
+        bias = _part(base.bias, 0, team) if by_outputs else base.bias * (team.rank == 0)  # added once
         base.bias = _parameter(bias)
     if kind == "colwise_gather_output":
         module.register_forward_hook(partial(_gather, team, whole))
     elif not by_outputs:
-        module.register_forward_hook(partial(_add_up, team))
+        module.register_forward_hook(lambda module, args, y: _total(y, team))
     if kind == "rowwise_split_input":
         module.register_forward_pre_hook(partial(_own_inputs, team))
 
 
 def _part(weight: Tensor, dim: int, team: World) -> Tensor:
-    """This rank's of equal parts along a dimension, padded with zeros; memory of its own."""
+    """Copies this rank's share of equal parts along a dimension, padded with zeros."""
     rows = -(-weight.shape[dim] // team.size)
     start = min(team.rank * rows, weight.shape[dim])
     found = weight.detach().narrow(dim, start, min(rows, weight.shape[dim] - start))
@@ -117,16 +118,12 @@ def _parameter(weight: Tensor) -> nn.Parameter:
 
 
 def _total(y: Tensor, team: World) -> Tensor:
-    """Sum over the team: 16-bit numbers are added in float32, and rounded once."""
+    """Sums over the group: 16-bit numbers are added in float32 and rounded once."""
     return team.sum_(y.to(torch.promote_types(y.dtype, torch.float32)).contiguous()).to(y.dtype)
 
 
-def _add_up(team: World, module: nn.Module, args: Any, y: Tensor) -> Tensor:
-    return _total(y, team)
-
-
 def _gather(team: World, width: int, module: nn.Module, args: Any, y: Tensor) -> Tensor:
-    """[..., part] of every rank -> [..., width]."""
+    """Concatenates [..., part] of every rank to [..., width]."""
     return team.stack(y).movedim(0, -2).flatten(-2)[..., :width]
 
 
@@ -136,7 +133,7 @@ def _own_inputs(team: World, module: nn.Module, args: tuple[Tensor, ...]) -> tup
 
 
 def _embed(embedding: nn.Embedding, start: int, team: World, ids: Tensor) -> Tensor:
-    """Each rank looks up its own tokens; the others' are zeros in the sum."""
+    """Looks up this rank's tokens; the others are zeros in the sum over the group."""
     own = ids - start
     inside = (own >= 0) & (own < embedding.weight.shape[0])
     found: Tensor = type(embedding).forward(embedding, own.where(inside, 0))

@@ -1,9 +1,9 @@
-"""Generation that survives a kill: requests in fixed waves, each committed to disk as one file.
+"""Generation that resumes after being killed: requests in fixed waves, each committed to disk as one file.
 
-    folder/waves/0003.jsonl     a row an answer, in request order; the last line vouches for those above it
+    folder/waves/0003.jsonl     one line per response, in request order; the last line holds a checksum of the others
 
-What a wave holds is a function of its requests alone, so a resumed run, or one with another number of processes,
-writes the same bytes (on the same machine and number of threads).
+A wave's content is a function of its requests alone, so a resumed run, or one with another number of processes,
+writes the same bytes (on the same machine and with the same number of threads).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from macpo.engine.progress import Count, counted
 log = logging.getLogger(__name__)
 
 WAVE_SCHEMA = 2
-"""Part of a wave's digest; files of another schema are written anew."""
+"""Part of a wave's digest; files of another schema are written again."""
 
-Row = dict[str, Any]
+ResponseRecord = dict[str, Any]
+"""What a line of a wave's file holds; `generate_waves` lists its fields."""
 Decode = Callable[[list[int]], str]
 
 
@@ -50,38 +51,40 @@ def generate_waves(
     world: World | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
-) -> list[Row]:
-    """Answers all requests wave by wave, leaving out those that `folder/waves` already holds.
+) -> list[ResponseRecord]:
+    """Responds to all requests wave by wave, skipping waves that `folder/waves` already holds.
 
     Args:
-        requests: (id, prompt token ids); ids are unique. They are cut into waves in the order of their ids.
-        params: for all of them.
-        messages: the dialogue of each id, for a served model that is asked by chat.
-        folder: shared by all ranks; a wave is assigned to a rank, or a team of them, beforehand, longest first.
-        wave_requests: requests of a wave.
+        requests: (id, prompt token ids) with unique ids; they are split into waves in the order of their ids.
+        params: sampling params of all requests.
+        messages: the dialogue of each id, for a served model with `api: chat`.
+        folder: shared by all ranks; waves are assigned beforehand, longest first, to ranks or tensor-parallel groups.
+        wave_requests: number of requests per wave.
         purpose: keeps this call's noise apart from others with the same ids and seed.
-        decode: text of an answer's token ids; default: the generator's own text. Stop texts are cut by the generator.
-        should_stop: asked between decode steps; the wave under way is then dropped.
-        progress: shows answers, tokens/s and time left of rank 0's share, with this label where it is a text.
+        decode: turns a response's token ids into text; default: the generator's own text, which is also used with stop
+            texts.
+        should_stop: called between decode steps; the wave in progress is then dropped.
+        progress: whether to show responses, tokens/s and time left of rank 0's share; a text is its label.
 
     Returns:
-        On every rank all rows, by id and sample:
+        On every rank all records, by id and sample:
         {"id", "sample", "attempt", "token_ids", "end_token", "text", "sum_logp", "end_logp", "num_tokens",
         "finish_reason", "empty"}.
-        end_token: what ended it; null where it did not end by a token. end_logp: its raw log-prob.
-        sum_logp: sum of the raw log-probs in nats, end token not included; null where a server gives none.
-        text: null without tokenizer.
-        empty: no text but white space, even though it was drawn a second time (attempt 1; never when greedy).
+        end_token: the token that ended it, or null. end_logp: its raw log-prob.
+        sum_logp: sum of the raw log-probs in nats without the end token; null where a server gives none.
+        text: null without a tokenizer.
+        empty: only white space, even after a second draw (attempt 1; greedy decoding draws once).
 
     Raises:
-        ConfigError, DataError: bad requests, before any work. Stopped: on request, what is committed stays.
+        ConfigError, DataError: bad requests, before any work. Stopped: asked to stop; committed waves stay.
     """
     if wave_requests < 1:
         raise ConfigError(f"got {wave_requests}", "wave_requests must be at least 1", field="wave_requests")
     world, team = world or World.current(), generator.team
     if world.size % team.size:
         raise ConfigError(
-            f"{world.size} ranks are no teams of {team.size}", "give the world that the model is split in"
+            f"{world.size} ranks do not divide into tensor-parallel groups of {team.size}",
+            "give the world that the model is split in",
         )
     asked = team.any_of(should_stop or (lambda: False))
     samples = tuple(range(params.n))
@@ -105,7 +108,7 @@ def generate_waves(
             try:
                 if asked():
                     raise Stopped("stopped between two waves", "run the same command again")
-                rows = _answer(generator, waves[number], decode, asked, count)
+                rows = _respond(generator, waves[number], decode, asked, count)
             except Stopped:
                 stopped = True
                 break
@@ -115,26 +118,25 @@ def generate_waves(
     if any(world.gather(stopped)):
         raise Stopped("stopped while generating; the finished waves are kept", "run the same command again")
     rows = [row for number, wave in enumerate(waves) for row in _committed(_path(folder, number), _digest(wave))]
-    world.barrier()  # nobody leaves, and removes the folder, while another still reads it
+    world.barrier()  # no rank leaves, and removes the folder, while another still reads it
     return rows
 
 
-def read_wave(path: Path, digest: str) -> list[Row] | None:
-    """The rows of a committed wave; None where it is missing, torn, damaged or made from other requests."""
+def read_wave(path: Path, digest: str) -> list[ResponseRecord] | None:
+    """The records of a committed wave; None where it is missing, torn, damaged or of other requests."""
     if not path.exists():
         return None
     with explained(path):
         raw = path.read_bytes()
     body, seal = _split(raw)
-    expected = {"rows": body.count(b"\n"), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
-    if seal != expected:
+    if seal != _seal(body, digest):
         why = "torn or damaged" if seal is None or seal.get("requests") == digest else "of other requests"
-        log.warning("%s is %s and is written anew", path.name, why)
+        log.warning("%s is %s and is written again", path.name, why)
         return None
     return [json.loads(line) for line in body.splitlines()]
 
 
-def _committed(path: Path, digest: str) -> list[Row]:
+def _committed(path: Path, digest: str) -> list[ResponseRecord]:
     rows = read_wave(path, digest)
     if rows is None:
         raise IntegrityError(
@@ -144,7 +146,7 @@ def _committed(path: Path, digest: str) -> list[Row]:
 
 
 def _split(raw: bytes) -> tuple[bytes, dict[str, Any] | None]:
-    """(lines of rows, parsed last line); None where the last line is torn."""
+    """(lines of records, parsed last line); None where the last line is torn."""
     at = raw.rfind(b"\n", 0, -1) + 1
     try:
         seal = json.loads(raw[at:]) if raw.endswith(b"\n") else None
@@ -153,10 +155,13 @@ def _split(raw: bytes) -> tuple[bytes, dict[str, Any] | None]:
     return raw[:at], seal if isinstance(seal, dict) else None
 
 
-def _encode(rows: Sequence[Row], digest: str) -> bytes:
+def _encode(rows: Sequence[ResponseRecord], digest: str) -> bytes:
     body = b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
-    seal = {"rows": len(rows), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
-    return body + json.dumps(seal).encode() + b"\n"
+    return body + json.dumps(_seal(body, digest)).encode() + b"\n"
+
+
+def _seal(body: bytes, digest: str) -> dict[str, Any]:
+    return {"rows": body.count(b"\n"), "requests": digest, "sha256": hashlib.sha256(body).hexdigest()}
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -164,7 +169,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _digest(wave: Sequence[Request]) -> str:
-    """SHA-256 of all that the requests ask for."""
+    """SHA-256 of everything that determines the wave's responses, except the model."""
     params = wave[0].params
     facts = [WAVE_SCHEMA, wave[0].purpose, {name: getattr(params, name) for name in params.__slots__}]
     asked = [[request.id, request.prompt_ids, *([request.messages] if request.messages else [])] for request in wave]
@@ -176,7 +181,7 @@ def _cost(wave: Sequence[Request]) -> int:
 
 
 def assigned(costs: Sequence[int], world: World) -> list[int]:
-    """This rank's waves, given what each costs: the longest first, always to the rank with the least to do."""
+    """This rank's waves, given their costs: the longest first, each to the rank with the smallest load."""
     loads = [0] * world.size
     mine: list[int] = []
     for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -187,17 +192,17 @@ def assigned(costs: Sequence[int], world: World) -> list[int]:
     return mine
 
 
-def _answer(
+def _respond(
     generator: Generator | ServedGenerator,
     wave: Sequence[Request],
     decode: Decode | None,
     should_stop: Callable[[], bool],
     count: Count,
-) -> list[Row]:
-    """Rows of one wave; empty answers are drawn once more."""
+) -> list[ResponseRecord]:
+    """Records of one wave; empty responses are drawn once more."""
     outputs = generator.run(wave, progress=count, should_stop=should_stop)
     rows = [
-        _row(request, index, sample, decode)
+        _record(request, index, sample, decode)
         for request, output in zip(wave, outputs, strict=True)
         for index, sample in zip(request.samples, output.samples, strict=True)
     ]
@@ -211,11 +216,11 @@ def _answer(
     ]
     for request, output in zip(again, generator.run(again, should_stop=should_stop), strict=True):
         for index, sample in zip(request.samples, output.samples, strict=True):
-            rows[empty[request.id, index]] = _row(request, index, sample, decode)
+            rows[empty[request.id, index]] = _record(request, index, sample, decode)
     return rows
 
 
-def _row(request: Request, index: int, sample: Sample, decode: Decode | None) -> Row:
+def _record(request: Request, index: int, sample: Sample, decode: Decode | None) -> ResponseRecord:
     text = sample.text if decode is None or request.params.stop else decode(sample.token_ids)
     return {
         "id": request.id,

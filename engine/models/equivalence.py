@@ -1,12 +1,17 @@
-"""Does the packed path compute what the model itself computes? Asked of every architecture before it is used.
+"""Checks that the engine's own paths through a model compute what the model itself computes, before it is used.
 
-transformers has some 350 architectures; a list of those that work would be wrong tomorrow. So a policy's first use
-compares a few tokens, packed and separate, and whatever differs (recurrent layers, a head with an unknown scale,
-custom attention) is refused by name.
+transformers has some 350 architectures; a list of those that work would be wrong tomorrow. So a model's first use
+compares the logits of a few tokens, and whatever differs (recurrent layers, a head with an unknown scale, custom
+attention) is refused with an error that names the architecture. `verify` checks packed rows for training and scoring;
+`engine/generation/equivalence.py` checks prefill and decoding through a cache with the same probe.
+
+L tokens of a sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,14 +25,16 @@ from macpo.engine.models.head import head_of
 from macpo.engine.models.loading import embedding_rows
 from macpo.kernels import Segments
 
-_VERIFIED = "_macpo_verified"  # on the module; module copies carry it along
-# Relative to the largest logit: a few thousand roundings in float32, a few hundred in bfloat16 (8 bits).
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference relative to the largest logit: a few thousand roundings in float32, a few hundred in bfloat16
+(8 bits)."""
+_VERIFIED = "_macpo_verified"  # an attribute of the module, which copies of the module carry along
 
 
 @dataclass
 class _Recorder:
-    """Packed attention that notes which windows the layers asked for."""
+    """Packed attention that records the windows the layers ask for."""
 
     segments: Segments
     windows: set[int | None] = field(default_factory=set)
@@ -39,55 +46,85 @@ class _Recorder:
 
 @torch.no_grad()
 def verify(base: PreTrainedModel) -> None:
-    """Compare the packed path with plain forwards on one small group; done once a model.
+    """Compare the packed path with plain forwards on one small group; done once per model.
 
     Raises:
         ConfigError: naming the architecture and what differs.
     """
     if getattr(base, _VERIFIED, False):
         return
-    name = type(base).__name__
-    fix = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
-    windows = expected_window(base)
-    rows = embedding_rows(base)
-    ids = [i % rows for i in range(3, 11)]
-    group = PrefixGroup(ids[:3], [ids[3:5], ids[5:8]])
-    (batch,) = pack([group], max_tokens=64)
-    batch = batch.to(base.device)
-    recorder = _Recorder(batch.segments)
-    head = head_of(base)
-    with attention_hook(base):
-        out = base.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, attention_context=recorder
-        )
-    if not recorder.windows:
-        raise ConfigError(f"{name} does not attend through transformers' attention interface", fix)
-    if windows is not None and windows not in recorder.windows:
-        raise ConfigError(f"{name} has a sliding window of {windows} but does not pass it to the attention", fix)
-    hidden = out.last_hidden_state[0][batch.rows]
-    packed = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
-    if head.softcap is not None:
-        packed = head.softcap * torch.tanh(packed / head.softcap)
-    separate = []
-    for response in group.responses:
-        whole = torch.tensor([group.prompt_ids + response], device=base.device)
-        separate.append(base(input_ids=whole, use_cache=False).logits[0, 2 : 2 + len(response)].float())
-    wanted = torch.cat(separate)
-    error = ((packed - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
-    if wanted.isfinite().all() and not error <= _TOLERANCE.get(base.dtype, 1e-1):
-        raise ConfigError(f"{name}: packed and separate forwards differ by {error:.1e} of the largest logit", fix)
+    with refusals(base):
+        window = expected_window(base)
+        group = probe_group(base)
+        (batch,) = pack([group], max_tokens=64)
+        batch = batch.to(base.device)
+        recorder = _Recorder(batch.segments)
+        head = head_of(base)
+        with attention_hook(base):
+            out = base.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, attention_context=recorder
+            )
+        check_windows(base, recorder.windows, window)
+        hidden = out.last_hidden_state[0][batch.rows]
+        packed = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+        if head.softcap is not None:
+            packed = head.softcap * torch.tanh(packed / head.softcap)
+        separate = [logits[len(group.prompt_ids) - 1 : -1] for logits in separate_logits(base, group)]
+        check_logits(base, "packed", packed, torch.cat(separate))
     setattr(base, _VERIFIED, True)
 
 
-def expected_window(base: PreTrainedModel) -> int | None:
-    """The sliding window that some layer must ask for; refuses layer types that cannot be packed."""
-    config = base.config.get_text_config()
+def probe_group(model: PreTrainedModel) -> PrefixGroup:
+    """The probe's token ids: a prompt of 3 with responses of 2 and 3."""
+    num_ids = embedding_rows(model)
+    ids = [i % num_ids for i in range(3, 11)]
+    return PrefixGroup(ids[:3], [ids[3:5], ids[5:8]])
+
+
+def separate_logits(model: PreTrainedModel, group: PrefixGroup) -> list[Tensor]:
+    """The model's own float32 logits [L, V] of the prompt with each response, one plain forward per sequence."""
+    sequences = [torch.tensor([group.prompt_ids + response], device=model.device) for response in group.responses]
+    return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in sequences]
+
+
+def check_windows(model: PreTrainedModel, windows: Collection[int | None], expected: int | None) -> None:
+    """Raises ConfigError where no layer came through the hook, or none asked for the expected sliding window."""
+    if not windows:
+        raise ConfigError(f"{type(model).__name__} does not attend through transformers' attention interface", FIX)
+    if expected is not None and expected not in windows:
+        text = f"has a sliding window of {expected} but does not pass it to the attention"
+        raise ConfigError(f"{type(model).__name__} {text}", FIX)
+
+
+def check_logits(model: PreTrainedModel, path: str, got: Tensor, separate: Tensor) -> None:
+    """Raises ConfigError where the logits of a path differ from those of separate forwards beyond TOLERANCE.
+
+    Logits of separate forwards that are not finite pass: whoever uses them reports that.
+    """
+    error = ((got - separate).abs().max() / separate.abs().max().clamp_min(1e-6)).item()
+    if separate.isfinite().all() and not error <= TOLERANCE.get(model.dtype, 1e-1):
+        text = f"{path} and separate forwards differ by {error:.1e} of the largest logit"
+        raise ConfigError(f"{type(model).__name__}: {text}", FIX)
+
+
+def expected_window(model: PreTrainedModel) -> int | None:
+    """The sliding window that some layer must ask for; raises ConfigError for layer types that cannot be packed."""
+    config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None)
     odd = sorted(set(layers or ()) - {"full_attention", "sliding_attention"})
     if odd:
-        raise ConfigError(
-            f"{type(base).__name__} has layers of type {', '.join(odd)}, which cannot share a prompt",
-            "use a model whose layers are full or sliding attention",
-        )
+        text = f"has layers of type {', '.join(odd)}, which cannot share a prompt"
+        raise ConfigError(f"{type(model).__name__} {text}", FIX)
     slides = "sliding_attention" in layers if layers is not None else getattr(config, "use_sliding_window", True)
     return getattr(config, "sliding_window", None) if slides else None
+
+
+@contextmanager
+def refusals(model: PreTrainedModel) -> Iterator[None]:
+    """Turns what a probe's forward raises into a ConfigError that names the architecture and says what to use."""
+    name = type(model).__name__
+    try:
+        yield
+    except (ConfigError, TypeError, ValueError) as error:
+        text = error.problems[0].message if isinstance(error, ConfigError) else str(error).partition("\n")[0]
+        raise ConfigError(text if name in text else f"{name}: {text}", FIX) from error

@@ -1,1 +1,1 @@
-"""Decoding over one pool of key-value blocks, for GPUs: static steps and CUDA graphs."""
+"""Decoding over one pool of key-value blocks, for GPUs, with static steps and CUDA graphs."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from macpo.engine.generation.attention import _layer, _packed
+from macpo.engine.generation.attention import layer_index, packed_prompts
 from macpo.engine.generation.pool.blocks import KVPool
 from macpo.kernels import paged_attention, prefix_attention
 
@@ -15,14 +15,14 @@ from macpo.kernels import paged_attention, prefix_attention
 class PagedPrefill:
     """Packed prompts attend to themselves; their keys and values go to the blocks of their first samples.
 
-    Where a prompt ends inside a block, the other samples get a copy of that block: its rest is each sample's own.
+    Where a prompt ends inside a block, each other sample gets a copy of that block to continue in.
     """
 
     def __init__(
         self, pool: KVPool, lengths: Sequence[int], tables: Sequence[Sequence[Sequence[int]]], device: torch.device
     ) -> None:
-        """Prompt i has `lengths[i]` tokens and the block tables `tables[i]`, one a sample."""
-        self.segments, self.last_rows = _packed(lengths, device)
+        """Prompt i has `lengths[i]` tokens and the block tables `tables[i]`, one per sample."""
+        self.segments, self.last_rows = packed_prompts(lengths, device)
         self.pool = pool
         size = pool.block_tokens
         slots, copies = [], []
@@ -36,17 +36,17 @@ class PagedPrefill:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        self.pool.write(_layer(module), k, v, self._slots)
+        self.pool.write(layer_index(module), k, v, self._slots)
         if self._copies is not None:
-            self.pool.copy(_layer(module), *self._copies)
+            self.pool.copy(layer_index(module), *self._copies)
         return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
 
 
 class PagedDecode:
-    """One token of each of n sequences is written to its slot and sees its sequence's context through its table."""
+    """One token of each of n sequences is written to its slot and attends to its context through its block table."""
 
     def __init__(self, pool: KVPool, table: Tensor, lens: Tensor, slots: Tensor) -> None:
-        """table [n, L] int32, lens [n] int32 with the new token, slots [n] int64 (-1: not written)."""
+        """table [n, L] int32, lens [n] int32 including the new token, slots [n] int64 (-1: not written)."""
         self.pool = pool
         self.table = table
         self.lens = lens
@@ -54,5 +54,5 @@ class PagedDecode:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
-        pools = self.pool.write(_layer(module), k, v, self.slots)
+        pools = self.pool.write(layer_index(module), k, v, self.slots)
         return paged_attention(q, *pools, self.table, self.lens, scale=scale, window=window)[None]

@@ -1,8 +1,8 @@
-"""Keys and values in blocks: tensors of fixed addresses, and who holds which block.
+"""Keys and values in blocks: tensors at fixed addresses, and which sequences hold which block.
 
 A sequence's token t lies at `pool[table[t // block_tokens], t % block_tokens]` of its block table. The samples of a
-request share the blocks that its prompt fills; each gets a copy of the prompt's partial last block and blocks of its
-own up to the longest possible answer, all of them when it starts, so no running sequence ever lacks one.
+request share the blocks that its prompt fills; each gets a copy of the prompt's partial last block and its own blocks
+for the longest possible response when it starts, so no running sequence ever lacks one.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.scheduler import Need
 from macpo.kernels import write_kv
 
 TRASH = 0
-"""Block that no sequence holds: padding rows read it, nobody writes it."""
+"""Block that no sequence holds: padding rows read it, nothing writes it."""
 
 
 class BlockAllocator:
-    """Blocks 1 .. num_blocks and how many sequences hold each; pure Python, the same answers every time."""
+    """Blocks 1 .. num_blocks and how many sequences hold each; pure Python and deterministic."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -33,14 +33,14 @@ class BlockAllocator:
         return len(self._free)
 
     def holders(self, block: int) -> int:
-        """Sequences that hold a block."""
+        """Number of sequences that hold a block."""
         return self._holders[block]
 
     def open(self, need: Need, num_samples: int) -> list[list[int]]:
-        """Block tables of a request's samples, the shared blocks first.
+        """Allocates the block tables of a request's samples, the shared blocks first.
 
         Raises:
-            ValueError: fewer blocks are free than that takes; nothing is handed out then.
+            ValueError: too few blocks are free; nothing is allocated then.
         """
         wanted = need.blocks(num_samples)
         if wanted > len(self._free):
@@ -52,10 +52,10 @@ class BlockAllocator:
         return tables
 
     def close(self, table: Sequence[int]) -> None:
-        """A sequence has ended; blocks that nobody holds any more are free.
+        """Releases an ended sequence's blocks; those that no sequence holds any more are free.
 
         Raises:
-            ValueError: nobody holds a block of the table.
+            ValueError: no sequence holds a block of the table.
         """
         for block in table:
             if self._holders[block] < 1:
@@ -66,15 +66,15 @@ class BlockAllocator:
 
 
 class KVPool:
-    """Per layer k and v of [num_blocks + 1, block_tokens, Hkv, D], zeros at first; their addresses never change.
+    """Keys and values [num_blocks + 1, block_tokens, Hkv, D] per layer, zeros at first, at addresses that never change.
 
     Args:
-        num_blocks: besides the trash block.
-        layers: what each layer writes; k and v must be equally wide (`why_not`).
+        num_blocks: number of blocks besides the trash block.
+        layers: what each layer caches; k and v must be equally wide (`pool_why_not`).
     """
 
     def __init__(
-        self, num_blocks: int, block_tokens: int, layers: Mapping[int, LayerShape], device: torch.device
+        self, num_blocks: int, block_tokens: int, layers: Mapping[int, CacheShape], device: torch.device
     ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
@@ -92,12 +92,12 @@ class KVPool:
         return k, v
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [T, Hkv, D] into slots [T] int64 (block * block_tokens + offset; -1: nowhere); returns the pools."""
+        """Writes k, v [T, Hkv, D] to slots [T] int64 (block * block_tokens + offset; -1: none); returns the pools."""
         pools = self.layer(layer)
         write_kv(k, v, *pools, slots)
         return pools
 
     def copy(self, layer: int, sources: Tensor, targets: Tensor) -> None:
-        """Whole blocks [n] int64 onto others."""
+        """Copies whole blocks, sources [n] int64 to targets [n] int64."""
         for pool in self.layer(layer):
             pool.index_copy_(0, targets, pool.index_select(0, sources))

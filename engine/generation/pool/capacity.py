@@ -1,4 +1,4 @@
-"""What the block pool can hold: its plan, the sizes of decode steps, and why a model or device cannot use it."""
+"""Plans the block pool of a run and the sizes of its decode steps; says why a model or device cannot use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from macpo.engine.distributed.world import ALONE, World
-from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.pool.decode_step import StepShape, facts_of
 from macpo.engine.generation.request import Request
 from macpo.engine.generation.scheduler import Need
@@ -19,26 +19,24 @@ from macpo.kernels import explain
 from macpo.kernels.paged_attention.op import why_not
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
-"""Rows of a decode step; a batch is padded to the next one."""
-
-
+"""Numbers of rows of a decode step; a batch is padded to the next one."""
 BEYOND = 128
-"""Above the last bucket every multiple of this is one."""
+"""Above the last bucket, every multiple of this number is one."""
 
 
 def bucket_of(num_rows: int) -> int:
-    """Rows of the step that serves so many sequences: a function of their number alone."""
+    """Rows of the step that serves `num_rows` sequences: a function of their number alone."""
     return next((bucket for bucket in BUCKETS if bucket >= num_rows), -(-num_rows // BEYOND) * BEYOND)
 
 
 def buckets_up_to(num_rows: int) -> list[int]:
-    """All buckets that batches of at most so many sequences use."""
+    """All buckets that batches of at most `num_rows` sequences use."""
     return sorted({bucket_of(n) for n in range(1, num_rows + 1)})
 
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """What a run takes: a function of its requests and of the generator's bounds alone."""
+    """What a run needs: a function of its requests and of the generator's limits alone."""
 
     num_slots: int
     num_blocks: int
@@ -56,9 +54,9 @@ def plan_pool(
     max_batch: int,
     max_cache_tokens: int | None,
 ) -> PoolPlan:
-    """Sequences and blocks at once; `budget` gives a request's most new tokens.
+    """Plans how many sequences and blocks are in use at once; `budget` gives the most new tokens of a request.
 
-    Without `max_cache_tokens` the pool holds the longest `max_batch` answers; with it, what fits.
+    Without `max_cache_tokens` the pool holds the longest `max_batch` responses; with it, what fits.
     """
     sizes = {(len(r.prompt_ids), budget(r)) for r in requests}
     needs = {(prompt, new): Need.of(prompt, prompt + new, block_tokens) for prompt, new in sizes}
@@ -79,11 +77,11 @@ def plan_pool(
 
 
 def _power_of_two(n: int) -> int:
-    """The next one: few shapes, so that sessions are kept."""
+    """The next power of two: few shapes, so that sessions are reused."""
     return 1 << max(0, n - 1).bit_length()
 
 
-def pool_why_not(layers: Mapping[int, LayerShape], block_tokens: int, device: torch.device) -> str:
+def pool_why_not(layers: Mapping[int, CacheShape], block_tokens: int, device: torch.device) -> str:
     """Why a model's keys and values cannot lie in a block pool; empty where they can."""
     for shape in set(layers.values()):
         if shape.k_dim != shape.v_dim:
@@ -94,11 +92,11 @@ def pool_why_not(layers: Mapping[int, LayerShape], block_tokens: int, device: to
 
 
 def graphs_why_not(model: PreTrainedModel, team: World = ALONE) -> str:
-    """Why decoding of the model cannot be captured, as far as that is known beforehand; empty where it may be."""
+    """Why decoding cannot be captured, as far as that is known beforehand; empty where it may be."""
     if model.device.type != "cuda":
         return f"the model is on a {model.device.type.upper()}, not on a GPU"
     if team.size > 1:
-        return "its layers are split over ranks, and what they say to each other is not captured"
+        return "its layers are split over a tensor-parallel group, whose communication is not captured"
     for op in ("paged_attention", "sample"):
         if (choice := explain(op, model.device)).backend != "triton":
             return f"{op} runs with {choice.backend}: {choice.why}"
@@ -106,10 +104,10 @@ def graphs_why_not(model: PreTrainedModel, team: World = ALONE) -> str:
 
 
 def waiting_part(model: PreTrainedModel) -> str:
-    """The part of a forward that waits for the device in every step; empty where none is known."""
+    """Says which part of a forward waits for the device in every step; empty where none is known."""
     for module in model.modules():
         kinds: Any = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
             if kind in ("dynamic", "longrope"):
-                return f"its {kind} rotary embedding looks at the positions on the host"
+                return f"its {kind} rotary embedding reads the positions on the host"
     return ""

@@ -1,9 +1,9 @@
-"""DecodeStep: one decode step of a batch as pure device work on tensors of fixed addresses.
+"""DecodeStep: one decode step of a batch as pure device work on tensors at fixed addresses.
 
-The host writes the rows' state when the batch changes (`load`), then calls `step` as often as it likes, eagerly or as
-a replay of its CUDA graph, and reads now and then which rows are still going. Everything that a step needs or leaves
-(last token, position, tokens to go, noise counter, tokens seen, log of what was drawn) it updates in place, so the
-host takes no part in it. A row that has met a stop token or its budget has no tokens to go: it idles without writing.
+The host writes the rows' state when the batch changes (`load`), then calls `step` any number of times, eagerly or as a
+replay of its CUDA graph, and reads now and then which rows are still running. A step updates in place everything that
+it needs or leaves (last token, position, tokens to go, noise counter, tokens seen, log of what was drawn), without the
+host. A row that has met a stop token or its budget has no tokens to go: it idles without writing.
 
 Legend: R rows of the state, b rows of a step (a batch padded to a bucket), L blocks of a block table, V tokens.
 """
@@ -25,7 +25,7 @@ from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.pool.attention import PagedDecode
 from macpo.engine.generation.pool.blocks import TRASH, KVPool
 from macpo.engine.generation.sampling import draw, mark_seen, noise_key, penalised, sample_params
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.kernels import SampleParams
 
 _INTS = ("token", "position", "to_go", "count", "adapter", "seed", "top_k")
@@ -34,10 +34,10 @@ _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class StepShape:
-    """What fixes a step's tensors and kernels, besides the number of rows."""
+    """What determines a step's tensors and kernels, besides the number of rows."""
 
     table_blocks: int
-    """L; also how far the attention kernels may split a context."""
+    """L; also bounds how far the attention kernels may split a context."""
     stop_ids: int
     """Most stop tokens of a row."""
     num_tokens: int
@@ -47,13 +47,13 @@ class StepShape:
 
 
 def facts_of(settings: Sequence[SamplingParams]) -> tuple[tuple[str, Any], ...]:
-    """Which filters are on anywhere."""
+    """Says which filters any of the settings turns on."""
     seen = torch.zeros(len(settings), 1, dtype=torch.bool) if penalised(settings) else None
     return tuple(sample_params(settings, seen, torch.device("cpu")).facts.items())
 
 
 class DecodeStep:
-    """State of `num_rows` rows over a pool; see the module's text."""
+    """State of `num_rows` rows over a pool; see the module's docstring."""
 
     def __init__(
         self, model: PreTrainedModel, pool: KVPool, num_rows: int, shape: StepShape, team: World = ALONE
@@ -79,8 +79,8 @@ class DecodeStep:
         self._logps = torch.zeros(2, LOG_STEPS, num_rows, device=device)  # raw, processed
         self._to_go = self._ints[_INTS.index("to_go")]
 
-    def load(self, rows: Sequence[Row], tables: Sequence[Sequence[int]]) -> None:
-        """The batch is now these rows, with their block tables; what is beyond them only pads."""
+    def load(self, rows: Sequence[ActiveSequence], tables: Sequence[Sequence[int]]) -> None:
+        """Makes these sequences, with their block tables, the batch; the rows beyond them are padding."""
         n, (width, num_stops) = len(rows), (self.shape.table_blocks, self.shape.stop_ids)
         pad = [0] * (self.num_rows - n)  # padding repeats the first row's settings, so that the facts hold for it
         order = torch.tensor([*range(n), *pad])
@@ -112,13 +112,13 @@ class DecodeStep:
             mark_seen(self._seen, rows)
 
     def clear(self) -> None:
-        """No row is left, whatever was going on."""
-        self._ints.zero_()  # an adapter's place, too, may be one that the next stack lacks
+        """Empties every row, whatever state it is in."""
+        self._ints.zero_()  # an adapter's index, too, may be one that the next stack lacks
         self._table.fill_(TRASH)
         self._cursor.zero_()
 
     def step(self, num_rows: int) -> None:
-        """One token for the first `num_rows` rows, at most LOG_STEPS times between two `take`s."""
+        """Draws one token for the first `num_rows` rows; called at most LOG_STEPS times between two `take`s."""
         b, size = num_rows, self.pool.block_tokens
         token, position, to_go, count, adapter, seed, top_k = self._ints[:, :b]
         temperature, top_p, min_p, penalty = self._floats[:, :b]
@@ -138,16 +138,16 @@ class DecodeStep:
         self._cursor += 1
         stopped = (self._stop_ids[:b] == drawn[:, None]).any(1)
         to_go.sub_(1).clamp_(min=0).masked_fill_(stopped, 0)
-        goes_on = to_go > 0
-        token.copy_(torch.where(goes_on, drawn, token))
-        position.add_(goes_on)
+        running = to_go > 0
+        token.copy_(torch.where(running, drawn, token))
+        position.add_(running)
 
-    def going(self, num_rows: int) -> list[bool]:
-        """Which of the first rows go on; waits for the device."""
+    def running(self, num_rows: int) -> list[bool]:
+        """Which of the first `num_rows` rows are still running; waits for the device."""
         return (self._to_go[:num_rows] > 0).tolist()
 
     def end(self, rows: Sequence[int]) -> None:
-        """These rows have ended by the host's judgement."""
+        """Ends rows that the host has found to be done."""
         self._to_go[torch.tensor(rows, dtype=torch.int64, device=self._to_go.device)] = 0
 
     def take(self, num_rows: int, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,46 +1,43 @@
-"""PoolRunner: generation over the block pool, the way of GPUs; the same on a CPU, without graphs."""
+"""PoolRunner: generation over the block pool, for GPUs; it runs the same on a CPU, without graphs."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from macpo.engine.generation.batch_runner import LOG_STEPS, STOP_CHECK_STEPS, STOP_TEXT_STEPS, BatchRunner, Part
+from macpo.engine.generation.batch_runner import LOG_STEPS, STOP_CHECK_STEPS, STOP_TEXT_STEPS, BatchRunner, Job, Part
 from macpo.engine.generation.pool.attention import PagedPrefill
 from macpo.engine.generation.pool.blocks import BlockAllocator
 from macpo.engine.generation.pool.capacity import bucket_of
 from macpo.engine.generation.pool.session import PoolSession
-from macpo.engine.generation.scheduler import Group
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.scheduler import Group, Scheduler
+from macpo.engine.generation.sequence import ActiveSequence
 
 SYNC_STEPS = 8
-"""Decode steps between two looks at which rows have ended: a row idles for at most seven."""
+"""Decode steps between two checks which rows have ended: a row idles for at most seven."""
 
 
 class PoolRunner(BatchRunner):
-    """Rows hold blocks of the session's pool while they are in the batch; `num_blocks` of them are this run's."""
+    """Sequences hold blocks of the session's pool while in the batch; this run may use `num_blocks` of them."""
 
-    def __init__(self, session: PoolSession, num_blocks: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, session: PoolSession, num_blocks: int, scheduler: Scheduler, job: Job) -> None:
+        super().__init__(scheduler, job)
         self.session = session
         self.step = session.step
         self.blocks = BlockAllocator(num_blocks)
-        self._tables: dict[Row, list[int]] = {}
+        self._tables: dict[ActiveSequence, list[int]] = {}
 
     def _admit(self, num_free: int) -> list[Group]:
         return self.scheduler.admit(num_free, self.blocks.num_free)
 
-    def _opened(self, group: Group, rows: list[Row]) -> None:
+    def _opened(self, group: Group, rows: list[ActiveSequence]) -> None:
         tables = self.blocks.open(self.scheduler.need(group), len(rows))
         self._tables.update(zip(rows, tables, strict=True))
 
-    def _closed(self, row: Row) -> None:
+    def _closed(self, row: ActiveSequence) -> None:
         self.blocks.close(self._tables.pop(row))
 
     def _context(self, part: Part) -> PagedPrefill:
         tables = [[self._tables[row] for row in rows] for _, rows in part]
-        return PagedPrefill(
-            self.session.pool, [len(group.request.prompt_ids) for group, _ in part], tables, self.device
-        )
+        lengths = [len(group.request.prompt_ids) for group, _ in part]
+        return PagedPrefill(self.session.pool, lengths, tables, self.device)
 
     def _decode(self) -> None:
         rows = self.rows
@@ -59,7 +56,7 @@ class PoolRunner(BatchRunner):
             if num_steps % STOP_CHECK_STEPS == 0:
                 self._check_stop()
             flush = logged + SYNC_STEPS > LOG_STEPS or (has_stop_text and num_steps % STOP_TEXT_STEPS == 0)
-            if not flush and not self._worth_leaving(self.step.going(len(rows))):
+            if not flush and not self._worth_leaving(self.step.running(len(rows))):
                 continue
             self._take(self.step.take(len(rows), logged), has_stop_text)
             logged = 0
@@ -67,8 +64,8 @@ class PoolRunner(BatchRunner):
                 return
             self.step.end([i for i, row in enumerate(rows) if row.done])
 
-    def _worth_leaving(self, going: list[bool]) -> bool:
-        """Whether the batch should change, given which rows go on."""
-        ended = [row for row, goes in zip(self.rows, going, strict=True) if not goes]
+    def _worth_leaving(self, running: list[bool]) -> bool:
+        """Whether the batch should change, given which rows are still running."""
+        ended = [row for row, runs in zip(self.rows, running, strict=True) if not runs]
         freed = {block for row in ended for block in self._tables[row] if self.blocks.holders(block) == 1}
         return self._worth_changing(len(ended), self.blocks.num_free + len(freed))

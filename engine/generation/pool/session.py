@@ -1,8 +1,8 @@
-"""PoolSession: what generation over the block pool keeps between two runs: pool, rows' state and CUDA graphs.
+"""PoolSession: what generation over the block pool keeps between runs (the pool, the rows' state and CUDA graphs).
 
-A graph is a replay of `DecodeStep.step` at one bucket of rows. It reads weights, pool and state at the addresses that
-they had when it was captured, so values may change (an optimiser's step, new adapter weights, another batch) but not
-tensors: where one was allocated anew, or another adapter is active, the graphs are captured again.
+A graph replays `DecodeStep.step` at one bucket of rows. It reads weights, pool and state at the addresses that they had
+when it was captured, so values may change (an optimiser's step, new adapter weights, another batch) but not tensors:
+where a tensor was allocated again, or another adapter is active, the graphs are captured again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from macpo.engine.distributed.world import ALONE, World
-from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.multilora import StackedAdapters
 from macpo.engine.generation.pool.blocks import KVPool
 from macpo.engine.generation.pool.capacity import PoolPlan, bucket_of, buckets_up_to
@@ -31,7 +31,7 @@ class PoolSession:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: Mapping[int, LayerShape],
+        layers: Mapping[int, CacheShape],
         block_tokens: int,
         num_rows: int,
         num_blocks: int,
@@ -46,7 +46,7 @@ class PoolSession:
         self._memory: Any = None
         self._captured: tuple[object, ...] = ()
 
-    def serves(self, plan: PoolPlan, layers: Mapping[int, LayerShape]) -> bool:
+    def serves(self, plan: PoolPlan, layers: Mapping[int, CacheShape]) -> bool:
         """Whether a run of this plan can use the session as it is."""
         return (
             self._layers == layers
@@ -57,14 +57,14 @@ class PoolSession:
         )
 
     def start(self, adapters: StackedAdapters | None) -> None:
-        """Forgets the rows of the last run, which may have been broken off."""
+        """Clears the rows of the last run, which may have been interrupted."""
         self.step.clear()
         if adapters is not self.step.adapters:
             self.step.adapters = adapters
             self.drop_graphs()
 
     def run_step(self, bucket: int) -> None:
-        """One decode step, as a replay where its graph is there."""
+        """Runs one decode step, as a replay where its graph exists."""
         graph = self._graphs.get(bucket)
         if graph is None:
             self.step.step(bucket)
@@ -72,10 +72,10 @@ class PoolSession:
             graph.replay()
 
     def capture(self, num_slots: int, outer: nn.Module) -> None:
-        """Captures the graphs that batches of up to `num_slots` sequences lack; the model's hook is on.
+        """Captures the graphs that batches of up to `num_slots` sequences lack; the model's hook must be on.
 
         Raises:
-            RuntimeError: something in the model's forward waits for the device. There are no graphs then.
+            RuntimeError: something in the model's forward waits for the device; no graphs are kept then.
         """
         present = _addresses(outer)
         if present != self._captured:
@@ -86,7 +86,7 @@ class PoolSession:
             self._memory = torch.cuda.graph_pool_handle()
         try:
             for bucket in reversed(missing):  # the largest first: the others fit into its memory
-                self._graphs[bucket] = _capture(self.step, bucket, self._memory)
+                self._graphs[bucket] = capture_graph(self.step, bucket, self._memory)
         except RuntimeError:
             self.drop_graphs()
             raise
@@ -94,19 +94,19 @@ class PoolSession:
             self.step.clear()
 
     def drop_graphs(self) -> None:
-        """Steps run eagerly from now on."""
+        """Drops all graphs, so that steps run eagerly."""
         self._graphs.clear()
         self._memory = None
         self._captured = ()
 
 
-def _capture(step: DecodeStep, bucket: int, memory: Any) -> torch.cuda.CUDAGraph:
-    """All rows idle meanwhile: nothing is written but the log."""
+def capture_graph(step: DecodeStep, bucket: int, memory: Any) -> torch.cuda.CUDAGraph:
+    """Captures the step at one bucket of rows; all of them idle, so that it writes nothing but the log."""
     with torch.cuda.device(step.model.device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step.step(bucket)  # compiles kernels and makes workspaces
+            step.step(bucket)  # compiles kernels and allocates workspaces
             with _waiting_is_an_error():
                 step.step(bucket)
         torch.cuda.current_stream().wait_stream(stream)
@@ -119,7 +119,7 @@ def _capture(step: DecodeStep, bucket: int, memory: Any) -> torch.cuda.CUDAGraph
 
 @contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
-    """A call that waits for the device raises RuntimeError, which is milder than inside a capture."""
+    """Makes a call that waits for the device raise RuntimeError, which is milder than failing inside a capture."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -129,16 +129,11 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 def _addresses(model: nn.Module) -> tuple[object, ...]:
-    """Where the weights are, and which adapters the layers are set to: what a graph has fixed."""
+    """Addresses of the weights and the layers' active adapters, which a graph depends on."""
     tensors = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
     tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     settings = tuple(
-        (
-            tuple(tuner.active_adapters),
-            tuple(tuner.merged_adapters),
-            tuner.disable_adapters,
-            repr(getattr(tuner, "scaling", None)),
-        )
-        for tuner in tuners
+        (tuple(t.active_adapters), tuple(t.merged_adapters), t.disable_adapters, repr(getattr(t, "scaling", None)))
+        for t in tuners
     )
     return tensors, settings

@@ -1,7 +1,7 @@
-"""The attention contexts of generation: prompts that fill a cache, and one token a sequence that reads it.
+"""Attention of packed prompts and of decode steps over the slot cache.
 
 Legend: T packed tokens, W cache writes, n sequences, Hq query heads, Hkv key-value heads, C columns of the cache
-that are read, D head size, L blocks of a block table.
+that are read, D head size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from macpo.engine.generation.attention import _layer, _packed
+from macpo.engine.generation.attention import layer_index, packed_prompts
 from macpo.engine.generation.slots.cache import SlotCache
 from macpo.kernels import native, prefix_attention
 from macpo.kernels.paged_attention.slots import masked_slot_attention, runs_native, slot_mask
@@ -22,7 +22,7 @@ class PrefillAttention:
 
     def __init__(self, cache: SlotCache, lengths: Sequence[int], slots: Sequence[Sequence[int]], device: torch.device):
         """Prompt i has `lengths[i]` tokens and fills the cache slots `slots[i]`."""
-        self.segments, self.last_rows = _packed(lengths, device)
+        self.segments, self.last_rows = packed_prompts(lengths, device)
         self.cache = cache
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         copies = [
@@ -34,14 +34,14 @@ class PrefillAttention:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        self.cache.write(_layer(module), k[self._token], v[self._token], self._slot, self._position)
+        self.cache.write(layer_index(module), k[self._token], v[self._token], self._slot, self._position)
         return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
 
 
 class DecodeAttention:
-    """Slots 0 .. n-1 get one token each at `positions` and see their own columns up to it.
+    """Slots 0 .. n-1 get one token each at `positions` and attend to their own columns up to it.
 
-    One object serves one forward: the mask is made once and used by every layer.
+    One object serves one forward: the mask is built once and used by every layer.
     """
 
     def __init__(self, cache: SlotCache, rows: Tensor, positions: Tensor, columns: Tensor):
@@ -51,7 +51,7 @@ class DecodeAttention:
         self.positions = positions
         self.columns = columns
         self.lens = positions + 1
-        self.windows: set[int | None] = set()  # those that layers have asked for
+        self.windows: set[int | None] = set()  # that the layers have asked for
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
         self._native: dict[tuple[torch.dtype, int], bool] = {}
 
@@ -59,9 +59,9 @@ class DecodeAttention:
         q_bhd, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
         self.windows.add(window)
         if k.shape == v.shape and self._is_native(q_bhd):
-            pools = self.cache.pools(_layer(module), k, v)
+            pools = self.cache.pools(layer_index(module), k, v)
             return native.slot_attention(q_bhd, *pools, self.lens, scale, window, k, v)[None]
-        k_pool, v_pool = self.cache.write(_layer(module), k, v, self.rows, self.positions)
+        k_pool, v_pool = self.cache.write(layer_index(module), k, v, self.rows, self.positions)
         kind = (window, q.dtype, k_pool.shape[1])
         mask = self._masks.get(kind)
         if mask is None:
@@ -69,7 +69,7 @@ class DecodeAttention:
         return masked_slot_attention(q_bhd, k_pool, v_pool, mask, scale)[None]
 
     def _is_native(self, q_bhd: Tensor) -> bool:
-        """`runs_native`, asked once for layers of one kind."""
+        """Calls `runs_native` once for all layers of one kind."""
         kind = (q_bhd.dtype, q_bhd.shape[2])
         if kind not in self._native:
             self._native[kind] = runs_native(q_bhd)

@@ -1,9 +1,9 @@
-"""Linear layers over weights in a layout of their own, for decode steps on CPUs.
+"""Linear layers over weights in a packed layout, for decode steps on CPUs.
 
-A decode step multiplies a few rows by every weight, and torch's product for a plain weight rearranges it on the way:
-for a head of 32,000 tokens 2 to 7 times slower at 1 to 64 rows than over a copy that was rearranged once (LOG.md). In
-float32 on a CPU with AVX-512 the copy is in panels (`native.Panels`), else in oneDNN's layout. The copies live while a
-run of the generator does, so they never outlive a change of the weights.
+A decode step multiplies a few rows by every weight, and torch rearranges a plain weight in each product: for a head of
+32,000 tokens that is 2 to 7 times slower at 1 to 64 rows than over a copy that was rearranged once (LOG.md). In float32
+on a CPU with AVX-512 the copy is in panels (`native.Panels`), else in oneDNN's layout. The copies exist only during a
+run of the generator, so they never outlive a change of the weights.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from macpo.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_ELEMENTS = 2**12
-"""Of a weight; smaller ones are left alone."""
+"""Smallest weight that is packed, in elements."""
 MIN_STEPS = 8
-"""Fewer decode steps than this do not pay for the copies."""
+"""Fewest decode steps that pay for the copies."""
 MEMORY_SHARE = 0.125
-"""Of the machine's memory, that the copies may take."""
+"""Share of the machine's memory that the copies may take."""
 MAX_PANEL_ROWS = 256
-"""Above so many rows the plain product is as fast as the one over panels."""
+"""Above this number of rows the plain product is as fast as the one over panels."""
 
 
 @contextmanager
 def packed_linears(model: nn.Module, num_steps: int) -> Iterator[int]:
-    """The CPU's nn.Linear layers of a model multiply by packed copies of their weights; gives the copies' bytes.
+    """Makes a model's nn.Linear layers on the CPU multiply by packed copies of their weights; yields the copies' bytes.
 
     Args:
-        model: frozen for as long, under no_grad. Its peft layers go through peft's own forward, hence these layers.
-        num_steps: of decoding that will follow.
+        model: frozen meanwhile, under no_grad. Its peft layers use peft's own forward, and so these layers.
+        num_steps: number of decode steps that will follow.
     """
     patched: list[nn.Module] = []
     possible = native.has_panels() or torch.backends.mkldnn.is_available()
@@ -61,7 +61,7 @@ def packed_linears(model: nn.Module, num_steps: int) -> Iterator[int]:
 
 
 def _fits(module: nn.Linear) -> bool:
-    """A plain layer on the CPU that nobody else has patched."""
+    """Whether a layer is plain, on the CPU and not patched yet."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
@@ -71,7 +71,7 @@ def _fits(module: nn.Linear) -> bool:
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], int]:
-    """x [..., I] -> x W' + b [..., O] over a copy of weight [O, I], and the copy's bytes; of a CPU's DTYPES."""
+    """Returns x [..., I] -> x W' + b [..., O] over a copy of weight [O, I] (DTYPES, on a CPU), and the copy's bytes."""
     weight = weight.detach()
     if weight.dtype == torch.float32 and native.has_panels():
         panels = native.Panels(weight, bias)
@@ -80,7 +80,7 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tenso
 
 
 def panel_product(panels: native.Panels, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x W' + b; x [..., I] -> [..., O]. Over the panels for a few rows, over weight [O, I] itself for many."""
+    """x W' + b; x [..., I] -> [..., O]. Uses the panels for a few rows, weight [O, I] itself for many."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MAX_PANEL_ROWS:
         return functional.linear(x, weight, bias)
@@ -88,7 +88,7 @@ def panel_product(panels: native.Panels, weight: Tensor, bias: Tensor | None, x:
 
 
 def onednn_pack(weight: Tensor) -> Tensor:
-    """A copy of weight [O, I] in oneDNN's layout, for `onednn_product` alone."""
+    """Copies weight [O, I] into oneDNN's layout, for `onednn_product` alone."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 

@@ -1,9 +1,8 @@
-"""SlotRunner: generation over the slot cache, the way of CPUs."""
+"""SlotRunner: generation over the slot cache, for CPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +12,22 @@ from macpo.engine.generation.batch_runner import (
     STOP_CHECK_STEPS,
     STOP_TEXT_STEPS,
     BatchRunner,
+    Job,
     Part,
     next_logits,
 )
 from macpo.engine.generation.sampling import RowSampler
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.scheduler import Scheduler
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.slots.attention import DecodeAttention, PrefillAttention
 from macpo.engine.generation.slots.cache import SlotCache
 
 
 class SlotRunner(BatchRunner):
-    """Row i is in slot i of `cache`, which has the scheduler's number of slots."""
+    """Row i of the batch is in slot i of `cache`, which has the scheduler's number of slots."""
 
-    def __init__(self, cache: SlotCache, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, cache: SlotCache, scheduler: Scheduler, job: Job) -> None:
+        super().__init__(scheduler, job)
         self.cache = cache
         self.sync_steps = 1 if self.device.type == "cpu" else 8
         self._columns = torch.arange(cache.slot_tokens, device=self.device)
@@ -44,10 +45,10 @@ class SlotRunner(BatchRunner):
         num_done = sum(row.done for row in rows)
         if self._worth_changing(num_done):
             return
-        if self.adapters is not None:
-            self.adapters.assign([row.request.adapter for row in rows])
-        sampler = RowSampler(rows, self.num_tokens, self.device, self.team)
-        stops, offsets = _stop_table(rows, self.num_tokens, self.device)
+        if self.job.adapters is not None:
+            self.job.adapters.assign([row.request.adapter for row in rows])
+        sampler = RowSampler(rows, self.job.num_tokens, self.device, self.job.team)
+        stops, offsets = _stop_table(rows, self.job.num_tokens, self.device)
         index = torch.arange(len(rows), device=self.device)
         tokens = torch.tensor([row.tokens[-1] if row.tokens else 0 for row in rows], device=self.device)
         positions = torch.tensor([row.position for row in rows], device=self.device)
@@ -61,7 +62,7 @@ class SlotRunner(BatchRunner):
         step = 0
         while True:
             context = DecodeAttention(self.cache, index, positions, self._columns[:num_columns])
-            tokens, raw_logps, logps = sampler(next_logits(self.model, tokens, positions, context, None))
+            tokens, raw_logps, logps = sampler(next_logits(self.job.model, tokens, positions, context, None))
             log.append((tokens, raw_logps, logps))
             positions = positions + moving
             hits |= stops[offsets + tokens]
@@ -85,15 +86,15 @@ class SlotRunner(BatchRunner):
             hits.zero_()
 
 
-def _steps_left(rows: Sequence[Row]) -> int:
-    """Steps until a live row reaches its budget or the log is long enough."""
+def _steps_left(rows: Sequence[ActiveSequence]) -> int:
+    """Steps until a live sequence reaches its budget or the log is full."""
     return min(LOG_STEPS, min((row.budget - len(row.tokens) for row in rows if not row.done), default=0))
 
 
-def _stop_table(rows: Sequence[Row], num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(flat bool table, offsets [rows]): `table[offset + token]` says whether the token ends the row.
+def _stop_table(rows: Sequence[ActiveSequence], num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(flat bool table, offsets [rows]): `table[offset + token]` says whether the token ends the sequence.
 
-    Block 0 of the table is empty: rows that are done point there and raise no more hits.
+    Block 0 of the table is empty: sequences that are done point there and get no more hits.
     """
     sets = sorted({row.stop_ids for row in rows if not row.done}, key=sorted)
     table = torch.zeros(len(sets) + 1, num_tokens, dtype=torch.bool)

@@ -26,7 +26,7 @@ from macpo.engine.config import SamplingSettings
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Request, SamplingParams, request_key
 from macpo.engine.generation.scheduler import Scheduler
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.models.policy import PolicyModule
 
 STORIES = Path(__file__).parents[4] / "shared" / "models" / "stories260K"
@@ -39,10 +39,10 @@ def llama() -> PreTrainedModel:
     return model_of("llama")
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "gpt2", "mamba"])  # gpt2: learned positions; mamba: the fallback
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "gpt2"])  # gpt2: learned positions
 def test_greedy_equals_hugging_face(name: str) -> None:
     """Refills in a batch of 3; some answers end early, at an EOS that greedy decoding is known to meet."""
-    model = model_of(name, **({"state_size": 4} if name == "mamba" else {}))
+    model = model_of(name)
     prompts = some_prompts(LENGTHS)
     eos = hf_greedy(model, prompts[3], 9, VOCAB + 1)[5]
     for field in (model.config, model.generation_config):
@@ -78,9 +78,9 @@ def test_repetition_penalty_counts_the_prompt_as_hugging_face_does(llama: PreTra
     ]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_samples_do_not_depend_on_batch_order_or_split(name: str) -> None:
-    model = model_of(name, **({"state_size": 4} if name == "mamba" else {}))
+    model = model_of(name)
     prompts = some_prompts(LENGTHS)
     ids = [f"q{i}" for i in range(len(prompts))]
 
@@ -140,10 +140,10 @@ def test_samples_of_a_request_share_its_prefill(llama: PreTrainedModel) -> None:
     assert single == texts
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_log_probs_are_the_models_own(name: str) -> None:
     """Raw: teacher-forced, 1e-5. Processed: Hugging Face's processors on the same logits."""
-    model = model_of(name, **({"state_size": 4} if name == "mamba" else {}))
+    model = model_of(name)
     prompts = some_prompts([2, 9, 13])
     params = SamplingParams(
         temperature=0.7, top_p=0.8, top_k=12, min_p=0.02, repetition_penalty=1.3, max_new_tokens=14, ignore_eos=True
@@ -185,10 +185,10 @@ def test_first_token_may_end_the_answer_and_one_token_is_a_budget(llama: PreTrai
 
 
 def test_an_end_that_is_no_number_is_an_error_too() -> None:
-    row = Row(0, Request("a", (5,), SamplingParams()), 0, 4, frozenset({2}))
-    row.extend([2], [math.nan], [0.0])
+    sequence = ActiveSequence(Request("a", (5,), SamplingParams()), 0, 4, frozenset({2}))
+    sequence.extend([2], [math.nan], [0.0])
     with pytest.raises(NumericsError, match="request a are not finite"):
-        row.finish(None)
+        sequence.finish(None)
 
 
 def test_every_prompt_may_have_params_of_its_own(llama: PreTrainedModel) -> None:
@@ -334,11 +334,45 @@ def test_params_from_a_recipe() -> None:
     assert (params.temperature, params.top_p, params.top_k, params.seed, params.stop) == (0.3, 0.7, 7, 9, ("###",))
 
 
-def test_models_that_bypass_the_interface_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    generator = Generator(model_of("mamba", state_size=4))
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [  # recurrent layers; attention outside the interface, and with a softcap that the hook does not have
+        ("mamba", {"state_size": 4}, "MambaForCausalLM has layers of type linear_attention"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM does not use transformers' attention interface"),
+        ("gemma2", {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2ForCausalLM: Gemma2Attention asks for attention"),
+    ],
+)
+def test_models_that_the_attention_hook_cannot_honour_are_refused(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    """Every time, with the architecture and what to use instead; the model's mode and attention are restored."""
+    model = model_of(name, **changes).train()
+    generator, attention = Generator(model), model.config._attn_implementation
     for _ in range(2):
-        generator.generate([[5, 6]], SamplingParams(max_new_tokens=2))
-    assert [r.getMessage().split(" is generated")[0] for r in caplog.records] == ["MambaForCausalLM"]
+        with pytest.raises(ConfigError, match=message) as caught:
+            generator.generate([[5, 6]], SamplingParams(max_new_tokens=2))
+        assert "Fix: use a decoder-only model with standard attention" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert model.training and model.config._attn_implementation == attention
+
+
+def test_a_layer_beside_the_attention_interface_is_refused() -> None:
+    """One of two layers attends by itself, so its keys and values would never be cached."""
+    model = model_of("llama")
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: 1 of its 2 layers use transformers' attention interface"):
+        Generator(model).generate([[5, 6]], SamplingParams(max_new_tokens=2))
+
+
+def test_decoding_that_differs_from_the_model_is_refused() -> None:
+    """A state of the whole row, here a running sum, is lost when a token is decoded by itself."""
+    model = model_of("llama")
+    model.model.register_forward_hook(
+        lambda *hook: setattr(hook[-1], "last_hidden_state", hook[-1].last_hidden_state.cumsum(1))
+    )
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: cached and separate forwards differ by"):
+        Generator(model).generate([[5, 6]], SamplingParams(max_new_tokens=2))
 
 
 def test_broken_weights_and_a_wish_to_stop(llama: PreTrainedModel) -> None:
@@ -379,9 +413,11 @@ def test_scheduler_starts_everything_once_within_its_slots(
 
     def play(order: list[Request]) -> list[tuple[str, tuple[int, ...]]]:
         scheduler, live, started = Scheduler(order, slots), 0, []
-        while scheduler.num_waiting or live:
+        num_waiting = sum(len(request.samples) for request in order)
+        while num_waiting or live:
             groups = scheduler.admit(slots - live)
-            live += sum(len(group.samples) for group in groups)
+            num_new = sum(len(group.samples) for group in groups)
+            num_waiting, live = num_waiting - num_new, live + num_new
             assert live <= slots and (groups or live)
             started += [(group.request.id, group.samples) for group in groups]
             live -= 1  # one sequence ends

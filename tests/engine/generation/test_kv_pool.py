@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macpo.engine.generation import Request, SamplingParams
-from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.pool.blocks import TRASH, BlockAllocator, KVPool
 from macpo.engine.generation.pool.capacity import BUCKETS, bucket_of, buckets_up_to, plan_pool
 from macpo.engine.generation.scheduler import Need, Scheduler
@@ -81,7 +81,7 @@ def test_answers_lie_in_blocks_of_their_own(prompt: int, new: int, num_samples: 
 
 def test_the_pool_writes_and_copies_where_it_is_told() -> None:
     """Each layer has heads of its own; padding goes nowhere; the rest keeps its zeros."""
-    layers = {0: LayerShape(2, 4, 4, torch.float32), 3: LayerShape(1, 6, 6, torch.bfloat16)}
+    layers = {0: CacheShape(2, 4, 4, torch.float32), 3: CacheShape(1, 6, 6, torch.bfloat16)}
     pool = KVPool(3, BLOCK_TOKENS, layers, torch.device("cpu"))
     for layer, shape in layers.items():
         k, v = torch.randn(2, 3, shape.num_heads, shape.k_dim).to(shape.dtype)
@@ -121,7 +121,8 @@ def test_what_is_admitted_fits_and_everything_starts_once(
 
     scheduler = Scheduler(requests, plan.num_slots, plan.num_blocks, need)
     blocks, live, started = BlockAllocator(plan.num_blocks), [], []
-    while scheduler.num_waiting or live:
+    num_samples = sum(len(request.samples) for request in requests)
+    while len(started) < num_samples or live:
         groups = scheduler.admit(plan.num_slots - len(live), blocks.num_free)
         assert groups or live
         for group in groups:

@@ -31,14 +31,13 @@ from transformers import PreTrainedModel
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, Stopped
 from macpo.engine.generation import Generator, Request, SamplingParams, sampling
 from macpo.engine.generation.batch_runner import LOG_STEPS
-from macpo.engine.generation.model_facts import LayerShape
+from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.multilora import StackedAdapters
-from macpo.engine.generation.pool import attention as pool_attention
 from macpo.engine.generation.pool.capacity import pool_why_not, waiting_part
 from macpo.engine.generation.pool.decode_step import StepShape, facts_of
 from macpo.engine.generation.pool.runner import SYNC_STEPS
 from macpo.engine.generation.pool.session import PoolSession
-from macpo.engine.generation.sequence import Row
+from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.models.attention_hook import attention_hook
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
@@ -187,7 +186,7 @@ def test_a_row_that_has_ended_idles_and_writes_nothing(llama: PreTrainedModel) -
     """Ended by its budget, by a stop token, by the host, or with the run: pool and place in the sequence stay."""
     plan = {"max_new_tokens": 9, "ignore_eos": True}
     rows = [
-        Row(i, Request(str(i), (5, 6, 7), SamplingParams(**plan)), 0, budget, frozenset(stop))
+        ActiveSequence(Request(str(i), (5, 6, 7), SamplingParams(**plan)), 0, budget, frozenset(stop))
         for i, (budget, stop) in enumerate([(2, []), (9, range(VOCAB)), (9, []), (9, [])])
     ]
     for row in rows:
@@ -197,9 +196,9 @@ def test_a_row_that_has_ended_idles_and_writes_nothing(llama: PreTrainedModel) -
     with attention_hook(llama), torch.no_grad():
         session.step.load(rows, [[1], [2], [3], [4]])
         session.run_step(4)
-        assert session.step.going(4) == [False, False, True, True]
+        assert session.step.running(4) == [False, False, True, True]
         session.step.end([2])
-        assert session.step.going(4) == [False, False, False, True]
+        assert session.step.running(4) == [False, False, False, True]
         pools = session.pool.layer(0)
         assert [int((pools[0][block] != 0).any(-1).any(-1).sum()) for block in range(5)] == [0, 1, 1, 1, 1]
         session.run_step(4)
@@ -207,7 +206,7 @@ def test_a_row_that_has_ended_idles_and_writes_nothing(llama: PreTrainedModel) -
         tokens, raw_logps, logps = session.step.take(4, 2)
         assert tokens.shape == raw_logps.shape == logps.shape == (4, 2)
         session.start(None)
-        assert session.step.going(4) == [False] * 4
+        assert session.step.running(4) == [False] * 4
 
 
 def test_adapters_share_a_batch_and_keep_their_tensors() -> None:
@@ -297,15 +296,15 @@ def test_what_cannot_be_is_refused_before_any_work(llama: PreTrainedModel, caplo
     with caplog.at_level(logging.WARNING):
         assert paged(llama).generate([[5]], params, request_ids=["a"])[0].samples
     assert not caplog.records
-    uneven = {0: LayerShape(2, 8, 16, torch.float32)}
+    uneven = {0: CacheShape(2, 8, 16, torch.float32)}
     assert pool_why_not(uneven, 16, llama.device) == "keys of 8 and values of 16 numbers a head"
 
 
-def shapes_of(model: PreTrainedModel) -> dict[int, LayerShape]:
+def shapes_of(model: PreTrainedModel) -> dict[int, CacheShape]:
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return {layer: LayerShape(heads, head, head, torch.float32) for layer in range(config.num_hidden_layers)}
+    return {layer: CacheShape(heads, head, head, torch.float32) for layer in range(config.num_hidden_layers)}
 
 
 def step_without_values(
@@ -319,7 +318,7 @@ def step_without_values(
     def drawn(logits: Any, params: Any, keys: Any, counts: Any) -> Any:
         return torch.empty_like(counts), *(logits.new_empty(counts.shape, dtype=torch.float32) for _ in range(2))
 
-    monkeypatch.setattr(pool_attention, "paged_attention", attention)
+    monkeypatch.setattr("macpo.engine.generation.pool.attention.paged_attention", attention)
     monkeypatch.setattr("macpo.engine.generation.pool.blocks.write_kv", torch.ops.macpo.write_kv)
     monkeypatch.setattr(sampling, "sample", drawn)
     facts = facts_of(settings)

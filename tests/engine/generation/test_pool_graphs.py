@@ -13,7 +13,8 @@ from generation_checks import assert_equal, some_prompts, three_adapters
 from torch import nn
 
 from macpo.engine.generation import Generator, Output, SamplingParams, generator
-from macpo.engine.generation.pool import session as pool_session
+from macpo.engine.generation.pool import session
+from macpo.engine.generation.pool.capacity import waiting_part
 from macpo.engine.generation.pool.decode_step import DecodeStep
 from macpo.kernels import use_backend
 
@@ -61,8 +62,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replay]]:
         made.append(Replay(step, bucket))
         return made[-1]
 
-    monkeypatch.setattr(pool_session, "_capture", capture)
-    monkeypatch.setattr(generator, "graphs_why_not", lambda model, team: pool_session.waiting_part(model))
+    monkeypatch.setattr(session, "capture_graph", capture)
+    monkeypatch.setattr(generator, "graphs_why_not", lambda model, team: waiting_part(model))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     yield made
 
@@ -129,7 +130,7 @@ def test_what_cannot_be_captured_runs_eagerly(
             raise RuntimeError("called a synchronizing CUDA operation")
         return Replay(step, bucket)
 
-    monkeypatch.setattr(pool_session, "_capture", fail)
+    monkeypatch.setattr(session, "capture_graph", fail)
     maker = Generator(plain, cache="pool")
     assert_equal(run(maker, 3), expected)
     assert maker._session is not None and not maker._session._graphs

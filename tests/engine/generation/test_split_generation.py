@@ -1,4 +1,4 @@
-"""Generation by a team of ranks that split every layer: the tokens of one rank that holds all of it.
+"""Generation by a tensor-parallel group that splits every layer: the tokens of one rank that holds all of it.
 
 Gloo ranks in forked processes; what they find is compared with one process.
 """
@@ -158,7 +158,7 @@ def test_ranks_whose_samplers_differ_go_on_alike(tmp_path: Path) -> None:
 # --- waves ---
 
 
-def teams_of_two(folder: Path, world: World, **options: Any) -> list[dict[str, Any]]:
+def groups_of_two(folder: Path, world: World, **options: Any) -> list[dict[str, Any]]:
     return wave_job.run(folder, model=split_policy(plain("llama"), world, 2), world=world, **options)
 
 
@@ -166,14 +166,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "waves").glob("*.jsonl"))}
 
 
-def test_two_teams_share_the_waves(tmp_path: Path) -> None:
-    """The rows of one process; a team that is killed and started again leaves the bytes of one that was not."""
+def test_two_groups_share_the_waves(tmp_path: Path) -> None:
+    """The rows of one process; a group that is killed and started again leaves the bytes of one that was not."""
     rows = wave_job.run(tmp_path / "one")
 
     def body(folder: Path, point: str, world: World) -> None:
-        if world.rank == 2:  # the first of the second team
+        if world.rank == 2:  # the first of the second group
             os.environ["MACPO_KILL_AT"] = point
-        found = teams_of_two(folder, world)
+        found = groups_of_two(folder, world)
         (folder / f"rows-{world.rank}").write_text(json.dumps(found))
 
     assert ranks(4, functools.partial(body, tmp_path / "two", ""), timeout_s=60.0) == [0] * 4
@@ -224,7 +224,7 @@ def test_what_cannot_be_split_is_named(tmp_path: Path) -> None:
         policy = split_policy(plain("llama"), world, 2)
         with pytest.raises(ConfigError, match="split over ranks for generation"):
             score(policy, [([5, 6], [[7]])])
-        with pytest.raises(ConfigError, match="1 ranks are no teams of 2"):
+        with pytest.raises(ConfigError, match="1 ranks do not divide into tensor-parallel groups of 2"):
             wave_job.run(tmp_path, model=policy, world=World())
         with pytest.raises(ConfigError, match="no CUDA graphs"):
             Generator(policy, use_graphs=True, cache="pool").generate(PROMPTS, PARAMS)

@@ -149,7 +149,7 @@ def test_torn_damaged_and_foreign_waves_are_written_anew(
     assert run(tmp_path) == rows
     assert contents(tmp_path) == files
     assert (folder / "0002.jsonl").stat().st_mtime_ns == before
-    told = {record.getMessage().split()[0] for record in caplog.records if "written anew" in record.getMessage()}
+    told = {record.getMessage().split()[0] for record in caplog.records if "written again" in record.getMessage()}
     assert told == {"0000.jsonl", "0001.jsonl", "0003.jsonl"}
 
     for cut in (0, 1, len(torn) // 2):
