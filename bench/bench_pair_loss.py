@@ -24,13 +24,13 @@ from bench.harness.measure import Case, Peer, Unavailable
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.heads import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
-from bench.peers import heads as head_peers
+from bench.peers import heads
 from macpo.kernels import pair_loss
 
 OURS = "macpo pair_loss"
 LIGER = "Liger DPO"
 LIGER_FREE = "Liger DPO (reference-free)"
-PEERS = (OURS, *head_peers.per_token(torch.device("cpu")), LIGER, LIGER_FREE)
+PEERS = (OURS, *heads.per_token(torch.device("cpu")), LIGER, LIGER_FREE)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
         Peer(OURS, partial(build_ours, inputs, ref_logps)),
         *(
             Peer(name, partial(build_per_token, inputs, ref_logps, factory))
-            for name, factory in head_peers.per_token(device).items()
+            for name, factory in heads.per_token(device).items()
         ),
         Peer(
             LIGER,
@@ -154,7 +154,7 @@ def build_ours(inputs: HeadInputs, ref_logps: Tensor) -> Run:
     return run
 
 
-def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[], head_peers.LogpFn]) -> Run:
+def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[], heads.LogpFn]) -> Run:
     logp_of = factory()
 
     def run() -> Outputs:

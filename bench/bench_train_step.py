@@ -58,7 +58,7 @@ class Case:
     rivals: tuple[Rival, ...] = (OURS, DEFAULTS, BEST)
 
     def config(self) -> LlamaConfig:
-        """A Llama whose ids are those of `pair_data`'s tokenizers."""
+        """A Llama whose ids are those of the tokenizers in bench/inputs/pairs.py."""
         return LlamaConfig(
             max_position_embeddings=MAX_LENGTH, bos_token_id=None, eos_token_id=0, pad_token_id=1, **self.model
         )
@@ -119,7 +119,7 @@ class Result:
     times_ours: float | None = None
     times_ours_quartiles: tuple[float, float] | None = None
     share_of_floor: float | None = None
-    """Time of the shared-prefix floor (the FLOP of `engine/models/flops.py`, at the GEMM's speed in that round) / time."""
+    """Shared-prefix floor (the FLOP of engine/models/flops.py at the GEMM's speed in that round) / time."""
     tflop_per_s: float | None = None
     """The floor's FLOP, nothing recomputed or padded counted, a second."""
     peak_bytes: int | None = None

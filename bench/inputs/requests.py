@@ -1,6 +1,6 @@
 """The requests of the generation benchmarks: prompt and answer lengths in a committed file.
 
-    python -m bench.request_file        writes bench/requests/hh-like-*.json again, the same bytes
+    python -m bench.inputs.requests     writes bench/requests/hh-like-*.json again, the same bytes
 
 Lengths are log-normal with the medians and spreads of HH-RLHF's harmless-base (`bench/inputs/pairs.py`); ids are drawn
 when the file is read, because only lengths matter to a model with random weights.

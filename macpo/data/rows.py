@@ -14,8 +14,8 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,10 +38,34 @@ class Row:
     fields: dict[str, Any]
 
     def fail(self, field: str, problem: str, fix: str = "") -> NoReturn:
-        """Raises DataError that names file, line, field and the keys that the row has."""
+        """Raise a DataError that names the file, line, field and the row's keys."""
         keys = ", ".join(map(str, list(self.fields)[:12])) or "none"
         fix = fix or f"correct the row, or map the name: data.columns: {{{field}: NAME}}"
         raise DataError(f"{problem} (keys seen: {keys})", fix, file=self.file, line=self.line, field=field)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which rows are read, and under which names."""
+
+    path: str | Path
+    """A file, a folder or a Hub id."""
+    split: str = "train"
+    subset: str | None = None
+    """One sub-folder; None reads all of them."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """{our name: name in the data}."""
+    max_rows: int | None = None
+    """Number of rows to read from the start; None reads all."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, columns renamed. Raises as `read_rows` does, and DataError for a missing column."""
+        for row in itertools.islice(read_rows(self.path, self.split, self.subset), self.max_rows):
+            for ours, theirs in self.columns.items():
+                if theirs not in row.fields:
+                    row.fail(theirs, f"data.columns names it for {ours!r}, but it is missing", "correct data.columns")
+            names = {ours: row.fields[theirs] for ours, theirs in self.columns.items()}
+            yield Row(row.file, row.line, {**row.fields, **names})
 
 
 def read_rows(path: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
