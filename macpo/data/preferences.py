@@ -318,7 +318,7 @@ _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "
 
 
 def sharegpt_messages(row: Row) -> list[Message]:
-    """Chat messages of `conversations`; a system text of the row's own goes first."""
+    """Return the chat messages of `conversations`; the row's system text goes first."""
     messages: list[Message] = []
     if row.fields.get("system"):
         messages.append({"role": "system", "content": text_of(row, "system")})

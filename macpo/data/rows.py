@@ -69,7 +69,7 @@ class Source:
 
 
 def read_rows(path: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
-    """Every row of a file, a folder or a Hub data set, files in order of their names.
+    """Yield every row of a file, a folder or a Hub data set, files in order of their names.
 
     Raises ConfigError for a missing path, split or subset, or a Hub that cannot be reached; DataError for bad rows.
     """
@@ -81,7 +81,7 @@ def read_rows(path: str | Path, split: str = "train", subset: str | None = None)
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 hex over names and contents of the data files below `path` (all splits); for a Hub id its commit.
+    """Return the SHA-256 (hex) of names and contents of all data files below `path`; for a Hub id its commit.
 
     Raises ConfigError where the path is missing, or the Hub cannot be reached and nothing is cached.
     """
@@ -99,7 +99,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether the path exists here; False for what can be a Hub id, ConfigError for anything else."""
+    """Return whether the path exists here; False for a possible Hub id. Raise ConfigError for anything else."""
     if Path(path).expanduser().exists():
         return True
     text = str(path)
@@ -109,7 +109,7 @@ def is_local(path: str | Path) -> bool:
 
 
 def data_files(root: Path, split: str = "train", subset: str | None = None) -> list[Path]:
-    """The files of one split: the given file, or those of a folder and its sub-folders whose name begins with it.
+    """Return one split's files: the given file, or those in a folder and its sub-folders named after the split.
 
     A folder in which a single split exists (only `test.jsonl.gz`, say) gives that one, with a log line.
     """
@@ -140,7 +140,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _split_of(file: Path) -> str:
-    """`train` for train.jsonl.gz and for train-00000-of-00003.parquet."""
+    """Return a file's split: `train` for train.jsonl.gz and train-00000-of-00003.parquet."""
     return re.sub(r"-\d+-of-\d+$", "", file.name.split(".")[0])
 
 
@@ -158,7 +158,7 @@ def _file_rows(file: Path) -> Iterator[Row]:
 
 
 def _json_list(file: Path) -> list[Any] | None:
-    """The value of a .json file that holds a list; None where it holds objects, one a line."""
+    """Return the list that a .json file holds; None where it holds one object per line."""
     with explained(file):
         raw = file.read_bytes()
     try:
@@ -212,7 +212,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[Row]:
 
 
 def _hub_commit(name: str) -> str:
-    """The newest commit of a Hub data set; offline, the one that was downloaded last."""
+    """Return the newest commit of a Hub data set; offline, the one that was downloaded last."""
     from huggingface_hub import HfApi, constants
 
     try:

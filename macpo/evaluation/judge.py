@@ -196,7 +196,7 @@ class Judge:
 
 
 class _Memory:
-    """Verdicts by key, and the file that keeps every reply; shared by the pool's threads."""
+    """Keeps verdicts by key and appends every reply to a file; the pool's threads share it."""
 
     def __init__(self, known: dict[str, str], file: Appender) -> None:
         self.known, self._file, self._lock = known, file, threading.Lock()

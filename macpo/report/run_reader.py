@@ -33,7 +33,7 @@ class StageFolder:
 
     @property
     def arm(self) -> str:
-        """The ablation that made it; empty for the main run."""
+        """The ablation that the stage belongs to; empty for the main run."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -108,7 +108,7 @@ class RunReader:
 
     @cached_property
     def finished(self) -> bool:
-        """A run writes its summary last."""
+        """Whether the run has written its summary, which it does last."""
         return (self.path / "summary.json").exists()
 
     @cached_property
@@ -177,7 +177,7 @@ class RunReader:
         return [evaluation for evaluation in self.all_evaluations if not evaluation.folder.arm]
 
     def selections(self) -> list[tuple[int, StageFolder]]:
-        """The main run's perplexity filters, by iteration."""
+        """Return the main run's perplexity filters, by iteration."""
         return [
             (int(match["iteration"]), stage)
             for stage in self.stages
@@ -185,11 +185,11 @@ class RunReader:
         ]
 
     def pair_files(self) -> list[StageFolder]:
-        """The main run's stages that wrote training pairs."""
+        """Return the main run's stages that wrote training pairs."""
         return [stage for stage in self.stages if not stage.arm and (stage.path / "pairs.jsonl").exists()]
 
     def curves(self, agents: Iterable[str]) -> list[Curves]:
-        """Training curves of every stage of the main run, each with the agent that its name contains."""
+        """Return the training curves of every stage of the main run, each with the agent that its name contains."""
         names = sorted(agents, key=len, reverse=True)  # `student-2` before `student`
         found = []
         for stage in self.stages:
