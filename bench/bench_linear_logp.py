@@ -66,7 +66,7 @@ def case_name(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
 
 
 def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, mode: str, device: torch.device) -> Case:
-    """The case, its float64 reference computed."""
+    """Make the inputs and compute their float64 reference."""
     inputs = head_inputs(rows, size, vocab, kind, dtype, device, num_pairs=rows // 2)
     g = torch.Generator().manual_seed(7)
     grad_n = torch.ones(rows) if mode == "sum" else torch.randn(rows, generator=g)
@@ -103,7 +103,7 @@ def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
 
 
 def leaves(inputs: HeadInputs) -> dict[str, Tensor]:
-    """What takes gradient, by the name of its gradient."""
+    """Return the tensors that take a gradient, by the gradient's name."""
     return {name: leaf for name, leaf in (("dhidden", inputs.hidden), ("dweight", inputs.weight)) if leaf.requires_grad}
 
 

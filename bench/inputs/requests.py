@@ -24,14 +24,14 @@ FIRST_ID = 3
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how many tokens its answer has."""
+    """One prompt and the number of tokens in its response."""
 
     prompt_ids: list[int]
     new_tokens: int
 
 
 def load(name: str, vocab: int) -> list[GenerationRequest]:
-    """The requests of `requests/<name>.json`, ids below `vocab`."""
+    """Load the requests of `requests/<name>.json`, with ids below `vocab`."""
     rows = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["requests"]
     draw = random.Random(name)
     return [GenerationRequest([draw.randrange(FIRST_ID, vocab) for _ in range(p)], n) for p, n in rows]
