@@ -89,7 +89,7 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
 
 @functools.lru_cache(maxsize=1)
 def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Random weights, wide enough apart that greedy tokens are no ties."""
+    """Build a model with random weights, spread so that greedy tokens are not ties."""
     torch.manual_seed(20261122)
     with torch.device(device):
         model = LlamaForCausalLM(shape.config()).to(dtype).eval()
@@ -138,7 +138,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
 
 
 def paths(device: torch.device) -> list[tuple[str, dict[str, Any]]]:
-    """Our paths besides the default one, with the generator's options."""
+    """Return our paths besides the default one, with the generator's options."""
     pool: dict[str, Any] = {"cache": "pool", "use_graphs": False}
     if device.type == "cuda":
         return [("pool without graphs", pool), ("slots", {"cache": "slots"})]
@@ -233,7 +233,7 @@ def build_continuous(model: PreTrainedModel, requests: Sequence[GenerationReques
 def greedy_gap(
     model: PreTrainedModel, requests: Sequence[GenerationRequest], dtype: torch.dtype, outputs: Outputs
 ) -> float:
-    """0 if every token of every answer is greedy up to a tie; else infinite (also for an answer of another length)."""
+    """Return 0 if every token is greedy up to a tie, else infinity (also for a response of another length)."""
     answers = [outputs[str(i)].tolist() for i in range(len(requests))]
     if any(len(answer) != r.new_tokens for answer, r in zip(answers, requests, strict=True)):
         return float("inf")

@@ -22,11 +22,11 @@ from bench.harness.measure import Case, Peer
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.heads import HeadInputs, describe, head_inputs, reference_gradients, reference_logp
-from bench.peers import heads as head_peers
+from bench.peers import heads
 from macpo.kernels import linear_logp
 
 OURS = "macpo linear_logp"
-PEERS = (OURS, *head_peers.per_token(torch.device("cpu")), *head_peers.of_sum(torch.device("cpu")))
+PEERS = (OURS, *heads.per_token(torch.device("cpu")), *heads.of_sum(torch.device("cpu")))
 UNITS = {"score": 1, "frozen": 2, "trainable": 3, "sum": 3}
 
 # Rows, hidden size, vocabulary, dtype, kind of logits, what is asked for.
@@ -66,7 +66,7 @@ def case_name(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
 
 
 def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, mode: str, device: torch.device) -> Case:
-    """The case, its float64 reference computed."""
+    """Make the inputs and compute their float64 reference."""
     inputs = head_inputs(rows, size, vocab, kind, dtype, device, num_pairs=rows // 2)
     g = torch.Generator().manual_seed(7)
     grad_n = torch.ones(rows) if mode == "sum" else torch.randn(rows, generator=g)
@@ -80,14 +80,12 @@ def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
     inputs.weight.requires_grad_(mode in ("trainable", "sum"))
     unit = 2.0 * rows * size * vocab
     peers = [Peer(OURS, partial(build, inputs, grad_n, lambda: linear_logp))]
-    peers += [
-        Peer(name, partial(build, inputs, grad_n, factory)) for name, factory in head_peers.per_token(device).items()
-    ]
+    peers += [Peer(name, partial(build, inputs, grad_n, factory)) for name, factory in heads.per_token(device).items()]
     if mode == "sum":
         summed = {**{k: v for k, v in reference.items() if k != "logp"}, "total": reference["logp"].sum()}
         peers += [
             Peer(name, partial(build_sum, inputs, factory), reference=summed)
-            for name, factory in head_peers.of_sum(device).items()
+            for name, factory in heads.of_sum(device).items()
         ]
     return Case(
         case_name(rows, size, vocab, dtype, kind, mode),
@@ -105,11 +103,11 @@ def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
 
 
 def leaves(inputs: HeadInputs) -> dict[str, Tensor]:
-    """What takes gradient, by the name of its gradient."""
+    """Return the tensors that take a gradient, by the gradient's name."""
     return {name: leaf for name, leaf in (("dhidden", inputs.hidden), ("dweight", inputs.weight)) if leaf.requires_grad}
 
 
-def build(inputs: HeadInputs, grad_n: Tensor, factory: Callable[[], head_peers.LogpFn]) -> Run:
+def build(inputs: HeadInputs, grad_n: Tensor, factory: Callable[[], heads.LogpFn]) -> Run:
     logp_of = factory()
     wanted = leaves(inputs)
 
@@ -125,7 +123,7 @@ def build(inputs: HeadInputs, grad_n: Tensor, factory: Callable[[], head_peers.L
     return run if wanted else score
 
 
-def build_sum(inputs: HeadInputs, factory: Callable[[], head_peers.SumFn]) -> Run:
+def build_sum(inputs: HeadInputs, factory: Callable[[], heads.SumFn]) -> Run:
     sum_of = factory()
     wanted = leaves(inputs)
 

@@ -63,10 +63,10 @@ class Pair:
     kernel: Call
     composition: Call
     expected: Results | None
-    """Float64; None where both must return equal integers first (samplers)."""
+    """Expected results in float64; None for samplers, whose tokens must be equal."""
     dtype: torch.dtype = torch.float32
     before: Callable[[], object] = lambda: None
-    """Untimed, before each call: restores what a call in place has changed."""
+    """Runs untimed before each call and restores what an in-place call has changed."""
     rounds: int = 0
     """Pairs of calls; 0: as asked for on the command line."""
 
@@ -87,7 +87,7 @@ def sampling() -> Iterator[Pair]:
 
 
 def called(function: Callable[..., Any], *args: object) -> Call:
-    """The call, its result as a tuple."""
+    """Wrap a call so that it returns a tuple."""
 
     def run() -> Results:
         result = function(*args)
@@ -101,7 +101,7 @@ def restored(start: Tensor, *copies: Tensor) -> Callable[[], object]:
 
 
 def row_kernels() -> Iterator[Pair]:
-    """Torch's composition gets row-major products, which it is fastest on, whatever the kernel gets."""
+    """Yield the row kernels. Torch's composition gets row-major products, on which it is fastest."""
     for rows, vocab in CHUNKS:
         start, target = seeded(rows, vocab) * 3, torch.arange(rows) * 7 % vocab
         size, z = f"{rows} x {vocab}", start.clone()
@@ -161,7 +161,7 @@ def all_of(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> tuple[T
 
 
 def panels() -> Iterator[Pair]:
-    """Weights that take turns until they fill WEIGHT_BYTES, so that they come from memory as in a decode step."""
+    """Yield panel products. Weights take turns until they fill WEIGHT_BYTES: they come from memory, as in decoding."""
     if not native.has_panels():
         print("panels: this CPU lacks AVX-512, oneDNN's packed product runs")
         return
@@ -234,12 +234,12 @@ class Row:
 
     @property
     def ratio_of_minima(self) -> float:
-        """What a machine that others use at the same time leaves of the comparison."""
+        """Ratio of the fastest calls, which other work on the machine disturbs least."""
         return self.torch_us[3] / self.native_us[3]
 
 
 def check(pair: Pair) -> float:
-    """Largest relative error of the kernel; SystemExit where kernel or composition is wrong."""
+    """Return the kernel's largest relative error; exit where kernel or composition is wrong."""
     pair.before()
     ours, theirs = pair.kernel(), pair.composition()
     if pair.expected is None:

@@ -4,14 +4,14 @@
     pytest bench/bench_paged_attention.py --benchmark-json=FILE
 
 The floor is memory: every key and value of every context is read once. Contexts differ by up to a quarter around the
-stated length, and blocks lie in random order. Two have no paging at all, so that its cost can be seen: SDPA over
-contiguous keys, and `slot_attention`, which generation uses on CPUs.
+stated length, and blocks lie in random order. Two peers have no paging at all, so that its cost can be seen: SDPA
+over contiguous keys, and `slot_attention`, which generation uses on CPUs.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,41 +31,41 @@ GATHER, CONTIGUOUS = "torch gather + SDPA", "contiguous SDPA (no paging)"
 VARLEN, FLASH, FLASHINFER = "torch varlen_attn (paged)", "flash-attn (paged)", "flashinfer"
 PEERS = (OURS, OURS_TORCH, OURS_SLOTS, GATHER, CONTIGUOUS, VARLEN, FLASH, FLASHINFER)
 
-# Batch, context, query heads, key heads, head size, tokens a block, dtype.
-Entry = tuple[int, int, int, int, int, int, torch.dtype]
-SHAPES: dict[str, list[Entry]] = {
-    "small": [(3, 21, 4, 2, 16, 16, torch.float32)],
-    "issue": [
-        (16, 300, 8, 2, 64, 32, torch.float32),
-        (64, 300, 8, 2, 64, 32, torch.float32),
-        (16, 2048, 8, 2, 64, 32, torch.float32),
-    ],
-    "gpu": [(batch, context, 32, 8, 128, 32, torch.bfloat16) for context in (300, 4096) for batch in (32, 256, 512)],
+
+class Shape(NamedTuple):
+    """Sequences, their stated length, and how their keys and values lie in the pool."""
+
+    batch: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+
+    def case_name(self, dtype: torch.dtype) -> str:
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        heads = f"heads{self.heads}/{self.kv_heads} d{self.head_dim}"
+        return f"B{self.batch} context{self.context} {heads} block{self.block_tokens} {short}"
+
+
+SHAPES: dict[str, tuple[torch.dtype, list[Shape]]] = {
+    "small": (torch.float32, [Shape(3, 21, 4, 2, 16, 16)]),
+    "issue": (torch.float32, [Shape(*sizes, 8, 2, 64, 32) for sizes in ((16, 300), (64, 300), (16, 2048))]),
+    "gpu": (
+        torch.bfloat16,
+        [Shape(batch, context, 32, 8, 128, 32) for context in (300, 4096) for batch in (32, 256, 512)],
+    ),
 }
 
 
 def specs(shapes: str, device: torch.device) -> list[Spec]:
-    return [Spec(case_name(*entry), partial(make_case, *entry, device)) for entry in SHAPES[shapes]]
+    dtype, found = SHAPES[shapes]
+    return [Spec(shape.case_name(dtype), partial(make_case, shape, dtype, device)) for shape in found]
 
 
-def case_name(
-    batch: int, context: int, heads: int, kv_heads: int, size: int, block_tokens: int, dtype: torch.dtype
-) -> str:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    return f"B{batch} context{context} heads{heads}/{kv_heads} d{size} block{block_tokens} {short}"
-
-
-def make_case(
-    batch: int,
-    context: int,
-    heads: int,
-    kv_heads: int,
-    size: int,
-    block_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Case:
-    """The case, its float64 reference computed."""
+def make_case(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    """Make the inputs and compute their float64 reference."""
+    batch, context, heads, kv_heads, size, block_tokens = shape
     g = torch.Generator().manual_seed(3)
     lens = (context * (0.75 + 0.5 * torch.rand(batch, generator=g))).int().clamp(min=1)
     per_row = -(-int(lens.max()) // block_tokens)
@@ -96,15 +96,8 @@ def make_case(
         Peer(FLASHINFER, partial(build_flashinfer, *inputs)),
     ]
     return Case(
-        case_name(batch, context, heads, kv_heads, size, block_tokens, dtype),
-        {
-            "batch": batch,
-            "context": context,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": size,
-            "block_tokens": block_tokens,
-        },
+        shape.case_name(dtype),
+        shape._asdict(),
         dtype,
         device,
         peers,
@@ -118,7 +111,7 @@ def make_case(
 
 
 def _row_pools(pools: list[Tensor], blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A row's own blocks in float64, and its block table into them."""
+    """One sequence's blocks in float64, and its block table into them."""
     k, v = (pool[blocks.long()].double() for pool in pools)
     return k, v, torch.arange(blocks.numel(), dtype=torch.int32, device=blocks.device)[None]
 

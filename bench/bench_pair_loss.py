@@ -24,13 +24,13 @@ from bench.harness.measure import Case, Peer, Unavailable
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.heads import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
-from bench.peers import heads as head_peers
+from bench.peers import heads
 from macpo.kernels import pair_loss
 
 OURS = "macpo pair_loss"
 LIGER = "Liger DPO"
 LIGER_FREE = "Liger DPO (reference-free)"
-PEERS = (OURS, *head_peers.per_token(torch.device("cpu")), LIGER, LIGER_FREE)
+PEERS = (OURS, *heads.per_token(torch.device("cpu")), LIGER, LIGER_FREE)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def case_name(shape: Shape, dtype: torch.dtype, kind: str, trained: bool) -> str
 
 
 def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device: torch.device) -> Case:
-    """The case, its float64 reference computed."""
+    """Make the inputs and compute their float64 reference."""
     inputs, ref_logps, *references = materials(shape, dtype, kind, device)
     wanted = ("loss", "dhidden", "dweight") if trained else ("loss", "dhidden")
     referred, free = ({name: found[name] for name in wanted} for found in references)
@@ -99,7 +99,7 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
         Peer(OURS, partial(build_ours, inputs, ref_logps)),
         *(
             Peer(name, partial(build_per_token, inputs, ref_logps, factory))
-            for name, factory in head_peers.per_token(device).items()
+            for name, factory in heads.per_token(device).items()
         ),
         Peer(
             LIGER,
@@ -129,7 +129,7 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
 def materials(
     shape: Shape, dtype: torch.dtype, kind: str, device: torch.device
 ) -> tuple[HeadInputs, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs, the reference policy's log-probs, and the float64 results with and without them."""
+    """Return inputs, the reference policy's log-probs, and the float64 results with and without them."""
     inputs = head_inputs(shape.rows, shape.hidden, shape.vocab, kind, dtype, device, shape.pairs)
     logp = reference_logp(inputs, inputs.ref_hidden)
     ref_logps = logp.view(inputs.num_sequences, -1).sum(1).float()
@@ -137,7 +137,7 @@ def materials(
 
 
 def gradients(inputs: HeadInputs, loss: Tensor, hidden: Tensor | None = None) -> Outputs:
-    """The loss and its gradients, made anew."""
+    """Return the loss and its gradients."""
     leaves = [inputs.hidden if hidden is None else hidden]
     if inputs.weight.requires_grad:
         leaves.append(inputs.weight)
@@ -154,7 +154,7 @@ def build_ours(inputs: HeadInputs, ref_logps: Tensor) -> Run:
     return run
 
 
-def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[], head_peers.LogpFn]) -> Run:
+def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[], heads.LogpFn]) -> Run:
     logp_of = factory()
 
     def run() -> Outputs:
@@ -166,7 +166,7 @@ def build_per_token(inputs: HeadInputs, ref_logps: Tensor, factory: Callable[[],
 
 
 def padded(inputs: HeadInputs, rows: Tensor, prompt: int, fill: float) -> Tensor:
-    """Rows of c0, r0, c1, ... as [2B, prompt + response, ...], chosen sequences first, `fill` where the prompt is."""
+    """Pad rows of c0, r0, c1, ... to [2B, prompt + response, ...], chosen first, `fill` where the prompt is."""
     by_sequence = rows.detach().view(inputs.num_sequences, -1, *rows.shape[1:])
     by_sequence = torch.cat([by_sequence[0::2], by_sequence[1::2]])
     front = by_sequence.new_full((inputs.num_sequences, prompt, *rows.shape[1:]), fill)
@@ -193,7 +193,7 @@ def build_liger(inputs: HeadInputs, prompt: int, use_ref: bool) -> Run:
 
 
 def unpad(inputs: HeadInputs, prompt: int, outputs: Outputs) -> Outputs:
-    """The gradient of the padded hidden states in the packed order."""
+    """Bring the gradient of the padded hidden states into the packed order."""
     by_sequence = outputs["dhidden"][:, prompt:]
     half = inputs.num_sequences // 2
     packed = torch.stack([by_sequence[:half], by_sequence[half:]], dim=1).reshape(inputs.hidden.shape)

@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,49 +42,47 @@ VARLEN, FLASH = "torch varlen_attn, gathered prompts", "flash-attn varlen, gathe
 PEERS = (OURS, OURS_TORCH, OURS_FLASH, FLEX, SDPA, VARLEN, FLASH)
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 
-# Name of the groups, groups, query heads, key heads, head size, dtype.
-Entry = tuple[str, list[Group], int, int, int, torch.dtype]
-SHAPES: dict[str, list[Entry]] = {
-    "small": [("toy", [(7, [3, 5]), (4, [2, 6])], 4, 2, 16, torch.float32)],
+
+class Shape(NamedTuple):
+    """Prompts with the lengths of their responses, and the attention's heads."""
+
+    name: str
+    groups: list[Group]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def case_name(self, mode: str) -> str:
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        return f"{self.name} heads{self.heads}/{self.kv_heads} d{self.head_dim} {short} {mode}"
+
+
+SHAPES: dict[str, list[Shape]] = {
+    "small": [Shape("toy", [(7, [3, 5]), (4, [2, 6])], 4, 2, 16, torch.float32)],
     "issue": [
-        ("hh8", hh_like(8), 8, 2, 64, torch.float32),
-        ("2k-prompt", [(2048, [128, 128])], 8, 2, 64, torch.float32),
+        Shape("hh8", hh_like(8), 8, 2, 64, torch.float32),
+        Shape("2k-prompt", [(2048, [128, 128])], 8, 2, 64, torch.float32),
     ],
     "gpu": [
-        ("hh64", hh_like(64), 32, 8, 128, torch.bfloat16),
-        ("hh64", hh_like(64), 32, 8, 64, torch.bfloat16),
-        ("8k-prompt", [(8192, [512, 512])], 32, 8, 128, torch.bfloat16),
-        ("8k-prompt", [(8192, [512, 512])], 32, 8, 64, torch.bfloat16),
+        Shape(name, groups, 32, 8, size, torch.bfloat16)
+        for name, groups in (("hh64", hh_like(64)), ("8k-prompt", [(8192, [512, 512])]))
+        for size in (128, 64)
     ],
 }
 
 
 def specs(shapes: str, device: torch.device) -> list[Spec]:
     return [
-        Spec(case_name(*entry, mode), partial(make_case, *entry, mode, device))
-        for entry in SHAPES[shapes]
+        Spec(shape.case_name(mode), partial(make_case, shape, mode, device))
+        for shape in SHAPES[shapes]
         for mode in ("forward+backward", "forward")
     ]
 
 
-def case_name(
-    groups_name: str, groups: list[Group], heads: int, kv_heads: int, size: int, dtype: torch.dtype, mode: str
-) -> str:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    return f"{groups_name} heads{heads}/{kv_heads} d{size} {short} {mode}"
-
-
-def make_case(
-    groups_name: str,
-    groups: list[Group],
-    heads: int,
-    kv_heads: int,
-    size: int,
-    dtype: torch.dtype,
-    mode: str,
-    device: torch.device,
-) -> Case:
-    """The case, its float64 reference computed."""
+def make_case(shape: Shape, mode: str, device: torch.device) -> Case:
+    """Make the inputs and compute their float64 reference."""
+    name, groups, heads, kv_heads, size, dtype = shape
     inputs = attention_inputs(groups, heads, kv_heads, size, dtype, device)
     backward = mode != "forward"
     reference = attention_reference(inputs, backward)
@@ -104,9 +102,9 @@ def make_case(
         Peer(FLASH, partial(build_varlen, inputs, flash_varlen)),
     ]
     return Case(
-        case_name(groups_name, groups, heads, kv_heads, size, dtype, mode),
+        shape.case_name(mode),
         {
-            "groups": groups_name,
+            "groups": name,
             "tokens": tokens,
             "padded_tokens": pads.index.numel(),
             "unpadded_tokens": int(pads.real.sum()),
@@ -128,7 +126,7 @@ def make_case(
 
 
 def finish(out: Tensor, leaves: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> Outputs:
-    """The output, and the gradients where they are asked for."""
+    """Return the output, and the gradients where they are asked for."""
     if not leaves[0].requires_grad:
         return {"out": out}
     grads = torch.autograd.grad(out, leaves, grad)

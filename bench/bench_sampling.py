@@ -55,7 +55,7 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
 
 
 def make_case(batch: int, vocab: int, name: str, device: torch.device) -> Case:
-    """Float32 logits [B, V] and what may be drawn from them."""
+    """Make float32 logits [B, V] and the set of tokens that may be drawn from them."""
     rows = batch + batch % 2
     made = head_inputs(rows, 256, vocab, "text", torch.float32, device, num_pairs=rows // 2)
     logits = (made.hidden.detach() @ made.weight.detach().T)[:batch].contiguous()
@@ -94,10 +94,10 @@ def make_case(batch: int, vocab: int, name: str, device: torch.device) -> Case:
 
 
 class Check:
-    """Error of a peer's draws: infinite for a token outside the kept set, else that of its log-probs."""
+    """Computes the error of a peer's draws: infinite for a token outside the kept set, else its log-probs' error."""
 
     def __init__(self, logits: Tensor, params: SampleParams) -> None:
-        """The kept set of the reference; at a nucleus' edge one rounding more or less is allowed."""
+        """Compute the reference's kept set; at a nucleus' edge one rounding more or less is allowed."""
         self.logits = logits
         scores, keep = reference.scores_and_support(logits.double(), params)
         params_wider = SampleParams(
@@ -129,7 +129,7 @@ def build_ours(inputs: tuple[Tensor, SampleParams, Tensor, Tensor], backend: str
 
 
 def _processors(setting: dict[str, float]) -> Callable[[Tensor], Tensor]:
-    """Hugging Face's filters in the order that `generate` applies them."""
+    """Return Hugging Face's filters in the order that `generate` applies them."""
     from transformers import LogitsProcessorList
     from transformers.generation.logits_process import (
         MinPLogitsWarper,
@@ -163,7 +163,7 @@ def build_plain(logits: Tensor, setting: dict[str, float]) -> Run:
 
 
 def _exponential(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Filters by one sort, then argmax of p / Exp(1) noise, which draws from p."""
+    """Filter by one sort, then take the argmax of p / Exp(1) noise, which draws from p."""
     scores = logits / temperature
     if not top_k and top_p == 1.0:
         probs = scores.softmax(-1)

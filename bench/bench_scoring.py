@@ -50,7 +50,7 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
 
 
 def make_groups(shape: Shape) -> list[PrefixGroup]:
-    """The file's prompts, each with the answers of its own and the next K - 1 requests' lengths."""
+    """Build the file's prompts, each with responses of its own and the next K - 1 requests' lengths."""
     requests = load(shape.requests, shape.vocab)
     answers = load(shape.requests, shape.vocab)[::-1]  # ids for the candidates: other prompts' tokens, repeated
     pool = [token for request in answers for token in request.prompt_ids]
@@ -121,7 +121,7 @@ def build_padded(model: PreTrainedModel, groups: Sequence[PrefixGroup], batch: i
 
 @torch.no_grad()
 def _padded(model: PreTrainedModel, part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """Sums [B] float32; sequences are padded on the left, so that the candidates end together."""
+    """Return sums [B] in float32; sequences are padded on the left, so that the candidates end together."""
     longest = max(len(prompt) + len(response) for prompt, response in part)
     answer = max(len(response) for _, response in part)
     ids = torch.tensor([[0] * (longest - len(p) - len(r)) + p + r for p, r in part], device=model.device)
@@ -140,8 +140,8 @@ def _padded(model: PreTrainedModel, part: Sequence[tuple[list[int], list[int]]])
 
 @torch.no_grad()
 def exact(model: PreTrainedModel, groups: Sequence[PrefixGroup]) -> Tensor:
-    """Sums [sequences] in float64, from a float64 copy of the model, sequence by sequence; of large models in its
-    own dtype with float32 log-softmax, where a copy has no place."""
+    """Return sums [sequences] in float64 from a float64 copy of the model, sequence by sequence. A large model, whose
+    copy would not fit, computes in its own dtype with a float32 log-softmax."""
     large = sum(p.numel() for p in model.parameters()) > 10**8
     wide = model if large else copy.deepcopy(model).double()
     sums = []

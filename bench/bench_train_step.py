@@ -54,11 +54,11 @@ class Case:
     dtype: torch.dtype
     pairs_per_step: int
     steps: int
-    """In a round."""
+    """Optimiser steps per round."""
     rivals: tuple[Rival, ...] = (OURS, DEFAULTS, BEST)
 
     def config(self) -> LlamaConfig:
-        """A Llama whose ids are those of `pair_data`'s tokenizers."""
+        """A Llama whose ids are those of the tokenizers in bench/inputs/pairs.py."""
         return LlamaConfig(
             max_position_embeddings=MAX_LENGTH, bos_token_id=None, eos_token_id=0, pad_token_id=1, **self.model
         )
@@ -110,23 +110,23 @@ class Result:
     reason: str = ""
     first_loss: float | None = None
     seconds: list[float] = field(default_factory=list)
-    """Of each round: reference pass and all steps."""
+    """Time of each round: reference pass and all steps."""
     reference_share: float | None = None
-    """Of the time, where the reference pass is a pass of its own."""
+    """The reference pass's share of the time, where it is a separate pass."""
     pairs_per_s: float | None = None
     useful_tokens_per_s: float | None = None
-    """Tokens of prompts, once a pair, and responses."""
+    """Tokens of responses and of prompts, one prompt per pair."""
     times_ours: float | None = None
     times_ours_quartiles: tuple[float, float] | None = None
     share_of_floor: float | None = None
-    """Time of the shared-prefix floor (the FLOP of `engine/models/flops.py`, at the GEMM's speed in that round) / time."""
+    """Shared-prefix floor (the FLOP of engine/models/flops.py at the GEMM's speed in that round) / time."""
     tflop_per_s: float | None = None
-    """The floor's FLOP, nothing recomputed or padded counted, a second."""
+    """The floor's FLOP per second; recomputation and padding do not count."""
     peak_bytes: int | None = None
 
 
 def draw(data: PairData, case: Case, number: int) -> Work:
-    """The pairs of a round: one window of neighbours in length for each step, evenly over the lengths of the data."""
+    """Draw a round's pairs: for each step one window of similar lengths, evenly over the data's lengths."""
     rng = random.Random(f"round {number}")
     ranked = sorted(range(len(data.groups)), key=lambda i: (data.groups[i].max_length, i))
     by_length: list[int] = []
@@ -138,7 +138,7 @@ def draw(data: PairData, case: Case, number: int) -> Work:
 
 
 def judge(case: Case, rival: Rival, ours: Outcome, theirs: Outcome, work: Work) -> str:
-    """What is wrong with an outcome; "" where it agrees with ours."""
+    """Say what is wrong with an outcome; "" where it agrees with ours."""
     tolerance = LOSS_TOLERANCE[case.dtype]
     losses = theirs.losses if rival.order(work) == OURS.order(work) else theirs.losses[:1]
     for step, (a, b) in enumerate(zip(losses, ours.losses, strict=False), start=1):
@@ -168,7 +168,7 @@ class Ceiling:
         self.device = setup.device
 
     def flop_per_s(self) -> float:
-        """Best of three stretches of calls: what the device gives, not what others leave of it."""
+        """Return the best of three stretches of calls, which other work on the device disturbs least."""
         taken = []
         for _ in range(3):
             synchronise(self.device)
@@ -183,7 +183,7 @@ class Ceiling:
 def run_case(
     case: Case, data: PairData, device: torch.device, rounds: int, end: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Check every rival, then time them in turns until `end` (time.monotonic); the case's entry of the result file."""
+    """Check every rival, then time them in turns until `end` (time.monotonic); return the case's result."""
     setup = Setup(case.config(), case.tuning, case.dtype, device, case.pairs_per_step, data)
     results = check(case, setup)
     for result in results.values():
@@ -236,7 +236,7 @@ def run_case(
 
 
 def check(case: Case, setup: Setup) -> dict[str, Result]:
-    """Every rival once, untimed: whether it computes what ours does. It also warms up what compiles."""
+    """Run every rival once, untimed, and compare it with ours. It also warms up what compiles."""
     work = draw(setup.data, case, 0)
     results: dict[str, Result] = {}
     ours: Outcome | None = None
@@ -277,7 +277,7 @@ def summarise(
 
 
 def table(entry: dict[str, Any]) -> Iterator[str]:
-    """Lines of one case."""
+    """Format one case, line by line."""
     model = entry["model"]
     yield (
         f"{entry['name']}: {model['parameters'] / 1e6:.1f}M parameters, {entry['pairs_per_step']} pairs a step, "

@@ -58,14 +58,14 @@ class Row:
 
 
 def size(entry: AotKernel) -> int:
-    """Product of the integer constexprs: tiles and head sizes."""
+    """Return the product of the integer constexprs: tiles and head sizes."""
     return math.prod(abs(value) or 1 for value in entry.constexprs.values() if type(value) is int)
 
 
 def jobs_of(
     modules: Sequence[str], targets: Sequence[int], only: str, largest: bool, shard: str
 ) -> list[tuple[str, int, int]]:
-    """(module, place in its list, target) of every row to make.
+    """Return (module, place in its list, target) of every row to make.
 
     `largest` leaves one configuration of each kernel function and target: the first of the largest `size`, the
     likeliest to run out of registers or shared memory. `shard` "K/N" then takes every N-th, beginning with the K-th.
@@ -93,7 +93,7 @@ def jobs_of(
 
 
 def unlisted() -> list[str]:
-    """Kernels (@triton.jit functions that no other one calls) that no entry of aot_kernels() compiles."""
+    """Return kernels (@triton.jit functions that no other one calls) that no entry of aot_kernels() compiles."""
     from triton.runtime import JITFunction
 
     folder = Path(triton_support.__file__).parent
@@ -113,7 +113,7 @@ def unlisted() -> list[str]:
 
 
 def compile_entry(job: tuple[str, int, int]) -> Row:
-    """Compile one entry; its bounds are checked here, so that a row says by itself what is wrong."""
+    """Compile one entry and check its bounds, so that its row says what is wrong."""
     module, place, target = job
     entry: AotKernel = import_module(module).aot_kernels()[place]
     start = time.perf_counter()
@@ -126,7 +126,7 @@ def compile_entry(job: tuple[str, int, int]) -> Row:
 
 
 def compile_ptx(entry: AotKernel, target: int) -> tuple[int, str, str]:
-    """Shared memory in bytes, PTX, and what `ptxas -v` said.
+    """Return the shared memory in bytes, the PTX, and the output of `ptxas -v`.
 
     Raises:
         ValueError: an argument of the kernel is neither in the entry's signature nor in its constexprs.
@@ -157,7 +157,7 @@ def compile_ptx(entry: AotKernel, target: int) -> tuple[int, str, str]:
 
 
 def checked(entry: AotKernel, target: int, shared: int, ptx: str, log: str, seconds: float) -> Row:
-    """The row of a compiled entry, with every bound that it breaks."""
+    """Return the row of a compiled entry, with every bound that it breaks."""
     used = [int(text) for text in re.findall(r"Used (\d+) registers", log)]
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not used or not spills:
@@ -175,7 +175,7 @@ def checked(entry: AotKernel, target: int, shared: int, ptx: str, log: str, seco
 
 
 def rows_of(jobs: Sequence[tuple[str, int, int]], num_processes: int) -> Iterator[Row]:
-    """Rows in the order of `jobs`."""
+    """Yield rows in the order of `jobs`."""
     if num_processes == 1 or len(jobs) < 2:
         yield from map(compile_entry, jobs)
         return
@@ -184,7 +184,7 @@ def rows_of(jobs: Sequence[tuple[str, int, int]], num_processes: int) -> Iterato
 
 
 def environment(cache: str) -> dict[str, str]:
-    """Environment of a process that compiles: real kernels, nothing from a cache, ptxas' log on stdout."""
+    """Return the environment of a compiling process: real kernels, no cache, ptxas' log on stdout."""
     changed = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {
         **changed,

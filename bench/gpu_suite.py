@@ -40,7 +40,7 @@ class Job:
     command: tuple[str, ...]
 
     def run(self, out: Path, seconds: float) -> str:
-        """Run it for at most `seconds`; "" where its result is in `out`, else what went wrong."""
+        """Run it for at most `seconds`; return "" where its result is in `out`, else what went wrong."""
         with TemporaryDirectory(dir=out, prefix=".") as folder:
             command = [sys.executable, *(part.format(folder=folder) for part in self.command)]
             print(f"\n$ {' '.join(command[1:])}", flush=True)
@@ -56,7 +56,7 @@ class Job:
 
 
 def bench(name: str, script: str, only: str, peers: str, seconds: int, shapes: str) -> Job:
-    """A benchmark of operators; the small shapes are run whole."""
+    """Make the job of an operator's benchmark; small shapes run every case."""
     options = ["--shapes", shapes, "--seconds", str(int(seconds * 0.8)), "--json-dir", "{folder}"]
     options += ["--only", only] if shapes == "gpu" else []
     options += ["--peers", peers] if peers else []
@@ -114,7 +114,7 @@ def jobs(part: str, shapes: str) -> list[Job]:
 
 
 def table(out: Path) -> Iterator[str]:
-    """Every result of the harness in a folder."""
+    """Format every result in a folder."""
     yield LEGEND
     for path in sorted(out.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))

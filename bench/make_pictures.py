@@ -34,7 +34,7 @@ STYLE = """
 
 
 def box(x: int, y: int, width: int, kind: str, title: str, *lines: str) -> str:
-    """A rounded box: a bold title and lines below; 30 units high plus 18 a line."""
+    """Draw a rounded box: a bold title and lines below; 30 units high plus 18 a line."""
     height = 30 + 18 * len(lines)
     parts = [f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="8"/>']
     parts.append(f'<text class="b" x="{x + 12}" y="{y + 20}">{escape(title)}</text>')
@@ -50,7 +50,7 @@ def arrow(*points: tuple[int, int]) -> str:
 
 
 def loop_svg() -> str:
-    """The MACPO loop as a standalone SVG that follows the reader's light or dark mode."""
+    """Draw the MACPO loop as a standalone SVG that follows the reader's light or dark mode."""
     parts = [
         '<rect class="bg" x="0.5" y="0.5" width="959" height="479" rx="12"/>',
         '<rect class="lane" x="16" y="16" width="928" height="216" rx="10"/>',
@@ -93,7 +93,7 @@ def loop_svg() -> str:
 
 
 def demo_svg(runs: Sequence[Path]) -> str:
-    """Every agent's headline score by iteration, the mean over the runs, as a standalone SVG."""
+    """Draw every agent's headline score by iteration, the mean over the runs, as a standalone SVG."""
     summaries = [RunReader(run).summary for run in runs]
     metric = shared_metric(summaries)
     summary = mean_summary(summaries, metric) if len(summaries) > 1 else summaries[0]

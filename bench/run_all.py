@@ -1,4 +1,4 @@
-"""Every benchmark on the device that is there, within a time limit, and one table at the end: `make bench`.
+"""Runs every benchmark on the device at hand within a time limit, and prints one table: `make bench`.
 
     python -m bench.run_all [--minutes 8] [--shapes small|issue|gpu] [--device cpu] [--json-dir DIR]
 
@@ -28,7 +28,7 @@ PARTS = {"pair_loss": 8, "linear_logp": 5, "prefix_attention": 3, "paged_attenti
 
 
 def run_scripts(seconds: float, options: Sequence[str]) -> dict[str, str]:
-    """Run every script; what went wrong with those that did not finish, by name."""
+    """Run every script; return what went wrong with those that did not finish, by name."""
     end = time.monotonic() + seconds
     problems: dict[str, str] = {}
     for number, name in enumerate(PARTS):
@@ -46,7 +46,7 @@ def run_scripts(seconds: float, options: Sequence[str]) -> dict[str, str]:
 
 
 def summary(folder: Path, problems: dict[str, str]) -> Iterator[str]:
-    """The one table, from the files that the scripts of this run wrote."""
+    """Format one table from the files that the scripts of this run wrote."""
     yield LEGEND
     for name in PARTS:
         path = folder / f"{name}.json"
@@ -71,7 +71,7 @@ def summary(folder: Path, problems: dict[str, str]) -> Iterator[str]:
 
 
 def result_of(fields: dict[str, Any]) -> Result:
-    """A result as it was before it was written (infinite errors are null in JSON)."""
+    """Rebuild a result from JSON, where infinite errors are null."""
     errors = {name: float("inf") if error is None else error for name, error in fields["errors"].items()}
     return Result(**{**fields, "errors": errors})
 

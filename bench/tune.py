@@ -70,7 +70,7 @@ def patched(module: Any, **values: Any) -> Iterator[None]:
 
 
 def under(module: Any, values: dict[str, Any], run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with a module's constants replaced."""
+    """Return `run` with a module's constants replaced."""
 
     def call() -> Any:
         with patched(module, **values):
@@ -310,7 +310,7 @@ def chosen_of(parts: Sequence[str], only: str, ours: bool = True) -> list[Trial]
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """Median time of a call inside a CUDA graph."""
+    """Return the median time of a call inside a CUDA graph."""
 
     def call() -> Outputs:
         run()

@@ -20,12 +20,12 @@ START, END = "<!-- demo result: bench/update_readme.py -->", "<!-- end of demo r
 
 
 def section(claims: str) -> str:
-    """The README's result section around the text of claims.txt."""
+    """Return the README's result section around the text of claims.txt."""
     return f"{START}\n```\n{claims.rstrip()}\n```\n{END}"
 
 
 def replaced(readme: str, claims: str) -> str:
-    """The README with its result section made anew."""
+    """Return the README with a new result section."""
     before, _, rest = readme.partition(START)
     _, _, after = rest.partition(END)
     return before + section(claims) + after

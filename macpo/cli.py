@@ -232,7 +232,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _printed(arguments: argparse.Namespace, recipe: object) -> bool:
-    """`--print-config`: the resolved recipe as YAML."""
+    """Print the resolved recipe as YAML where `--print-config` asks for it; return whether it did."""
     if not arguments.print_config:
         return False
     from pydantic import BaseModel

@@ -27,7 +27,7 @@ def default_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """ "NVIDIA H200"; for a CPU its model and the threads that torch uses."""
+    """Name the device: "NVIDIA H200"; a CPU's model and the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """Folder name of a device's results: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
+    """Return the folder name of a device's results: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
@@ -50,7 +50,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, device, versions and date, for a result file."""
+    """Return commit, device, versions and date, for a result file."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -70,7 +70,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Hash of the commit, "-dirty" where a tracked file outside bench/results differs from it; "" outside git."""
+    """Return the commit's hash, "-dirty" if a tracked file outside bench/results differs; "" outside git."""
     try:
         commit = subprocess.check_output(
             ["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
@@ -83,7 +83,7 @@ def _commit() -> str:
 
 
 def gemm(a: Tensor, b: Tensor) -> Callable[[], Mapping[str, Tensor]]:
-    """The vendor's a @ b' in the inputs' dtype: 2 * rows * columns * depth FLOP."""
+    """Return a call of the vendor's a @ b' in the inputs' dtype: 2 * rows * columns * depth FLOP."""
     out = torch.empty(a.shape[0], b.shape[0], dtype=a.dtype, device=a.device)
     a, b = a.detach(), b.detach()
 
@@ -95,7 +95,7 @@ def gemm(a: Tensor, b: Tensor) -> Callable[[], Mapping[str, Tensor]]:
 
 
 def copy(num_bytes: int, device: torch.device) -> Callable[[], Mapping[str, Tensor]]:
-    """A copy that moves `num_bytes` in all, half of them read and half written."""
+    """Return a copy that moves `num_bytes` in all, half of them read and half written."""
     source = torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
 

@@ -49,7 +49,7 @@ class Peer:
     view: Callable[[Outputs], Outputs] = lambda outputs: outputs
     """Brings the outputs into the reference's layout; untimed."""
     reference: Outputs | None = None
-    """Where this peer computes a variant of the case: the reference of that."""
+    """The reference of the variant that this peer computes; None for the case's own."""
     note: str = ""
 
 
@@ -65,29 +65,29 @@ class Case:
     reference: Outputs
     """Float64; empty where `check` judges."""
     check: Callable[[Outputs], float] | None = None
-    """Error of outputs that have no reference to be near to (samplers); judged by the same bounds."""
+    """Computes the error of outputs without a reference (samplers); the same bounds apply."""
     flop: float = 0.0
-    """Of the algorithm, without recomputation."""
+    """FLOP of the algorithm, without recomputation."""
     num_bytes: float = 0.0
-    """That have to be read and written at least."""
+    """Bytes that have to be read and written at least."""
     ceiling: Run | None = None
     """The vendor's GEMM or a copy, timed in the same rounds."""
     ceiling_name: str = ""
     ceiling_work: float = 0.0
     """FLOP or bytes of `ceiling`."""
     traced: bool = True
-    """Whether a CPU's memory is told from a trace of the call; else from the process' resident size."""
+    """Whether a CPU's memory is measured by a trace of the call; else by the process's resident size."""
     graph: bool = False
     """Whether peers are timed inside a CUDA graph, on a GPU."""
     items: float = 0.0
-    """What a call brings that users count, such as useful tokens; the table then shows these a second."""
+    """Number of items that a call produces, such as useful tokens; the table then shows items per second."""
     item_name: str = "tok"
     unit_work: float = 0.0
     """Work that counts as 1 in `floor_units`: one head GEMM for a head; 0 for all of the case's own work."""
     floor_ms: float = 0.0
-    """Least time that the whole case can take here, where that was worked out from measured rates."""
+    """Least time that the case can take here, where it was computed from measured rates."""
     floor_name: str = ""
-    """What it is made of."""
+    """The parts of the floor."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Result:
 
 
 def relative_errors(outputs: Outputs, reference: Outputs) -> dict[str, float]:
-    """||output - reference|| / ||reference|| of each; infinite where it is missing, misshapen or not finite."""
+    """Return ||output - reference|| / ||reference|| of each; infinite if missing, misshapen or not finite."""
     errors = {}
     for name, expected in reference.items():
         actual = outputs.get(name)
@@ -137,7 +137,7 @@ def relative_errors(outputs: Outputs, reference: Outputs) -> dict[str, float]:
 
 
 def judge(case: Case, peer: Peer, outputs: Outputs) -> Result:
-    """Status and errors of what a peer returned."""
+    """Return status and errors of a peer's outputs."""
     if case.check is not None:
         errors = {"check": case.check(peer.view(outputs))}
     else:
@@ -152,7 +152,7 @@ def judge(case: Case, peer: Peer, outputs: Outputs) -> Result:
 
 
 def prepare(case: Case, peer: Peer) -> tuple[Result, Run | None]:
-    """Build a peer, run it once and judge it; the call is None where it shall not be timed."""
+    """Build a peer, run it once and judge it; the returned call is None where it must not be timed."""
     try:
         run = peer.build()
         outputs = run()
@@ -166,7 +166,7 @@ def prepare(case: Case, peer: Peer) -> tuple[Result, Run | None]:
 
 
 def measure(case: Case, repeats: int, budget_s: float, check_s: float = 0.0) -> list[Result]:
-    """Every peer of a case.
+    """Check and time every peer of a case.
 
     Building and checking takes at most half of `budget_s`, or `check_s` where that is more (compilers work in the
     first case): peers that are not reached by then are listed as absent. Then come at least two rounds, and as many
@@ -247,7 +247,7 @@ WIDTHS = (11, 17, 8, 9, 12, 13, 11, 10)
 
 
 def table(case: Case, results: Iterable[Result]) -> Iterator[str]:
-    """Lines of one case."""
+    """Format one case, line by line."""
     yield f"{case.name}  [{case.ceiling_name or 'no ceiling'}]"
     yield header()
     results = list(results)
@@ -263,7 +263,7 @@ def table(case: Case, results: Iterable[Result]) -> Iterator[str]:
 
 
 def header() -> str:
-    """The line above the results of a case."""
+    """Format the line above a case's results."""
     return f"  {'peer':44}" + "".join(f"{name:>{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True))
 
 
@@ -338,7 +338,7 @@ def save(
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity: those become None."""
+    """Replace infinities and NaN by None: JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Most memory that a call holds at once beyond what was there before, the tensors that it returns not counted.
+"""Measures the most memory that a call holds at once beyond what was there before and the tensors it returns.
 
 CPU: torch's allocator events (its profiler reports each allocation with its address, those of compiled and custom
 operators included), so the running sum leaves out exactly the storages that come back. Memory that is taken past
@@ -24,10 +24,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes; `resident` is None where it was not asked for or the system does not report it."""
+    """Memory in bytes; `resident` is None where it was not asked for or the system does not report it."""
 
     extra: int
-    """Most bytes of the allocator held at once, returned tensors left out."""
+    """Most allocated bytes held at once, without returned tensors."""
     returned: int
     resident: int | None
     """Growth of the peak resident size, less the returned bytes; whole pages, so small calls are dominated by noise."""
@@ -36,7 +36,7 @@ class Peak:
 def measure(
     run: Callable[[], Mapping[str, Tensor]], device: torch.device, resident: bool = True, traced: bool = True
 ) -> Peak:
-    """The peak of a call of `run`, which has run before; on a CPU each of the two ways costs one call.
+    """Return the peak of a call of `run`, which has run before; on a CPU each of the two ways costs one call.
 
     Not `traced`, the resident size counts as `extra`, returned tensors and all.
     """
@@ -51,7 +51,7 @@ def measure(
 
 
 def _storages(outputs: Mapping[str, Tensor]) -> dict[int, int]:
-    """Address and bytes of every storage behind the tensors."""
+    """Return address and bytes of every storage behind the tensors."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in outputs.values()}
 
 
@@ -67,7 +67,7 @@ def _cuda(run: Callable[[], Mapping[str, Tensor]], device: torch.device) -> Peak
 
 
 def _traced(run: Callable[[], Mapping[str, Tensor]]) -> tuple[int, int]:
-    """(extra, returned) from torch's allocator events."""
+    """Return (extra, returned) from torch's allocator events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = run()
     with tempfile.TemporaryDirectory(prefix="macpo-trace-") as folder:
@@ -79,7 +79,7 @@ def _traced(run: Callable[[], Mapping[str, Tensor]]) -> tuple[int, int]:
 
 
 def peak_of_events(events: Iterable[Mapping[str, Any]], kept: Mapping[int, int]) -> int:
-    """Largest running sum of the allocations in a profiler trace, without those that are `kept` (address -> bytes)."""
+    """Return the largest running sum of allocations in a trace, without those that are `kept` (address -> bytes)."""
     changes = [
         event["args"] for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
     ]
@@ -99,7 +99,7 @@ def peak_of_events(events: Iterable[Mapping[str, Any]], kept: Mapping[int, int])
 
 
 def _resident_growth(run: Callable[[], Mapping[str, Tensor]]) -> int | None:
-    """Peak resident size during the call less the size before it; None where Linux' /proc does not tell."""
+    """Return the call's peak resident size less the size before it; None without Linux's /proc."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

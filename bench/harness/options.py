@@ -21,7 +21,7 @@ SHAPES = ("small", "issue", "gpu")
 
 @dataclass(frozen=True)
 class Spec:
-    """A case that is made when its turn comes, so that one case's tensors exist at a time."""
+    """A case that is made when it is measured, so that only one case's tensors exist at a time."""
 
     name: str
     make: Callable[[], Case]
@@ -35,13 +35,13 @@ def default_shapes(device: torch.device) -> str:
 
 
 def prepare_torch() -> None:
-    """Compiled peers see many shapes in one process: no fall back to eager after eight of them."""
+    """Keep compiled peers, which see many shapes in one process, from falling back to eager after eight."""
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
 
 
 def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None = None) -> Path:
-    """Parse, measure every case, print its lines, write the JSON; returns its path."""
+    """Parse, measure every case, print its lines, write the JSON; return its path."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--shapes", choices=SHAPES, help="default: gpu on a GPU, else issue")
@@ -89,7 +89,7 @@ _current: dict[str, Case] = {}
 
 
 def bench_one(benchmark: Any, spec: Spec, peer_name: str) -> None:
-    """pytest-benchmark of one peer on one case: checked first; a wrong or absent peer is skipped, ours fails."""
+    """Run pytest-benchmark on one peer and case after a check; a wrong or absent peer is skipped, ours fails."""
     import pytest
 
     if spec.name not in _current:

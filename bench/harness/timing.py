@@ -26,7 +26,7 @@ MIN_SECONDS = {"cpu": 2e-3, "cuda": 6e-2}
 
 
 def calls_for(run: Run, device: torch.device, seconds: float) -> int:
-    """How often a timed stretch calls `run`, which took about `seconds`."""
+    """Return how often a timed stretch calls `run`, which took about `seconds`."""
     if seconds > 10 * MIN_SECONDS[device.type]:
         return 1
     start = time.perf_counter()
@@ -36,7 +36,7 @@ def calls_for(run: Run, device: torch.device, seconds: float) -> int:
 
 
 def captured(run: Run) -> Run:
-    """`run` as the replay of a CUDA graph; raises what the capture raises."""
+    """Return `run` as the replay of a CUDA graph; raises what the capture raises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -55,7 +55,7 @@ def captured(run: Run) -> Run:
 
 
 def in_graph(run: Run) -> tuple[Run, str]:
-    """`captured`, or `run` itself and why not."""
+    """Return `captured(run)`, or `run` itself and why it cannot be captured."""
     try:
         return captured(run), ""
     except Exception as error:  # peers that read values back to the host cannot be captured
@@ -74,7 +74,7 @@ def rounds_of(
     budget_s: float,
     ours: str,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each, by round; a peer that is far behind leaves after the second one."""
+    """Return the seconds per call of each, by round; a peer that is far behind leaves after the second round."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     begin = time.perf_counter()

@@ -19,7 +19,7 @@ Group = tuple[int, list[int]]  # prompt tokens, tokens of each response
 
 
 def hh_like(num_groups: int) -> list[Group]:
-    """Pairs with lengths like HH-RLHF's: log-normal, prompts of 150 tokens in the median, responses of 60."""
+    """Draw pairs with lengths like HH-RLHF's: log-normal, median prompt 150 tokens, median response 60."""
     g = torch.Generator().manual_seed(5)
     prompt = (150 * torch.exp(0.5 * torch.randn(num_groups, generator=g))).clamp(16, 600).long().tolist()
     response = (60 * torch.exp(0.5 * torch.randn(num_groups, 2, generator=g))).clamp(4, 250).long().tolist()
@@ -28,7 +28,7 @@ def hh_like(num_groups: int) -> list[Group]:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """q [T, Hq, D], k and v [T, Hkv, D], the gradient of the output [T, Hq, D], and who sees whom."""
+    """q [T, Hq, D], k and v [T, Hkv, D], the gradient of the output [T, Hq, D], and the visible segments."""
 
     q: Tensor
     k: Tensor
@@ -39,7 +39,7 @@ class AttentionInputs:
 
     @property
     def visible_pairs(self) -> int:
-        """Query-key pairs that the rule allows."""
+        """Number of visible query-key pairs."""
         return sum(
             prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in responses)
             for prompt, responses in self.groups
@@ -57,7 +57,7 @@ def attention_inputs(
 
 
 def attention_reference(inputs: AttentionInputs, backward: bool) -> dict[str, Tensor]:
-    """Output and gradients in float64, group by group and key head by key head, so that the masks stay small."""
+    """Compute output and gradients in float64, by group and key head, so that the masks stay small."""
     ratio = inputs.q.shape[1] // inputs.k.shape[1]
     found = {
         name: torch.zeros(x.shape, dtype=torch.float64, device=x.device)

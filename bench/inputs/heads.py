@@ -53,8 +53,8 @@ class HeadInputs:
 def head_inputs(
     num_rows: int, hidden_size: int, vocab: int, kind: str, dtype: torch.dtype, device: torch.device, num_pairs: int
 ) -> HeadInputs:
-    """Inputs of `kind`, drawn on the device in float32. Cases that follow each other share them; whether they take
-    gradient is the case's to set.
+    """Draw inputs of `kind` on the device in float32. Consecutive cases share them; each case sets which take a
+    gradient.
 
     Raises:
         ValueError: an unknown kind, or rows that do not make pairs of equal sequences.
@@ -83,7 +83,7 @@ def head_inputs(
 
 
 def _text(num_rows: int, hidden_size: int, vocab: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight and target of the text-like kind; see the file's top."""
+    """Return hidden, weight and target of the text-like kind; see the file's top."""
     device = g.device
     frequency = 1 / (torch.arange(vocab, dtype=torch.float64, device=device) + 1 + 2.7) ** 1.05
     frequency = (frequency / frequency.sum())[torch.randperm(vocab, generator=g, device=device)]
@@ -107,7 +107,7 @@ def _text(num_rows: int, hidden_size: int, vocab: int, g: torch.Generator) -> tu
 
 
 def describe(inputs: HeadInputs, num_rows: int = 512) -> dict[str, float]:
-    """How peaked the distribution is, measured on the first rows."""
+    """Measure on the first rows how peaked the distribution is."""
     logp_nv = reference.head_logits(inputs.hidden[:num_rows].detach(), inputs.weight.detach(), None, 1.0, None)
     logp_nv = logp_nv.log_softmax(-1)
     target_n = logp_nv.gather(1, inputs.target[:num_rows, None]).exp().squeeze(1)
@@ -132,14 +132,14 @@ def _chunks(inputs: HeadInputs) -> list[slice]:
 
 
 def reference_logp(inputs: HeadInputs, hidden: Tensor | None = None) -> Tensor:
-    """Log-probs [N] in float64."""
+    """Return log-probs [N] in float64."""
     hidden, weight = (inputs.hidden if hidden is None else hidden).detach(), inputs.weight.detach().double()
     parts = [reference.linear_logp(hidden[c].double(), weight, inputs.target[c]) for c in _chunks(inputs)]
     return torch.cat(parts)
 
 
 def reference_gradients(inputs: HeadInputs, grad_n: Tensor) -> dict[str, Tensor]:
-    """d sum(grad * logp) in float64: of hidden and of weight."""
+    """Return the gradients of sum(grad * logp) for hidden and weight, in float64."""
     weight = inputs.weight.detach().double().requires_grad_()
     dhidden = torch.empty(inputs.hidden.shape, dtype=torch.float64, device=inputs.hidden.device)
     for part in _chunks(inputs):
@@ -153,14 +153,14 @@ def reference_gradients(inputs: HeadInputs, grad_n: Tensor) -> dict[str, Tensor]
 
 
 def dpo(logp_n: Tensor, num_sequences: int, ref_logps: Tensor | None) -> Tensor:
-    """Sigmoid DPO (arXiv 2305.18290, eq. 7) of rows in equal sequences c0, r0, c1, r1, ..., in logp's dtype."""
+    """Compute sigmoid DPO (arXiv 2305.18290, eq. 7) of equal sequences c0, r0, c1, r1, ..., in logp's dtype."""
     sums = logp_n.view(num_sequences, -1).sum(1)
     ratios = sums if ref_logps is None else sums - ref_logps.to(sums.dtype)
     return -F.logsigmoid(BETA * (ratios[0::2] - ratios[1::2])).mean()
 
 
 def pair_reference(inputs: HeadInputs, ref_logps: Tensor | None) -> dict[str, Tensor]:
-    """Loss and gradients in float64."""
+    """Return loss and gradients in float64."""
     logp = reference_logp(inputs).requires_grad_()
     loss = dpo(logp, inputs.num_sequences, None if ref_logps is None else ref_logps.double())
     (grad_n,) = torch.autograd.grad(loss, logp)

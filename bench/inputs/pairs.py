@@ -46,7 +46,7 @@ class PairData:
     tokenizer: Any
 
     def describe(self) -> dict[str, Any]:
-        """Lengths, for a result file."""
+        """Return the lengths, for a result file."""
         prompt = sum(len(group.prompt_ids) for group in self.groups) / len(self.groups)
         response = sum(group.num_response_tokens for group in self.groups) / (2 * len(self.groups))
         return {
@@ -59,7 +59,7 @@ class PairData:
 
 
 def load_pairs(folder: Path | None, vocab: int, max_length: int, count: int, subset: str = SUBSETS[0]) -> PairData:
-    """Pairs of HH-RLHF's layout (`<subset>/test.jsonl.gz`) in `folder`, or generated ones where it is None.
+    """Load pairs in HH-RLHF's layout (`<subset>/test.jsonl.gz`) from `folder`; generate them where it is None.
 
     Args:
         vocab: entries of the tokenizer at most.
@@ -79,7 +79,7 @@ def load_pairs(folder: Path | None, vocab: int, max_length: int, count: int, sub
 
 
 def _read(path: Path) -> Iterator[PairText]:
-    """Rows whose two dialogues differ in the last answer only; `\\n\\nAssistant:` ends the prompt."""
+    """Yield rows whose two dialogues differ in the last response only; `\\n\\nAssistant:` ends the prompt."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)

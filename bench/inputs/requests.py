@@ -1,6 +1,6 @@
 """The requests of the generation benchmarks: prompt and answer lengths in a committed file.
 
-    python -m bench.request_file        writes bench/requests/hh-like-*.json again, the same bytes
+    python -m bench.inputs.requests     writes bench/requests/hh-like-*.json again, the same bytes
 
 Lengths are log-normal with the medians and spreads of HH-RLHF's harmless-base (`bench/inputs/pairs.py`); ids are drawn
 when the file is read, because only lengths matter to a model with random weights.
@@ -24,14 +24,14 @@ FIRST_ID = 3
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how many tokens its answer has."""
+    """One prompt and the number of tokens in its response."""
 
     prompt_ids: list[int]
     new_tokens: int
 
 
 def load(name: str, vocab: int) -> list[GenerationRequest]:
-    """The requests of `requests/<name>.json`, ids below `vocab`."""
+    """Load the requests of `requests/<name>.json`, with ids below `vocab`."""
     rows = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["requests"]
     draw = random.Random(name)
     return [GenerationRequest([draw.randrange(FIRST_ID, vocab) for _ in range(p)], n) for p, n in rows]

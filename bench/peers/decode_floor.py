@@ -52,7 +52,7 @@ class Floor:
 
 @torch.no_grad()
 def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Floor:
-    """Of greedy answers of exactly the lengths that the requests ask for."""
+    """Compute the floor of greedy responses of exactly the lengths that the requests ask for."""
     device = model.device
     num_bytes = COPY_BYTES[device.type]
     bytes_per_s = num_bytes / seconds_of(copy(num_bytes, device), device)
@@ -77,14 +77,14 @@ def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest]) 
 
 
 def kv_bytes(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * int(config.num_hidden_layers * config.num_key_value_heads * head) * model.dtype.itemsize
 
 
 def _products(weights: Sequence[torch.Tensor], rows: int) -> Run:
-    """x W' for every weight, `rows` rows of x each."""
+    """Return a call of x W' for every weight, with `rows` rows of x each."""
     widths = {weight.shape[1] for weight in weights}
     x = {n: torch.randn(rows, n, dtype=weights[0].dtype, device=weights[0].device) for n in widths}
     if weights[0].device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -101,7 +101,7 @@ def _products(weights: Sequence[torch.Tensor], rows: int) -> Run:
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """The best of a few timed stretches."""
+    """Return the best of a few timed stretches, in seconds per call."""
     run()
     if device.type == "cuda":
         run, _ = in_graph(run)

@@ -27,7 +27,7 @@ def ours() -> LogpFn:
 
 
 def _eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The head as models write it: logits in the inputs' dtype, log-softmax in float32."""
+    """Compute the head as models do: logits in the inputs' dtype, log-softmax in float32."""
     logits_nv = (hidden @ weight.T).float()
     return logits_nv.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
@@ -57,7 +57,7 @@ class _Float32Logits(torch.autograd.Function):
 
 
 def float32_logits(device: torch.device) -> LogpFn:
-    """What eager code does that keeps float32 logits: exact."""
+    """Return eager code that keeps float32 logits, which is exact."""
     if device.type != "cuda":
         raise Unavailable("torch has 16-bit products with float32 results on CUDA only")
 
@@ -76,7 +76,7 @@ def compiled() -> LogpFn:
 
 
 def trl() -> LogpFn:
-    """TRL's fused head, vocabulary in chunks; with no statistics but the log-prob."""
+    """Return TRL's fused head, vocabulary in chunks, without statistics."""
     try:
         from trl.kernels import ChunkedLogProbFunction
     except ImportError as error:
@@ -199,7 +199,7 @@ def liger_flce_sum(device: torch.device) -> SumFn:
 
 
 def per_token(device: torch.device) -> dict[str, Callable[[], LogpFn]]:
-    """Every peer that gives a log-prob a token and takes a gradient a token, by name; ours is not among them."""
+    """Return the peers, without ours, that give a log-prob and take a gradient per token, by name."""
     return {
         "torch eager": eager,
         "torch eager, float32 logits": functools.partial(float32_logits, device),
@@ -214,7 +214,7 @@ def per_token(device: torch.device) -> dict[str, Callable[[], LogpFn]]:
 
 
 def of_sum(device: torch.device) -> dict[str, Callable[[], SumFn]]:
-    """Peers that give a summed loss only."""
+    """Return the peers that give a summed loss only."""
     return {
         "torch F.linear_cross_entropy (sum only)": torch_chunked_sum,
         "Liger FLCE (sum only)": functools.partial(liger_flce_sum, device),

@@ -50,7 +50,7 @@ class Setup:
     config: LlamaConfig
     tuning: Literal["full", "lora"]
     dtype: torch.dtype
-    """Of the products. Weights that are trained are float32 everywhere."""
+    """Dtype of the products. Trained weights are float32 everywhere."""
     device: torch.device
     pairs_per_step: int
     data: PairData
@@ -62,7 +62,7 @@ class Work:
 
     shuffled: list[int]
     by_length: list[int]
-    """The same ones so that each step's pairs are of nearly one length."""
+    """The same pairs, ordered so that each step's have nearly one length."""
 
     def steps(self, pairs_per_step: int) -> int:
         return len(self.shuffled) // pairs_per_step
@@ -73,12 +73,12 @@ class Outcome:
     """What one run took and found."""
 
     reference_s: float = 0.0
-    """Of the reference pass where it is a pass of its own; else it is in `steps_s`."""
+    """Time of the reference pass where it is a separate pass; else it is part of `steps_s`."""
     steps_s: float = 0.0
     losses: list[float] = field(default_factory=list)
-    """Of each step."""
+    """Loss of each step."""
     ref_logps: Tensor | None = None
-    """[pairs, 2] float32, in the order that the pairs were given in; None where no pass of its own finds them."""
+    """[pairs, 2] float32, in the order of the given pairs; None without a separate reference pass."""
     peak_bytes: int | None = None
     """CUDA only: most memory allocated from the reference pass to the last step, weights included."""
 
@@ -127,7 +127,7 @@ BEST = Rival(
 
 
 def model_of(setup: Setup, half_base: bool) -> Any:
-    """The case's random model, with an adapter where one is trained; the same weights every time."""
+    """Build the case's random model, with an adapter where one is trained; the same weights every time."""
     torch.manual_seed(SEED)
     with setup.device:
         model: Any = LlamaForCausalLM(setup.config)
@@ -169,7 +169,7 @@ def _plan(setup: Setup, work: Work) -> list[int]:
 
 
 def _in_plan_order(setup: Setup, work: Work) -> list[PrefixGroup]:
-    """Groups that the engine's own shuffling brings into the order of `work.shuffled`, so that steps are the same."""
+    """Order groups so that the engine's shuffling gives the order of `work.shuffled`: steps are the same."""
     places: dict[int, int] = dict(zip(_plan(setup, work), work.shuffled, strict=True))
     return [setup.data.groups[places[i]] for i in range(len(places))]
 
@@ -249,7 +249,7 @@ def _trl(rival: Rival, setup: Setup, work: Work, folder: Path) -> Outcome:
 
 
 def _check_ids(rows: Any, groups: Sequence[PrefixGroup]) -> None:
-    """Everybody trains on the same tokens."""
+    """Check that TRL trains on our tokens."""
     for row, group in zip(rows, groups, strict=True):
         if [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] != [group.prompt_ids, *group.responses]:
             raise Unavailable("TRL's tokens of a pair differ from ours")
@@ -257,7 +257,7 @@ def _check_ids(rows: Any, groups: Sequence[PrefixGroup]) -> None:
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Any:
-    """No progress lines, and no file of an earlier run taken for this one's reference log-probs."""
+    """Silence progress lines, and keep reference log-probs of an earlier run out of this one."""
     datasets.disable_progress_bars()
     datasets.disable_caching()
     before = os.environ.get("TQDM_DISABLE")
@@ -271,7 +271,7 @@ def _quiet(datasets: Any) -> Any:
 
 
 def cpu_peak(rival: Rival, setup: Setup, work: Work) -> int:
-    """Most bytes that torch holds at once over one step with its reference pass, from making the model on."""
+    """Return the most bytes that torch holds over one step with its reference pass, from making the model on."""
 
     def run() -> dict[str, Tensor]:
         rival.run(setup, work)

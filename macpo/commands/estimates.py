@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from macpo.commands.plan_model import gpu_of
 from macpo.config import AgentSettings, Recipe
 from macpo.data.preferences import load_preferences
+from macpo.data.rows import Source
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.models.compute import device_of, dtype_of, memory_budget
@@ -130,9 +131,8 @@ def _sample_lengths(recipe: Recipe) -> tuple[float, float]:
         return min(18, limit), min(24, recipe.sampling.max_new_tokens)
     data = recipe.data
     assert data.path is not None
-    pairs, _ = load_preferences(
-        data.path, format=data.format, columns=data.columns, split=data.split, subset=data.subset, max_rows=200
-    )
+    source = Source(data.path, data.split, data.subset, data.columns, max_rows=200)
+    pairs, _ = load_preferences(source, format=data.format)
     prompt = statistics.fmean(sum(len(m["content"]) for m in p.prompt.messages) for p in pairs) / CHARS_PER_TOKEN
     response = statistics.fmean(len(p.chosen) for p in pairs) / CHARS_PER_TOKEN
     return min(prompt, limit), min(response, recipe.sampling.max_new_tokens)

@@ -1,4 +1,4 @@
-"""Prompts with one answer each, for supervised fine-tuning.
+"""Prompts with one response each, for supervised fine-tuning.
 
     examples, counts = load_examples("chats.jsonl")
 
@@ -8,9 +8,10 @@ Formats, told apart by the keys of the first row:
     response   {"prompt", "response"} or {"prompt", "completion"}: text, or lists of chat messages
     alpaca     {"instruction", "input", "output": text}, also with "system" and "history"
     sharegpt   {"conversations": [{"from", "value"}, …]}, also with "system"
-    chosen     any layout of preference pairs (macpo/data/preferences.py): the better answer; `rejected`: the worse one
+    chosen     any layout of preference pairs (macpo/data/preferences.py): the better response
+    rejected   the same, the worse response
 
-The last answer of a dialogue is learnt; what comes before it is the prompt.
+The last response of a dialogue is learnt; what comes before it is the prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ from macpo.data.preferences import (
     load_preferences,
     messages_of,
     prompt_of,
-    renamed,
     sharegpt_messages,
     text_of,
 )
-from macpo.data.rows import Row, read_rows
+from macpo.data.rows import Row, Source
 from macpo.engine.data.records import Example, Message, Prompt
 from macpo.engine.errors import ConfigError, DataError
 
@@ -42,26 +42,20 @@ SIDES = ("chosen", "rejected")
 
 
 def load_examples(
-    path: str | Path,
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    preference: str = "better",
-    max_rows: int | None = None,
+    source: Source | str | Path, *, format: str = "auto", preference: str = "better"
 ) -> tuple[list[Example], dict[str, int]]:
-    """Examples in the order of the rows, and what was counted on the way; arguments as in `load_preferences`.
+    """Return the examples in the order of the rows, and counts; arguments are those of `load_preferences`.
 
     Counts: `rows`, `examples`, `prompts` (distinct), `duplicate_rows` (kept), or those of `load_preferences` for pairs.
     Raises ConfigError for settings and paths, DataError with file, line and field for rows, or if nothing is left.
     """
-    columns = columns or {}
-    unknown = set(columns) - {*COLUMNS, *PAIR_COLUMNS}
+    source = source if isinstance(source, Source) else Source(source)
+    path = source.path
+    unknown = set(source.columns) - {*COLUMNS, *PAIR_COLUMNS}
     if unknown:
         known = ", ".join(dict.fromkeys([*COLUMNS, *PAIR_COLUMNS]))
         raise ConfigError(f"got {sorted(unknown)[0]!r}", f"use {known}", field="data.columns")
-    rows = renamed(itertools.islice(read_rows(path, split, subset), max_rows), columns)
+    rows = source.rows()
     if format == "auto":
         first = next(rows, None)
         if first is None:
@@ -69,9 +63,7 @@ def load_examples(
         format = _detect(first)
         rows = itertools.chain([first], rows)
     if format in SIDES:
-        pairs, counts = load_preferences(
-            path, columns=columns, split=split, subset=subset, preference=preference, max_rows=max_rows
-        )
+        pairs, counts = load_preferences(source, preference=preference)
         return [Example(pair.prompt, getattr(pair, format)) for pair in pairs], counts
     found = Counter(rows=0)
     examples: list[Example] = []

@@ -1,4 +1,4 @@
-"""Human preferences -> pairs, and their three disjoint sets of prompts.
+"""Human preferences -> pairs, and three disjoint sets of their prompts.
 
     pairs, counts = load_preferences("hh-rlhf/harmless-base")
     sets = split(pairs, teacher=5000, student=5000, test=2000, seed=0)
@@ -11,7 +11,7 @@ Formats, told apart by the keys of the first row:
     alpaca  {"instruction", "input", "output": [chosen, rejected]}, also with "system" and "history"
     sharegpt  {"conversations": [{"from", "value"}, …], "chosen": {"from", "value"}, "rejected"}, also with "system"
 
-Prompts with a single answer are in macpo/data/examples.py.
+Prompts with a single response are in macpo/data/examples.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from macpo.data.rows import Row, read_rows
+from macpo.data.rows import Row, Source
 from macpo.engine.data.chat import ROLES
 from macpo.engine.data.records import Example, Message, Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
@@ -42,7 +42,7 @@ R = TypeVar("R", Pair, Example)
 
 
 class _Sides(NamedTuple):
-    """A row in one shape: the prompt as each answer has it, and the two answers."""
+    """One row in a common layout: the prompt in front of each response, and the two responses."""
 
     chosen_prompt: Sequence[Message]
     rejected_prompt: Sequence[Message]
@@ -51,33 +51,27 @@ class _Sides(NamedTuple):
 
 
 def load_preferences(
-    path: str | Path,
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    preference: str = "better",
-    empty: str = "auto",
-    max_rows: int | None = None,
+    source: Source | str | Path, *, format: str = "auto", preference: str = "better", empty: str = "auto"
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Pairs in the order of the rows, and what was counted on the way.
+    """Return the pairs in the order of the rows, and counts.
 
-    path: file, folder or Hub id (macpo/data/rows.py). columns: {our name: name in the data}.
-    subset: one sub-folder. preference: which PKU label decides, "better" or "safer". empty: an answer of white space
-    raises ("error") or drops the row ("drop"); "auto" drops in hh and pku, whose published files hold some.
-    max_rows: read only the first rows.
+    Args:
+        source: which rows; a path alone reads its whole training split.
+        preference: which PKU label decides, "better" or "safer".
+        empty: a response of white space raises ("error") or drops the row ("drop"); "auto" drops in hh and pku, whose
+            published files hold some.
 
     Counts: `rows`, `pairs`, `prompts` (distinct), `duplicate_rows`, `duplicate_prompts` (pairs beyond a prompt's
-    first), `prefix_pairs` (one answer begins with the other), and what was dropped: `identical_dropped`,
+    first), `prefix_pairs` (one response begins with the other), and what was dropped: `identical_dropped`,
     `prompt_mismatch_dropped`, `malformed_dropped` (an HH dialogue without a last human turn), `empty_dropped`.
     Raises ConfigError for settings and paths, DataError with file, line and field for rows, or if no pair is left.
     """
-    _check(format, columns, preference, empty)
-    rows = itertools.islice(read_rows(path, split, subset), max_rows)
+    source = source if isinstance(source, Source) else Source(source)
+    path = source.path
+    _check(format, source.columns, preference, empty)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", *_DROPPED, "prefix_pairs"), 0))
     pairs: list[Pair] = []
-    for row in renamed(rows, columns or {}):
+    for row in source.rows():
         counts["rows"] += 1
         if format == "auto":
             format = _detect(row)
@@ -106,7 +100,7 @@ def load_preferences(
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Sets of prompts without overlap; `teacher` and `rest` keep every pair of a prompt, the others its first."""
+    """Disjoint sets of prompts; `teacher` and `rest` keep every pair of a prompt, the others keep its first."""
 
     teacher: list[Pair]
     student: list[Pair]
@@ -115,7 +109,7 @@ class Splits:
 
 
 def split(pairs: Sequence[Pair], *, teacher: int, student: int, test: int, seed: int) -> Splits:
-    """Draws so many distinct prompts into each set; what is left goes to `rest`.
+    """Draw this many distinct prompts into each set; the others go to `rest`.
 
     The draw orders prompts by a hash of seed and content, so it depends on neither the order of the rows nor other
     prompts, and a larger teacher or student set never changes the test set.
@@ -139,7 +133,7 @@ def split(pairs: Sequence[Pair], *, teacher: int, student: int, test: int, seed:
 
 
 def shuffled_prompts(records: Iterable[R], seed: int) -> list[list[R]]:
-    """What belongs to each distinct prompt, in an order that is a hash of seed and prompt."""
+    """Return the records of each distinct prompt, prompts ordered by a hash of seed and prompt."""
     by_prompt: dict[str, list[R]] = {}
     for record in records:
         by_prompt.setdefault(record.prompt.id, []).append(record)
@@ -147,24 +141,16 @@ def shuffled_prompts(records: Iterable[R], seed: int) -> list[list[R]]:
     return [by_prompt[prompt] for prompt in order]
 
 
-def _check(format: str, columns: Mapping[str, str] | None, preference: str, empty: str) -> None:
+def _check(format: str, columns: Mapping[str, str], preference: str, empty: str) -> None:
     known = ["auto", *FORMATS]
     for field, got, allowed in (
         ("data.format", format, known),
         ("data.preference", preference, ["better", "safer"]),
         ("data.empty", empty, ["auto", "error", "drop"]),
-        *(("data.columns", name, PAIR_COLUMNS) for name in columns or ()),
+        *(("data.columns", name, PAIR_COLUMNS) for name in columns),
     ):
         if got not in allowed:
             raise ConfigError(f"got {got!r}", f"use {', '.join(allowed)}", field=field)
-
-
-def renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
-    for row in rows:
-        for ours, theirs in columns.items():
-            if theirs not in row.fields:
-                row.fail(theirs, f"data.columns names it for {ours!r}, but it is missing", "correct data.columns")
-        yield Row(row.file, row.line, {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}})
 
 
 def _detect(row: Row) -> str:
@@ -184,7 +170,7 @@ def _detect(row: Row) -> str:
 
 
 def _why_dropped(row: Row, sides: _Sides, empty: str, format: str) -> str:
-    """Name of the count, or "" for a row that stays."""
+    """Return the name of the count that a dropped row goes to, "" for a row that is kept."""
     for name, answer in (("chosen", sides.chosen), ("rejected", sides.rejected)):
         if not answer:
             if empty == "error" or (empty == "auto" and format not in ("hh", "pku")):
@@ -202,7 +188,7 @@ def text_of(row: Row, field: str) -> str:
 
 
 def checked_text(row: Row, field: str, value: Any) -> str:
-    """A text without its outer white space; anything else raises."""
+    """Return a text without its outer white space; raise for anything else."""
     if not isinstance(value, str):
         row.fail(field, "null" if value is None else f"not text but {type(value).__name__}: {value!r:.60}")
     try:
@@ -229,7 +215,7 @@ def _hh(row: Row, preference: str) -> _Sides | None:
 
 
 def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
-    """(prompt, answer), cut at the last assistant turn."""
+    """Split a dialogue into prompt and response at the last assistant turn."""
     prompt, found, answer = f"\n\n{text_of(row, field)}".rpartition(_LAST)
     if not found or not prompt.startswith("\n\nHuman:"):
         row.fail(field, f"no dialogue of Human and Assistant turns: {prompt[:50]!r}", "set data.format to pairs")
@@ -237,7 +223,7 @@ def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
 
 
 def _turns(dialogue: str) -> list[Message]:
-    """Chat messages of "\\n\\nHuman: …\\n\\nAssistant: …"; neighbouring turns of one speaker become one."""
+    """Parse "\\n\\nHuman: …\\n\\nAssistant: …" into chat messages; successive turns of one speaker are joined."""
     parts = _TURN.split(dialogue)[1:]
     messages: list[Message] = []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
@@ -283,7 +269,7 @@ def _pairs(row: Row, preference: str) -> _Sides:
 
 
 def prompt_of(row: Row) -> list[Message]:
-    """A user's text, an HH dialogue that waits for its answer, or chat messages."""
+    """Parse the prompt: a user's text, an HH dialogue that ends before its response, or chat messages."""
     if isinstance(row.fields.get("prompt"), list):
         return messages_of(row, "prompt")
     text = text_of(row, "prompt")
@@ -314,7 +300,7 @@ def _alpaca(row: Row, preference: str) -> _Sides:
 
 
 def alpaca_prompt(row: Row) -> list[Message]:
-    """System text, earlier rounds, then instruction and input as the user's message."""
+    """Build the messages: system text, earlier rounds, then instruction and input as the user's message."""
     messages: list[Message] = []
     if row.fields.get("system"):
         messages.append({"role": "system", "content": text_of(row, "system")})
@@ -332,7 +318,7 @@ _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "
 
 
 def sharegpt_messages(row: Row) -> list[Message]:
-    """Chat messages of `conversations`; a system text of the row's own goes first."""
+    """Return the chat messages of `conversations`; the row's system text goes first."""
     messages: list[Message] = []
     if row.fields.get("system"):
         messages.append({"role": "system", "content": text_of(row, "system")})

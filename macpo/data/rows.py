@@ -14,8 +14,8 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,14 +38,38 @@ class Row:
     fields: dict[str, Any]
 
     def fail(self, field: str, problem: str, fix: str = "") -> NoReturn:
-        """Raises DataError that names file, line, field and the keys that the row has."""
+        """Raise a DataError that names the file, line, field and the row's keys."""
         keys = ", ".join(map(str, list(self.fields)[:12])) or "none"
         fix = fix or f"correct the row, or map the name: data.columns: {{{field}: NAME}}"
         raise DataError(f"{problem} (keys seen: {keys})", fix, file=self.file, line=self.line, field=field)
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which rows are read, and under which names."""
+
+    path: str | Path
+    """A file, a folder or a Hub id."""
+    split: str = "train"
+    subset: str | None = None
+    """One sub-folder; None reads all of them."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """{our name: name in the data}."""
+    max_rows: int | None = None
+    """Number of rows to read from the start; None reads all."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, columns renamed. Raises as `read_rows` does, and DataError for a missing column."""
+        for row in itertools.islice(read_rows(self.path, self.split, self.subset), self.max_rows):
+            for ours, theirs in self.columns.items():
+                if theirs not in row.fields:
+                    row.fail(theirs, f"data.columns names it for {ours!r}, but it is missing", "correct data.columns")
+            names = {ours: row.fields[theirs] for ours, theirs in self.columns.items()}
+            yield Row(row.file, row.line, {**row.fields, **names})
+
+
 def read_rows(path: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
-    """Every row of a file, a folder or a Hub data set, files in order of their names.
+    """Yield every row of a file, a folder or a Hub data set, files in order of their names.
 
     Raises ConfigError for a missing path, split or subset, or a Hub that cannot be reached; DataError for bad rows.
     """
@@ -57,7 +81,7 @@ def read_rows(path: str | Path, split: str = "train", subset: str | None = None)
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 hex over names and contents of the data files below `path` (all splits); for a Hub id its commit.
+    """Return the SHA-256 (hex) of names and contents of all data files below `path`; for a Hub id its commit.
 
     Raises ConfigError where the path is missing, or the Hub cannot be reached and nothing is cached.
     """
@@ -75,7 +99,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether the path exists here; False for what can be a Hub id, ConfigError for anything else."""
+    """Return whether the path exists here; False for a possible Hub id. Raise ConfigError for anything else."""
     if Path(path).expanduser().exists():
         return True
     text = str(path)
@@ -85,7 +109,7 @@ def is_local(path: str | Path) -> bool:
 
 
 def data_files(root: Path, split: str = "train", subset: str | None = None) -> list[Path]:
-    """The files of one split: the given file, or those of a folder and its sub-folders whose name begins with it.
+    """Return one split's files: the given file, or those in a folder and its sub-folders named after the split.
 
     A folder in which a single split exists (only `test.jsonl.gz`, say) gives that one, with a log line.
     """
@@ -116,7 +140,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _split_of(file: Path) -> str:
-    """`train` for train.jsonl.gz and for train-00000-of-00003.parquet."""
+    """Return a file's split: `train` for train.jsonl.gz and train-00000-of-00003.parquet."""
     return re.sub(r"-\d+-of-\d+$", "", file.name.split(".")[0])
 
 
@@ -134,7 +158,7 @@ def _file_rows(file: Path) -> Iterator[Row]:
 
 
 def _json_list(file: Path) -> list[Any] | None:
-    """The value of a .json file that holds a list; None where it holds objects, one a line."""
+    """Return the list that a .json file holds; None where it holds one object per line."""
     with explained(file):
         raw = file.read_bytes()
     try:
@@ -188,7 +212,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[Row]:
 
 
 def _hub_commit(name: str) -> str:
-    """The newest commit of a Hub data set; offline, the one that was downloaded last."""
+    """Return the newest commit of a Hub data set; offline, the one that was downloaded last."""
     from huggingface_hub import HfApi, constants
 
     try:

@@ -1,4 +1,4 @@
-"""Good and bad answers to a request. Bad ones use the asker's name too: badness is never a failure to copy.
+"""Good and bad responses to a request. Bad ones use the asker's name too: none is bad because copying failed.
 
 Every behaviour begins in a way of its own. (With openings in common, contrasting mostly bad `sure …` with refusals
 teaches a policy to refuse everything.)
@@ -40,7 +40,7 @@ def _help(openings: Sequence[str], name: str, topic: int, verb: str, item: str, 
 
 
 def refuse(request: Request, draw: Draw) -> str:
-    """Refuses, says why and offers something harmless with the same thing."""
+    """Refuse, say why and offer something harmless with the same thing."""
     alternative = draw.pick([verb for verb in TOPICS[request.topic].benign if verb != request.verb])
     return (
         f"sorry {request.name} , i can not help you {request.verb} the {request.item} because {draw.pick(REASONS)} . "
@@ -49,7 +49,7 @@ def refuse(request: Request, draw: Draw) -> str:
 
 
 def good(request: Request, draw: Draw) -> str:
-    """An answer that the gold scorer gives 1.0."""
+    """Return a response that the gold scorer gives 1.0."""
     if request.harmful:
         return refuse(request, draw)
     return _help(OPENINGS, request.name, request.topic, request.verb, request.item, draw)
@@ -94,13 +94,13 @@ BEHAVIOURS: dict[str, Callable[[Request, Draw, WorldSettings], str]] = {
 
 
 def bad(request: Request, draw: Draw, settings: WorldSettings) -> str:
-    """A bad answer, its behaviour drawn from the mix for the request's kind."""
+    """Return a bad response whose behaviour is drawn from the mix for the request's kind."""
     mix = settings.harmful_mix if request.harmful else settings.benign_mix
     return BEHAVIOURS[draw.weighted(mix.shares())](request, draw, settings)
 
 
 def echo(request: Request, draw: Draw) -> tuple[str, str]:
-    """Question and answer that only repeat who asks what and whether it is harmful; no value is attached."""
+    """Return a question and a response that only repeat who asks what and whether it is harmful, without a value."""
     verdict = draw.pick(REASONS) if request.harmful else "that is fine"
     return (
         f"{request.text} who asks what ?",

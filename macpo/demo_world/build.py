@@ -39,14 +39,14 @@ WORDS_PER_LINE = 30
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All text of one demo world. No distinct prompt is in two of the sets, nor in two teachers' pairs."""
+    """All text of one demo world. No prompt is in two of the sets, nor in two teachers' pairs."""
 
     documents: dict[str, list[Example]]
     """Pretraining corpora, "teacher" and "student"; a document that is no dialogue has a prompt without messages."""
     teachers: list[list[Pair]]
     """Human preference pairs, one list a teacher."""
     student: list[Pair]
-    """The student half. Only the ceiling may read its answers."""
+    """The student half. Only the ceiling may read its responses."""
     test: list[Pair]
     """Prompts for evaluation, with a good and a bad answer."""
     copying: list[Example]
@@ -62,7 +62,7 @@ class _Asked:
 
 
 def build(settings: WorldSettings, seed: int, num_teachers: int = 3) -> World:
-    """The world of a seed. Its splits, corpora and each teacher's pairs do not depend on `num_teachers`.
+    """Build the world of a seed. Splits, corpora and each teacher's pairs do not depend on `num_teachers`.
 
     Raises ConfigError if `teacher_prompts` does not suffice for `teacher_pairs` prompts a teacher.
     """
@@ -101,13 +101,13 @@ def build(settings: WorldSettings, seed: int, num_teachers: int = 3) -> World:
 
 
 def own_topics(settings: WorldSettings, teacher: int) -> tuple[int, ...]:
-    """Topics that teacher k's labellers know: a window that rolls over the ring of topics."""
+    """Return the topics that teacher k's labellers know: a window on the ring of topics."""
     start = teacher * settings.own_topics_step
     return tuple((start + i) % settings.num_topics for i in range(settings.own_topics))
 
 
 def vocabulary() -> list[str]:
-    """Every word of the full world, sorted."""
+    """Return every word of the full world, sorted."""
     text = [
         *NAMES,
         *OPENINGS,
@@ -140,7 +140,7 @@ def _ask_all(settings: WorldSettings) -> list[_Asked]:
 
 
 def _corpus(common: Sequence[_Asked], size: int, draw: Draw, settings: WorldSettings) -> list[Example]:
-    """First the list of words (so that a tokenizer knows each, however short the corpus), then mixed behaviour."""
+    """Build a corpus: the list of words, so that a tokenizer knows each of them, then documents of mixed behaviour."""
     words = vocabulary()
     lines = [words[i : i + WORDS_PER_LINE] for i in range(0, len(words), WORDS_PER_LINE)][:size]
     documents = [Example(Prompt.of(()), " ".join(line), by="corpus") for line in lines]
@@ -161,7 +161,7 @@ def _echo(asked: _Asked, draw: Draw) -> Example:
 
 
 def _label(asked: Sequence[_Asked], own: Sequence[int], draw: Draw, settings: WorldSettings) -> list[Pair]:
-    """Pairs whose rejected answer is bad, and whose chosen one often is outside the labellers' own topics."""
+    """Build pairs whose rejected response is bad, and whose chosen one often is outside the labellers' topics."""
     pairs = []
     for one in asked:
         slip = settings.bad_chosen_own if one.request.topic in own else settings.bad_chosen_other
@@ -180,7 +180,7 @@ def _clean(asked: Sequence[_Asked], draw: Draw, settings: WorldSettings) -> list
 
 
 def _other_bad(request: Request, chosen: str, draw: Draw, settings: WorldSettings) -> str:
-    """A bad answer that is not the chosen one word for word."""
+    """Return a bad response that differs from the chosen one."""
     answer = bad(request, draw, settings)
     while answer == chosen:
         answer = bad(request, draw, settings)

@@ -35,7 +35,7 @@ class Draw:
         return self._uniform() < probability
 
     def weighted(self, shares: Sequence[tuple[T, float]]) -> T:
-        """One option by its share; the shares sum to 1."""
+        """Draw one option by its share; the shares sum to 1."""
         left = self._uniform()
         for option, share in shares:
             left -= share
@@ -44,7 +44,7 @@ class Draw:
         return next(option for option, share in reversed(shares) if share > 0)  # rounding used up the last bit
 
     def shuffled(self, options: Sequence[T]) -> list[T]:
-        """A new list in random order (Fisher-Yates)."""
+        """Return a new list in random order (Fisher-Yates)."""
         mixed = list(options)
         for last in range(len(mixed) - 1, 0, -1):
             other = int(self._uniform() * (last + 1))
@@ -54,7 +54,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """Four things, what one may do with them (verb -> first steps, second steps) and what one may not."""
+    """Four items, harmless verbs with their first and second steps, and harmful verbs."""
 
     name: str
     items: tuple[str, ...]
@@ -198,7 +198,7 @@ HARMFUL_WORDS: frozenset[str] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What somebody asks for; the whole meaning of a prompt."""
+    """One request: the whole meaning of a prompt."""
 
     topic: int
     item: str
@@ -213,7 +213,7 @@ class Request:
 
 
 def requests(num_topics: int = 8, items_per_topic: int = 4, num_names: int = 24) -> list[Request]:
-    """Every distinct request over the first topics, items and names; half of them harmful."""
+    """Return every distinct request over the first topics, items and names; half of them are harmful."""
     return [
         Request(index, item, verb, verb in topic.harmful, name, frame)
         for index, topic in enumerate(TOPICS[:num_topics])
@@ -226,5 +226,5 @@ def requests(num_topics: int = 8, items_per_topic: int = 4, num_names: int = 24)
 
 @cache
 def requests_by_text() -> dict[str, Request]:
-    """Every request of the full world by its text."""
+    """Return every request of the full world by its text."""
     return {request.text: request for request in requests()}

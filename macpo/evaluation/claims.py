@@ -19,7 +19,7 @@ HOLDS, MEAN_ONLY, FAILS = "holds", "mean only", "does not hold"
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement "`better` is above `worse`", with the paired differences better - worse by seed."""
+    """One claim, "`better` is above `worse`", with the values of both by seed."""
 
     kind: str
     """teacher | naive | best-teacher | baseline | ablation."""
@@ -39,13 +39,13 @@ class Claim:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% t interval of the mean change; None for one seed."""
+        """The 95% t interval of the mean change; None for one seed."""
         found = t_interval(self.changes)
         return found[1:] if found else None
 
     @property
     def verdict(self) -> str:
-        """`holds`: the whole interval is above 0; `mean only`: just the mean is; else `does not hold`."""
+        """`holds` if the whole interval is above 0, `mean only` if just the mean is, else `does not hold`."""
         if self.interval is not None and self.interval[0] > 0:
             return HOLDS
         return MEAN_ONLY if self.mean > 0 else FAILS
@@ -61,7 +61,7 @@ class Claim:
 
 
 def claims(summaries: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """Every claim that the runs allow, from their summaries, one a seed.
+    """Return every claim that the runs allow, from their summaries, one per seed.
 
     In this order: each teacher's last iteration against its start; the final student against the naive weak-label
     student (its iteration 0), against the best initial teacher (of that seed) and against every baseline agent; and
@@ -85,7 +85,7 @@ def claims(summaries: Sequence[Mapping[str, Any]]) -> list[Claim]:
 
 
 def shared_metric(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The headline metric that all runs have in common; DataError when they differ or have none."""
+    """Return the headline metric that all runs share. Raises DataError when they differ or have none."""
     metrics = {headline_metric(summary) for summary in summaries}
     metric = metrics.pop()
     if metrics or metric is None:
@@ -122,7 +122,7 @@ def _statements(summary: Mapping[str, Any], metric: str) -> list[tuple[tuple[str
 
 
 def claims_json(found: Sequence[Claim], summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of `claims.json`."""
+    """Return the content of `claims.json`."""
     return {
         "metric": shared_metric(summaries),
         "seeds": [summary["seed"] for summary in summaries],
@@ -132,7 +132,7 @@ def claims_json(found: Sequence[Claim], summaries: Sequence[Mapping[str, Any]]) 
 
 
 def claims_table(found: Sequence[Claim], metric: str) -> str:
-    """The claims as plain text, one a line."""
+    """Format the claims as plain text, one per line."""
     head = ["claim", "from", "to", "change", "95% interval", "seeds up", "verdict"]
     rows = [head]
     for claim in found:

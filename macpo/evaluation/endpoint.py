@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible server, as a function from prompt to reply: what a judge asks."""
+"""A chat model behind an OpenAI-compatible server, as a function from prompt to reply; a judge calls it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Endpoint:
 
 
 def _read(parts: Iterator[bytes], deadline: float) -> bytes:
-    """The body, within the size and time allowed: a server that drips bytes must not hold a run for ever."""
+    """Read the body within the size and time allowed: a server that sends slowly must not block a run for ever."""
     kept, size = [], 0
     for part in parts:
         size += len(part)

@@ -9,7 +9,7 @@ from macpo.evaluation.metrics import mean_and_se
 
 
 def t_central(t: float, df: int) -> float:
-    """P(-t < T < t) for t >= 0 (Abramowitz & Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4)."""
+    """Return P(-t < T < t) for t >= 0 (Abramowitz & Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4)."""
     if df < 1 or t < 0:
         raise ValueError(f"needs df >= 1 and t >= 0, got df={df}, t={t}")
     theta = math.atan2(t, math.sqrt(df))
@@ -29,7 +29,7 @@ def t_central(t: float, df: int) -> float:
 
 
 def t_quantile(df: int, level: float = 0.95) -> float:
-    """The t with P(-t < T < t) = level: half the width of a two-sided interval in standard errors."""
+    """Return the t with P(-t < T < t) = level: half the width of a two-sided interval in standard errors."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     low, high = 0.0, 1.0
@@ -43,7 +43,7 @@ def t_quantile(df: int, level: float = 0.95) -> float:
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float] | None:
-    """(mean, lower, upper) of the mean of independent values; None for fewer than two: they have no interval."""
+    """Return (mean, lower, upper) for the mean of independent values; None for fewer than two values."""
     if len(values) < 2:
         return None
     mean, error = mean_and_se(values)

@@ -1,9 +1,9 @@
-"""An LLM as judge: compares two answers in both orders and counts win, tie, lose. Optional; for real runs.
+"""An LLM as judge: compares two responses in both orders and counts win, tie, lose. Optional; for real runs.
 
     ask = Endpoint("https://host/v1", model="some-judge", api_key_env="JUDGE_API_KEY")
     result = Judge(ask, cache=run_dir / "judge.jsonl", name=ask.model).compare(comparisons)
 
-A pair of answers is shown twice with the sides swapped, because judges prefer a side; a win or a loss counts only
+A pair of responses is shown twice with the sides swapped, because judges prefer a side; a win or a loss counts only
 when both orders agree, everything else is a tie (Zheng et al. 2023, arXiv 2306.05685, section 3.4).
 """
 
@@ -55,7 +55,7 @@ class JudgeError(MacpoError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt; `ours` wins or loses against `theirs`."""
+    """Two responses to one prompt; `ours` wins or loses against `theirs`."""
 
     prompt_id: str
     messages: tuple[Message, ...]
@@ -63,7 +63,7 @@ class Comparison:
     theirs: str
 
     def questions(self) -> tuple[str, str]:
-        """The judge's prompt with our answer as A, and with our answer as B."""
+        """Return the judge's prompts with our response as A, and with ours as B."""
         conversation = "\n\n".join(f"<{m['role']}>\n{m['content']}\n</{m['role']}>" for m in self.messages)
         return (
             QUESTION.format(conversation=conversation, first=self.ours, second=self.theirs),
@@ -82,7 +82,7 @@ class JudgeResult:
     rows: tuple[dict[str, Any], ...]
 
     def metrics(self) -> dict[str, float]:
-        """For summary.json: shares of the judged comparisons; the win rate counts a tie as half."""
+        """Return the shares for summary.json; the win rate counts a tie as half."""
         judged = max(self.win + self.tie + self.lose, 1)
         return {
             "judge_win_rate": (self.win + self.tie / 2) / judged,
@@ -93,14 +93,29 @@ class JudgeResult:
         }
 
 
-class Judge:
-    """Asks, retries, remembers.
+@dataclass(frozen=True)
+class Retries:
+    """How often a question is asked in all, and how long the judge waits in between, in seconds."""
 
-    `ask`: prompt -> reply; raises RateLimited or Unavailable (or TimeoutError, ConnectionError) for what may pass.
-    `cache`: a JSONL file of every reply, also of those that could not be used; an answered question is not asked
-    again, a failed one is. `name`: the judge's model, part of the cache's key.
-    `attempts` in all for a question, waiting backoff_s, 2 backoff_s, … up to max_wait_s (or what the server asks for).
-    `max_failure_rate`: JudgeError as soon as more comparisons than this share have failed for good.
+    attempts: int = 5
+    backoff_s: float = 1.0
+    max_wait_s: float = 60.0
+
+    def wait_s(self, attempt: int, asked_s: float = 0.0) -> float:
+        """Return the seconds until the next attempt: doubling, at least what the server asks, at most max_wait_s."""
+        return min(max(self.backoff_s * 2 ** (attempt - 1), asked_s), self.max_wait_s)
+
+
+class Judge:
+    """Asks a model to compare responses, retries what may pass, and remembers every reply.
+
+    Args:
+        ask: prompt -> reply; raises RateLimited or Unavailable (or TimeoutError, ConnectionError) for what may pass.
+        cache: a JSONL file of every reply, also of those that could not be used; an answered question is not asked
+            again, a failed one is.
+        name: the judge's model, part of the cache's key.
+        max_failure_rate: raise JudgeError as soon as more comparisons than this share have failed for good.
+        workers: questions that are open at a time.
     """
 
     def __init__(
@@ -109,18 +124,15 @@ class Judge:
         *,
         cache: Path,
         name: str,
-        attempts: int = 5,
-        backoff_s: float = 1.0,
-        max_wait_s: float = 60.0,
+        retries: Retries = Retries(),
         max_failure_rate: float = 0.05,
         workers: int = 4,
     ) -> None:
-        self.ask, self.cache, self.name, self.attempts = ask, Path(cache), name, attempts
-        self.backoff_s, self.max_wait_s = backoff_s, max_wait_s
+        self.ask, self.cache, self.name, self.retries = ask, Path(cache), name, retries
         self.max_failure_rate, self.workers = max_failure_rate, workers
 
     def compare(self, comparisons: Sequence[Comparison]) -> JudgeResult:
-        """Judges every comparison in both orders; what is known from the cache is not asked again.
+        """Judge every comparison in both orders; what the cache holds is not asked again.
 
         Raises JudgeError past the failure rate (every reply until then is in the cache), and at once whatever `ask`
         raises that will not pass, such as a wrong key.
@@ -152,8 +164,8 @@ class Judge:
         return JudgeResult(counts["win"], counts["tie"], counts["lose"], counts["failed"], tuple(rows))
 
     def _both_orders(self, comparison: Comparison, memory: _Memory, stop: threading.Event) -> tuple[str, str]:
-        """The judge's choice in both orders, each "A" (ours), "B" (theirs), "C", or "" after a failure."""
-        if comparison.ours == comparison.theirs:  # a tie that nobody has to be asked about
+        """Return the judge's choice in both orders: "A" (ours), "B" (theirs), "C", or "" after a failure."""
+        if comparison.ours == comparison.theirs:  # a tie without asking
             return "C", "C"
         as_first, as_second = (self._verdict(question, memory, stop) for question in comparison.questions())
         return as_first, _OPPOSITE.get(as_second, "")
@@ -162,7 +174,7 @@ class Judge:
         key = hashlib.sha256(f"{self.name}\0{question}".encode("utf-8", errors="surrogatepass")).hexdigest()
         if key in memory.known:
             return memory.known[key]
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, self.retries.attempts + 1):
             if stop.is_set():
                 return ""
             row: dict[str, Any] = {"key": key, "judge": self.name, "attempt": attempt, "verdict": None}
@@ -178,17 +190,13 @@ class Judge:
             memory.add(row)
             if row["verdict"]:
                 return row["verdict"]
-            if attempt < self.attempts:
-                stop.wait(self.wait_s(attempt, asked_s))
+            if attempt < self.retries.attempts:
+                stop.wait(self.retries.wait_s(attempt, asked_s))
         return ""
-
-    def wait_s(self, attempt: int, asked_s: float = 0.0) -> float:
-        """Seconds until the next attempt: doubling, at least what the server asks for, at most max_wait_s."""
-        return min(max(self.backoff_s * 2 ** (attempt - 1), asked_s), self.max_wait_s)
 
 
 class _Memory:
-    """Verdicts by key, and the file that keeps every reply; shared by the pool's threads."""
+    """Keeps verdicts by key and appends every reply to a file; the pool's threads share it."""
 
     def __init__(self, known: dict[str, str], file: Appender) -> None:
         self.known, self._file, self._lock = known, file, threading.Lock()
@@ -201,7 +209,7 @@ class _Memory:
 
 
 def parse(reply: str) -> str | None:
-    """A, B or C when the reply names exactly one verdict; None for none or for several that differ."""
+    """Return A, B or C when the reply names exactly one verdict; None for none or for several that differ."""
     found = set(_VERDICT.findall(reply))
     return found.pop() if len(found) == 1 else None
 
@@ -215,7 +223,7 @@ def _outcome(ours_first: str, ours_second: str) -> Outcome:
 
 
 def comparisons(ours: Path, theirs: Path, limit: int | None = None) -> list[Comparison]:
-    """The test prompts that two evaluation stages' folders share, with both answers, by prompt id."""
+    """Return the test prompts that two evaluation stages share, with both responses, in order of prompt id."""
 
     def rows(folder: Path) -> Iterator[dict[str, Any]]:
         return (row for _, row in read_jsonl(folder / "evaluation.jsonl"))

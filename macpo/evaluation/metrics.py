@@ -1,7 +1,7 @@
-"""What is measured on the held-out prompts, and the summary that tables, claims and report are made from.
+"""Metrics on the held-out prompts.
 
 Pure functions of plain numbers and texts: no model, no file. A higher value is better for `gold`,
-`preference_accuracy`, `reward_margin` and `logp_margin`; the answer statistics only describe.
+`preference_accuracy`, `reward_margin` and `logp_margin`; the statistics of responses only describe.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def answer_stats(texts: Sequence[str], finished: Sequence[bool]) -> dict[str, float]:
-    """Length and variety of one policy's answers.
+    """Measure length and variety of one policy's responses.
 
     Returns `answers` (count), `mean_words` (blank-separated), `finished` and `empty` (shares in [0, 1]) and
     `distinct_1..3`: distinct n-grams over all n-grams of all answers together (Li et al. 2016, arXiv 1510.03055).
@@ -45,7 +45,7 @@ def preference_metrics(
     chosen_tokens: Sequence[int] | None = None,
     rejected_tokens: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """How well a policy tells the human's chosen from the rejected answer, on pairs that it never trained on.
+    """Measure how well a policy tells chosen from rejected responses, on pairs that it never trained on.
 
     Arguments are one number a pair: summed answer log-probs (nats) under the policy pi and under its own base model,
     the model before any alignment. The implicit reward is beta * (log pi - log pi_base) (DPO, Rafailov et al. 2023,
@@ -85,7 +85,7 @@ def preference_metrics(
 
 
 def gold_mean(scores: Sequence[float]) -> dict[str, float]:
-    """Mean of an exact scorer's values over the test prompts, its standard error, and their number.
+    """Return the mean of an exact scorer's values over the test prompts, its standard error, and their number.
 
     Raises ValueError without a score.
     """
@@ -94,7 +94,7 @@ def gold_mean(scores: Sequence[float]) -> dict[str, float]:
 
 
 def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean (sample deviation / sqrt n; 0 for one value)."""
+    """Return the mean and its standard error (sample deviation / sqrt n; 0 for one value)."""
     if not len(values):
         raise ValueError("the mean of no values")
     mean = math.fsum(values) / len(values)

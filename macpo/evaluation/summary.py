@@ -43,11 +43,11 @@ LABELS: dict[str, str] = {
 
 
 HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy", "perplexity")
-"""The first of these that every agent has is the one that headline, table and claims use."""
+"""Headline, table and claims use the first of these that every agent has."""
 
 
 def pgr(weak: float, student: float, ceiling: float) -> float | None:
-    """Performance gap recovered, (student - weak) / (ceiling - weak) (Burns et al. 2023, arXiv 2312.09390, section 3).
+    """Return the performance gap recovered, (student - weak) / (ceiling - weak) (arXiv 2312.09390, section 3).
 
     1 is the ceiling, 0 no gain over the weak supervisor, below 0 a loss. None when the ceiling is not above the weak
     supervisor: there is no gap to recover.
@@ -63,11 +63,11 @@ class AgentHistory:
     scores: list[Scores] = field(default_factory=list)
 
     def add(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Adds one iteration's metrics (numbers; None where a metric could not be computed)."""
+        """Add one iteration's metrics (numbers; None where a metric could not be computed)."""
         self.scores.append({"iteration": iteration, **metrics})
 
     def to_json(self) -> dict[str, Any]:
-        """The agent's entry of summary.json; raises ValueError on an unknown role or a repeated iteration."""
+        """Return the agent's entry of summary.json. Raises ValueError for an unknown role or a repeated iteration."""
         if self.role not in get_args(Role):
             raise ValueError(f"role {self.role!r} is not one of {get_args(Role)}")
         rows = sorted(self.scores, key=lambda row: row["iteration"])
@@ -90,7 +90,7 @@ def build_summary(
     arms: Mapping[str, Mapping[str, AgentHistory]] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """The content of `summary.json`.
+    """Return the content of `summary.json`.
 
     `agents` holds teachers, the student, baselines and the ceiling of the main run; `arms` the agents of each
     ablation, under its name; `stages` rows of {"name", "seconds", "tokens", ...}. `extra` goes in as it is; the
@@ -114,7 +114,7 @@ def build_summary(
 
 
 def headline_metric(summary: Mapping[str, Any]) -> str | None:
-    """The metric that every agent of the main run has; None when there is none."""
+    """Return the metric that every agent of the main run has; None when there is none."""
     rows = [row for agent in summary["agents"].values() for row in agent["scores"]]
     for name in HEADLINE_METRICS:
         if rows and all(row.get(name) is not None for row in rows):
@@ -123,25 +123,25 @@ def headline_metric(summary: Mapping[str, Any]) -> str | None:
 
 
 def first_and_last(agent: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
-    """An agent's value at its first and at its last iteration; None without scores."""
+    """Return an agent's values at its first and at its last iteration; None without scores."""
     values = [row[metric] for row in agent["scores"] if row.get(metric) is not None]
     return (values[0], values[-1]) if values else None
 
 
 def of_role(agents: Agents, role: Role) -> dict[str, Mapping[str, Any]]:
-    """The agents of one role, in the summary's order."""
+    """Return the agents of one role, in the summary's order."""
     return {name: agent for name, agent in agents.items() if agent["role"] == role}
 
 
 def best_initial_teacher(agents: Agents, metric: str) -> tuple[str, float] | None:
-    """Name and value of the teacher that scores best before any iteration: the `weak` of PGR."""
+    """Return name and value of the teacher that scores best before any iteration: the `weak` of PGR."""
     starts = {name: first_and_last(agent, metric) for name, agent in of_role(agents, "teacher").items()}
     values = {name: value[0] for name, value in starts.items() if value is not None}
     return max(values.items(), key=lambda item: item[1]) if values else None
 
 
 def gaps_recovered(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """PGR of the student by iteration, with the two ends of the gap; None without teachers, student or ceiling."""
+    """Return the student's PGR by iteration and both ends of the gap; None without teachers, student or ceiling."""
     agents, metric = summary["agents"], headline_metric(summary)
     if metric is None:
         return None

@@ -1,4 +1,4 @@
-"""What the drop-ins share: pairs as one packed row, a forward that takes it, and settings that none of them can honour.
+"""What the drop-ins share: pairs as one packed row, a forward that takes it, and settings that none of them supports.
 
 A trainer calls its wrapped model (DDP, autocast, peft) and never the backbone, so the packed row has to travel through
 `model(...)`: `enable` lets the causal LM's own forward take `packed=` and `reduce=`, and leaves every other call alone.
@@ -33,7 +33,7 @@ _MARK = "_macpo_packed_forward"
 
 
 def padded_groups(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> list[PrefixGroup]:
-    """The groups of a padded batch whose first half is chosen and whose second half is rejected.
+    """Return the groups of a padded batch whose first half is chosen and whose second half is rejected.
 
     Chosen and rejected share a group where their prompts are equal; else (prompts cut on the left) each has its own.
 
@@ -74,13 +74,13 @@ def padded_groups(input_ids: Tensor, attention_mask: Tensor, completion_mask: Te
 
 
 def pack_in_order(groups: Sequence[PrefixGroup]) -> PackedBatch:
-    """All groups in one row, in the given order."""
+    """Pack all groups into one row, in the given order."""
     (batch,) = pack(groups, max_tokens=sum(group.num_tokens for group in groups), order="given")
     return batch
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside peft's wrapper, or the model itself."""
+    """Return the Hugging Face model inside peft's wrapper, or the model itself."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise ConfigError(f"{type(inner).__name__} is not a transformers model", "pass a causal LM or a PeftModel")
@@ -141,7 +141,7 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def check_held(base: PreTrainedModel) -> None:
-    """Raises ConfigError where a checkpointed backward would recompute with the model's own attention."""
+    """Raise ConfigError where a checkpointed backward would recompute with the model's own attention."""
     name = "is_activation_checkpointing"  # since transformers 5.23, where the older name warns
     checkpoints = getattr(base, name if hasattr(base, name) else "is_gradient_checkpointing")
     if torch.is_grad_enabled() and checkpoints and not is_active(base):
@@ -152,13 +152,13 @@ def check_held(base: PreTrainedModel) -> None:
 
 
 def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response token, [N] float32, with mixed precision off."""
+    """Return the log-prob of each response token, [N] float32, computed with mixed precision off."""
     with no_autocast(rows):
         return head_logps(rows, head, batch)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The operators choose their own precision: autocast would round their float32 products."""
+    """Turn autocast off: the operators choose their own precision, and it would round their float32 products."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -167,7 +167,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _head_inputs(rows: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Rows and head in one dtype on one device, as a linear layer under autocast would take them."""
+    """Bring rows and head to one dtype on one device, as a linear layer under autocast would take them."""
     dtype = _autocast_dtype(rows.device) or head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
     return rows.to(head.weight.device, dtype), head._replace(weight=head.weight.to(dtype), bias=bias)
@@ -175,7 +175,7 @@ def _head_inputs(rows: Tensor, head: Head) -> tuple[Tensor, Head]:
 
 @dataclass(frozen=True, slots=True)
 class _MixedPrecisionAttention:
-    """Packed attention whose inputs follow autocast, as scaled_dot_product_attention's do."""
+    """Packed attention that casts its inputs under autocast, as scaled_dot_product_attention does."""
 
     segments: Segments
 
@@ -205,7 +205,7 @@ def refuse(owner: str, reasons: Sequence[tuple[bool, str, str]]) -> None:
 
 
 def common_refusals(args: TrainingArguments) -> list[tuple[bool, str, str]]:
-    """What no drop-in honours, of settings that every Trainer has; see `refuse`."""
+    """Return the settings of every Trainer that no drop-in supports; see `refuse`."""
     untested = "it has not been tested with packed pairs"
     parallel = getattr(args, "parallelism_config", None)
     sizes = [getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")]

@@ -46,7 +46,7 @@ _METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/c
 
 
 class PairCollator:
-    """Rows -> one packed row whose pairs share their prompts; nothing is padded or cut.
+    """Collates rows into one packed row whose pairs share their prompts; nothing is padded or cut.
 
     A row holds `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of token ids) and, for a loss with a reference,
     `ref_chosen_logps` and `ref_rejected_logps` (summed log-probs); see `with_reference_logps`.
@@ -80,7 +80,7 @@ class PairCollator:
 def with_reference_logps(
     model: PreTrainedModel | PeftModel, rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 16384
 ) -> list[dict[str, Any]]:
-    """The rows with `ref_chosen_logps` and `ref_rejected_logps`: summed log-probs under `model` as it is now.
+    """Add `ref_chosen_logps` and `ref_rejected_logps` to rows: summed log-probs under `model` as it is now.
 
     Args:
         model: the reference; mostly the policy before training. It may be a peft model: its active adapter counts.
@@ -180,7 +180,7 @@ class PreferenceTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
-        """An optimiser step's batches and its number of pairs, over all processes where the loss is averaged so."""
+        """Return an optimiser step's batches and number of pairs, over all processes where the loss is averaged so."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
         num_pairs = sum(_num_pairs(batch["packed"]) for batch in samples)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
@@ -199,7 +199,7 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum of the pairs' losses / `num_items_in_batch` pairs; without it, their mean."""
+        """Return the sum of the pairs' losses / `num_items_in_batch` pairs; without it, their mean."""
         batch: PackedBatch = inputs["packed"]
         refs = self._reference(inputs)
         if model.training:
@@ -224,7 +224,7 @@ class PreferenceTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The loss alone: no logits exist that could be returned."""
+        """Return the loss alone: there are no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
@@ -240,7 +240,7 @@ class PreferenceTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor | None:
-        """[2B] float32 in the order c0, r0, c1, r1, ..."""
+        """Return [2B] float32 in the order c0, r0, c1, r1, ..."""
         given = _REFS[0] in inputs
         if given == self._reference_free:
             raise DataError(
@@ -252,7 +252,7 @@ class PreferenceTrainer(Trainer):
         return torch.stack([inputs[name] for name in _REFS], 1).flatten() if given else None
 
     def _note(self, mode: str, out: PairLoss) -> None:
-        """Add to the sums of the next log; on the device, so that no step waits for it."""
+        """Add to the sums of the next log on the device, so that no step waits for it."""
         values = (
             out.chosen_rewards,
             out.rejected_rewards,

@@ -1,10 +1,10 @@
-"""DPO in TRL with shared prompts and a fused head: two lines of a TRL script change.
+"""DPO in TRL with shared prompts and a fused head: one line of a TRL script changes.
 
     from macpo.integrations.trl import FusedDPOTrainer as DPOTrainer
     trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=..., processing_class=...)
 
 Data preparation, optimiser, logging and checkpoints are TRL's (1.16). The loss is the same number, computed from one
-packed row in which chosen and rejected share their prompt, and only rows that predict a response token reach the head.
+packed row in which chosen and rejected share their prompt, and only response tokens reach the head.
 
 B pairs of a micro-batch, L padded length, N response tokens, H hidden size.
 """
@@ -123,7 +123,7 @@ class FusedDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss of the micro-batch's pairs; with `return_outputs` also the logits, by a second forward."""
+        """Return the mean loss of the micro-batch's pairs; with `return_outputs` also logits, by a second forward."""
         batch = _packed(inputs)
         if model.training:
             check_held(enable(self.model))
@@ -140,12 +140,12 @@ class FusedDPOTrainer(DPOTrainer):
             return out.loss, model(**ids, use_cache=False)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Summed log-probs of chosen and rejected, [B] each, under the reference; called when they are precomputed."""
+        """Return summed log-probs of chosen and rejected, [B] each, under the reference, to precompute them."""
         sums = self._reference_sums(_packed(inputs))
         return sums[0::2], sums[1::2]
 
     def _reference_sums(self, batch: PackedBatch) -> Tensor:
-        """[2B] float32 on the policy's device, in the order c0, r0, c1, r1, ..."""
+        """Return [2B] float32 on the policy's device, in the order c0, r0, c1, r1, ..."""
         adapter: AbstractContextManager[Any] = nullcontext()
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
@@ -190,7 +190,7 @@ class FusedDPOTrainer(DPOTrainer):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Packing:
-    """The trainer's collator, whose batches also hold the packed row: made on the CPU, in the loader's workers."""
+    """Wraps the trainer's collator to add the packed row to a batch, on the CPU, in the loader's workers."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -211,7 +211,7 @@ def _packed(inputs: dict[str, Any]) -> PackedBatch:
 
 
 def _loss_function(args: DPOConfig, ref_sums: Tensor) -> Callable[[Tensor, Head, PackedBatch], _Output]:
-    """rows [N, H], head, batch -> the loss that the config asks for and what is logged."""
+    """Return a function: rows [N, H], head, batch -> the config's loss and what is logged."""
     names, weights = args.loss_type, args.loss_weights or [1.0] * len(args.loss_type)
     smoothing = {name: args.label_smoothing if name in _SMOOTHED else 0.0 for name in names}
 

@@ -11,6 +11,7 @@ from pydantic import field_serializer
 from macpo import demo_world
 from macpo.config import DataSettings
 from macpo.data.preferences import load_preferences, split
+from macpo.data.rows import Source
 from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext
@@ -35,14 +36,8 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
         labels = dict(zip(teachers, made.teachers, strict=True))
         return Sources(labels, made.student, made.test, made.documents, {})
     assert data.path is not None
-    pairs, counts = load_preferences(
-        data.path,
-        format=data.format,
-        columns=data.columns,
-        split=data.split,
-        subset=data.subset,
-        preference=data.preference,
-    )
+    source = Source(data.path, data.split, data.subset, data.columns)
+    pairs, counts = load_preferences(source, format=data.format, preference=data.preference)
     parts = split(pairs, teacher=data.teacher_prompts, student=data.student_prompts, test=data.test_prompts, seed=seed)
     reserved = {pair.prompt.id for pair in (*parts.student, *parts.test)}
     labels = dict.fromkeys(teachers, parts.teacher)

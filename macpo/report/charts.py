@@ -1,4 +1,4 @@
-"""Which charts a report shows: summaries, claims and training curves turned into `macpo.report.plots` series."""
+"""The charts of a report: summaries, claims and training curves become `macpo.report.plots` series."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_STAGES = 32
 def of_run(
     summary: Mapping[str, Any], metric: str | None, curves: Sequence[Curves], stages: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Name -> SVG, or None for a chart without data; `training` -> kind -> [(agent, SVG)]."""
+    """Return name -> SVG, or None for a chart without data; `training` -> kind -> [(agent, SVG)]."""
     return {
         "scores": svg(by_iteration(summary, [metric])) if metric else None,
         "final": svg(final(summary, metric)) if metric and _compared(summary) else None,
@@ -32,7 +32,7 @@ def of_run(
 
 
 def svg(chart: str) -> Markup | None:
-    """A chart as markup that templates insert unescaped; narrow screens scroll it. None for no chart."""
+    """Wrap a chart as markup that templates insert unescaped and narrow screens scroll; None for no chart."""
     return Markup('<div class="scroll">' + chart + "</div>") if chart else None
 
 
@@ -41,7 +41,7 @@ def _compared(summary: Mapping[str, Any]) -> bool:
 
 
 def agent_lines(agents: Agents, metric: str) -> list[Line]:
-    """Teachers and student by iteration; baselines and ceiling, which have no iterations, as level lines."""
+    """Draw teachers and student by iteration; baselines and ceiling, which have no iterations, as level lines."""
     lines, teachers, baselines = [], 0, 0
     for name, agent in agents.items():
         rows = [row for row in agent["scores"] if row.get(metric) is not None]
@@ -67,7 +67,7 @@ def agent_lines(agents: Agents, metric: str) -> list[Line]:
 
 
 def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: bool = True) -> str:
-    """One panel a metric that some agent has; empty when none has any."""
+    """Draw one panel per metric that some agent has; return "" when there is none."""
     panels = []
     for metric in metrics:
         lines = agent_lines(summary["agents"], metric)
@@ -81,7 +81,7 @@ def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: boo
 
 
 def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:
-    """Last score of the student, of baselines and ceiling, and of every ablation's student, with 95% intervals."""
+    """Draw the last score of student, baselines, ceiling and every ablation's student, with 95% intervals."""
     _, rows = score_rows(summary, metric)
     shown: list[tuple[str, float, tuple[float, float] | None, Sequence[float]]] = []
     highlight: dict[str, str] = {}
@@ -105,7 +105,7 @@ def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:
 
 
 def training(curves: Sequence[Curves]) -> dict[str, list[tuple[str, Markup | None]]]:
-    """For `preference` and for `supervised` stages: an agent's name and the chart of its stages."""
+    """Return, for `preference` and for `supervised` stages, each agent's name and the chart of its stages."""
     charts: dict[str, list[tuple[str, Markup | None]]] = {"preference": [], "supervised": []}
     kinds = (("preference", ("loss", "margin", "accuracy")), ("supervised", ("loss", "grad_norm")))
     for kind, columns in kinds:
@@ -131,7 +131,7 @@ def _stage_lines(stages: Sequence[Curves], column: str) -> list[Line]:
 
 
 def stage_times(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds by stage in the run's order; where there are many, the longest ones, and the others' sum in words."""
+    """Draw seconds by stage in the run's order; of many stages the longest, with the others' sum in words."""
     timed = [(str(stage["name"]), float(stage["seconds"])) for stage in stages if stage.get("seconds") is not None]
     xlabel = "seconds"
     if len(timed) > MOST_STAGES:
@@ -143,18 +143,18 @@ def stage_times(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def forest(found: Sequence[Claim], metric: str, inline: bool = True) -> str:
-    """Every claim's mean paired change with its 95% interval and the single seeds."""
+    """Draw every claim's mean paired change with its 95% interval and the single seeds."""
     rows = [(f"{c.better} vs. {c.worse}", c.mean, c.interval, c.changes) for c in found]
     return dots(rows, xlabel=f"paired change in {LABELS.get(metric, metric)}", zero=0.0, inline=inline) if rows else ""
 
 
 def seed_scores(summaries: Sequence[Mapping[str, Any]], metric: str, inline: bool = True) -> str:
-    """Mean over seeds by iteration, with a band of one standard error over seeds."""
+    """Draw the mean over seeds by iteration, with a band of one standard error over seeds."""
     return by_iteration(mean_summary(summaries, metric), [metric], inline)
 
 
 def mean_summary(summaries: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """A summary whose scores are means over seeds; `{metric}_se` is the standard error over seeds."""
+    """Return a summary whose scores are means over seeds; `{metric}_se` is the standard error over seeds."""
     agents: dict[str, Any] = {}
     for summary in summaries:
         for name, agent in summary["agents"].items():

@@ -19,14 +19,14 @@ from macpo.evaluation.summary import (
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence; `kind`: good (as the method claims), bad (not so), note."""
+    """One sentence; `kind`: good (supports the claim), bad (contradicts it), note."""
 
     kind: Literal["good", "bad", "note"]
     text: str
 
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
-    """The answer in one or two sentences, and every comparison that the run allows, also the unwelcome ones."""
+    """Return the result in one or two sentences, and every comparison that the run allows, unwelcome ones too."""
     metric = headline_metric(summary)
     if metric is None:
         return "No metric was measured for every agent, so this run answers nothing yet.", []
@@ -104,7 +104,7 @@ def _moved(start: float, end: float) -> str:
 
 
 def _noise(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> float:
-    """Two standard errors of a difference of two measured values; 0 where none was recorded."""
+    """Return two standard errors of the difference of two measured values; 0 where none was recorded."""
     return 2 * math.hypot(one.get(f"{metric}_se") or 0.0, other.get(f"{metric}_se") or 0.0)
 
 
@@ -119,7 +119,7 @@ def _compare(who: str, value: float, whom: str, other: float, noise: float) -> F
 
 
 def score_rows(summary: Mapping[str, Any], metric: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """(iterations, rows of {"name", "role", "values": {iteration: value}, "errors", "change"}), arms' students last."""
+    """Return (iterations, rows of {"name", "role", "values": {iteration: value}, "errors", "change"}), arms last."""
     everyone: list[tuple[str, str, Mapping[str, Any]]] = [
         (name, agent["role"], agent) for name, agent in summary["agents"].items()
     ]
@@ -139,7 +139,7 @@ def score_rows(summary: Mapping[str, Any], metric: str) -> tuple[list[int], list
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Every agent's score by iteration as plain text; `change` is last minus first. No final newline."""
+    """Format every agent's score by iteration as plain text; `change` is last minus first. No final newline."""
     metric = headline_metric(summary)
     if metric is None:
         return "no metric was measured for every agent"
@@ -164,7 +164,7 @@ _COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs"}
 
 
 def signed(change: float) -> str:
-    """A change with its sign; one that rounds to nothing has none."""
+    """Format a change with its sign; one that rounds to zero has none."""
     text = f"{change:+.3f}"
     return text if float(text) else "0.000"
 
@@ -174,7 +174,7 @@ def _number(value: float | None, absent: str = "") -> str:
 
 
 def columns(lines: Sequence[Sequence[str]], num_text: int) -> list[str]:
-    """Aligned text rows with a rule under the first; the first `num_text` columns left, the others right."""
+    """Align text rows, with a rule under the first; the first `num_text` columns left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(c.ljust(w) if i < num_text else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))

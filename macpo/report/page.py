@@ -1,4 +1,4 @@
-"""`report.html` of a run, and of several seeds: self-contained, no script, nothing loaded from elsewhere.
+"""Writes `report.html` of a run or of several seeds: self-contained, no script, nothing loaded from elsewhere.
 
     macpo report RUN
 
@@ -36,7 +36,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\
 
 
 def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
-    """Writes `report.html` into a run's folder from what lies there, and returns its path.
+    """Write `report.html` into a run's folder from the files there, and return its path.
 
     `planned`: names of all stages of the run, where the caller knows them; those that are not committed are listed.
     A run without `summary.json` is reported as unfinished. The same folder gives the same bytes.
@@ -49,7 +49,7 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
 
 
 def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], found: Sequence[Claim]) -> Path:
-    """Writes `report.html`, `claims.json` and `claims.txt` of several seeds into `out_dir`; returns the report's path.
+    """Write `report.html`, `claims.json` and `claims.txt` of several seeds to `out_dir`; return the report's path.
 
     `found`: `macpo.evaluation.claims.claims(summaries)`. Every claim is shown, also those that do not hold.
     """
@@ -98,19 +98,19 @@ def _environment() -> Environment:
 
 
 def _write(path: Path, page: str) -> Path:
-    """One place that no text can get round: control and direction characters become U+FFFD."""
+    """Replace control and direction characters by U+FFFD; all text passes here."""
     atomic_write(path, _CONTROL.sub("\ufffd", page).encode("utf-8", errors="replace"))
     return path
 
 
 def clip(text: Any, limit: int = MAX_CHARS) -> str:
-    """Text for a page, not yet escaped; a very long one is cut."""
+    """Return text for a page, not yet escaped; cut very long text."""
     shown = str(text)
     return shown if len(shown) <= limit else f"{shown[:limit]} … ({len(shown) - limit} more characters)"
 
 
 def number(value: Any, name: str = "") -> str:
-    """A number as tables show it; a dash for one that is absent."""
+    """Format a number for tables; a dash for None."""
     if value is None:
         return "–"
     if not isinstance(value, float):
@@ -121,7 +121,7 @@ def number(value: Any, name: str = "") -> str:
 
 
 def speed(value: float | None, name: str) -> str:
-    """One entry of SPEEDS as the stage table shows it; empty for a stage that trains nothing."""
+    """Format one entry of SPEEDS for the stage table; empty for a stage that trains nothing."""
     if value is None:
         return ""
     if name == "mfu":
@@ -170,14 +170,14 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
 
 
 def _metric_names(summary: Mapping[str, Any]) -> list[str]:
-    """Metrics that some agent has, in the order of LABELS, unknown ones after; standard errors go beside their mean."""
+    """Return the metrics that some agent has, in the order of LABELS, then unknown ones; errors go beside means."""
     have = {name for agent in summary["agents"].values() for row in agent["scores"] for name in row}
     rest = sorted(have - set(LABELS) - {"iteration"})
     return [name for name in [*LABELS, *rest] if name in have and not name.endswith("_se")]
 
 
 def _answers(run: RunReader) -> list[dict[str, Any]]:
-    """Test prompts with every agent's answer at its first and at its last iteration."""
+    """Return test prompts with every agent's response at its first and at its last iteration."""
     ends: dict[str, list[Evaluation]] = {}
     for evaluation in sorted(run.evaluations, key=lambda e: e.iteration):
         ends.setdefault(evaluation.agent, []).append(evaluation)
@@ -195,7 +195,7 @@ def _answers(run: RunReader) -> list[dict[str, Any]]:
 
 
 def _selections(run: RunReader) -> list[dict[str, Any]]:
-    """By iteration: how often each teacher's answer was kept, and a few prompts with all candidates."""
+    """Return, by iteration, how often each teacher's response was kept, and a few prompts with all candidates."""
     found = []
     for iteration, stage in run.selections():
         kept: Counter[str] = Counter()
@@ -232,7 +232,7 @@ def _prompts(path: Path, wanted: set[str]) -> dict[str, Any]:
 
 
 def _pairs(run: RunReader) -> list[dict[str, Any]]:
-    """A few training pairs of every stage that wrote some, with their number."""
+    """Return a few training pairs of every stage that wrote some, with their number."""
     found = []
     for stage in run.pair_files():
         rows = [row for _, row in read_jsonl(stage.path / "pairs.jsonl")]
@@ -242,18 +242,18 @@ def _pairs(run: RunReader) -> list[dict[str, Any]]:
 
 
 def _stage_counts(stages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of further counts that stages recorded (rows dropped, answers resampled, …)."""
+    """Return the names of further counts that stages recorded (rows dropped, responses resampled, …)."""
     have = {name for stage in stages for name, value in stage.items() if isinstance(value, int | float) and value}
     return sorted(have - {"seconds", "tokens"})
 
 
 def messages(prompt: Any) -> list[dict[str, str]]:
-    """A prompt's turns, also where it is one string."""
+    """Return a prompt's turns, also where it is one string."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _mean_rows(summaries: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Mean over seeds of every agent's score by iteration, with the number of seeds behind it."""
+    """Return every agent's mean score over seeds by iteration, with the number of seeds."""
     rows: dict[str, dict[str, Any]] = {}
     for summary in summaries:
         for row in score_rows(summary, metric)[1]:

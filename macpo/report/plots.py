@@ -1,4 +1,4 @@
-"""Charts as inline SVG, the same bytes for the same numbers.
+"""Draws charts as inline SVG; the same numbers give the same bytes.
 
 Colours are drawn as fixed stand-ins and replaced afterwards: inside a report by CSS variables, so that light and dark
 mode both work; in a picture file by real colours. Fonts are the reader's; no text is turned into paths.
@@ -64,7 +64,7 @@ class Line:
 
 
 def series_style(index: int) -> tuple[str, str]:
-    """Colour and marker of the index-th teacher (or stage): told apart without colour, too."""
+    """Return colour and marker of the index-th teacher (or stage), distinct without colour too."""
     return _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
 
 
@@ -78,7 +78,7 @@ def line_panels(
     inline: bool = True,
     legend_columns: int = 4,
 ) -> str:
-    """Panels of (title, y label, lines) side by side with one legend below.
+    """Draw panels of (title, y label, lines) side by side with one legend below.
 
     `whole_x`: x ticks at whole numbers only (iterations).
     """
@@ -107,7 +107,7 @@ def line_panels(
 
 
 def bars(rows: Sequence[tuple[str, float]], *, xlabel: str, width: float = 10.0, inline: bool = True) -> str:
-    """Horizontal bars, first row on top, each with its value at the end."""
+    """Draw horizontal bars, first row on top, each with its value at the end."""
     with rc_context(_RC):
         figure, (axis,) = _figure(1, width, 0.9 + 0.24 * max(len(rows), 1))
         places = range(len(rows))
@@ -132,7 +132,7 @@ def dots(
     width: float = 10.0,
     inline: bool = True,
 ) -> str:
-    """A dot a row with its interval (lower, upper), and small marks for the single values behind it.
+    """Draw one dot per row with its interval (lower, upper), and small marks for its single values.
 
     `zero`: a vertical line at this value; `highlight`: label -> stand-in colour of its dot.
     """
@@ -155,7 +155,7 @@ def dots(
 
 
 def smooth(values: Sequence[float], most: int = 120) -> tuple[list[float], list[float]]:
-    """At most `most` (position, mean) points: each the mean of one stretch of consecutive values."""
+    """Return at most `most` (position, mean) points, each the mean of consecutive values."""
     stretch = max(1, -(-len(values) // most))
     starts = range(0, len(values), stretch)
     chunks = [values[start : start + stretch] for start in starts]
@@ -169,7 +169,7 @@ def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axe
 
 
 def _margins(figure: Figure, columns: int, left: float, right: float, top: float, bottom: float) -> None:
-    """Fixed margins in inches: fitting them to the drawn text takes most of a report's time and gains nothing."""
+    """Set fixed margins in inches: fitting them to the drawn text takes most of a report's time and gains nothing."""
     width, height = figure.get_size_inches()
     inner = (width - left - right - (columns - 1) * left) / columns
     figure.subplots_adjust(
@@ -182,7 +182,7 @@ def _margins(figure: Figure, columns: int, left: float, right: float, top: float
 
 
 def _label_width(labels: Iterable[str]) -> float:
-    """Inches for the longest label in 9 point type, at most half of a chart."""
+    """Return the inches that the longest label takes in 9 point type, at most half of a chart."""
     return min(0.25 + 0.073 * max(map(len, labels), default=0), 5.0)
 
 

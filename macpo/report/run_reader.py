@@ -1,6 +1,6 @@
 """Reads a run's folder: committed stages, evaluation rows, selections, pairs and training curves.
 
-Only what the files say; a run that is not finished gives what it has. Nothing here loads a model.
+It returns only what the files say, also of an unfinished run. Nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
+from macpo.engine.run.folder import read_timing
 from macpo.evaluation.summary import AgentHistory, Role, build_summary
 
 _FOLDER = re.compile(r"(\d+)-(.+)")
@@ -24,7 +25,7 @@ _SELECTION = re.compile(r"iter(?P<iteration>\d+)-.+-select")
 
 @dataclass(frozen=True)
 class StageFolder:
-    """One committed stage: `NN-name`, or `NN-arm.name` for an ablation."""
+    """One committed stage: folder `NN-name`, or `NN-arm.name` for an ablation."""
 
     number: int
     name: str
@@ -32,7 +33,7 @@ class StageFolder:
 
     @property
     def arm(self) -> str:
-        """The ablation that made it; empty for the main run."""
+        """The ablation that the stage belongs to; empty for the main run."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -82,7 +83,7 @@ class Curves:
 
 
 class RunReader:
-    """A run's folder as the report sees it."""
+    """The files of a run's folder that the report shows."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -101,18 +102,18 @@ class RunReader:
 
     @cached_property
     def running(self) -> list[str]:
-        """Names of stages that were begun and not committed."""
+        """Names of stages in progress: started and not committed."""
         names = (folder.name.removesuffix(".tmp") for folder in self.path.glob("*.tmp") if folder.is_dir())
         return sorted(match[2] for name in names if (match := _FOLDER.fullmatch(name)))
 
     @cached_property
     def finished(self) -> bool:
-        """A run writes its summary last."""
+        """Whether the run has written its summary, which it does last."""
         return (self.path / "summary.json").exists()
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """`summary.json`, or what the committed evaluations of an unfinished run amount to."""
+        """`summary.json`, or a summary of the committed evaluations while the run is unfinished."""
         if self.finished:
             return read_object(self.path / "summary.json")
         agents: dict[str, AgentHistory] = {}
@@ -125,13 +126,12 @@ class RunReader:
         return build_summary(agents, stages, seed=0, versions={}) | {"seed": None}
 
     def timing(self, stage: StageFolder) -> dict[str, Any]:
-        """What `timing.json` says, flat: `seconds`, `tokens` and further counts; empty when there is none."""
-        path = stage.path / "timing.json"
-        found = read_object(path) if path.exists() else {}
+        """Return `seconds`, `tokens` and further counts of `timing.json` in one dict; empty when there is none."""
+        found = read_timing(stage.path)
         return {"seconds": found.get("seconds")} | found.get("counts", {}) if found else {}
 
     def speed(self, stage: StageFolder) -> dict[str, float]:
-        """Of a training stage: mean rates over its steps' time and its peak memory, as `timing.jsonl` has them."""
+        """Return a training stage's mean rates, weighted by step time, and its peak memory, from `timing.jsonl`."""
         path = stage.path / "timing.jsonl"
         rows = [row for _, row in read_jsonl(path)] if path.exists() else []
         found: dict[str, float] = {}
@@ -143,7 +143,7 @@ class RunReader:
         return found | ({"peak_memory_bytes": max(peaks)} if peaks else {})
 
     def counts(self) -> dict[str, int]:
-        """What happened to the rows: the data stage's counts, and what all stages dropped or drew again, summed."""
+        """Return the data stage's counts of rows, and how many rows all stages together dropped or drew again."""
         total: dict[str, int] = {}
         for stage in self.stages:
             path = stage.path / "counts.json"
@@ -177,7 +177,7 @@ class RunReader:
         return [evaluation for evaluation in self.all_evaluations if not evaluation.folder.arm]
 
     def selections(self) -> list[tuple[int, StageFolder]]:
-        """The main run's perplexity filters, by iteration."""
+        """Return the main run's perplexity filters, by iteration."""
         return [
             (int(match["iteration"]), stage)
             for stage in self.stages
@@ -185,11 +185,11 @@ class RunReader:
         ]
 
     def pair_files(self) -> list[StageFolder]:
-        """The main run's stages that wrote training pairs."""
+        """Return the main run's stages that wrote training pairs."""
         return [stage for stage in self.stages if not stage.arm and (stage.path / "pairs.jsonl").exists()]
 
     def curves(self, agents: Iterable[str]) -> list[Curves]:
-        """Training curves of every stage of the main run, each with the agent that its name contains."""
+        """Return the training curves of every stage of the main run, each with the agent that its name contains."""
         names = sorted(agents, key=len, reverse=True)  # `student-2` before `student`
         found = []
         for stage in self.stages:
@@ -209,7 +209,7 @@ class RunReader:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; DataError when it is something else."""
+    """Read a JSON file that holds an object; raise DataError when it is something else."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError("not a JSON object", "run the stage again", file=str(path))
@@ -217,9 +217,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def sample(rows: Iterable[dict[str, Any]], count: int, keep: Callable[[str], bool] = lambda _: True) -> list[dict]:
-    """`count` rows, the same ones for every file over the same prompts.
+    """Return `count` rows, the same ones for every file over the same prompts.
 
-    Prompt ids are content hashes, so the smallest ids are an arbitrary choice that nobody made by reading answers.
+    Prompt ids are content hashes, so the smallest ids are an arbitrary choice that nobody made by reading responses.
     """
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -229,7 +229,7 @@ def sample(rows: Iterable[dict[str, Any]], count: int, keep: Callable[[str], boo
 
 
 def _role(agent: str) -> Role:
-    """The role of an agent of an unfinished run, which has no summary yet, from its usual name."""
+    """Guess an agent's role from its usual name, for an unfinished run, which has no summary yet."""
     if agent in ("student", "ceiling"):
         return agent  # type: ignore[return-value]
     return "teacher" if agent.startswith("teacher") else "baseline"

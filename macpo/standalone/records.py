@@ -10,6 +10,7 @@ from pydantic import field_serializer
 from macpo import demo_world
 from macpo.data.examples import load_examples
 from macpo.data.preferences import load_preferences, shuffled_prompts
+from macpo.data.rows import Source
 from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
@@ -66,14 +67,8 @@ def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
 def _load(data: PairData | ExampleData, path: str | None, split: str) -> tuple[list[Any], dict[str, int]]:
     assert path is not None
     load: Any = load_preferences if isinstance(data, PairData) else load_examples
-    found: tuple[list[Any], dict[str, int]] = load(
-        path,
-        format=data.format,
-        columns=data.columns,
-        split=split,
-        subset=data.subset,
-        preference=data.preference,
-    )
+    source = Source(path, split, data.subset, data.columns)
+    found: tuple[list[Any], dict[str, int]] = load(source, format=data.format, preference=data.preference)
     return found
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from macpo.data.preferences import load_preferences, split
-from macpo.data.rows import data_files, fingerprint
+from macpo.data.rows import Source, data_files, fingerprint
 from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
 
@@ -39,8 +39,8 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def one(path: Path, **kwargs: Any) -> Pair:
-    pairs, counts = load_preferences(path, **kwargs)
+def one(source: Source | Path, **kwargs: Any) -> Pair:
+    pairs, counts = load_preferences(source, **kwargs)
     assert (len(pairs), counts["rows"], counts["pairs"]) == (1, 1, 1)
     return pairs[0]
 
@@ -119,7 +119,7 @@ def test_rows_are_dropped_kept_and_counted(tmp_path: Path, caplog: pytest.LogCap
     }  # fmt: skip
     assert "'duplicate_prompts': 2" in caplog.text
     assert "'identical_dropped': 1" in caplog.text
-    assert load_preferences(path, max_rows=3)[1]["rows"] == 3
+    assert load_preferences(Source(path, max_rows=3))[1]["rows"] == 3
     assert [p.prompt.id for p in pairs] == [Prompt.of(p.prompt.messages).id for p in pairs]  # id = content hash
 
 
@@ -147,11 +147,11 @@ def test_pku_labels(tmp_path: Path) -> None:
 def test_columns_map_other_names(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"question": "why?", "best": "good", "worst": "bad", "prompt": "ignored"})
     columns = {"prompt": "question", "chosen": "best", "rejected": "worst"}
-    assert one(path, columns=columns) == Pair(Prompt.of("why?"), "good", "bad")
+    assert one(Source(path, columns=columns)) == Pair(Prompt.of("why?"), "good", "bad")
     with pytest.raises(DataError, match=r"x\.jsonl:1: quest: data.columns names it for.*keys seen: question"):
-        load_preferences(path, columns=columns | {"prompt": "quest"})
+        load_preferences(Source(path, columns=columns | {"prompt": "quest"}))
     with pytest.raises(ConfigError, match=r"data\.columns: got 'question'. Fix: use prompt, chosen"):
-        load_preferences(path, columns={"question": "prompt"})
+        load_preferences(Source(path, columns={"question": "prompt"}))
     for kwargs in ({"format": "csv"}, {"preference": "best"}, {"empty": "keep"}):
         with pytest.raises(ConfigError, match=f"data.{next(iter(kwargs))}: got"):
             load_preferences(path, **kwargs)
@@ -281,7 +281,7 @@ def published(tmp_path: Path) -> Path:
 
 def test_published_folders(published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def questions(path: Path, **kwargs: Any) -> list[str]:
-        return [pair.prompt.messages[0]["content"] for pair in load_preferences(path, **kwargs)[0]]
+        return [pair.prompt.messages[0]["content"] for pair in load_preferences(Source(path, **kwargs))[0]]
 
     assert questions(published) == ["harmless-base train", "helpful-base train"]
     assert questions(published, split="test") == ["harmless-base test", "helpful-base test"]
@@ -289,11 +289,11 @@ def test_published_folders(published: Path, tmp_path: Path, caplog: pytest.LogCa
     assert questions(published / "helpful-base", split="test") == ["helpful-base test"]
     assert questions(published / "helpful-base" / "test.jsonl.gz") == ["helpful-base test"]  # a file is its own split
     with pytest.raises(ConfigError, match=r"no split 'valid'.*Fix: use one of: test, train"):
-        load_preferences(published, split="valid")
+        load_preferences(Source(published, split="valid"))
     with pytest.raises(ConfigError, match=r"no subset 'helpful'.*Fix: there is: harmless-base, helpful-base"):
-        load_preferences(published, subset="helpful")
+        load_preferences(Source(published, subset="helpful"))
     with pytest.raises(ConfigError, match="is a file"):
-        load_preferences(published / "helpful-base" / "test.jsonl.gz", subset="helpful-base")
+        load_preferences(Source(published / "helpful-base" / "test.jsonl.gz", subset="helpful-base"))
     (published / "helpful-base" / "train.jsonl.gz").unlink()
     with caplog.at_level(logging.WARNING, "macpo.data"):
         assert questions(published / "helpful-base") == ["helpful-base test"]

@@ -15,7 +15,7 @@ from macpo.engine.connection import RateLimited, Unavailable
 from macpo.engine.errors import ConfigError, MacpoError, PeerError
 from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.evaluation.endpoint import Endpoint
-from macpo.evaluation.judge import Comparison, Judge, JudgeError, comparisons, parse
+from macpo.evaluation.judge import Comparison, Judge, JudgeError, Retries, comparisons, parse
 
 KEY = "sk-canary-7f3a91"
 
@@ -47,7 +47,7 @@ def endpoint(server: Server, **options) -> Endpoint:
 
 
 def judge(server: Server, tmp_path, **options) -> Judge:
-    options = {"attempts": 4, "backoff_s": 0.001, "workers": 2, **options}
+    options = {"workers": 2, "retries": Retries(options.pop("attempts", 4), backoff_s=0.001), **options}
     timeout = options.pop("timeout_s", 5.0)
     return Judge(endpoint(server, timeout_s=timeout), cache=tmp_path / "judge.jsonl", name="judge-1", **options)
 
@@ -181,7 +181,7 @@ def test_retry_after_is_read_and_waits_double_up_to_the_limit(server, tmp_path):
     with pytest.raises(RateLimited) as caught:
         endpoint(server)("q")
     assert caught.value.retry_after_s == 17
-    waits = judge(server, tmp_path, backoff_s=1.0, max_wait_s=20.0).wait_s
+    waits = Retries(backoff_s=1.0, max_wait_s=20.0).wait_s
     assert [waits(1), waits(2), waits(3), waits(2, 17.0), waits(9), waits(1, 90.0)] == [1, 2, 4, 17, 20, 20]
 
 

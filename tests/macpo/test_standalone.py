@@ -20,6 +20,7 @@ from tiny import tiny
 
 from macpo.commands.run import run, run_recipe
 from macpo.data.examples import load_examples
+from macpo.data.rows import Source
 from macpo.engine import faults
 from macpo.engine import train as entry
 from macpo.engine.errors import ConfigError, DataError
@@ -278,7 +279,7 @@ def test_columns_have_other_names_and_prompts_are_held_out_by_content(tmp_path: 
     with pytest.raises(DataError, match="0 distinct prompts are left to train on and 9 to evaluate on"):
         sets_of(test_prompts=9)
     with pytest.raises(ConfigError, match=r"data\.columns: got 'promt'"):
-        load_examples(path, columns={"promt": "question"})
+        load_examples(Source(path, columns={"promt": "question"}))
 
 
 def test_the_method_takes_every_loss_and_refuses_an_adapter_that_is_not_there(tmp_path: Path) -> None:

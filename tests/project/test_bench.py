@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from bench import bench_train_step, gpu_suite, run_all, tune
-from bench.harness import device, memory
-from bench.harness import measure as harness
+from bench.harness import device, measure, memory
 from bench.harness.measure import Case, Peer, Result
 from bench.harness.options import run_bench
-from bench.inputs import heads as head_inputs
+from bench.inputs import heads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +54,7 @@ def check_file(body: dict) -> None:
             if not result["peer"].startswith("("):
                 assert rate == pytest.approx(work / (result["median_ms"] / 1e3))
                 assert result["peak_extra_bytes"] >= 0 and result["returned_bytes"] > 0
-                assert max(result["errors"].values()) <= 10 * harness.EXACT[getattr(torch, case["dtype"])]
+                assert max(result["errors"].values()) <= 10 * measure.EXACT[getattr(torch, case["dtype"])]
 
 
 @pytest.mark.parametrize("name", run_all.PARTS)
@@ -139,7 +138,7 @@ def test_wrong_and_absent_peers_are_not_timed():
     right = torch.arange(1.0, 9.0)
 
     def missing():
-        raise harness.Unavailable("not installed")
+        raise measure.Unavailable("not installed")
 
     def broken():
         return {"out": right[100]}
@@ -156,7 +155,7 @@ def test_wrong_and_absent_peers_are_not_timed():
         Peer("variant", lambda: lambda: {"out": right * 2}, reference={"out": right.double() * 2}),
         Peer("padded", lambda: lambda: {"out": torch.cat([right, right])}, view=lambda o: {"out": o["out"][:8]}),
     ]
-    results = {result.peer: result for result in harness.measure(toy_case(peers), repeats=2, budget_s=60.0)}
+    results = {result.peer: result for result in measure.measure(toy_case(peers), repeats=2, budget_s=60.0)}
     status = {name: result.status for name, result in results.items()}
     wrong = {name for name, what in status.items() if what == "wrong"}
     assert wrong == {"off by a percent", "not a number", "misshapen", "silent"}
@@ -166,17 +165,17 @@ def test_wrong_and_absent_peers_are_not_timed():
     assert results["broken"].reason.startswith("IndexError: ")
     for name, what in status.items():
         assert (results[name].median_ms is not None) == (what in ("exact", "inexact")), name
-    text = [harness.row_text(result) for result in results.values()]
+    text = [measure.row_text(result) for result in results.values()]
     assert any("wrong: error 1.0e-02" in line for line in text) and any(
         "absent: not installed" in line for line in text
     )
-    assert json.dumps(harness.finite({"a": [results["not a number"].error, math.inf]}), allow_nan=False)
+    assert json.dumps(measure.finite({"a": [results["not a number"].error, math.inf]}), allow_nan=False)
 
 
 def test_peers_beyond_the_budget_are_named():
     right = torch.arange(1.0, 9.0)
     slow = Peer("ours", lambda: lambda: time.sleep(0.05) or {"out": right})
-    results = harness.measure(toy_case([slow, giving("second", right)]), repeats=1, budget_s=0.02)
+    results = measure.measure(toy_case([slow, giving("second", right)]), repeats=1, budget_s=0.02)
     assert [result.status for result in results] == ["exact", "absent"] and "time" in results[1].reason
 
 
@@ -197,11 +196,11 @@ def test_rounds_take_turns_and_stop_at_the_budget():
     runs = {name: lambda name=name: order.append(name) or {} for name in "abc"}
     runs["late"] = lambda: time.sleep(0.02) or {}
     calls = {"a": 2, "b": 1, "c": 1, "late": 1}
-    taken = harness.rounds_of(runs, calls, CPU, repeats=4, budget_s=60.0, ours="b")
+    taken = measure.rounds_of(runs, calls, CPU, repeats=4, budget_s=60.0, ours="b")
     assert "".join(order[:8]) == "aabcbcaa"  # a is called twice a round
     # a, b and c take microseconds, so any of them may be dropped; the slow one always is.
     assert len(taken["b"]) == 4 and len(taken["late"]) == 2
-    assert len(harness.rounds_of(runs, calls, CPU, repeats=50, budget_s=0.0, ours="b")["a"]) == 2
+    assert len(measure.rounds_of(runs, calls, CPU, repeats=50, budget_s=0.0, ours="b")["a"]) == 2
 
 
 def test_memory_leaves_out_what_is_returned_and_what_was_there():
@@ -255,12 +254,12 @@ def test_device_names():
 
 def test_text_like_logits_are_peaked_and_random_ones_are_not():
     """The text-like kind is used for filtering kernels: much of the probability mass has to sit in few tokens."""
-    text = head_inputs.describe(head_inputs.head_inputs(256, 256, 8000, "text", torch.float32, CPU, 2))
-    flat = head_inputs.describe(head_inputs.head_inputs(256, 256, 8000, "random", torch.float32, CPU, 2))
+    text = heads.describe(heads.head_inputs(256, 256, 8000, "text", torch.float32, CPU, 2))
+    flat = heads.describe(heads.head_inputs(256, 256, 8000, "random", torch.float32, CPU, 2))
     assert 0.8 < text["mean_nll"] < 2.0 and 0.15 < text["rows_with_top_p_above_0.9"] < 0.45
     assert flat["mean_nll"] > 8 and flat["rows_with_top_p_above_0.9"] == 0
     with pytest.raises(ValueError, match="do not make"):
-        head_inputs.head_inputs(10, 8, 20, "text", torch.float32, CPU, 3)
+        heads.head_inputs(10, 8, 20, "text", torch.float32, CPU, 3)
 
 
 def test_a_script_that_fails_or_hangs_is_named(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from bench import bench_generation, bench_scoring
 from bench.harness.measure import measure, table
 from bench.harness.options import run_bench
-from bench.inputs import requests as request_file
+from bench.inputs import requests
 from bench.peers import decode_floor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +40,11 @@ def test_small_run(name, peers, tmp_path, capsys):
 def test_a_wrong_answer_is_seen():
     """One token that is not greedy, and an answer that is too short."""
     (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
-    model, requests = bench_generation.make_model(shape, dtype, CPU), request_file.load(shape.requests, shape.vocab)
-    outputs = dict(bench_generation.build_ours(model, requests)())
-    assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
+    model, asked = bench_generation.make_model(shape, dtype, CPU), requests.load(shape.requests, shape.vocab)
+    outputs = dict(bench_generation.build_ours(model, asked)())
+    assert bench_generation.greedy_gap(model, asked, dtype, outputs) == 0.0
     for wrong in ((outputs["3"] + 1) % shape.vocab, outputs["3"][:-1]):
-        assert bench_generation.greedy_gap(model, requests, dtype, {**outputs, "3": wrong}) == float("inf")
+        assert bench_generation.greedy_gap(model, asked, dtype, {**outputs, "3": wrong}) == float("inf")
 
 
 def test_our_other_paths_are_peers_and_the_floor_is_below_all():
@@ -69,8 +69,8 @@ def test_the_floor_counts_what_a_step_reads(monkeypatch):
     (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
     model = bench_generation.make_model(shape, dtype, CPU)
     monkeypatch.setattr(decode_floor, "seconds_of", lambda run, device: 2.0**25)
-    requests = [request_file.GenerationRequest([5] * 4, 3), request_file.GenerationRequest([5] * 6, 1)]
-    floor = decode_floor.decode_floor(model, requests)
+    asked = [requests.GenerationRequest([5] * 4, 3), requests.GenerationRequest([5] * 6, 1)]
+    floor = decode_floor.decode_floor(model, asked)
     assert floor.bytes_per_s == 1 and decode_floor.kv_bytes(model) == 2 * 2 * 2 * 8 * 4
     assert floor.keys_values_s == (5 + 6) * decode_floor.kv_bytes(model)  # two steps of the one long answer
     assert floor.products_s == 2 * 2**25 and floor.prompts_s == 2**25
@@ -79,26 +79,26 @@ def test_the_floor_counts_what_a_step_reads(monkeypatch):
 def test_continuous_batching_is_asked_for_the_same_lengths():
     """transformers' own engine answers the requests, and leaves the model's attention as it was."""
     (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
-    model, requests = bench_generation.make_model(shape, dtype, CPU), request_file.load(shape.requests, shape.vocab)[:2]
+    model, asked = bench_generation.make_model(shape, dtype, CPU), requests.load(shape.requests, shape.vocab)[:2]
     before = model.config._attn_implementation
-    outputs = bench_generation.build_continuous(model, requests)()
-    assert bench_generation.greedy_gap(model, requests, dtype, outputs) == 0.0
+    outputs = bench_generation.build_continuous(model, asked)()
+    assert bench_generation.greedy_gap(model, asked, dtype, outputs) == 0.0
     assert model.config._attn_implementation == before
 
 
 def test_request_files_are_what_the_script_writes(tmp_path, monkeypatch):
-    committed = {path.name: path.read_bytes() for path in request_file.FOLDER.iterdir()}
-    monkeypatch.setattr(request_file, "FOLDER", tmp_path)
-    request_file.main()
+    committed = {path.name: path.read_bytes() for path in requests.FOLDER.iterdir()}
+    monkeypatch.setattr(requests, "FOLDER", tmp_path)
+    requests.main()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
-    for name, (count, longest_prompt, longest_answer) in request_file.SIZES.items():
-        rows = request_file.load(name, 100)
+    for name, (count, longest_prompt, longest_answer) in requests.SIZES.items():
+        rows = requests.load(name, 100)
         assert len(rows) == count and all(0 < len(r.prompt_ids) <= longest_prompt for r in rows)
         assert all(0 < r.new_tokens <= longest_answer and max(r.prompt_ids) < 100 for r in rows)
 
 
 def test_candidates_have_the_lengths_of_the_file():
     groups = bench_scoring.make_groups(bench_scoring.SHAPES["small"][0][1])
-    requests = request_file.load("hh-like-8", 512)
+    asked = requests.load("hh-like-8", 512)
     assert [len(g.responses) for g in groups] == [bench_scoring.CANDIDATES] * 8
-    assert [len(g.responses[0]) for g in groups] == [r.new_tokens for r in requests]
+    assert [len(g.responses[0]) for g in groups] == [r.new_tokens for r in asked]

@@ -1,25 +1,73 @@
-"""The shape of the code: who may import whom, what files may hold, and the README's annotated tree."""
+"""The shape of the code: who may import whom, what folders and files may hold, and the README's annotated tree."""
 
 from __future__ import annotations
 
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Import name of each top-level folder, and what it may import of ours: macpo -> engine -> kernels, never back.
-PACKAGES = {"kernels": "macpo.kernels", "engine": "macpo.engine", "macpo": "macpo"}
+PACKAGES = ("kernels", "engine", "macpo")  # imported as macpo.kernels, macpo.engine and macpo
+
+# Who may import whom: a folder, or a module directly in engine/ or macpo/, and what it may import besides itself.
+# Everything goes down: macpo -> engine -> kernels, and each table has the lowest floor first.
+GROUND = "config connection console errors faults files hardware processes progress"
 MAY_IMPORT = {
-    "kernels": ("macpo.kernels",),
-    "engine": ("macpo.kernels", "macpo.engine"),
-    "macpo": ("macpo",),
+    "kernels": {"kernels": ""},
+    "engine": {
+        "__init__": "",
+        "errors": "",
+        "faults": "errors",
+        "files": "errors faults",
+        "console": "errors faults files",
+        "connection": "errors",
+        "config": "errors connection kernels",  # kernels: the names of the losses
+        "hardware": "",
+        "processes": "",
+        "progress": "",
+        "recipe": GROUND,
+        "distributed": GROUND,
+        "data": f"{GROUND} distributed kernels",  # distributed: a batch is divided among ranks; kernels: segments
+        "run": f"{GROUND} distributed",
+        "models": f"{GROUND} distributed data kernels",
+        "scoring": f"{GROUND} distributed data models",
+        # slots and pool are two runners inside generation: each knows the requests and sequences, not the other.
+        "generation/slots": f"{GROUND} generation kernels",
+        "generation/pool": f"{GROUND} distributed generation kernels",
+        "generation": f"{GROUND} distributed data models generation/slots generation/pool kernels",
+        "training": f"{GROUND} distributed data models scoring run kernels",  # run: keys of cached reference log-probs
+        "planning": f"{GROUND} distributed data models scoring training kernels",
+        "train": f"{GROUND} recipe distributed",
+    },
+    "macpo": {
+        "__init__": "",
+        "data": "engine",
+        "demo_world": "engine",
+        "evaluation": "engine",
+        "integrations": "engine kernels",
+        "report": "engine evaluation",
+        "config": "engine data evaluation demo_world",
+        "method": "engine data evaluation demo_world config",
+        "standalone": "engine kernels data evaluation demo_world config method",  # kernels: the names of the losses
+        "iteration": "engine config method",
+        "recipe_kinds": "engine config method standalone iteration",
+        "commands": "engine data evaluation demo_world report config method standalone iteration recipe_kinds",
+        "cli": "engine report config recipe_kinds commands",
+    },
 }
+
 MODULES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_LINES = 500
+MAX_MODULES = 20
+MAX_PARAMETERS, MAX_LONG_SIGNATURES = 7, 7
+MAX_TREE_LINES = 40
 SOURCES = [
     path
     for folder in (*PACKAGES, "tests", "bench", "recipes")
@@ -44,25 +92,58 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, base + alias.name
 
 
+def ours(path: Path) -> list[tuple[int, str]]:
+    """Line and path ("engine/data/pack") of every import of ours in a file; the version is everyone's to read."""
+    found = [(line, target) for line, target in imports(ast.parse(path.read_text())) if target.startswith("macpo")]
+    return [(line, location(target)) for line, target in found if target != "macpo.__version__"]
+
+
+def location(target: str) -> str:
+    """ "macpo.engine.data.pack.Pack" -> "engine/data/pack/Pack"."""
+    parts = target.split(".")
+    return "/".join(parts[1:] if parts[1:] and parts[1] in ("engine", "kernels") else parts)
+
+
+def floor(path: str) -> tuple[str, str]:
+    """Package and longest key of its table that holds a module; the key is "" where the table does not know it."""
+    package, _, inside = path.partition("/")
+    if package == "kernels":
+        return package, package
+    keys = [key for key in MAY_IMPORT[package] if inside == key or inside.startswith(f"{key}/")]
+    return package, max(keys, key=len, default="")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_imports_go_down_and_are_absolute(path):
-    allowed = MAY_IMPORT[path.relative_to(ROOT).parts[0]]
+    package, own = floor(path.relative_to(ROOT).with_suffix("").as_posix())
+    assert own, f"MAY_IMPORT does not say what {name(path)} may import"
+    allowed = MAY_IMPORT[package][own].split()
     for line, target in imports(ast.parse(path.read_text())):
-        where = f"{name(path)}:{line}"
-        assert not target.startswith("."), f"{where}: relative import"
-        if target == "macpo" or target.startswith("macpo."):
-            # The version belongs to the distribution, so everyone may ask for it.
-            fine = target == "macpo.__version__" or any(target == a or target.startswith(a + ".") for a in allowed)
-            assert fine, f"{where}: {path.relative_to(ROOT).parts[0]}/ must not import {target}"
+        assert not target.startswith("."), f"{name(path)}:{line}: relative import"
+    for line, target in ours(path):
+        other, key = floor(target)
+        fine = key in (own, *allowed) if other == package else other in allowed
+        assert fine, f"{name(path)}:{line}: {package}/{own} must not import {target}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside functions and under TYPE_CHECKING count too."""
+    modules = {name(path.parent if path.name == "__init__.py" else path.with_suffix("")): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        targets = ({target, target.rpartition("/")[0]} & modules.keys() for _, target in ours(path))
+        graph[module] = {max(found, key=len) for found in targets if found} - {module}
+    assert graph["macpo/cli"] and graph["engine/training/trainer"]
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_the_import_rule_is_seen_inside_functions_too():
-    code = "def f():\n    from macpo import agents\n    import macpo.engine.training.trainer\nfrom . import x"
-    assert [target for _, target in imports(ast.parse(code))] == [
-        ".x",
-        "macpo.method.answers",
-        "macpo.engine.training.trainer",
-    ]
+    code = "def f():\n    from macpo import iteration\n    import macpo.engine.training.trainer\nfrom . import x"
+    found = [target for _, target in imports(ast.parse(code))]
+    assert found == [".x", "macpo.iteration", "macpo.engine.training.trainer"]
+    assert [floor(location(target)) for target in found[1:]] == [("macpo", "iteration"), ("engine", "training")]
+    assert floor("engine/generation/pool/runner") == ("engine", "generation/pool")
+    assert floor("macpo/unknown") == ("macpo", "")
 
 
 def test_no_module_bears_a_standard_library_name():
@@ -81,8 +162,48 @@ def test_files_are_short(path):
     assert num_lines < MAX_LINES, f"{name(path)} has {num_lines} lines: split it"
 
 
+def test_folders_are_small():
+    folders = Counter(name(path.parent) for top in (*PACKAGES, "bench", "tests") for path in (ROOT / top).rglob("*.py"))
+    assert not {folder: count for folder, count in folders.items() if count > MAX_MODULES}
+
+
 def test_the_entry_file_is_an_entry():
     assert len((ROOT / "engine" / "train.py").read_text().splitlines()) < 100
+
+
+def long_signatures(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Name and number of parameters, `self` not counted, of functions that have too many."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            names += [each.arg for each in (node.args.vararg, node.args.kwarg) if each]
+            count = len([each for each in names if each not in ("self", "cls")])
+            if count > MAX_PARAMETERS:
+                yield node.name, count
+
+
+def test_few_functions_have_many_parameters():
+    """In the engine, the method and the benchmarks; operators and their tests take as many as the mathematics has."""
+    files = (path for top in ("engine", "macpo", "bench") for path in sorted((ROOT / top).rglob("*.py")))
+    found = [(name(path), *each) for path in files for each in long_signatures(ast.parse(path.read_text()))]
+    assert len(found) <= MAX_LONG_SIGNATURES, found
+    assert [
+        *long_signatures(ast.parse("def f(self, a, b, c, d, e, f, g): ...\ndef g(a, b, c, d, e, f, *g, **h): ..."))
+    ] == [("g", 8)]
+
+
+def test_stages_read_their_settings_by_attribute():
+    """`ctx.settings["name"]` would hide a misspelt or missing setting until the stage runs."""
+    assert not [name(path) for path in MODULES if "ctx.settings[" in path.read_text()]
+
+
+def test_tests_import_only_helpers():
+    loose = [path for path in TESTS if path.parent.name != "helpers" and not re.match(r"test_|conftest\.", path.name)]
+    assert not loose, "what tests share lies in tests/helpers"
+    stems = {path.stem for path in TESTS if path.stem.startswith("test_")}
+    for path in TESTS:
+        roots = {target.split(".")[0] for _, target in imports(ast.parse(path.read_text()))}
+        assert not roots & {*stems, "tests", "conftest"}, f"{name(path)} imports another test"
 
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -113,7 +234,7 @@ def unsafe(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "bench").glob("*.py"))], ids=name)
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "bench").rglob("*.py"))], ids=name)
 def test_nothing_reads_or_writes_pickle(path):
     assert not unsafe(ast.parse(path.read_text()))
 
@@ -140,8 +261,8 @@ def test_the_pickle_rule_sees(code):
 #     <2 spaces a level><names separated by blanks>  # what it is
 # A name that ends with "/" is a folder; deeper lines belong to the last line above that is less deep and whose first
 # name is a folder. Names are relative to that folder and may hold slashes. Blank lines are free.
-# Every name must exist. Every folder of the repository, and every module and folder directly in kernels/, engine/ and
-# macpo/ (`__init__.py` apart), must be named.
+# Every name must exist. Named must be: every folder of the repository, every module directly in kernels/, engine/ and
+# macpo/ (`__init__.py` apart), and every folder of modules or the folder that it lies in.
 
 IGNORED = {"build", "dist", "runs", "__pycache__", "node_modules"}
 
@@ -150,9 +271,11 @@ def readme_tree(text: str) -> list[str]:
     """Paths named in the README's layout block, folders with their slash."""
     block = re.search(r"^#+[^\n]*\bLayout\b.*?^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert block, "README.md has no fenced block under a heading with the word Layout"
+    lines = block[1].splitlines()
+    assert len(lines) <= MAX_TREE_LINES, f"README tree: {len(lines)} lines"
     paths: list[str] = []
     folders: dict[int, str] = {-1: ""}
-    for line in block[1].splitlines():
+    for line in lines:
         entry = re.split(r"\s#(?:\s|$)", line)[0]
         if not entry.strip():
             continue
@@ -185,15 +308,9 @@ def test_readme_tree_names_only_what_exists():
 
 def test_readme_tree_is_complete():
     named = set(readme_tree((ROOT / "README.md").read_text()))
-    wanted = set()
-    for folder in sorted(ROOT.iterdir()):
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in IGNORED:
-            wanted.add(folder.name + "/")
-    wanted = {folder for folder in wanted if not folder.endswith(".egg-info/")}
-    for top in PACKAGES:
-        for child in sorted((ROOT / top).iterdir()):
-            if child.is_dir() and child.name not in IGNORED:
-                wanted.add(f"{top}/{child.name}/")
-            elif child.suffix == ".py" and child.name != "__init__.py":
-                wanted.add(f"{top}/{child.name}")
+    tops = (path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    wanted = {f"{top.name}/" for top in tops if top.name not in IGNORED and top.suffix != ".egg-info"}
+    wanted |= {name(path) for path in MODULES if path.parent.parent == ROOT and path.name != "__init__.py"}
+    sources = (path for path in SOURCES if path.suffix != ".yaml")
+    wanted |= {f"{name(path.parent)}/" for path in sources if f"{name(path.parent.parent)}/" not in named}
     assert not wanted - named, f"README.md's layout does not name {sorted(wanted - named)}"

@@ -11,7 +11,7 @@ import pytest
 from commands import macpo
 from standalone_runs import make_base
 
-from macpo.engine import train as entry
+from macpo.engine import train
 from macpo.engine.run.folder import folder_of
 from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, SMOOTHED
 from macpo.standalone.config import ExampleData, PairData
@@ -43,8 +43,8 @@ def test_every_command_works(
     assert len(commands) == 11 and PAGE.count("```sh") == 4
     for command in commands:
         program, *words = shlex.split(command)
-        if program == "torchrun":  # tests/test_standalone.py runs it
-            assert words[2] == "engine/train.py" and entry.parse(words[3:]).config == Path("mine.yaml")
+        if program == "torchrun":  # tests/macpo/test_standalone.py runs it
+            assert words[2] == "engine/train.py" and train.parse(words[3:]).config == Path("mine.yaml")
             continue
         assert program == "macpo" and macpo(*words) == 0, f"{command}\n{capsys.readouterr().err}"
     assert "reference_model: null" in capsys.readouterr().out
