@@ -22,7 +22,6 @@ from torch import Tensor
 
 from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
-from macpo.kernels.linear_logp.filtering import make_filter
 from macpo.kernels.linear_logp.scaling import scale_rows
 
 # Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 1,024 rows of 128 Ki
@@ -242,23 +241,18 @@ class Gradients:
         head: the head.
         hidden: [N, H]: all rows.
         needs: only these are computed.
-        filter_eps: leave negligible blocks of the vocabulary out of the GEMMs with W and for dW (`filtering.py`).
         whole: all rows will come in one `add`, so that the one product for dW rounds it to W's dtype itself.
 
     Attributes:
         hidden: [N, H] in hidden's dtype: d W per row, before g; the backward multiplies by it.
         weight, bias, lora_a, lora_b: float32 sums of g d ..., in the shapes of these inputs (weight: see `whole`).
-        skipped_mass: scalar: most that filtering left out of a row, as a sum of |d|.
     """
 
-    def __init__(
-        self, head: Head, hidden: Tensor, needs: Needs, filter_eps: float | None = None, *, whole: bool = False
-    ) -> None:
-        self.head, self.rows, self.needs, self.filter_eps = head, hidden, needs, filter_eps
-        self.skipped_mass = hidden.new_zeros((), dtype=head.dtype)
+    def __init__(self, head: Head, hidden: Tensor, needs: Needs, *, whole: bool = False) -> None:
+        self.head, self.rows, self.needs = head, hidden, needs
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-        # The first product overwrites dW, which saves a pass over it; with a filter it does not reach every row.
-        self.weight_is_set = filter_eps is not None or hidden.shape[0] == 0
+        # The first product overwrites dW, which saves a pass over it.
+        self.weight_is_set = hidden.shape[0] == 0
         self.weight = None
         if needs.weight and whole and not self.weight_is_set and head.weight_vh.dtype != head.dtype:
             self.weight = torch.empty_like(head.weight_vh, memory_format=torch.contiguous_format)
@@ -281,16 +275,10 @@ class Gradients:
         lora_a += s (g d B)' h.
         """
         head, hidden_nh, d_nv, factor_n = self.head, self.rows[part], found.d_nv, found.factor_n
-        kept = None if self.filter_eps is None else make_filter(d_nv, self.filter_eps, head.backend)
-        if kept is not None:
-            self.skipped_mass = torch.maximum(self.skipped_mass, kept.mass.to(head.dtype))
         through_nr = self._through_lora(d_nv) if head.lora_b_vr is not None else None
         if self.hidden is not None:
             dx_nh = self.hidden[part]
-            if kept is None:
-                torch.mm(d_nv, head.weight_vh, out=dx_nh)
-            else:
-                kept.product_(d_nv, head.weight_vh, dx_nh)
+            torch.mm(d_nv, head.weight_vh, out=dx_nh)
             if factor_n is not None:
                 scale_rows(dx_nh, factor_n, in_place=True)
             if through_nr is not None and head.lora_a_rh is not None:
@@ -299,11 +287,9 @@ class Gradients:
             return
         assert grad_n is not None
         grad_n1 = (grad_n if factor_n is None else grad_n * factor_n)[:, None]
-        if self.weight is not None and kept is None:
+        if self.weight is not None:
             add_product_(self.weight, d_nv, hidden_nh * grad_n1, head.backend, overwrite=not self.weight_is_set)
             self.weight_is_set = True
-        elif self.weight is not None and kept is not None:
-            kept.add_(self.weight, d_nv, hidden_nh * grad_n1)
         if self.bias is not None:
             add_product_(self.bias[:, None], d_nv, grad_n1)
         if self.lora_b is not None:

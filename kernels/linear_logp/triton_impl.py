@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from macpo.kernels.linear_logp import triton_filter, triton_gemm, triton_join, triton_scale
+from macpo.kernels.linear_logp import triton_gemm, triton_join, triton_scale
 from macpo.kernels.linear_logp.triton_math import TRITON_NAMES
 from macpo.kernels.linear_logp.triton_rows import (
     COMBINE_PARTS,
@@ -269,13 +269,7 @@ def aot_kernels() -> list[AotKernel]:
                 kernels.append(_aot(f"row_dlogits/{name}{tags}", row_logp_kernel, {**common, **results, **d}, meta))
                 known = {"p_lse": "*fp32", "p_grad": "*fp32", "split_tiles": "i32", "has_grad": "i32", **d}
                 kernels.append(_aot(f"dlogits/{name}{tags}", row_dlogits_kernel, {**common, **known}, meta))
-    return (
-        kernels
-        + triton_gemm.aot_kernels()
-        + triton_join.aot_kernels()
-        + triton_filter.aot_kernels()
-        + triton_scale.aot_kernels()
-    )
+    return kernels + triton_gemm.aot_kernels() + triton_join.aot_kernels() + triton_scale.aot_kernels()
 
 
 def _aot(name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, object]) -> AotKernel:

@@ -32,7 +32,6 @@ def route_of(
     score: bool,
     lora: bool = False,
     softcap: bool = False,
-    filtered: bool = False,
     sharded: bool = False,
     contiguous: bool = True,
 ) -> str:
@@ -58,8 +57,6 @@ def route_of(
         reason = "it does not keep the slope of a softcap"
     elif dtype == torch.float16 and not score:
         reason = "float16 cannot hold exponentials of any size"
-    elif filtered:
-        reason = "a filter looks at finished gradients"
     elif sharded:
         reason = "its base is the target's logit, which another process may have"
     elif not contiguous:

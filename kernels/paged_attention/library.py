@@ -5,6 +5,8 @@ Eager calls go straight to the `run_` functions, which is cheaper; they check va
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,24 +72,10 @@ def _paged_attention(
 
 
 @_paged_attention.register_fake
-def _(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    scale: float | None = None,
-    window: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("macpo::write_kv", mutates_args=("k_pool", "v_pool"))
 def _write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None = None) -> None:
     run_write_kv(k, v, k_pool, v_pool, slots, backend)
-
-
-@_write_kv.register_fake
-def _(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None = None) -> None:
-    return None

@@ -121,19 +121,11 @@ class Result:
     grad_scale: float
 
 
-def pair_loss(
-    head: Head,
-    hidden: Tensor,
-    target: Tensor,
-    pairs: Pairs,
-    needs: Needs,
-    chunk_rows: int,
-    filter_eps: float | None = None,
-) -> Result:
+def pair_loss(head: Head, hidden: Tensor, target: Tensor, pairs: Pairs, needs: Needs, chunk_rows: int) -> Result:
     """Loss and gradients; see `op.pair_loss`, and `library.py` for the way back."""
     logp_n = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
     block_rows = head.block_rows(hidden.shape[0], chunk_rows, needs)
-    grads = Gradients(head, hidden, needs, filter_eps, whole=hidden.shape[0] <= block_rows)
+    grads = Gradients(head, hidden, needs, whole=hidden.shape[0] <= block_rows)
     # g is about beta / num_pairs, which times hidden may be too small for float16. A power of two rounds nothing.
     narrow = head.weight_vh.dtype == torch.float16
     grad_scale = 2.0 ** round(math.log2(pairs.num_pairs / pairs.settings.beta)) if narrow else 1.0

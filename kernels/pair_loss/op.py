@@ -40,7 +40,6 @@ def pair_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     lora: LoraLike | None = None,
-    filter_eps: float | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
     route: str | None = None,
@@ -69,9 +68,6 @@ def pair_loss(
         sft_weight: adds this times the NLL of the chosen response (token mean per pair, then mean over pairs);
             default 0, for "orpo" 1.
         num_pairs: pairs of the global batch, by which sums are divided; default B.
-        filter_eps: leave blocks of the vocabulary out of the gradient GEMMs where |d log-prob / d logit| is below this
-            in every row of a chunk; `skipped_mass` bounds the error. The loss stays exact. Not for torch's backend on a
-            GPU, nor for a shard.
         bias, logit_scale, softcap, lora, chunk_rows, backend, route, shard: as in `linear_logp`.
 
     Returns:
@@ -98,7 +94,6 @@ def pair_loss(
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
     chosen_backend = backend_of("pair_loss", hidden.device.type, backend)
-    check_filter(filter_eps, chosen_backend, hidden.device.type, shard)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     needs = takes_grad(hidden, weight, bias, a, b)
     chosen_route = route_of(
@@ -109,7 +104,6 @@ def pair_loss(
         score=not any(needs),
         lora=lora is not None,
         softcap=softcap is not None,
-        filtered=filter_eps is not None,
         sharded=shard is not None,
         contiguous=hidden.stride(1) == weight.stride(1) == 1,
     )
@@ -121,7 +115,7 @@ def pair_loss(
         shard_outputs = sharded.pair_loss(
             head_of, *inputs, target, cu_rows, ref_logps, settings, num_pairs or batch, shard, chunk_rows, needs
         )
-        return _result(*shard_outputs[:5])
+        return _result(*shard_outputs[:4])
     outputs = library.pair_loss(
         hidden,
         weight,
@@ -141,16 +135,15 @@ def pair_loss(
         float(scaling),
         float(logit_scale),
         None if softcap is None else float(softcap),
-        None if filter_eps is None else float(filter_eps),
         chunk_rows,
         chosen_backend,
         needs,
         chosen_route,
     )
-    return _result(*outputs[:5])
+    return _result(*outputs[:4])
 
 
-def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor, skipped_mass: Tensor) -> PairLoss:
+def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor) -> PairLoss:
     margin = rewards[0::2] - rewards[1::2]
     return PairLoss(
         loss=total,
@@ -161,16 +154,4 @@ def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor, ski
         accuracy=(margin > 0).to(torch.float32).mean(),
         margin=margin.mean(),
         sft_loss=sft_loss,
-        skipped_mass=skipped_mass,
     )
-
-
-def check_filter(filter_eps: float | None, backend: str, device: str, shard: VocabShard | None = None) -> None:
-    if filter_eps is None:
-        return
-    if shard is not None:
-        raise ValueError("filter_eps: a head whose vocabulary is cut between processes has none of this")
-    if not filter_eps > 0:
-        raise ValueError(f"filter_eps must be positive, got {filter_eps}")
-    if backend == "torch" and device != "cpu":
-        raise ValueError(f"filter_eps: the torch backend would wait for the {device} device; it has none of this")

@@ -31,6 +31,3 @@ class PairLoss(NamedTuple):
     """Scalar: mean of chosen minus rejected reward."""
     sft_loss: Tensor
     """Scalar: token mean of the chosen NLL per pair, summed over pairs / num_pairs."""
-    skipped_mass: Tensor
-    """Scalar: with filter_eps, the largest sum of |d log-prob / d logit| over a row's entries that were skipped; 0
-    without. A row's error in d loss / d hidden is at most |d loss / d log-prob| * skipped_mass * max ||W_v||."""

@@ -5,6 +5,8 @@ Eager calls go straight to `run_sample`, which is cheaper; it checks values wher
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,24 +84,7 @@ def _sample(
 
 
 @_sample.register_fake
-def _(
-    logits: Tensor,
-    seed: Tensor,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    min_p: Tensor,
-    repetition_penalty: Tensor,
-    seen: Tensor | None,
-    request_keys: Tensor,
-    positions: Tensor,
-    penalised: bool,
-    greedy: bool,
-    any_greedy: bool,
-    top_ks: list[int],
-    any_top_p: bool,
-    any_min_p: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logps = [logits.new_empty(positions.shape, dtype=torch.float32) for _ in range(2)]
-    return torch.empty_like(positions), logps[0], logps[1]
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    positions = args[8]
+    raw, processed = (logits.new_empty(positions.shape, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(positions), raw, processed
