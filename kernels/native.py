@@ -333,21 +333,9 @@ def sample(
     batch = logits.shape[0]
     ids, raw, processed = torch.empty(batch, dtype=torch.int64), torch.empty(batch), torch.empty(batch)
     _loaded().sample(
-        _view(logits.float()),
-        _view(params.seed),
-        _view(params.temperature),
-        _view(params.top_p),
-        _view(params.top_k),
-        _view(params.min_p),
-        _view(params.repetition_penalty),
-        None if params.seen is None else _view(params.seen),
-        _view(request_keys),
-        _view(positions),
-        _view(ids),
-        _view(raw),
-        _view(processed),
-        _threads(logits.numel()),
-    )
+        _view(logits.float()), *map(_view, params.settings), _optional(params.seen), _view(request_keys),
+        _view(positions), _view(ids), _view(raw), _view(processed), _threads(logits.numel()),
+    )  # fmt: skip
     return ids, raw, processed
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 INSTALLED = find_spec("triton") is not None
+# The dtypes that the kernels take, by Triton's names.
+TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # The modules that hold Triton kernels; each has `aot_kernels() -> list[AotKernel]`.
 KERNEL_MODULES: tuple[str, ...] = (

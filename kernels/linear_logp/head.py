@@ -179,7 +179,8 @@ class Head:
     def score(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Log-prob and logsumexp [n]; the epilogue route needs no buffer."""
         if self.route != "epilogue":
-            return self.logp(self.logits(hidden_nh, buffer), target_n)
+            z_nv = self.logits(hidden_nh, buffer)
+            return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
         if self.backend == "native":
             return native.head_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale)[:2]
         from macpo.kernels.linear_logp.triton_gemm import gemm_logp
@@ -211,23 +212,16 @@ class Head:
         return Gradient(logp_n, lse_n, d_nv)
 
     def _differentiate(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, out_nv: Tensor | None) -> Gradient:
-        """Of one chunk, by logits; d in `out` where that is given."""
-        return Gradient(*self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n, out_nv))
+        """`differentiate` of one chunk by way of its logits; d is written to `out_nv` where that is given."""
+        scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
+        z_nv = self.logits(hidden_nh, buffer)
+        return Gradient(*rows.logp_dlogits_(z_nv, target_n, *scalars, out_nv, backend=self.backend))
 
     def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Gradient:
         """The gradient of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""
         if self.route == "epilogue":
             return self.differentiate(hidden_nh, target_n, buffer)
         return Gradient(lse_n, lse_n, self.dlogits_(self.logits(hidden_nh, buffer), target_n, lse_n))
-
-    def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
-
-    def logp_dlogits_(
-        self, z_nv: Tensor, target_n: Tensor, out_nv: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
-        return rows.logp_dlogits_(z_nv, target_n, *scalars, out_nv, backend=self.backend)
 
     def dlogits_(self, z_nv: Tensor, target_n: Tensor, lse_n: Tensor, out_nv: Tensor | None = None) -> Tensor:
         scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype

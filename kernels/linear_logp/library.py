@@ -46,8 +46,8 @@ def linear_logp(
 
 @linear_logp.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (hidden, weight, *_), (scaling, scale, softcap, chunk_rows, backend, needs) = args, args[6:12]
-    head = Head(*args[1:5], scaling, scale, softcap, backend)
+    hidden, weight, bias, lora_a, lora_b, _, lora_scaling, scale, softcap, chunk_rows, backend, needs, *_ = args
+    head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     keep_dx, keep_d = chunked.keeps(head, Needs(*needs), num_rows, chunk_rows)
     kept_shape = (vocab, num_rows) if head.transposed(num_rows) else (num_rows, vocab)

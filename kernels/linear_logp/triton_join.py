@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finish_above, load_block, narrow
-from macpo.kernels.triton_support import AotKernel
+from macpo.kernels.linear_logp.triton_math import cap, finish_above, load_block
+from macpo.kernels.triton_common import dot, narrow
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 BASE_BLOCK = 1024
 JOIN_ROWS, JOIN_PARTS = 32, 64

@@ -5,17 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from macpo.kernels.linear_logp.op import (
-    LoraLike,
-    backend_of,
-    check_head,
-    check_shard,
-    rows_of_chunk,
-    shard_head,
-    takes_grad,
-)
+from macpo.kernels.linear_logp.op import LoraLike, check_head, choose, shard_head
 from macpo.kernels.linear_logp.shard import VocabShard
-from macpo.kernels.linear_logp.tuning import route_of
 from macpo.kernels.pair_loss import library
 from macpo.kernels.pair_loss import shard as sharded
 from macpo.kernels.pair_loss.losses import LossSettings, check_loss
@@ -78,8 +69,7 @@ def pair_loss(
         BackendError: the forced backend is not there.
         RuntimeError: a backward with create_graph=True.
     """
-    check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
-    check_shard(weight, shard)
+    check_head(hidden, weight, target, bias, logit_scale, softcap, lora, shard)
     if sft_weight is None:
         sft_weight = 1.0 if loss == "orpo" else 0.0
     settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
@@ -93,21 +83,10 @@ def pair_loss(
         raise ValueError(f"ref_logps must be float [{2 * batch}], got {ref_logps.dtype} {list(ref_logps.shape)}")
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
-    chosen_backend = backend_of("pair_loss", hidden.device.type, backend)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
-    needs = takes_grad(hidden, weight, bias, a, b)
-    chosen_route = route_of(
-        route,
-        chosen_backend,
-        hidden.device,
-        hidden.dtype,
-        score=not any(needs),
-        lora=lora is not None,
-        softcap=softcap is not None,
-        sharded=shard is not None,
-        contiguous=hidden.stride(1) == weight.stride(1) == 1,
+    chosen_backend, needs, chosen_route, chunk_rows = choose(
+        "pair_loss", hidden, weight, bias, softcap, lora, chunk_rows, backend, route, shard
     )
-    chunk_rows = rows_of_chunk(chunk_rows, weight, chosen_route, shard)
     ref_logps = None if ref_logps is None else ref_logps.detach()
     if shard is not None:
         head_of = shard_head(scaling, logit_scale, softcap, chosen_backend, shard)

@@ -44,7 +44,8 @@ def make_plan(
 def _(prefix_start: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from macpo.kernels.prefix_attention.triton_impl import tiles_of
 
-    tiles = tiles_of(*args[3:], prefix_start.device)
+    *_, head_dim, dtype = args
+    tiles = tiles_of(head_dim, dtype, prefix_start.device)
     num_tokens = prefix_start.shape[0]
 
     def blocks(size: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from macpo.kernels.prefix_attention import triton_kernels as kernels
-from macpo.kernels.triton_support import AotKernel, interpreted
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,6 @@ _SMALL = _FLOAT32 | {
     (128, 2): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
     (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
 }
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LOG2_E = math.log2(math.e)
 
 
@@ -205,7 +204,7 @@ def aot_kernels() -> list[AotKernel]:
     found = []
     for table, capabilities in ((_LARGE, (90, 100)), (_SMALL, (80,))):
         for (padded, itemsize), tiles in table.items():
-            for dtype, head_dim in product(_NAMES, (padded, padded - 16)):
+            for dtype, head_dim in product(TRITON_NAMES, (padded, padded - 16)):
                 if dtype.itemsize != itemsize:
                     continue
                 dq, forward_ = (_constants(tile, head_dim, dtype) for tile in (tiles.dq, tiles.forward))
@@ -230,10 +229,10 @@ def _entry(
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
     pointers = [argument for argument in arguments if argument.startswith("p_")]
     return AotKernel(
-        name=f"prefix_attention_{part}/{size}/{_NAMES[dtype]}/{kind}",
+        name=f"prefix_attention_{part}/{size}/{TRITON_NAMES[dtype]}/{kind}",
         kernel=kernel,
         signature={
-            argument: types.get(argument, f"*{_NAMES[dtype]}" if argument in pointers else "i32")
+            argument: types.get(argument, f"*{TRITON_NAMES[dtype]}" if argument in pointers else "i32")
             for argument in arguments
         },
         constexprs=constants,

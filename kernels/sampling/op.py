@@ -63,12 +63,7 @@ def sample(
         facts = params.facts
         ids, raw, processed = torch.ops.macpo.sample(
             logits,
-            params.seed,
-            params.temperature,
-            params.top_p,
-            params.top_k,
-            params.min_p,
-            params.repetition_penalty,
+            *params.settings,
             params.seen,
             request_keys,
             positions,

@@ -105,6 +105,11 @@ class SampleParams:
             "min_p": bool((self.min_p > 0).any()),
         }
 
+    @property
+    def settings(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The settings of [B] in their order, without `seen`."""
+        return self.seed, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
+
     def __len__(self) -> int:
         return self.seed.numel()
 
@@ -128,15 +133,7 @@ class SampleParams:
 
     def select(self, rows: Tensor) -> SampleParams:
         """The settings of the rows with these indices (int64 [B'])."""
-        return SampleParams(
-            self.seed[rows],
-            self.temperature[rows],
-            self.top_p[rows],
-            self.top_k[rows],
-            self.min_p[rows],
-            self.repetition_penalty[rows],
-            None if self.seen is None else self.seen[rows],
-        )
+        return SampleParams(*(x[rows] for x in self.settings), seen=None if self.seen is None else self.seen[rows])
 
 
 def _signed(seed: int) -> int:

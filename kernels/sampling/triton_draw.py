@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """From the parts of a row to its token: joins the chunks, and draws the rows that have filters.
 
 Every filter keeps the first tokens of one order (score downwards, then id downwards), so what is kept is a score and
@@ -23,7 +22,6 @@ from macpo.kernels.sampling.triton_noise import (
     KEY_OF_MINUS_INF,
     LOG2E,
     LOWEST_KEY,
-    finite_or_zero,
     gumbel,
     ordered,
     penalised,
@@ -32,6 +30,7 @@ from macpo.kernels.sampling.triton_noise import (
     unordered,
 )
 from macpo.kernels.sampling.triton_scan import NO_TOKEN, is_filtered
+from macpo.kernels.triton_common import finite_or_zero
 
 # What a search weighs: tokens, mass, or ids among tokens of one key.
 COUNT, MASS, IDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The one pass over the logits: maxima and sums of exp, and the winner of rows without filters.
 
 A program reads a chunk of a row; chunks depend on the vocabulary alone, so a row's result does not depend on the
@@ -18,7 +17,6 @@ import triton.language as tl
 
 from macpo.kernels.sampling.triton_noise import (
     LOG2E,
-    finite_or_zero,
     gumbel,
     in_token_order,
     largest_word,
@@ -28,6 +26,7 @@ from macpo.kernels.sampling.triton_noise import (
     tile_blocks,
     token_words,
 )
+from macpo.kernels.triton_common import finite_or_zero
 
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
