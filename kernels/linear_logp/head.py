@@ -24,14 +24,14 @@ from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
 from macpo.kernels.linear_logp.scaling import scale_rows
 
-# Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 1,024 rows of 128 Ki
-# tokens, for which the GEMMs are near full speed; beside the gradients 4,096 rows then need less than 0.30 GB.
+# Size of a default chunk's logits, or of its d where no logits are kept. On a GPU this is 512 and 1,024 response tokens
+# at a vocabulary of 128 Ki, where the GEMMs are near full speed; beside the gradients 4,096 then need under 0.30 GB.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-# Of a row and token: float32 logits; d in 16 bits, and the sum that 256 tokens have in common.
+# Bytes per row and vocabulary entry: float32 logits; d in 16 bits, and one sum per 256 entries.
 ROW_BYTES = {"vendor": 4.0, "epilogue": 2.0 + 4 / 256}
 ROW_MULTIPLE = 128
 TRANSPOSE_ROWS = 128
-# Converted at a time where a 16-bit GEMM with float32 output is missing.
+# Elements that are converted at a time where there is no 16-bit GEMM with float32 output.
 CONVERT_ELEMENTS = 2**21
 
 
@@ -56,7 +56,7 @@ def default_chunk_rows(vocab: int, device: str, route: str = "vendor") -> int:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Which inputs take gradient."""
+    """The inputs that take gradient."""
 
     hidden: bool
     weight: bool
@@ -75,7 +75,7 @@ class Needs:
 
 
 class Gradient(NamedTuple):
-    """What rows make of their logits; d logp / d z = factor * d by rows."""
+    """Results computed from a chunk's logits; d logp / d z = factor * d by rows."""
 
     logp_n: Tensor
     lse_n: Tensor
@@ -100,19 +100,19 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which logits, log-probs and sums are."""
+        """The dtype of logits, log-probs and sums."""
         return torch.promote_types(self.weight_vh.dtype, torch.float32)
 
     @property
     def native_gemm(self) -> bool:
-        """Whether 16-bit products with float32 output are the native extension's."""
+        """Whether the native extension computes 16-bit products with float32 output."""
         return self.backend == "native" and self.weight_vh.dtype == torch.bfloat16 and native.has_bf16_gemm()
 
     def transposed(self, num_rows: int) -> bool:
         """Whether a chunk's z is the transposed view of a [V, n] buffer.
 
-        The native row kernels take both. MKL's float32 product of a wide chunk is faster so; for a few rows its
-        rounding then depends on their number more often, and the native 16-bit product comes so.
+        The native row kernels take both layouts. MKL's float32 product of a wide chunk is faster transposed; for a few
+        rows its rounding would depend on their number more often. The native 16-bit product is always transposed.
         """
         wide = self.weight_vh.dtype == torch.float32 and num_rows >= TRANSPOSE_ROWS
         return self.backend == "native" and (wide or self.native_gemm)
@@ -146,11 +146,11 @@ class Head:
         return None if rows_held <= chunk_rows else self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
 
     def chunk_buffer(self, block: Tensor | None, num_rows: int) -> Tensor:
-        """`buffer`, which beside a block the epilogue route does not need: a chunk's d is made in the block."""
+        """Memory for one chunk as `buffer`; on the epilogue route the block serves, since d is written into it."""
         return block if block is not None and self.route == "epilogue" else self.buffer(num_rows)
 
     def empty(self, *shape: int) -> Tensor:
-        """Memory of the dtype and on the device of the logits."""
+        """Allocate memory with the dtype and on the device of the logits."""
         return self.weight_vh.new_empty(shape, dtype=self.dtype)
 
     def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
@@ -229,12 +229,12 @@ class Head:
 
 
 class Gradients:
-    """What the inputs get, summed over chunks.
+    """Gradients of the inputs, summed over chunks.
 
     Args:
         head: the head.
         hidden: [N, H]: all rows.
-        needs: only these are computed.
+        needs: the inputs whose gradients are computed.
         whole: all rows will come in one `add`, so that the one product for dW rounds it to W's dtype itself.
 
     Attributes:
@@ -263,7 +263,7 @@ class Gradients:
         return torch.zeros(like.shape, dtype=self.head.dtype, device=like.device)
 
     def add(self, part: slice, found: Gradient, grad_n: Tensor | None = None) -> None:
-        """Take in the rows `part`: their gradient d; g = grad_n [n], needed where the head takes gradient.
+        """Add the rows `part` with gradient d; g = grad_n [n] is needed where the head takes gradient.
 
         hidden[part] = d W + s (d B) A; weight += d' (g h), bias += d' g, lora_b += d' (g u) with u = s h A',
         lora_a += s (g d B)' h.

@@ -57,10 +57,10 @@ def linear_logp(
         softcap: Gemma's `final_logit_softcapping`.
         lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
         chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU. For a
-            trained 16-bit weight their gradients wait for each other besides, in as much memory as the weight has, or
-            twice as much where all rows fit into that.
+            trained 16-bit weight the gradients of several chunks are also held, in as much memory as the weight has,
+            or twice as much where all rows fit into that.
         backend: force one; default by device (`macpo.kernels.backend`).
-        route: "vendor" or "epilogue" (`tuning.py`), for measurements; default what was measured faster on this device.
+        route: "vendor" or "epilogue" (`tuning.py`), for measurements; default the one measured faster on this device.
         shard: the vocabulary is cut between processes (`shard.py`): weight, bias and the LoRA's b have this process's
             rows, hidden, target and the LoRA's a are the same everywhere, and so is the result. Eager only.
 

@@ -179,7 +179,7 @@ def _splits(num_rows: int, vocab: int) -> tuple[int, int, int]:
 
 
 def _gradient_memory(z_nv: Tensor, dtype: torch.dtype, out: Tensor | None, *, split: bool) -> Tensor:
-    """Where the gradient goes: `out`, z itself, the front of its rows, or memory of its own."""
+    """Return the memory for the gradient: `out`, z itself, the front of its rows, or memory of its own."""
     if dtype not in TRITON_NAMES:
         raise ValueError(f"gradients of logits are float32, bfloat16 or float16, not {dtype}")
     if out is not None:

@@ -1,4 +1,4 @@
-"""What every Triton kernel of the head shares: from a product to its logit, and from partial sums to a log-prob.
+"""Functions that the head's Triton kernels share: from a product to its logit, and from partial sums to a log-prob.
 
 A row is summed as (m, rest): m the largest logit, rest the sum of exp(y - m) over all entries but the target.
 Keeping the target apart costs one comparison an entry and keeps 1 - p of a confident row to full relative accuracy:

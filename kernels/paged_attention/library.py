@@ -1,6 +1,6 @@
 """paged_attention and write_kv as operators of torch: `torch.compile` and graph capture see one call each.
 
-Eager calls go straight to the `run_` functions, which is cheaper; they check values where that costs no waiting.
+Eager calls go straight to the `run_` functions, which is cheaper; they check values where they need not wait for a device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run_paged_attention(
     window: int | None,
     backend: str | None,
 ) -> Tensor:
-    """`op.paged_attention` after the checks of shapes."""
+    """Run `op.paged_attention` after its checks of shapes."""
     if context_lens.device.type == "cpu" and context_lens.numel():
         low, high = (int(value) for value in context_lens.aminmax())
         capacity = block_table.shape[1] * k_pool.shape[1]
@@ -42,7 +42,7 @@ def run_paged_attention(
 
 
 def run_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None) -> None:
-    """`op.write_kv` after the checks of shapes."""
+    """Run `op.write_kv` after its checks of shapes."""
     if slots.device.type == "cpu" and slots.numel():
         low, high = (int(value) for value in slots.aminmax())
         capacity = k_pool.shape[0] * k_pool.shape[1]

@@ -21,7 +21,7 @@ from macpo.kernels.triton_common import dot, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-BLOCK_TOKENS = (16, 32, 64)  # of the pools
+BLOCK_TOKENS = (16, 32, 64)  # block sizes of the pools
 BLOCK_M = 16  # rows of a query tile: the smallest that tensor cores take; heads beyond 16 are further tiles
 NUM_SMS = 132  # a constant, so that the split count does not depend on the card
 PROGRAMS_PER_SM = 4
@@ -32,7 +32,7 @@ WRITE_ELEMENTS = 1024  # of k (and of v) that a program of write_kv moves
 
 
 class Config(NamedTuple):
-    """Tile of keys, and how it is compiled."""
+    """The tile of keys and its launch options."""
 
     block_n: int
     num_warps: int
@@ -178,7 +178,7 @@ def write_kernel(
 
 
 def why_not(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> str:
-    """Which limit of these kernels the tensors exceed; empty where they fit."""
+    """Say which limit of these kernels the tensors exceed; empty where they fit."""
     block_tokens, head_dim = k_pool.shape[1], k_pool.shape[3]
     if q.dtype not in TRITON_NAMES:
         return f"dtype {q.dtype}; it takes bfloat16, float16 and float32"

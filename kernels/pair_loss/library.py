@@ -83,7 +83,7 @@ def outputs_of(out: chunked.Result, hidden: Tensor) -> Outputs:
 
 
 def keep(ctx: Any, needs: Sequence[bool], output: Outputs) -> None:
-    """What `input_gradients` needs, from the forward."""
+    """Save what `input_gradients` needs from the forward."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.needs = list(needs)
@@ -96,7 +96,7 @@ def input_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     grad_n, unit, hidden, *sums = ctx.saved_tensors
-    # In the memory of what was kept where this is the only backward, so that large gradients exist once.
+    # Scaled in place where this is the only backward, so that large gradients exist once.
     once = type(hidden) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
     dhidden = scale_rows(hidden, grad_n * grad, in_place=once and hidden.is_cuda) if ctx.needs[0] else None
     scaled = [scale_(x, grad * unit) if once else (x * with_dimension(grad * unit, x)).to(x.dtype) for x in sums]

@@ -42,7 +42,7 @@ def pair_loss(
     multiplies them by the upstream gradient. Once differentiable.
 
     Args:
-        hidden: [N, H] float: the rows that predict response tokens, of sequences c0, r0, c1, r1, ...
+        hidden: [N, H] float: hidden states that predict response tokens, of sequences c0, r0, c1, r1, ...
         weight: [V, H], dtype of hidden.
         target: [N] int64: the token that each row predicts.
         cu_rows: [2B + 1] int32 on the CPU: where each sequence's rows begin, from 0 to N; none is empty.
@@ -65,7 +65,7 @@ def pair_loss(
         PairLoss; only its `loss` carries gradient.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit together, a setting that the loss has no use for.
+        ValueError: shapes, dtypes or values that do not fit together, a setting that the loss does not take.
         BackendError: the forced backend is not there.
         RuntimeError: a backward with create_graph=True.
     """

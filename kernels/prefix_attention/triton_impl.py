@@ -20,7 +20,7 @@ from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Block sizes of one kernel, and how Triton builds it."""
+    """Block sizes and launch options of one kernel."""
 
     block_q: int
     block_k: int
@@ -38,7 +38,7 @@ class Tiles:
     """Has block sizes of its own; `forward` and `dq` share theirs, and so their lists of blocks."""
 
 
-# By padded head size and bytes of an element. 16-bit heads in _LARGE: the fastest of `bench.tune` on an H200
+# Tiles by padded head size and bytes per element. 16-bit heads in _LARGE have the fastest of `bench.tune` on an H200
 # (small tiles, of which several fit a multiprocessor). All others are chosen from what the compiler reports (no
 # spills but where `_SPILLS` says so; shared memory below the device's limit).
 _FLOAT32 = {
@@ -76,7 +76,7 @@ def forward(
         q, k, v: [T, Hq, D], [T, Hkv, D] twice; any strides, though others than contiguous are copied.
         visible_3t, key_lists: `plan.visible_keys` and `plan.block_lists` with the forward tile's block sizes.
         scale: factor on the scores; a negative one is moved into q.
-        tiles: of `tiles_of`, or smaller ones that make a test short.
+        tiles: from `tiles_of`, or smaller ones that make a test short.
     """
     q, scale = (-q, -scale) if scale < 0 else (q, scale)
     q, k, v = (x.contiguous() for x in (q, k, v))

@@ -1,6 +1,6 @@
 """sample as an operator of torch: `torch.compile` and graph capture see one call.
 
-Eager calls go straight to `run_sample`, which is cheaper; it checks values where that costs no waiting.
+Eager calls go straight to `run_sample`, which is cheaper; it checks values where no device has to be waited for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_POSITION, MAX_ATTEMPT, MAX_SAMPLE = 2**POSITION_BITS - 1, 2**ATTEMPT_BITS - 
 def run_sample(
     logits: Tensor, params: SampleParams, request_keys: Tensor, positions: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`op.sample` after the checks of shapes."""
+    """Run `op.sample` after its checks of shapes."""
     batch = logits.shape[0]
     if request_keys.device.type == "cpu" and batch:
         _check_keys(request_keys, positions)

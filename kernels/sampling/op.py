@@ -26,7 +26,7 @@ def sample(
     Filters apply in Hugging Face's order (repetition penalty, temperature, top-k, top-p, min-p) and keep the same
     tokens. Noise is Philox4x32-10 of (seed; request id, sample, attempt, position, token), so the draw of a row
     depends on its own logits, settings and keys alone. A row with a NaN or infinite logit gives a NaN raw log-prob and
-    an id that means nothing.
+    a meaningless id.
 
     Args:
         logits: [B, V] float; computed on in float32.

@@ -1,4 +1,4 @@
-"""From the parts of a row to its token: joins the chunks, and draws the rows that have filters.
+"""Makes a row's token from its parts: joins the chunks, and draws the rows that have filters.
 
 Every filter keeps the first tokens of one order (score downwards, then id downwards), so what is kept is a score and
 an id at which the order is cut. Cuts are found by search over the scores' integer images: the k-th largest score is
@@ -32,7 +32,7 @@ from macpo.kernels.sampling.triton_noise import (
 from macpo.kernels.sampling.triton_scan import NO_TOKEN, is_filtered
 from macpo.kernels.triton_common import finite_or_zero
 
-# What a search weighs: tokens, mass, or ids among tokens of one key.
+# The weights of a search: tokens, mass, or ids among tokens of one key.
 COUNT, MASS, IDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 

@@ -1,4 +1,4 @@
-"""What the sampling kernels share: noise with the bits of `philox.py`, scores, and the order of scores as integers.
+"""Functions of the sampling kernels: noise with the bits of `philox.py`, scores, and their order as integers.
 
 The order of operations that decides a token (penalty, temperature, score + noise) is the reference's, with IEEE
 division, so that scores have its bits. Gumbel noise differs from it by the rounding of two logarithms.

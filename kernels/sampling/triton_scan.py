@@ -58,7 +58,7 @@ def _load(p_row, start, end, offset, BLOCK: tl.constexpr):
 
 @triton.jit
 def _largest(x):
-    """Of all entries of a tile [LINES, WIDTH]; lines first, which a thread has to itself."""
+    """The largest entry of a tile [LINES, WIDTH]; lines first, since each thread holds its own columns."""
     return tl.max(tl.max(x, 0), 0)
 
 
