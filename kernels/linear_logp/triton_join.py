@@ -104,7 +104,7 @@ def repair_kernel(
     num_rows, vocab, width, scale, softcap,
     CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rows without a logsumexp are computed again with their largest logit as the base; they are rare, and need no speed."""
+    """Recompute rows without a logsumexp with their largest logit as the base. They are rare: speed does not matter."""
     start_n = tl.program_id(0) * BLOCK_N
     row_n = start_n + tl.arange(0, BLOCK_N)
     lse_n = tl.load(p_lse + row_n, mask=row_n < num_rows, other=0.0)

@@ -1,6 +1,6 @@
 """paged_attention and write_kv as operators of torch: `torch.compile` and graph capture see one call each.
 
-Eager calls go straight to the `run_` functions, which is cheaper; they check values where they need not wait for a device.
+Eager calls go straight to the `run_` functions, which is cheaper; they check values where no wait for a device follows.
 """
 
 from __future__ import annotations
