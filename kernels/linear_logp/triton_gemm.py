@@ -27,8 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from macpo.kernels.linear_logp.triton_join import bases, join, repair
-from macpo.kernels.linear_logp.triton_math import cap, load_block
-from macpo.kernels.triton_common import dot, narrow
+from macpo.kernels.linear_logp.triton_math import cap, dot, load_block, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import cap, finish_above, load_block
-from macpo.kernels.triton_common import dot, narrow
+from macpo.kernels.linear_logp.triton_math import cap, dot, finish_above, load_block, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 BASE_BLOCK = 1024

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import finish, logit
-from macpo.kernels.triton_common import finite_or_zero, narrow
+from macpo.kernels.linear_logp.triton_math import finish, finite_or_zero, logit, narrow
 
 COMBINE_ROWS, COMBINE_PARTS = 32, 64  # rows and parts that the combining kernel holds at once
 

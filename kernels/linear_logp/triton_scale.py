@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.triton_common import narrow
+from macpo.kernels.linear_logp.triton_math import narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 BLOCK = 4096

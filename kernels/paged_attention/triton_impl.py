@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.triton_common import dot, narrow
+from macpo.kernels.linear_logp.triton_math import dot, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from macpo.kernels.linear_logp.triton_math import finite_or_zero
 from macpo.kernels.sampling.triton_noise import (
     KEY_OF_MINUS_INF,
     LOG2E,
@@ -30,7 +31,6 @@ from macpo.kernels.sampling.triton_noise import (
     unordered,
 )
 from macpo.kernels.sampling.triton_scan import NO_TOKEN, is_filtered
-from macpo.kernels.triton_common import finite_or_zero
 
 # The weights of a search: tokens, mass, or ids among tokens of one key.
 COUNT, MASS, IDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from macpo.kernels.linear_logp.triton_math import finite_or_zero
 from macpo.kernels.sampling.triton_noise import (
     LOG2E,
     gumbel,
@@ -26,7 +27,6 @@ from macpo.kernels.sampling.triton_noise import (
     tile_blocks,
     token_words,
 )
-from macpo.kernels.triton_common import finite_or_zero
 
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
