@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: triton | native | torch. One place decides and says why.
+"""Decides which implementation of an operator runs (triton, native or torch), and says why.
 
     explain("sample", "cpu")            # Choice(backend="native", why="...")
     with use_backend("torch"): ...      # a test or a user forces one
@@ -25,7 +25,7 @@ Backend: TypeAlias = Literal["triton", "native", "torch"]
 
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "torch")
 
-# Operators by the backends that they have. `native` is listed only where bench/bench_native.py shows a gain of
+# The backends of each operator. `native` is listed only where bench/bench_native.py shows a gain of
 # 1.3x or more over torch's own composition; `torch` is everywhere.
 IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
     "linear_logp": ("triton", "native", "torch"),

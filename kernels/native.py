@@ -28,9 +28,9 @@ except ImportError as error:
         "`pip install .` with a C++17 compiler builds it, until then the torch backend runs"
     )
 
-# Fewer floats than this are not worth waking a second thread for.
+# A second thread does not pay for fewer floats than this.
 PARALLEL_ELEMENTS = 2**17
-# And of a weight in panels, whose rows take a few products each.
+# The same bound for a weight in panels, whose rows take a few products each.
 PANEL_ELEMENTS = 2**16
 
 
@@ -50,7 +50,7 @@ def _view(x: Tensor) -> Any:
 
 
 def _strided(x: Tensor) -> Any:
-    """As it lies; 16-bit floats as their bits."""
+    """Share x with its strides; 16-bit floats are passed as their bits."""
     x = x.detach()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.view(torch.int16)
@@ -66,7 +66,7 @@ def _threads(elements: int) -> int:
 
 
 def _layout(z_nv: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
-    """z as the kernels address it: [n, v], or [v, n] and True where its rows lie side by side."""
+    """Return z as the kernels address it: [n, v], or [v, n] and True where its rows lie side by side."""
     if z_nv.dtype != torch.float32 or z_nv.dim() != 2:
         raise ValueError(f"z must be float32 [n, v], got {z_nv.dtype} {list(z_nv.shape)}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -79,12 +79,12 @@ def _layout(z_nv: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, b
 
 
 def _in_place(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """The front of each of z's rows, as `dtype`."""
+    """Return the front of each of z's rows, as `dtype`."""
     return z if dtype == torch.float32 else z.view(dtype)[:, : z.shape[1]]
 
 
 def _as(out_nv: Tensor, dtype: torch.dtype, lanes: bool) -> Tensor:
-    """Memory for d, laid out as z; the extension checks its shape."""
+    """Return the memory for d, laid out as z; the extension checks its shape."""
     if out_nv.dtype != dtype:
         raise ValueError(f"d is {dtype}, its memory {out_nv.dtype}")
     return out_nv.T if lanes else out_nv
@@ -117,7 +117,7 @@ def row_logp(
 def row_partials(
     z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What rows add to a softmax over more tokens than theirs, [n] float32; arguments and errors as `row_logp`.
+    """Partial sums of a softmax over more tokens than z holds, [n] float32; arguments and errors as `row_logp`.
 
     Returns:
         (largest logit m, sum of exp(y - m) over all tokens but the target, the target's logit).
@@ -267,7 +267,7 @@ class Panels:
     The copy outlives changes of the weight; `bias` [O] float32 is shared.
 
     Raises:
-        RuntimeError: this CPU cannot (`has_panels`). ValueError: another dtype or layout.
+        RuntimeError: this CPU has no AVX-512 (`has_panels`). ValueError: another dtype or layout.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -333,21 +333,9 @@ def sample(
     batch = logits.shape[0]
     ids, raw, processed = torch.empty(batch, dtype=torch.int64), torch.empty(batch), torch.empty(batch)
     _loaded().sample(
-        _view(logits.float()),
-        _view(params.seed),
-        _view(params.temperature),
-        _view(params.top_p),
-        _view(params.top_k),
-        _view(params.min_p),
-        _view(params.repetition_penalty),
-        None if params.seen is None else _view(params.seen),
-        _view(request_keys),
-        _view(positions),
-        _view(ids),
-        _view(raw),
-        _view(processed),
-        _threads(logits.numel()),
-    )
+        _view(logits.float()), *map(_view, params.settings), _optional(params.seen), _view(request_keys),
+        _view(positions), _view(ids), _view(raw), _view(processed), _threads(logits.numel()),
+    )  # fmt: skip
     return ids, raw, processed
 
 

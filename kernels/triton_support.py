@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 INSTALLED = find_spec("triton") is not None
+# The dtypes that the kernels take, by Triton's names.
+TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # The modules that hold Triton kernels; each has `aot_kernels() -> list[AotKernel]`.
 KERNEL_MODULES: tuple[str, ...] = (
@@ -62,9 +64,9 @@ class AotKernel:
     wgmma: bool = False
     """Whether sm_90 code must hold wgmma instructions."""
     max_registers: int | None = None
-    """Of a thread, where the launcher limits them."""
+    """The launcher's limit on registers per thread, None without one."""
     max_spill_bytes: int = 0
-    """Most bytes of registers that may spill to local memory."""
+    """The most bytes of registers that may spill to local memory."""
     capabilities: tuple[int, ...] = field(default=(80, 90, 100))
     """Compute capabilities that the configuration is chosen for."""
 

@@ -26,7 +26,7 @@ void pack_pairs(const uint16_t* b, int64_t k, int64_t n, int64_t k_stride, int64
 void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, float* c, int64_t ldc, int64_t m, int64_t n,
                int64_t k, bool accumulate, int threads);
 
-// What takes a product as it is made, instead of memory for all of it.
+// Receives a product tile by tile, so that it is never in memory as a whole.
 struct Tiles {
     virtual ~Tiles() = default;
     // c [rows <= kTileRows, columns <= kPanel], `ldc` apart, is the product's part from (row, column) on. It is the
@@ -35,7 +35,7 @@ struct Tiles {
 };
 constexpr int64_t kTileRows = 48;
 
-// The same sums, handed to `tiles`.
+// Makes the same sums and hands them to `tiles`.
 void bf16_gemm(const uint16_t* a, int64_t lda, const uint32_t* packed, Tiles& tiles, int64_t m, int64_t n, int64_t k,
                int threads);
 

@@ -71,7 +71,7 @@ constexpr double kMost = 1e30;
 
 float widened(uint16_t bits) { return bits_float(static_cast<int32_t>(static_cast<uint32_t>(bits) << 16)); }
 
-// About the target's logit of one row.
+// Approximates the target's logit of one row.
 float near_target(const Bf16Head& head, int64_t row) {
     std::vector<float> x(static_cast<size_t>(head.width)), w(x.size());
     for (int64_t i = 0; i < head.width; ++i) {
@@ -128,7 +128,7 @@ void finish(const Bf16Head& head, const HeadResults& to, int64_t row, double bas
     if (to.d != nullptr) to.d[head.target[row] * to.stride + row] = bfloat16_bits(static_cast<float>(-rest));
 }
 
-// At most kPanel rows anew, with their largest logit as the base; in no hurry, for there are hardly any.
+// Recomputes at most kPanel rows with their largest logit as the base; such rows are rare, so speed does not matter.
 void repair(const Bf16Head& head, const HeadResults& to, const std::vector<int64_t>& rows, int threads) {
     const int64_t n = static_cast<int64_t>(rows.size());
     std::vector<uint32_t> packed(static_cast<size_t>(packed_pairs(head.width, n)));

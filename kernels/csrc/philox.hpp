@@ -12,7 +12,7 @@ constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 constexpr int kRounds = 10;
 constexpr int kPositionBits = 22, kBlockBits = 20;
 
-// What all draws of one row have in common.
+// The key and counter words that all draws of one row share.
 struct RowKey {
     uint32_t key0, key1, counter0, counter1, counter2, sample_bits;
 

@@ -129,7 +129,7 @@ MACPO_CLONES void row_piece(const float* y, int64_t count, float lse, float fact
     store(d, count, out, at, format);
 }
 
-// The same for `count` tokens of all rows, where rows are lanes.
+// As row_piece, for `count` tokens of all rows, where rows are lanes.
 MACPO_CLONES void lane_tokens(const Products& z, const Head& head, int64_t first, int64_t count, const float* lse,
                               const float* factor, const Gradient& to) {
     const int64_t rows = z.rows;

@@ -13,7 +13,7 @@ namespace macpo {
 namespace {
 
 constexpr float kMinusInf = -kInf;
-constexpr int64_t kBins = 2048;      // of the nucleus histogram
+constexpr int64_t kBins = 2048;      // bins of the nucleus histogram
 constexpr float kBinsPerNat = 64.0f;
 
 struct Candidate {
@@ -115,7 +115,7 @@ void keep_top_p(std::vector<Candidate>& kept, float top, float top_p) {
     kept.resize(size);
 }
 
-// The same over the whole vocabulary without sorting it: a histogram finds the bin in which the mass reaches top_p.
+// As keep_top_p over the whole vocabulary without sorting it: a histogram finds the bin in which the mass reaches top_p.
 void keep_top_p_all(const float* scores, int64_t v, float top, double total, float top_p, std::vector<double>& mass,
                     std::vector<Candidate>& kept, std::vector<Candidate>& edge) {
     const auto bin_of = [&](float score) {
@@ -164,7 +164,7 @@ MACPO_CLONES int64_t race_all(const float* scores, int64_t v, const RowKey& row)
     return best_id;
 }
 
-// The same over a list of tokens; the lowest id of equals.
+// As race_all over a list of tokens; the lowest id wins among equals.
 MACPO_CLONES int64_t race_list(const Candidate* kept, int64_t count, const RowKey& row) {
     int64_t best_id = -1;
     float best = kMinusInf;

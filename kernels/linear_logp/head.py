@@ -22,17 +22,16 @@ from torch import Tensor
 
 from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
-from macpo.kernels.linear_logp.filtering import make_filter
 from macpo.kernels.linear_logp.scaling import scale_rows
 
-# Of a default chunk's logits, or of its d where no logits are kept. On a GPU these are 512 and 1,024 rows of 128 Ki
-# tokens, for which the GEMMs are near full speed; beside the gradients 4,096 rows then need less than 0.30 GB.
+# Size of a default chunk's logits, or of its d where no logits are kept. On a GPU this is 512 and 1,024 response tokens
+# at a vocabulary of 128 Ki, where the GEMMs are near full speed; beside the gradients 4,096 then need under 0.30 GB.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-# Of a row and token: float32 logits; d in 16 bits, and the sum that 256 tokens have in common.
+# Bytes per row and vocabulary entry: float32 logits; d in 16 bits, and one sum per 256 entries.
 ROW_BYTES = {"vendor": 4.0, "epilogue": 2.0 + 4 / 256}
 ROW_MULTIPLE = 128
 TRANSPOSE_ROWS = 128
-# Converted at a time where a 16-bit GEMM with float32 output is missing.
+# Elements that are converted at a time where there is no 16-bit GEMM with float32 output.
 CONVERT_ELEMENTS = 2**21
 
 
@@ -57,7 +56,7 @@ def default_chunk_rows(vocab: int, device: str, route: str = "vendor") -> int:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Which inputs take gradient."""
+    """The inputs that take gradient."""
 
     hidden: bool
     weight: bool
@@ -76,7 +75,7 @@ class Needs:
 
 
 class Gradient(NamedTuple):
-    """What rows make of their logits; d logp / d z = factor * d by rows."""
+    """Results computed from a chunk's logits; d logp / d z = factor * d by rows."""
 
     logp_n: Tensor
     lse_n: Tensor
@@ -101,19 +100,19 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which logits, log-probs and sums are."""
+        """The dtype of logits, log-probs and sums."""
         return torch.promote_types(self.weight_vh.dtype, torch.float32)
 
     @property
     def native_gemm(self) -> bool:
-        """Whether 16-bit products with float32 output are the native extension's."""
+        """Whether the native extension computes 16-bit products with float32 output."""
         return self.backend == "native" and self.weight_vh.dtype == torch.bfloat16 and native.has_bf16_gemm()
 
     def transposed(self, num_rows: int) -> bool:
         """Whether a chunk's z is the transposed view of a [V, n] buffer.
 
-        The native row kernels take both. MKL's float32 product of a wide chunk is faster so; for a few rows its
-        rounding then depends on their number more often, and the native 16-bit product comes so.
+        The native row kernels take both layouts. MKL's float32 product of a wide chunk is faster transposed; for a few
+        rows its rounding would depend on their number more often. The native 16-bit product is always transposed.
         """
         wide = self.weight_vh.dtype == torch.float32 and num_rows >= TRANSPOSE_ROWS
         return self.backend == "native" and (wide or self.native_gemm)
@@ -147,11 +146,11 @@ class Head:
         return None if rows_held <= chunk_rows else self.weight_vh.new_empty(rows_held * self.weight_vh.shape[0])
 
     def chunk_buffer(self, block: Tensor | None, num_rows: int) -> Tensor:
-        """`buffer`, which beside a block the epilogue route does not need: a chunk's d is made in the block."""
+        """Memory for one chunk as `buffer`; on the epilogue route the block serves, since d is written into it."""
         return block if block is not None and self.route == "epilogue" else self.buffer(num_rows)
 
     def empty(self, *shape: int) -> Tensor:
-        """Memory of the dtype and on the device of the logits."""
+        """Allocate memory with the dtype and on the device of the logits."""
         return self.weight_vh.new_empty(shape, dtype=self.dtype)
 
     def logits(self, hidden_nh: Tensor, buffer: Tensor) -> Tensor:
@@ -180,7 +179,8 @@ class Head:
     def score(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Log-prob and logsumexp [n]; the epilogue route needs no buffer."""
         if self.route != "epilogue":
-            return self.logp(self.logits(hidden_nh, buffer), target_n)
+            z_nv = self.logits(hidden_nh, buffer)
+            return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
         if self.backend == "native":
             return native.head_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale)[:2]
         from macpo.kernels.linear_logp.triton_gemm import gemm_logp
@@ -212,8 +212,10 @@ class Head:
         return Gradient(logp_n, lse_n, d_nv)
 
     def _differentiate(self, hidden_nh: Tensor, target_n: Tensor, buffer: Tensor, out_nv: Tensor | None) -> Gradient:
-        """Of one chunk, by logits; d in `out` where that is given."""
-        return Gradient(*self.logp_dlogits_(self.logits(hidden_nh, buffer), target_n, out_nv))
+        """`differentiate` of one chunk by way of its logits; d is written to `out_nv` where that is given."""
+        scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
+        z_nv = self.logits(hidden_nh, buffer)
+        return Gradient(*rows.logp_dlogits_(z_nv, target_n, *scalars, out_nv, backend=self.backend))
 
     def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Gradient:
         """The gradient of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""
@@ -221,44 +223,30 @@ class Head:
             return self.differentiate(hidden_nh, target_n, buffer)
         return Gradient(lse_n, lse_n, self.dlogits_(self.logits(hidden_nh, buffer), target_n, lse_n))
 
-    def logp(self, z_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
-
-    def logp_dlogits_(
-        self, z_nv: Tensor, target_n: Tensor, out_nv: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
-        return rows.logp_dlogits_(z_nv, target_n, *scalars, out_nv, backend=self.backend)
-
     def dlogits_(self, z_nv: Tensor, target_n: Tensor, lse_n: Tensor, out_nv: Tensor | None = None) -> Tensor:
         scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
         return rows.dlogits_(z_nv, target_n, lse_n, *scalars, None, out_nv, backend=self.backend)
 
 
 class Gradients:
-    """What the inputs get, summed over chunks.
+    """Gradients of the inputs, summed over chunks.
 
     Args:
         head: the head.
         hidden: [N, H]: all rows.
-        needs: only these are computed.
-        filter_eps: leave negligible blocks of the vocabulary out of the GEMMs with W and for dW (`filtering.py`).
+        needs: the inputs whose gradients are computed.
         whole: all rows will come in one `add`, so that the one product for dW rounds it to W's dtype itself.
 
     Attributes:
         hidden: [N, H] in hidden's dtype: d W per row, before g; the backward multiplies by it.
         weight, bias, lora_a, lora_b: float32 sums of g d ..., in the shapes of these inputs (weight: see `whole`).
-        skipped_mass: scalar: most that filtering left out of a row, as a sum of |d|.
     """
 
-    def __init__(
-        self, head: Head, hidden: Tensor, needs: Needs, filter_eps: float | None = None, *, whole: bool = False
-    ) -> None:
-        self.head, self.rows, self.needs, self.filter_eps = head, hidden, needs, filter_eps
-        self.skipped_mass = hidden.new_zeros((), dtype=head.dtype)
+    def __init__(self, head: Head, hidden: Tensor, needs: Needs, *, whole: bool = False) -> None:
+        self.head, self.rows, self.needs = head, hidden, needs
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-        # The first product overwrites dW, which saves a pass over it; with a filter it does not reach every row.
-        self.weight_is_set = filter_eps is not None or hidden.shape[0] == 0
+        # The first product overwrites dW, which saves a pass over it.
+        self.weight_is_set = hidden.shape[0] == 0
         self.weight = None
         if needs.weight and whole and not self.weight_is_set and head.weight_vh.dtype != head.dtype:
             self.weight = torch.empty_like(head.weight_vh, memory_format=torch.contiguous_format)
@@ -275,22 +263,16 @@ class Gradients:
         return torch.zeros(like.shape, dtype=self.head.dtype, device=like.device)
 
     def add(self, part: slice, found: Gradient, grad_n: Tensor | None = None) -> None:
-        """Take in the rows `part`: their gradient d; g = grad_n [n], needed where the head takes gradient.
+        """Add the rows `part` with gradient d; g = grad_n [n] is needed where the head takes gradient.
 
         hidden[part] = d W + s (d B) A; weight += d' (g h), bias += d' g, lora_b += d' (g u) with u = s h A',
         lora_a += s (g d B)' h.
         """
         head, hidden_nh, d_nv, factor_n = self.head, self.rows[part], found.d_nv, found.factor_n
-        kept = None if self.filter_eps is None else make_filter(d_nv, self.filter_eps, head.backend)
-        if kept is not None:
-            self.skipped_mass = torch.maximum(self.skipped_mass, kept.mass.to(head.dtype))
         through_nr = self._through_lora(d_nv) if head.lora_b_vr is not None else None
         if self.hidden is not None:
             dx_nh = self.hidden[part]
-            if kept is None:
-                torch.mm(d_nv, head.weight_vh, out=dx_nh)
-            else:
-                kept.product_(d_nv, head.weight_vh, dx_nh)
+            torch.mm(d_nv, head.weight_vh, out=dx_nh)
             if factor_n is not None:
                 scale_rows(dx_nh, factor_n, in_place=True)
             if through_nr is not None and head.lora_a_rh is not None:
@@ -299,11 +281,9 @@ class Gradients:
             return
         assert grad_n is not None
         grad_n1 = (grad_n if factor_n is None else grad_n * factor_n)[:, None]
-        if self.weight is not None and kept is None:
+        if self.weight is not None:
             add_product_(self.weight, d_nv, hidden_nh * grad_n1, head.backend, overwrite=not self.weight_is_set)
             self.weight_is_set = True
-        elif self.weight is not None and kept is not None:
-            kept.add_(self.weight, d_nv, hidden_nh * grad_n1)
         if self.bias is not None:
             add_product_(self.bias[:, None], d_nv, grad_n1)
         if self.lora_b is not None:

@@ -45,21 +45,8 @@ def linear_logp(
 
 
 @linear_logp.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    lora_scaling: float,
-    scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    backend: str,
-    needs: Sequence[bool],
-    route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias, lora_a, lora_b, _, lora_scaling, scale, softcap, chunk_rows, backend, needs, *_ = args
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     keep_dx, keep_d = chunked.keeps(head, Needs(*needs), num_rows, chunk_rows)
@@ -104,26 +91,8 @@ def linear_logp_backward(
 
 
 @linear_logp_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    dx: Tensor,
-    kept: Tensor,
-    lora_scaling: float,
-    scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    backend: str,
-    needs: Sequence[bool],
-    route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return fake_gradients((hidden, weight, bias, lora_a, lora_b), needs)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(args[1:6], args[15])
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -138,13 +107,12 @@ def as_outputs(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return or_empty(grads.hidden, like), weight, bias, lora_a, lora_b
 
 
-def fake_gradients(
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = inputs[0]
+def fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Tensors shaped as the gradients of hidden, weight, bias and the LoRA's factors."""
+    hidden = inputs[0]
+    assert hidden is not None
     shapes = ((0,) if x is None or not needed else x.shape for x, needed in zip(inputs, needs, strict=True))
-    hidden, weight, bias, lora_a, lora_b = (like.new_empty(shape) for shape in shapes)
-    return hidden, weight, bias, lora_a, lora_b
+    return tuple(hidden.new_empty(shape) for shape in shapes)
 
 
 def or_none(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

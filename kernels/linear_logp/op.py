@@ -57,10 +57,10 @@ def linear_logp(
         softcap: Gemma's `final_logit_softcapping`.
         lora: (a [r, H], b [V, r], scaling): the head is W + scaling * b a, which is never formed.
         chunk_rows: rows whose logits exist at once; default as many as fit 32 MiB on a CPU, 256 MiB on a GPU. For a
-            trained 16-bit weight their gradients wait for each other besides, in as much memory as the weight has, or
-            twice as much where all rows fit into that.
+            trained 16-bit weight the gradients of several chunks are also held, in as much memory as the weight has,
+            or twice as much where all rows fit into that.
         backend: force one; default by device (`macpo.kernels.backend`).
-        route: "vendor" or "epilogue" (`tuning.py`), for measurements; default what was measured faster on this device.
+        route: "vendor" or "epilogue" (`tuning.py`), for measurements; default the one measured faster on this device.
         shard: the vocabulary is cut between processes (`shard.py`): weight, bias and the LoRA's b have this process's
             rows, hidden, target and the LoRA's a are the same everywhere, and so is the result. Eager only.
 
@@ -72,23 +72,11 @@ def linear_logp(
         BackendError: the forced backend is not there.
         RuntimeError: a backward with create_graph=True.
     """
-    check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
-    check_shard(weight, shard)
+    check_head(hidden, weight, target, bias, logit_scale, softcap, lora, shard)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
-    chosen_backend = backend_of("linear_logp", hidden.device.type, backend)
-    needs = takes_grad(hidden, weight, bias, a, b)
-    chosen_route = route_of(
-        route,
-        chosen_backend,
-        hidden.device,
-        hidden.dtype,
-        score=not any(needs),
-        lora=lora is not None,
-        softcap=softcap is not None,
-        sharded=shard is not None,
-        contiguous=hidden.stride(1) == weight.stride(1) == 1,
+    chosen_backend, needs, chosen_route, chunk_rows = choose(
+        "linear_logp", hidden, weight, bias, softcap, lora, chunk_rows, backend, route, shard
     )
-    chunk_rows = rows_of_chunk(chunk_rows, weight, chosen_route, shard)
     if shard is not None:
         head_of = shard_head(scaling, logit_scale, softcap, chosen_backend, shard)
         return sharded.linear_logp(head_of, hidden, weight, bias, a, b, target, shard, chunk_rows, needs)
@@ -110,6 +98,36 @@ def linear_logp(
     return logp
 
 
+def choose(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    lora: LoraLike | None,
+    chunk_rows: int | None,
+    backend: str | None,
+    route: str | None,
+    shard: VocabShard | None,
+) -> tuple[str, list[bool], str, int]:
+    """The backend, which of hidden, weight, bias and the LoRA's factors take gradient, the route, rows of a chunk."""
+    chosen_backend = backend_of(op, hidden.device.type, backend)
+    inputs = hidden, weight, bias, *((None, None) if lora is None else lora[:2])
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    chosen_route = route_of(
+        route,
+        chosen_backend,
+        hidden.device,
+        hidden.dtype,
+        score=not any(needs),
+        lora=lora is not None,
+        softcap=softcap is not None,
+        sharded=shard is not None,
+        contiguous=hidden.stride(1) == weight.stride(1) == 1,
+    )
+    return chosen_backend, needs, chosen_route, rows_of_chunk(chunk_rows, weight, chosen_route, shard)
+
+
 @torch.compiler.assume_constant_result
 def backend_of(op: str, device: str, backend: str | None) -> str:
     """`explain`'s choice; a compiled graph keeps the one of its compilation."""
@@ -128,10 +146,6 @@ def shard_head(lora_scaling: float, scale: float, softcap: float | None, backend
     return lambda weight, bias, a, b: ShardHead(weight, bias, a, b, *scalars, backend, shard=shard)
 
 
-def takes_grad(*inputs: Tensor | None) -> list[bool]:
-    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-
-
 def check_head(
     hidden: Tensor,
     weight: Tensor,
@@ -140,6 +154,7 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
     lora: LoraLike | None = None,
+    shard: VocabShard | None = None,
 ) -> None:
     """Raise ValueError where the inputs of a head operator do not fit together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -156,19 +171,15 @@ def check_head(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if lora is not None:
         _check_lora(weight, *lora)
+    if shard is not None and weight.shape[0] != shard.count:
+        raise ValueError(
+            f"part {shard.rank} of {shard.size} of {shard.vocab} tokens has {shard.count}, weight {weight.shape[0]}"
+        )
 
 
 def _finite(value: float) -> bool:
     """math.isfinite, for numbers that torch.compile has made symbols as well."""
     return -math.inf < value < math.inf
-
-
-def check_shard(weight: Tensor, shard: VocabShard | None) -> None:
-    """Raise ValueError where the weight is not this process's part."""
-    if shard is not None and weight.shape[0] != shard.count:
-        raise ValueError(
-            f"part {shard.rank} of {shard.size} of {shard.vocab} tokens has {shard.count}, weight {weight.shape[0]}"
-        )
 
 
 def _check_lora(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:

@@ -1,4 +1,4 @@
-"""What happens to a row of a head's product: log-prob, logsumexp, gradient, all from the same float32 values.
+"""Log-prob, logsumexp and gradient of a row of a head's product, all from the same float32 values.
 
 z is the raw product h W' (plus the LoRA's) in float32, float64 for checks; the logits are
 y = softcap * tanh(scale * (z + bias) / softcap), without softcap scale * (z + bias), and
@@ -35,7 +35,7 @@ def logp(
 def partials(
     z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a row adds to a softmax over more tokens than z's, each [N] of z's dtype; z is unchanged.
+    """Partial sums of a softmax over more tokens than z holds, each [N] of z's dtype; z is unchanged.
 
     (largest logit m, sum of exp(y - m) over all tokens but the target, the target's logit).
     """
@@ -79,7 +79,7 @@ def dlogits_(
 
 
 def _kernels(z_nv: Tensor, backend: str) -> ModuleType:
-    """The module with `row_logp`, `row_partials` and the two that give d; float64 is for checks, and torch's."""
+    """The module with `row_logp`, `row_partials` and the two that give d; float64 (for checks) always takes torch's."""
     if backend == "torch" or z_nv.dtype == torch.float64:
         return rows_torch
     if backend == "native":

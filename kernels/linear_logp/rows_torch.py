@@ -79,7 +79,7 @@ def row_dlogits_(
 
 
 def _d_of(z_nv: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where d goes: z itself, or a 16-bit dtype's [N, V] over the front half of every float32 row of z."""
+    """Return the memory for d: z itself, or a 16-bit dtype's [N, V] over the front half of every float32 row of z."""
     if dtype == z_nv.dtype:
         return z_nv
     if z_nv.stride(-1) != 1 or z_nv.dtype != torch.float32:

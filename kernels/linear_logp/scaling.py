@@ -1,4 +1,4 @@
-"""How a backward multiplies kept gradients by their rows' factors, or by one: in float32, rounded once."""
+"""Multiplies kept gradients in a backward by one factor per row, or by one for all: in float32, rounded once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_dimension(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def _by_triton(x: Tensor) -> bool:
-    """Whether Triton's kernel takes x: on a GPU; what is traced stays with torch's own operators."""
+    """Whether Triton's kernel takes x: on a GPU; traced tensors stay with torch's own operators."""
     return (
         x.is_cuda
         and x.is_contiguous()

@@ -1,9 +1,9 @@
-"""A head whose vocabulary is cut between processes: each makes the logits of its own tokens, and numbers a row travel.
+"""A head whose vocabulary is cut between processes, which compute their own tokens' logits and join them by row.
 
 Every process has the same rows and targets and W[first:first + count]. A row's softmax is joined from its maxima and
 sums in two exchanges; after that d = (onehot - softmax) of the own tokens needs nobody. With u = one head GEMM over
 all rows and the whole vocabulary, a process does its share of the 1u, 2u, 3u or 4u of `chunked.py`.
-dW and the bias's gradient are of the own tokens. dX is a sum over processes, taken in the backward of `replicated`.
+dW and the bias's gradient cover a process's own tokens. dX is summed over processes in the backward of `replicated`.
 
 Eager only: an exchange is a Python call that no custom operator takes. torch.compile runs it between two graphs, and
 refuses it with fullgraph=True.
@@ -33,14 +33,14 @@ class VocabShard:
     """
 
     vocab: int
-    """Tokens of the whole head."""
+    """Number of tokens of the whole head."""
     rank: int
     size: int
-    """Processes."""
+    """Number of processes."""
     maximum: Callable[[Tensor], Tensor]
     """Largest entries over all processes, as a new tensor; all of them call it, in the same order."""
     total: Callable[[Tensor], Tensor]
-    """The same with sums, rounded once to the tensor's dtype."""
+    """Sums over all processes, rounded once to the tensor's dtype; called like `maximum`."""
 
     def __post_init__(self) -> None:
         if self.vocab <= (self.size - 1) * self.most:
@@ -48,7 +48,7 @@ class VocabShard:
 
     @property
     def most(self) -> int:
-        """Tokens of the largest part; what all processes must agree on is made of it."""
+        """Tokens of the largest part, from which all that the processes must agree on is derived."""
         return -(-self.vocab // self.size)
 
     @property
@@ -65,7 +65,7 @@ class VocabShard:
         return Local(token_n.clamp(0, self.count - 1), owned_n, (target_n >= 0) & (target_n < self.vocab))
 
     def replicated(self, x: Tensor) -> Tensor:
-        """x, which all processes have: its gradient is the sum of what each of them adds to it."""
+        """Return x, which all processes hold; its gradient is summed over the processes."""
         out: Tensor = _Replicated.apply(self, x)
         return out
 
@@ -74,11 +74,11 @@ class Local(NamedTuple):
     """Targets [n] as a process sees them."""
 
     token_n: Tensor
-    """A token of the own part: the target where it is there."""
+    """Index in the process's own part: the target's, where the part holds it."""
     owned_n: Tensor
-    """Whether it is."""
+    """Whether the part holds the target."""
     known_n: Tensor
-    """Whether the target is a token at all; on a GPU nobody has checked."""
+    """Whether the target is in the vocabulary, which is not checked on a GPU."""
 
 
 class _Replicated(torch.autograd.Function):
@@ -93,12 +93,12 @@ class _Replicated(torch.autograd.Function):
 
 
 class Sums(NamedTuple):
-    """What the own logits of rows add up to [n]."""
+    """Sums over the process's own logits, [n] each."""
 
     top_n: Tensor
-    """The largest."""
+    """The largest logit."""
     rest_n: Tensor
-    """Sum of exp(y - top) over all but that of `Local.token_n`."""
+    """Sum of exp(y - top) over all tokens but `Local.token_n`."""
     y_n: Tensor
     """The logit of that token."""
 
@@ -106,7 +106,7 @@ class Sums(NamedTuple):
 def join(shard: VocabShard, sums: Sums, here: Local) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, logsumexp and this process's d logp / d y of its token [n], in float64.
 
-    As `triton_math.finish`: what is not the target is summed apart, so 1 - p of a confident row keeps its digits, and
+    As in `triton_math.finish`, the target is kept out of the sum, so 1 - p of a confident row keeps its digits, and
     no log-prob is above 0.
     """
     top_n = shard.maximum(sums.top_n)
@@ -124,7 +124,7 @@ def join(shard: VocabShard, sums: Sums, here: Local) -> tuple[Tensor, Tensor, Te
 
 @dataclass(frozen=True, slots=True)
 class ShardHead(Head):
-    """A `Head` of the own tokens whose log-probs and gradients are those of the whole vocabulary."""
+    """A `Head` over the process's own tokens; log-probs and gradients are exact for the whole vocabulary."""
 
     shard: VocabShard = field(kw_only=True)
 
@@ -159,7 +159,7 @@ class ShardHead(Head):
 
 
 HeadOf = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], ShardHead]
-"""Weight, bias and the LoRA's factors -> head."""
+"""Makes the head from weight, bias and the LoRA's factors."""
 
 
 @torch.compiler.disable

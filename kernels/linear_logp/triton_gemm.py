@@ -27,8 +27,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from macpo.kernels.linear_logp.triton_join import bases, join, repair
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, load_block, narrow
-from macpo.kernels.triton_support import AotKernel
+from macpo.kernels.linear_logp.triton_math import cap, dot, load_block, narrow
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +58,10 @@ FEW_ROWS = 64
 
 @triton.jit(do_not_specialize=["num_rows", "num_programs", "has_bias", "capped"])
 def gemm_logp_kernel(
-    hidden,
-    weight,
-    p_target,
-    p_bias,
-    p_base,
-    p_rest,
-    p_y,
-    d,
-    stride_hidden,
-    stride_weight,
-    num_rows,
-    vocab,
-    width,
-    num_programs,
-    has_bias,
-    capped,
-    scale,
-    softcap,
-    TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    GROUP_N: tl.constexpr,
-):
+    hidden, weight, p_target, p_bias, p_base, p_rest, p_y, d, stride_hidden, stride_weight, num_rows, vocab, width,
+    num_programs, has_bias, capped, scale, softcap,
+    TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_N: tl.constexpr,
+):  # fmt: skip
     """Partial sums [T, N] of the rows' e, target logits [N], and e [N, V] where d is."""
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(vocab, BLOCK_V)
@@ -127,12 +107,7 @@ def gemm_logp_kernel(
 
 
 def gemm_logp(
-    hidden_nh: Tensor,
-    weight_vh: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
+    hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each row's target and the row's logsumexp, straight from hidden states and the head.
 
@@ -204,34 +179,19 @@ def _gemm_logp(
     tma = tma and major >= 9 and config is not IEEE and all(map(_describable, described))
     num_parts = triton.cdiv(vocab, config.block_v)
     rest_tn = torch.empty(num_parts, num_rows, dtype=torch.float32, device=device)
-    y_n = torch.full(
-        (num_rows,), float("nan"), dtype=torch.float32, device=device
-    )  # stays where the target is no token
+    # NaN stays where the target is no token.
+    y_n = torch.full((num_rows,), float("nan"), dtype=torch.float32, device=device)
     num_programs = min(triton.cdiv(num_rows, config.block_n) * num_parts, num_processors * (8 // config.num_warps))
     blocks = [config.block_n, config.block_h], [config.block_v, config.block_h], [config.block_n, config.block_v]
     gemm_logp_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(hidden_nh, blocks[0]) if tma else hidden_nh,
         TensorDescriptor.from_tensor(weight_vh, blocks[1]) if tma else weight_vh,
-        target_n,
-        base_n if bias_v is None else bias_v,
-        base_n,
-        rest_tn,
-        y_n,
+        target_n, base_n if bias_v is None else bias_v, base_n, rest_tn, y_n,
         TensorDescriptor.from_tensor(d_nv, blocks[2]) if tma and d_nv is not None else d_nv,
-        hidden_nh.stride(0),
-        weight_vh.stride(0),
-        num_rows,
-        vocab,
-        width,
-        num_programs,
-        int(bias_v is not None),
-        int(softcap is not None),
-        scale,
-        softcap or 1.0,
-        **_meta(config, tma),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        hidden_nh.stride(0), weight_vh.stride(0), num_rows, vocab, width, num_programs,
+        int(bias_v is not None), int(softcap is not None), scale, softcap or 1.0,
+        **_meta(config, tma), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     found = join(rest_tn, y_n, base_n, target_n, scale, d_nv)
     repair(*head, *found, d_nv)
     return found

@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from macpo.kernels.linear_logp import triton_filter, triton_gemm, triton_join, triton_scale
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES
+from macpo.kernels.linear_logp import triton_gemm, triton_join, triton_scale
 from macpo.kernels.linear_logp.triton_rows import (
     COMBINE_PARTS,
     COMBINE_ROWS,
@@ -25,7 +24,7 @@ from macpo.kernels.linear_logp.triton_rows import (
     row_logp_kernel,
     row_partials_kernel,
 )
-from macpo.kernels.triton_support import AotKernel
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 # A tile of a row is BLOCK_R x BLOCK_C consecutive entries; a thread holds 4 columns of each of the BLOCK_R lines, so
 # that its running maxima and sums need nothing of other threads until the end of the row.
@@ -54,15 +53,9 @@ def row_logp(
         ValueError: z is not float32 with contiguous columns.
     """
     num_rows, vocab, bias_v = _check(z_nv, bias_v)
-    logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
-    if num_rows == 0:
-        return logp_n, lse_n
     if _splits(num_rows, vocab)[2] > 1:
-        combine(*_partials(z_nv, target_n, bias_v, scale, softcap), logp_n, lse_n)
-    else:
-        scalars = {"scale": scale, "softcap": softcap or 1.0, "CAPPED": softcap is not None}
-        _whole_rows(z_nv, target_n.contiguous(), bias_v, logp_n, lse_n, None, scalars)
-    return logp_n, lse_n
+        return combine(*_partials(z_nv, target_n, bias_v, scale, softcap))
+    return _whole_rows(z_nv, target_n, bias_v, None, scale, softcap)
 
 
 def row_partials(
@@ -106,11 +99,7 @@ def row_logp_dlogits_(
         logp_n, lse_n = row_logp(z_nv, target_n, bias_v, scale, softcap)
         return logp_n, lse_n, row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, None, out)
     d_nv = _gradient_memory(z_nv, dtype, out, split=False)
-    logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
-    if num_rows:
-        scalars = {"scale": scale, "softcap": softcap or 1.0, "CAPPED": softcap is not None}
-        _whole_rows(z_nv, target_n.contiguous(), bias_v, logp_n, lse_n, d_nv, scalars)
-    return logp_n, lse_n, d_nv
+    return *_whole_rows(z_nv, target_n, bias_v, d_nv, scale, softcap), d_nv
 
 
 def row_dlogits_(
@@ -134,23 +123,11 @@ def row_dlogits_(
     d_nv = _gradient_memory(z_nv, dtype, out, split=num_splits > 1)
     if num_rows:
         row_dlogits_kernel[(num_rows, num_splits)](
-            z_nv,
-            target_n.contiguous(),
-            bias_v,
-            lse_n.contiguous(),
-            lse_n if grad_n is None else grad_n.to(torch.float32).contiguous(),
-            d_nv,
-            z_nv.stride(0),
-            d_nv.stride(0),
-            vocab,
-            num_tiles,
-            split_tiles,
-            int(grad_n is not None),
-            scale,
-            softcap or 1.0,
-            softcap is not None,
+            z_nv, target_n.contiguous(), bias_v, lse_n.contiguous(),
+            lse_n if grad_n is None else grad_n.to(torch.float32).contiguous(), d_nv, z_nv.stride(0), d_nv.stride(0),
+            vocab, num_tiles, split_tiles, int(grad_n is not None), scale, softcap or 1.0, softcap is not None,
             **TILE_META,
-        )
+        )  # fmt: skip
     return d_nv
 
 
@@ -163,49 +140,25 @@ def _partials(
     m_sn, rest_sn = (torch.empty(num_splits, num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
     y_n = torch.empty(num_rows, dtype=torch.float32, device=z_nv.device)
     row_partials_kernel[(num_rows, num_splits)](
-        z_nv,
-        target_n.contiguous(),
-        bias_v,
-        m_sn,
-        rest_sn,
-        y_n,
-        z_nv.stride(0),
-        num_rows,
-        vocab,
-        num_tiles,
-        split_tiles,
-        scale,
-        softcap or 1.0,
-        softcap is not None,
-        **TILE_META,
-    )
+        z_nv, target_n.contiguous(), bias_v, m_sn, rest_sn, y_n, z_nv.stride(0), num_rows, vocab, num_tiles,
+        split_tiles, scale, softcap or 1.0, softcap is not None, **TILE_META,
+    )  # fmt: skip
     return m_sn, rest_sn, y_n
 
 
 def _whole_rows(
-    z_nv: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    logp_n: Tensor,
-    lse_n: Tensor,
-    d_nv: Tensor | None,
-    scalars: dict[str, float | bool],
-) -> None:
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, d_nv: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and logsumexps [N], one program a row; the gradient is written to d where it is given."""
     num_rows, vocab = z_nv.shape
-    row_logp_kernel[(num_rows,)](
-        z_nv,
-        target_n,
-        bias_v,
-        logp_n,
-        lse_n,
-        d_nv,
-        z_nv.stride(0),
-        0 if d_nv is None else d_nv.stride(0),
-        vocab,
-        triton.cdiv(vocab, TILE),
-        **scalars,
-        **TILE_META,
-    )
+    logp_n, lse_n = (torch.empty(num_rows, dtype=torch.float32, device=z_nv.device) for _ in range(2))
+    if num_rows:
+        row_logp_kernel[(num_rows,)](
+            z_nv, target_n.contiguous(), bias_v, logp_n, lse_n, d_nv, z_nv.stride(0),
+            0 if d_nv is None else d_nv.stride(0), vocab, triton.cdiv(vocab, TILE), scale, softcap or 1.0,
+            softcap is not None, **TILE_META,
+        )  # fmt: skip
+    return logp_n, lse_n
 
 
 def _check(z_nv: Tensor, bias_v: Tensor | None) -> tuple[int, int, Tensor | None]:
@@ -226,8 +179,8 @@ def _splits(num_rows: int, vocab: int) -> tuple[int, int, int]:
 
 
 def _gradient_memory(z_nv: Tensor, dtype: torch.dtype, out: Tensor | None, *, split: bool) -> Tensor:
-    """Where the gradient goes: `out`, z itself, the front of its rows, or memory of its own."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Return the memory for the gradient: `out`, z itself, the front of its rows, or memory of its own."""
+    if dtype not in TRITON_NAMES:
         raise ValueError(f"gradients of logits are float32, bfloat16 or float16, not {dtype}")
     if out is not None:
         if out.dtype != dtype or out.shape != z_nv.shape or out.stride(1) != 1:
@@ -269,13 +222,7 @@ def aot_kernels() -> list[AotKernel]:
                 kernels.append(_aot(f"row_dlogits/{name}{tags}", row_logp_kernel, {**common, **results, **d}, meta))
                 known = {"p_lse": "*fp32", "p_grad": "*fp32", "split_tiles": "i32", "has_grad": "i32", **d}
                 kernels.append(_aot(f"dlogits/{name}{tags}", row_dlogits_kernel, {**common, **known}, meta))
-    return (
-        kernels
-        + triton_gemm.aot_kernels()
-        + triton_join.aot_kernels()
-        + triton_filter.aot_kernels()
-        + triton_scale.aot_kernels()
-    )
+    return kernels + triton_gemm.aot_kernels() + triton_join.aot_kernels() + triton_scale.aot_kernels()
 
 
 def _aot(name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, object]) -> AotKernel:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What `triton_gemm` needs before and after its product: bases of the rows, their sums joined, and rows computed anew.
+"""Kernels before and after the product of `triton_gemm`: bases of the rows, the join of their sums, and the repair.
 
 Legend: n rows, h hidden size, v vocabulary, t vocabulary tiles; e = exp(y - base), rest its sum without the target.
 """
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, cap, dot, finish_above, load_block, narrow
-from macpo.kernels.triton_support import AotKernel
+from macpo.kernels.linear_logp.triton_math import cap, dot, finish_above, load_block, narrow
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 BASE_BLOCK = 1024
 JOIN_ROWS, JOIN_PARTS = 32, 64
@@ -103,7 +103,7 @@ def repair_kernel(
     num_rows, vocab, width, scale, softcap,
     CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rows without a logsumexp again, with their largest logit as the base; in no hurry, for there are none."""
+    """Recompute rows without a logsumexp with their largest logit as the base. They are rare: speed does not matter."""
     start_n = tl.program_id(0) * BLOCK_N
     row_n = start_n + tl.arange(0, BLOCK_N)
     lse_n = tl.load(p_lse + row_n, mask=row_n < num_rows, other=0.0)
@@ -166,7 +166,7 @@ def repair(
     hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
     logp_n: Tensor, lse_n: Tensor, factor_n: Tensor, d_nv: Tensor | None,
 ) -> None:  # fmt: skip
-    """Rows whose logsumexp is NaN anew, in place."""
+    """Recompute, in place, the rows whose logsumexp is NaN."""
     num_rows, width = hidden_nh.shape
     repair_kernel[(triton.cdiv(num_rows, REPAIR_N),)](
         hidden_nh, weight_vh, target_n, bias_v, logp_n, lse_n, factor_n, d_nv, hidden_nh.stride(0),

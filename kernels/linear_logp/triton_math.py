@@ -1,4 +1,4 @@
-"""What every Triton kernel of the head shares: from a product to its logit, and from partial sums to a log-prob.
+"""Functions that Triton kernels share; for the head from a product to its logit, from partial sums to a log-prob.
 
 A row is summed as (m, rest): m the largest logit, rest the sum of exp(y - m) over all entries but the target.
 Keeping the target apart costs one comparison an entry and keeps 1 - p of a confident row to full relative accuracy:
@@ -7,15 +7,36 @@ Keeping the target apart costs one comparison an entry and keeps 1 - p of a conf
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from macpo.kernels.triton_support import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
-# Dtypes of heads and of gradients of logits, by Triton's names.
-TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@triton.jit
+def finite_or_zero(m):
+    """m where it can be subtracted: rows (or parts of rows) of -inf have their maximum read as 0."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """float32 x rounded to the nearest DTYPE; by hand where the interpreter would cut bits off instead."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in float32: exact products of 16-bit entries, IEEE products of float32 ones, never TF32."""
+    if INTERPRETED:  # which multiplies the bit patterns of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -59,12 +80,6 @@ def log1p(x):
 
 
 @triton.jit
-def finite_or_zero(m):
-    """m where it can be subtracted: rows (or parts of rows) of -inf have their maximum read as 0."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
 def finish(m, rest, target_logit):
     """(log p, logsumexp, e_t + rest) of rows from their maximum, the sum of the others and the target's logit.
 
@@ -95,24 +110,6 @@ def finish_above(base, rest, target_logit):
     logp = tl.where(confident, -little, tl.minimum(gap - log_total, 0.0))
     logp = tl.where(total == total, logp, total)  # min() of a GPU drops NaN
     return logp, tl.where(confident, target_logit + little, base + log_total), total
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """float32 x rounded to the nearest DTYPE; by hand where the interpreter would cut bits off instead."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a b in float32: exact products of 16-bit entries, IEEE products of float32 ones, never TF32."""
-    if INTERPRETED:  # which multiplies the bit patterns of bfloat16 as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -40,18 +40,9 @@ def load_target(p_row, p_bias, target, vocab, scale, softcap, CAPPED: tl.constex
 
 @triton.jit
 def sum_tiles(
-    p_row,
-    p_bias,
-    target,
-    begin,
-    end,
-    vocab,
-    scale,
-    softcap,
-    CAPPED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    p_row, p_bias, target, begin, end, vocab, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """(maximum, sum of exp(y - maximum) without the target) over the tiles begin .. end - 1, the last one first."""
     m_c = tl.full((BLOCK_C,), float("-inf"), tl.float32)
     rest_c = tl.zeros((BLOCK_C,), tl.float32)
@@ -73,22 +64,9 @@ def sum_tiles(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def row_logp_kernel(
-    p_z,
-    p_target,
-    p_bias,
-    p_logp,
-    p_lse,
-    p_d,
-    stride_z,
-    stride_d,
-    vocab,
-    num_tiles,
-    scale,
-    softcap,
-    CAPPED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    p_z, p_target, p_bias, p_logp, p_lse, p_d, stride_z, stride_d, vocab, num_tiles, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One row: log-prob, logsumexp and, where p_d is given, the gradient, possibly over the row's own memory.
 
     A 16-bit gradient may start where the float32 row starts. Its tile t takes the bytes of the products
@@ -121,23 +99,9 @@ def row_logp_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "split_tiles"])
 def row_partials_kernel(
-    p_z,
-    p_target,
-    p_bias,
-    p_m,
-    p_rest,
-    p_y,
-    stride_z,
-    num_rows,
-    vocab,
-    num_tiles,
-    split_tiles,
-    scale,
-    softcap,
-    CAPPED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    p_z, p_target, p_bias, p_m, p_rest, p_y, stride_z, num_rows, vocab, num_tiles, split_tiles, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One split of one row: maximum and sum into [S, N]; the first split writes the target's logit too."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     target = tl.load(p_target + row)
@@ -177,24 +141,9 @@ def combine_kernel(p_m, p_rest, p_y, p_logp, p_lse, num_rows, num_parts, BLOCK_N
 
 @triton.jit(do_not_specialize=["num_tiles", "split_tiles", "has_grad"])
 def row_dlogits_kernel(
-    p_z,
-    p_target,
-    p_bias,
-    p_lse,
-    p_grad,
-    p_d,
-    stride_z,
-    stride_d,
-    vocab,
-    num_tiles,
-    split_tiles,
-    has_grad,
-    scale,
-    softcap,
-    CAPPED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    p_z, p_target, p_bias, p_lse, p_grad, p_d, stride_z, stride_d, vocab, num_tiles, split_tiles, has_grad,
+    scale, softcap, CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """The gradient of one split of one row from its logsumexp, in one pass; in place as in `row_logp_kernel`.
 
     A 16-bit gradient in place needs the whole row in one program: another split could read what this one overwrites.
@@ -217,12 +166,13 @@ def row_dlogits_kernel(
         tl.store(p_d + row * stride_d + col_c, narrow(d_c, p_d.dtype.element_ty), mask=m_c)
 
 
-def combine(m_sn: Tensor, rest_sn: Tensor, y_n: Tensor, logp_n: Tensor, lse_n: Tensor) -> None:
+def combine(m_sn: Tensor, rest_sn: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     """Log-prob and logsumexp [N] from partial maxima and sums [S, N] and target logits [N], all float32 contiguous."""
-    num_parts, num_rows = m_sn.shape
+    (num_parts, num_rows), logp_n, lse_n = m_sn.shape, torch.empty_like(y_n), torch.empty_like(y_n)
     combine_kernel[(triton.cdiv(num_rows, COMBINE_ROWS),)](
         m_sn, rest_sn, y_n, logp_n, lse_n, num_rows, num_parts, COMBINE_ROWS, COMBINE_PARTS, num_warps=4
     )
+    return logp_n, lse_n
 
 
 def join_parts(m_sn: Tensor, rest_sn: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import TRITON_NAMES, narrow
-from macpo.kernels.triton_support import AotKernel
+from macpo.kernels.linear_logp.triton_math import narrow
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 BLOCK = 4096
 

@@ -1,4 +1,4 @@
-"""Which product makes a chunk's logits on which device: committed measurements, never a search at run time.
+"""Chooses the product that makes a chunk's logits, from committed measurements, never by a search at run time.
 
 - "vendor": the vendor's GEMM writes float32 products, a row kernel reads them.
 - "epilogue": our own GEMM (`triton_gemm`, on a CPU `native.head_logp`) reduces each tile to log-prob partials as it is
@@ -18,7 +18,7 @@ Route: TypeAlias = Literal["vendor", "epilogue"]
 
 # (compute capability, "score" or "loss") -> the faster route for 16-bit heads, by bench.bench_linear_logp and
 # bench.bench_pair_loss on an H200 (the loss before its exponentials were referred to the target's logit). Others have
-# not been measured and take the vendor's.
+# not been measured and use the vendor's.
 FASTER: dict[tuple[int, str], Route] = {(9, "score"): "epilogue", (9, "loss"): "epilogue"}
 
 
@@ -32,11 +32,10 @@ def route_of(
     score: bool,
     lora: bool = False,
     softcap: bool = False,
-    filtered: bool = False,
     sharded: bool = False,
     contiguous: bool = True,
 ) -> str:
-    """The route of one call: what was asked for, else what is faster by the table.
+    """Return the route of one call: the one asked for, else the faster one by the table.
 
     Raises:
         ValueError: the name is unknown, or the epilogue was asked for where it does not exist.
@@ -58,8 +57,6 @@ def route_of(
         reason = "it does not keep the slope of a softcap"
     elif dtype == torch.float16 and not score:
         reason = "float16 cannot hold exponentials of any size"
-    elif filtered:
-        reason = "a filter looks at finished gradients"
     elif sharded:
         reason = "its base is the target's logit, which another process may have"
     elif not contiguous:

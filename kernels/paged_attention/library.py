@@ -1,9 +1,11 @@
 """paged_attention and write_kv as operators of torch: `torch.compile` and graph capture see one call each.
 
-Eager calls go straight to the `run_` functions, which is cheaper; they check values where that costs no waiting.
+Eager calls go straight to the `run_` functions, which is cheaper; they check values where no wait for a device follows.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def run_paged_attention(
     window: int | None,
     backend: str | None,
 ) -> Tensor:
-    """`op.paged_attention` after the checks of shapes."""
+    """Run `op.paged_attention` after its checks of shapes."""
     if context_lens.device.type == "cpu" and context_lens.numel():
         low, high = (int(value) for value in context_lens.aminmax())
         capacity = block_table.shape[1] * k_pool.shape[1]
@@ -40,7 +42,7 @@ def run_paged_attention(
 
 
 def run_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None) -> None:
-    """`op.write_kv` after the checks of shapes."""
+    """Run `op.write_kv` after its checks of shapes."""
     if slots.device.type == "cpu" and slots.numel():
         low, high = (int(value) for value in slots.aminmax())
         capacity = k_pool.shape[0] * k_pool.shape[1]
@@ -70,24 +72,10 @@ def _paged_attention(
 
 
 @_paged_attention.register_fake
-def _(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    scale: float | None = None,
-    window: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("macpo::write_kv", mutates_args=("k_pool", "v_pool"))
 def _write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None = None) -> None:
     run_write_kv(k, v, k_pool, v_pool, slots, backend)
-
-
-@_write_kv.register_fake
-def _(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None = None) -> None:
-    return None

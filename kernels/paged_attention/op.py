@@ -65,7 +65,7 @@ def paged_attention(
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:
-    """What of these the backend that runs on the device does not take; empty where it takes them."""
+    """Say which of these the device's backend does not support; empty where it supports all."""
     if explain("paged_attention", device).backend != "triton":
         return ""
     from macpo.kernels.paged_attention import triton_impl

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """paged_attention and write_kv in Triton: split-KV decode with the query heads of a kv head packed as rows of a tile.
 
 Legend: b sequences, h query heads, g query heads of a kv head, t tokens, d head size, s splits.
@@ -18,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.triton_support import AotKernel, interpreted
+from macpo.kernels.linear_logp.triton_math import dot, narrow
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-BLOCK_TOKENS = (16, 32, 64)  # of the pools
+BLOCK_TOKENS = (16, 32, 64)  # block sizes of the pools
 BLOCK_M = 16  # rows of a query tile: the smallest that tensor cores take; heads beyond 16 are further tiles
 NUM_SMS = 132  # a constant, so that the split count does not depend on the card
 PROGRAMS_PER_SM = 4
@@ -29,12 +29,10 @@ MIN_SPLIT_TOKENS = 128  # a shorter split costs more in partials than it gains
 MAX_SPLITS = 128
 NO_WINDOW = 2**31 - 1
 WRITE_ELEMENTS = 1024  # of k (and of v) that a program of write_kv moves
-INTERPRETED = tl.constexpr(interpreted())
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Config(NamedTuple):
-    """Tile of keys, and how it is compiled."""
+    """The tile of keys and its launch options."""
 
     block_n: int
     num_warps: int
@@ -66,23 +64,6 @@ def _span(p_context, b, num_splits, window, BLOCK_N: tl.constexpr):
     first = tl.maximum(context - window, 0)
     chunk = tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N
     return first, context, tl.maximum(chunk, BLOCK_N)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """float32 x to the nearest DTYPE; the interpreter cuts bfloat16's bits off, so there they are rounded first."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def _dot(x, y, acc):
-    """x @ y + acc, products exact and sums in float32; the interpreter cannot multiply bfloat16 itself."""
-    if INTERPRETED:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_splits", "window"])  # a longer block table compiles nothing
@@ -129,20 +110,20 @@ def decode_kernel(
         offset = t & ((1 << block_shift) - 1)
         m_kv = m_t[:, None] & m_d[None, :]
         k = tl.load(p_k_head + (block * stride_kp + offset * stride_kt)[:, None] + d[None, :], mask=m_kv, other=0.0)
-        score = _dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+        score = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
         score = tl.where(m_t[None, :], score, float("-inf"))
         risen = tl.maximum(highest, tl.max(score, 1))
         fade = tl.exp2(highest - risen)
         p = tl.exp2(score - risen[:, None])
         total = total * fade + tl.sum(p, 1)
         v = tl.load(p_v_head + (block * stride_vp + offset * stride_vt)[:, None] + d[None, :], mask=m_kv, other=0.0)
-        acc = _dot(_rounded(p, v.dtype), v, acc * fade[:, None])
+        acc = dot(narrow(p, v.dtype), v, acc * fade[:, None])
         highest = risen
 
     o = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
     row = (split.to(tl.int64) * tl.num_programs(0) + b) * num_heads + head
     tl.store(
-        p_o + row[:, None] * HEAD_DIM + d[None, :], _rounded(o, p_o.dtype.element_ty), mask=m_g[:, None] & m_d[None, :]
+        p_o + row[:, None] * HEAD_DIM + d[None, :], narrow(o, p_o.dtype.element_ty), mask=m_g[:, None] & m_d[None, :]
     )
     if SPLIT:
         tl.store(p_lse + row, highest + tl.log2(total), mask=m_g)
@@ -171,7 +152,7 @@ def combine_kernel(
         highest = risen
     o = tl.where(total > 0, acc / total, 0.0)
     row = b.to(tl.int64) * num_heads + head
-    tl.store(p_o + row * HEAD_DIM + d, _rounded(o, p_o.dtype.element_ty), mask=m_d)
+    tl.store(p_o + row * HEAD_DIM + d, narrow(o, p_o.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
@@ -197,9 +178,9 @@ def write_kernel(
 
 
 def why_not(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> str:
-    """Which limit of these kernels the tensors exceed; empty where they fit."""
+    """Say which limit of these kernels the tensors exceed; empty where they fit."""
     block_tokens, head_dim = k_pool.shape[1], k_pool.shape[3]
-    if q.dtype not in TYPES:
+    if q.dtype not in TRITON_NAMES:
         return f"dtype {q.dtype}; it takes bfloat16, float16 and float32"
     if head_dim not in HEAD_DIMS:
         return f"head size {head_dim}; it takes {', '.join(map(str, HEAD_DIMS))}"
@@ -290,7 +271,7 @@ def aot_kernels() -> list[AotKernel]:
     kernels = []
     ints = ("num_heads", "num_kv_heads", "num_tiles", "num_splits", "block_shift", "window")
     strides = tuple(f"stride_{name}" for name in ("qb", "qh", "kp", "kt", "kh", "vp", "vt", "vh"))
-    for dtype, name in TYPES.items():
+    for dtype, name in TRITON_NAMES.items():
         for head_dim in HEAD_DIMS:
             block_n, num_warps, num_stages = config(head_dim, dtype)
             sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}

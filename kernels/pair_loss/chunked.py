@@ -26,13 +26,13 @@ from macpo.kernels.pair_loss.sequences import row_sequences, row_weights, segmen
 
 
 class Pairs:
-    """The pairs of a call: what their rows' log-probs make of a loss, a few at a time.
+    """The pairs of a call, which turn log-probs of their rows into losses and slopes, a few pairs at a time.
 
     Args:
         bounds: where each sequence's rows begin, from 0 to N.
         ref_s: summed reference log-probs, or None.
-        settings: of the loss.
-        num_pairs: what sums over pairs are divided by.
+        settings: the loss and its parameters.
+        num_pairs: divisor of the sums over pairs.
         like: a tensor on the device, of the dtype of log-probs.
     """
 
@@ -66,7 +66,7 @@ class Pairs:
         return weighted_s if self.ref_s is None else weighted_s - self.ref_s[2 * first : 2 * last]
 
     def terms(self, plain_s: Tensor, weighted_s: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What each pair adds to the loss [b], preference and SFT term over `num_pairs`; and its derivatives with
+        """Each pair's share of the loss [b], preference and SFT term over `num_pairs`; and its derivatives with
         respect to the weighted [2b] and the plain sums of the chosen [b]."""
         ratios_s, tokens_s = self.ratios(weighted_s, first, last), self.tokens(first, last, plain_s.dtype)
         scores = PairScores(ratios_s[0::2], ratios_s[1::2], tokens_s[0::2], tokens_s[1::2])
@@ -117,23 +117,15 @@ class Result:
     grad_n: Tensor | None
     """g [N]; d loss / d hidden is `grads.hidden` times it, by rows."""
     grads: Gradients
-    """Those of the head are `grad_scale` times too large."""
+    """Gradients of the inputs; those of weight, bias and LoRA are `grad_scale` times too large."""
     grad_scale: float
 
 
-def pair_loss(
-    head: Head,
-    hidden: Tensor,
-    target: Tensor,
-    pairs: Pairs,
-    needs: Needs,
-    chunk_rows: int,
-    filter_eps: float | None = None,
-) -> Result:
+def pair_loss(head: Head, hidden: Tensor, target: Tensor, pairs: Pairs, needs: Needs, chunk_rows: int) -> Result:
     """Loss and gradients; see `op.pair_loss`, and `library.py` for the way back."""
     logp_n = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
     block_rows = head.block_rows(hidden.shape[0], chunk_rows, needs)
-    grads = Gradients(head, hidden, needs, filter_eps, whole=hidden.shape[0] <= block_rows)
+    grads = Gradients(head, hidden, needs, whole=hidden.shape[0] <= block_rows)
     # g is about beta / num_pairs, which times hidden may be too small for float16. A power of two rounds nothing.
     narrow = head.weight_vh.dtype == torch.float16
     grad_scale = 2.0 ** round(math.log2(pairs.num_pairs / pairs.settings.beta)) if narrow else 1.0
@@ -189,7 +181,7 @@ def _long_pair(
     grads: Gradients,
     grad_scale: float,
 ) -> None:
-    """One pair in several chunks: log-probs of all its rows first, then their logits again."""
+    """Handle one pair in several chunks: log-probs of all its rows first, then their logits again."""
     rows = pairs.rows(pair, pair + 1)
     lse_n = torch.empty_like(logp_n)
     for part in chunks(rows.start, rows.stop, chunk_rows):

@@ -24,9 +24,9 @@ from macpo.kernels.linear_logp.scaling import scale_, scale_rows, with_dimension
 from macpo.kernels.pair_loss import chunked
 from macpo.kernels.pair_loss.losses import LossSettings
 
-# loss, sft_loss, logps, rewards, skipped mass; g of the rows, size of one unit in the head's gradients; gradients of
+# loss, sft_loss, logps, rewards; g of the rows, size of one unit in the head's gradients; gradients of
 # hidden, weight, bias and the LoRA's factors.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("macpo::pair_loss", mutates_args=())
@@ -49,12 +49,11 @@ def pair_loss(
     lora_scaling: float,
     scale: float,
     softcap: float | None,
-    filter_eps: float | None,
     chunk_rows: int,
     backend: str,
     needs: Sequence[bool],
     route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `Outputs` and `chunked.Result`.
 
     Raises:
@@ -65,57 +64,30 @@ def pair_loss(
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
     pairs = chunked.Pairs(bounds, ref_logps, settings, num_pairs, hidden.new_empty(0, dtype=head.dtype))
-    return outputs_of(chunked.pair_loss(head, hidden, target, pairs, Needs(*needs), chunk_rows, filter_eps), hidden)
+    return outputs_of(chunked.pair_loss(head, hidden, target, pairs, Needs(*needs), chunk_rows), hidden)
 
 
 @pair_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    cu_rows: Tensor,
-    ref_logps: Tensor | None,
-    loss: str,
-    beta: float,
-    label_smoothing: float,
-    gamma: float | None,
-    ld_alpha: float | None,
-    sft_weight: float,
-    num_pairs: int,
-    lora_scaling: float,
-    scale: float,
-    softcap: float | None,
-    filter_eps: float | None,
-    chunk_rows: int,
-    backend: str,
-    needs: Sequence[bool],
-    route: str = "vendor",
-) -> Outputs:
+def _(*args: Any) -> tuple[Tensor, ...]:
+    (hidden, weight, *_), cu_rows, needs = args, args[6], args[20]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    scalars = (hidden.new_empty((), dtype=dtype) for _ in range(2))
-    sums = (hidden.new_empty(cu_rows.shape[0] - 1, dtype=dtype) for _ in range(2))
-    skipped, unit = (hidden.new_empty((), dtype=dtype) for _ in range(2))
-    grad_n = hidden.new_empty(hidden.shape[0] if Needs(*needs).any else 0, dtype=dtype)
-    grads = fake_gradients((hidden, weight, bias, lora_a, lora_b), needs)
-    return (*scalars, *sums, skipped, grad_n, unit, *grads)  # type: ignore[return-value]
+    num_sequences, num_grads = cu_rows.shape[0] - 1, hidden.shape[0] if Needs(*needs).any else 0
+    shapes = (), (), (num_sequences,), (num_sequences,), (num_grads,), ()
+    return *(hidden.new_empty(shape, dtype=dtype) for shape in shapes), *fake_gradients(args[:5], needs)
 
 
 def outputs_of(out: chunked.Result, hidden: Tensor) -> Outputs:
     unit = out.loss.new_full((), 1 / out.grad_scale)
     grads = as_outputs(out.grads, hidden)
-    skipped = out.grads.skipped_mass
-    return (out.loss, out.sft_loss, out.logps, out.rewards, skipped, or_empty(out.grad_n, out.loss), unit, *grads)
+    return (out.loss, out.sft_loss, out.logps, out.rewards, or_empty(out.grad_n, out.loss), unit, *grads)
 
 
 def keep(ctx: Any, needs: Sequence[bool], output: Outputs) -> None:
-    """What `input_gradients` needs, from the forward."""
+    """Save what `input_gradients` needs from the forward."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.needs = list(needs)
-    ctx.save_for_backward(*output[5:])
+    ctx.save_for_backward(*output[4:])
 
 
 def input_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -124,7 +96,7 @@ def input_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     grad_n, unit, hidden, *sums = ctx.saved_tensors
-    # In the memory of what was kept where this is the only backward, so that large gradients exist once.
+    # Scaled in place where this is the only backward, so that large gradients exist once.
     once = type(hidden) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
     dhidden = scale_rows(hidden, grad_n * grad, in_place=once and hidden.is_cuda) if ctx.needs[0] else None
     scaled = [scale_(x, grad * unit) if once else (x * with_dimension(grad * unit, x)).to(x.dtype) for x in sums]
@@ -144,7 +116,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return *input_gradients(ctx, grad), *[None] * 18
+    return *input_gradients(ctx, grad), *[None] * 17
 
 
 pair_loss.register_autograd(_backward, setup_context=_setup)

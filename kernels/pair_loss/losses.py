@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
-    """What a loss may look at; every field [B] float."""
+    """The inputs of a loss; every field is [B] float."""
 
     chosen: Tensor
     """Log-ratio of the chosen response."""
@@ -48,7 +48,7 @@ class PairScores:
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """A loss and its parameters; what each means is said by the loss."""
+    """A loss and its parameters, whose meaning each loss documents."""
 
     loss: str = "sigmoid"
     beta: float = 0.1
@@ -156,7 +156,7 @@ def _log_odds(logp: Tensor) -> tuple[Tensor, Tensor]:
 def sft(chosen_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
     """NLL of the chosen response per token, the term added by arXiv 2404.19733 (eq. 1) and LLaMA-Factory's `pref_ftx`.
 
-    chosen_logps are log-probs, not ratios. The paper's NLL has the chain of thought and the answer: our response.
+    chosen_logps are log-probs, not ratios. The paper's NLL covers chain of thought and answer, which is our response.
     """
     return -chosen_logps / chosen_tokens
 
@@ -171,9 +171,9 @@ LOSSES: dict[str, Loss] = {
     "orpo": orpo,
 }
 SMOOTHED = frozenset({"sigmoid", "robust"})
-"""Losses that label_smoothing means something for."""
+"""Losses that take label_smoothing."""
 DESENSITISED = frozenset({"sigmoid", "robust", "hinge"})
-"""Losses of summed log-ratios, which ld_alpha means something for; the others divide by the length."""
+"""Losses of summed log-ratios, which take ld_alpha; the others divide by the length."""
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
 """Losses without a reference; their reward is beta times the log-prob per token."""
 

@@ -5,17 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from macpo.kernels.linear_logp.op import (
-    LoraLike,
-    backend_of,
-    check_head,
-    check_shard,
-    rows_of_chunk,
-    shard_head,
-    takes_grad,
-)
+from macpo.kernels.linear_logp.op import LoraLike, check_head, choose, shard_head
 from macpo.kernels.linear_logp.shard import VocabShard
-from macpo.kernels.linear_logp.tuning import route_of
 from macpo.kernels.pair_loss import library
 from macpo.kernels.pair_loss import shard as sharded
 from macpo.kernels.pair_loss.losses import LossSettings, check_loss
@@ -40,7 +31,6 @@ def pair_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     lora: LoraLike | None = None,
-    filter_eps: float | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
     route: str | None = None,
@@ -52,7 +42,7 @@ def pair_loss(
     multiplies them by the upstream gradient. Once differentiable.
 
     Args:
-        hidden: [N, H] float: the rows that predict response tokens, of sequences c0, r0, c1, r1, ...
+        hidden: [N, H] float: hidden states that predict response tokens, of sequences c0, r0, c1, r1, ...
         weight: [V, H], dtype of hidden.
         target: [N] int64: the token that each row predicts.
         cu_rows: [2B + 1] int32 on the CPU: where each sequence's rows begin, from 0 to N; none is empty.
@@ -69,21 +59,17 @@ def pair_loss(
         sft_weight: adds this times the NLL of the chosen response (token mean per pair, then mean over pairs);
             default 0, for "orpo" 1.
         num_pairs: pairs of the global batch, by which sums are divided; default B.
-        filter_eps: leave blocks of the vocabulary out of the gradient GEMMs where |d log-prob / d logit| is below this
-            in every row of a chunk; `skipped_mass` bounds the error. The loss stays exact. Not for torch's backend on a
-            GPU, nor for a shard.
         bias, logit_scale, softcap, lora, chunk_rows, backend, route, shard: as in `linear_logp`.
 
     Returns:
         PairLoss; only its `loss` carries gradient.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit together, a setting that the loss has no use for.
+        ValueError: shapes, dtypes or values that do not fit together, a setting that the loss does not take.
         BackendError: the forced backend is not there.
         RuntimeError: a backward with create_graph=True.
     """
-    check_head(hidden, weight, target, bias, logit_scale, softcap, lora)
-    check_shard(weight, shard)
+    check_head(hidden, weight, target, bias, logit_scale, softcap, lora, shard)
     if sft_weight is None:
         sft_weight = 1.0 if loss == "orpo" else 0.0
     settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
@@ -97,23 +83,10 @@ def pair_loss(
         raise ValueError(f"ref_logps must be float [{2 * batch}], got {ref_logps.dtype} {list(ref_logps.shape)}")
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
-    chosen_backend = backend_of("pair_loss", hidden.device.type, backend)
-    check_filter(filter_eps, chosen_backend, hidden.device.type, shard)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
-    needs = takes_grad(hidden, weight, bias, a, b)
-    chosen_route = route_of(
-        route,
-        chosen_backend,
-        hidden.device,
-        hidden.dtype,
-        score=not any(needs),
-        lora=lora is not None,
-        softcap=softcap is not None,
-        filtered=filter_eps is not None,
-        sharded=shard is not None,
-        contiguous=hidden.stride(1) == weight.stride(1) == 1,
+    chosen_backend, needs, chosen_route, chunk_rows = choose(
+        "pair_loss", hidden, weight, bias, softcap, lora, chunk_rows, backend, route, shard
     )
-    chunk_rows = rows_of_chunk(chunk_rows, weight, chosen_route, shard)
     ref_logps = None if ref_logps is None else ref_logps.detach()
     if shard is not None:
         head_of = shard_head(scaling, logit_scale, softcap, chosen_backend, shard)
@@ -121,7 +94,7 @@ def pair_loss(
         shard_outputs = sharded.pair_loss(
             head_of, *inputs, target, cu_rows, ref_logps, settings, num_pairs or batch, shard, chunk_rows, needs
         )
-        return _result(*shard_outputs[:5])
+        return _result(*shard_outputs[:4])
     outputs = library.pair_loss(
         hidden,
         weight,
@@ -141,16 +114,15 @@ def pair_loss(
         float(scaling),
         float(logit_scale),
         None if softcap is None else float(softcap),
-        None if filter_eps is None else float(filter_eps),
         chunk_rows,
         chosen_backend,
         needs,
         chosen_route,
     )
-    return _result(*outputs[:5])
+    return _result(*outputs[:4])
 
 
-def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor, skipped_mass: Tensor) -> PairLoss:
+def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor) -> PairLoss:
     margin = rewards[0::2] - rewards[1::2]
     return PairLoss(
         loss=total,
@@ -161,16 +133,4 @@ def _result(total: Tensor, sft_loss: Tensor, logps: Tensor, rewards: Tensor, ski
         accuracy=(margin > 0).to(torch.float32).mean(),
         margin=margin.mean(),
         sft_loss=sft_loss,
-        skipped_mass=skipped_mass,
     )
-
-
-def check_filter(filter_eps: float | None, backend: str, device: str, shard: VocabShard | None = None) -> None:
-    if filter_eps is None:
-        return
-    if shard is not None:
-        raise ValueError("filter_eps: a head whose vocabulary is cut between processes has none of this")
-    if not filter_eps > 0:
-        raise ValueError(f"filter_eps must be positive, got {filter_eps}")
-    if backend == "torch" and device != "cpu":
-        raise ValueError(f"filter_eps: the torch backend would wait for the {device} device; it has none of this")

@@ -1,4 +1,4 @@
-"""What pair_loss returns."""
+"""The result of pair_loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PairLoss(NamedTuple):
-    """The loss and what is worth logging. Only `loss` carries gradient. Float32; B pairs.
+    """The loss and metrics to log. Only `loss` carries gradient. Float32; B pairs.
 
     `loss` and `sft_loss` are sums over this call's pairs divided by `num_pairs`, so those of micro-batches add up
     to the big batch's; `accuracy` and `margin` are means over this call's pairs.
@@ -24,13 +24,10 @@ class PairLoss(NamedTuple):
     """[B]: beta * log-ratio of the chosen responses, with ld_alpha's weights where given; for simpo and orpo, which
     have no reference, beta * log-prob per token."""
     rejected_rewards: Tensor
-    """[B]: the same of the rejected responses."""
+    """[B]: as `chosen_rewards`, for the rejected responses."""
     accuracy: Tensor
     """Scalar: share of pairs whose chosen reward is the larger one."""
     margin: Tensor
     """Scalar: mean of chosen minus rejected reward."""
     sft_loss: Tensor
     """Scalar: token mean of the chosen NLL per pair, summed over pairs / num_pairs."""
-    skipped_mass: Tensor
-    """Scalar: with filter_eps, the largest sum of |d log-prob / d logit| over a row's entries that were skipped; 0
-    without. A row's error in d loss / d hidden is at most |d loss / d log-prob| * skipped_mass * max ||W_v||."""

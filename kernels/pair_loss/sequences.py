@@ -1,4 +1,4 @@
-"""Rows of sequences: their sums, and what a token weighs.
+"""Sums over the rows of a sequence, and the weight of each response token.
 
 Legend: n rows, s sequences (two a pair).
 """

@@ -1,4 +1,4 @@
-"""pair_loss over a head whose vocabulary is cut between processes: how is in `linear_logp/shard.py`. Eager only.
+"""pair_loss over a head whose vocabulary is cut between processes, as in `linear_logp/shard.py`. Eager only.
 
 Sums, losses and slopes are computed by every process from the same joined log-probs.
 """

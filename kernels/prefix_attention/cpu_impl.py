@@ -1,4 +1,4 @@
-"""prefix_attention on a CPU: torch's flash kernel over runs of tokens that share their keys, no pair scored in vain.
+"""prefix_attention on a CPU: torch's flash kernel over runs of tokens that share their keys, without wasted scores.
 
 A prompt with its first response is plain causal text: one call, no mask, nothing copied. Each further response is a
 run of queries over [prompt, own tokens]. Runs are padded into one call only where that costs less than a call more.

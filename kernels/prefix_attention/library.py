@@ -41,16 +41,10 @@ def make_plan(
 
 
 @make_plan.register_fake
-def _(
-    prefix_start: Tensor,
-    prefix_end: Tensor,
-    segment_start: Tensor,
-    window: int | None,
-    head_dim: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(prefix_start: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from macpo.kernels.prefix_attention.triton_impl import tiles_of
 
+    *_, head_dim, dtype = args
     tiles = tiles_of(head_dim, dtype, prefix_start.device)
     num_tokens = prefix_start.shape[0]
 
@@ -79,9 +73,7 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, visible_3t: Tensor, key_lists: Tensor, query_lists: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -103,22 +95,6 @@ def backward(
 
     tiles = triton_impl.tiles_of(q.shape[2], q.dtype, q.device)
     return triton_impl.backward(do, q, k, v, o, lse, visible_3t, key_lists, query_lists, scale, tiles)
-
-
-@backward.register_fake
-def _(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    visible_3t: Tensor,
-    key_lists: Tensor,
-    query_lists: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,16 +131,7 @@ def torch_forward(
 
 
 @torch_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_start: Tensor,
-    prefix_end: Tensor,
-    segment_start: Tensor,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -185,18 +152,9 @@ def torch_backward(
     return torch_impl.gradients(do, q, k, v, segments, scale=scale, window=window)
 
 
+@backward.register_fake
 @torch_backward.register_fake
-def _(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_start: Tensor,
-    prefix_end: Tensor,
-    segment_start: Tensor,
-    scale: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

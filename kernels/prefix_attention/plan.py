@@ -1,4 +1,4 @@
-"""Which keys every token sees, as two ranges, and which blocks of keys and queries meet: computed on the device.
+"""Computes on the device which keys every token sees, as two ranges, and which blocks of keys and queries meet.
 
 No step reads a value back to the host, and every shape follows from the number of tokens and the block sizes, so the
 plan can be captured in a CUDA graph. Its lists hold an entry for every pair of blocks: T^2 / (block_q * block_k)

@@ -1,4 +1,4 @@
-"""Which keys each token of a packed row may see: three integers a token, and the groups' borders.
+"""Describes which keys each token of a packed row may see: three integers per token, and the groups' borders.
 
 A group is one prompt and its responses: `prompt, response_1, ..., response_n`. Groups never see each other.
 Legend: t tokens of the packed row, g groups.

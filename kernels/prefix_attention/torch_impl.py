@@ -67,7 +67,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [T, Hq, D], dk and dv [T, Hkv, D] for do [T, Hq, D], without autograd; inside in at least float32.
 
-    What a compiled graph calls: a custom operator cannot differentiate through its own forward.
+    A compiled graph calls this, because a custom operator cannot differentiate through its own forward.
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
     buckets = _plan(segments.to(q.device), window, torch.promote_types(q.dtype, torch.float32))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from macpo.kernels.prefix_attention import triton_kernels as kernels
-from macpo.kernels.triton_support import AotKernel, interpreted
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Block sizes of one kernel, and how Triton builds it."""
+    """Block sizes and launch options of one kernel."""
 
     block_q: int
     block_k: int
@@ -38,7 +38,7 @@ class Tiles:
     """Has block sizes of its own; `forward` and `dq` share theirs, and so their lists of blocks."""
 
 
-# By padded head size and bytes of an element. 16-bit heads in _LARGE: the fastest of `bench.tune` on an H200
+# Tiles by padded head size and bytes per element. 16-bit heads in _LARGE have the fastest of `bench.tune` on an H200
 # (small tiles, of which several fit a multiprocessor). All others are chosen from what the compiler reports (no
 # spills but where `_SPILLS` says so; shared memory below the device's limit).
 _FLOAT32 = {
@@ -58,7 +58,6 @@ _SMALL = _FLOAT32 | {
     (128, 2): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
     (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
 }
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LOG2_E = math.log2(math.e)
 
 
@@ -77,7 +76,7 @@ def forward(
         q, k, v: [T, Hq, D], [T, Hkv, D] twice; any strides, though others than contiguous are copied.
         visible_3t, key_lists: `plan.visible_keys` and `plan.block_lists` with the forward tile's block sizes.
         scale: factor on the scores; a negative one is moved into q.
-        tiles: of `tiles_of`, or smaller ones that make a test short.
+        tiles: from `tiles_of`, or smaller ones that make a test short.
     """
     q, scale = (-q, -scale) if scale < 0 else (q, scale)
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -205,7 +204,7 @@ def aot_kernels() -> list[AotKernel]:
     found = []
     for table, capabilities in ((_LARGE, (90, 100)), (_SMALL, (80,))):
         for (padded, itemsize), tiles in table.items():
-            for dtype, head_dim in product(_NAMES, (padded, padded - 16)):
+            for dtype, head_dim in product(TRITON_NAMES, (padded, padded - 16)):
                 if dtype.itemsize != itemsize:
                     continue
                 dq, forward_ = (_constants(tile, head_dim, dtype) for tile in (tiles.dq, tiles.forward))
@@ -230,10 +229,10 @@ def _entry(
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
     pointers = [argument for argument in arguments if argument.startswith("p_")]
     return AotKernel(
-        name=f"prefix_attention_{part}/{size}/{_NAMES[dtype]}/{kind}",
+        name=f"prefix_attention_{part}/{size}/{TRITON_NAMES[dtype]}/{kind}",
         kernel=kernel,
         signature={
-            argument: types.get(argument, f"*{_NAMES[dtype]}" if argument in pointers else "i32")
+            argument: types.get(argument, f"*{TRITON_NAMES[dtype]}" if argument in pointers else "i32")
             for argument in arguments
         },
         constexprs=constants,

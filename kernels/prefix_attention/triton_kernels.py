@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The Triton kernels of prefix_attention: forward, and the two of the backward.
 
 The algorithm is FlashAttention-2 (arXiv 2307.08691, Algorithms 1 and 2) over lists of blocks: `plan.block_lists` says

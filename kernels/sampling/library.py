@@ -1,9 +1,11 @@
 """sample as an operator of torch: `torch.compile` and graph capture see one call.
 
-Eager calls go straight to `run_sample`, which is cheaper; it checks values where that costs no waiting.
+Eager calls go straight to `run_sample`, which is cheaper; it checks values where no device has to be waited for.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ MAX_POSITION, MAX_ATTEMPT, MAX_SAMPLE = 2**POSITION_BITS - 1, 2**ATTEMPT_BITS - 
 def run_sample(
     logits: Tensor, params: SampleParams, request_keys: Tensor, positions: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`op.sample` after the checks of shapes."""
+    """Run `op.sample` after its checks of shapes."""
     batch = logits.shape[0]
     if request_keys.device.type == "cpu" and batch:
         _check_keys(request_keys, positions)
@@ -82,24 +84,7 @@ def _sample(
 
 
 @_sample.register_fake
-def _(
-    logits: Tensor,
-    seed: Tensor,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    min_p: Tensor,
-    repetition_penalty: Tensor,
-    seen: Tensor | None,
-    request_keys: Tensor,
-    positions: Tensor,
-    penalised: bool,
-    greedy: bool,
-    any_greedy: bool,
-    top_ks: list[int],
-    any_top_p: bool,
-    any_min_p: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logps = [logits.new_empty(positions.shape, dtype=torch.float32) for _ in range(2)]
-    return torch.empty_like(positions), logps[0], logps[1]
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    positions = args[8]
+    raw, processed = (logits.new_empty(positions.shape, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(positions), raw, processed

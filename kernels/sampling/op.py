@@ -26,7 +26,7 @@ def sample(
     Filters apply in Hugging Face's order (repetition penalty, temperature, top-k, top-p, min-p) and keep the same
     tokens. Noise is Philox4x32-10 of (seed; request id, sample, attempt, position, token), so the draw of a row
     depends on its own logits, settings and keys alone. A row with a NaN or infinite logit gives a NaN raw log-prob and
-    an id that means nothing.
+    a meaningless id.
 
     Args:
         logits: [B, V] float; computed on in float32.
@@ -63,12 +63,7 @@ def sample(
         facts = params.facts
         ids, raw, processed = torch.ops.macpo.sample(
             logits,
-            params.seed,
-            params.temperature,
-            params.top_p,
-            params.top_k,
-            params.min_p,
-            params.repetition_penalty,
+            *params.settings,
             params.seen,
             request_keys,
             positions,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Below, logits / temperature may overflow; 0 is what such a small temperature means.
+# Below this, logits / temperature may overflow; a temperature that small means 0.
 MIN_TEMPERATURE = 1e-4
 
 
@@ -32,9 +32,9 @@ class SampleParams:
     repetition_penalty: Tensor
     """float32 [B], > 0: divides the positive and multiplies the negative logits of seen tokens; 1 is off."""
     seen: Tensor | None = None
-    """bool [B, V]: tokens of the prompt and the answer so far; the caller keeps it up to date, in place."""
+    """bool [B, V]: tokens of the prompt and the response so far; the caller keeps it up to date, in place."""
     facts: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    """What the backends derive from the settings once: which filters are on anywhere."""
+    """Facts that the backends derive from the settings once, such as which filters any row uses."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class SampleParams:
         batch: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Tensors of [B], or scalars with `batch` (needed when all are scalars).
+        """Take tensors of [B], or scalars with `batch` (needed when all are scalars).
 
         Raises:
             ValueError: a value out of its range, lengths that differ, a penalty without `seen`.
@@ -105,6 +105,11 @@ class SampleParams:
             "min_p": bool((self.min_p > 0).any()),
         }
 
+    @property
+    def settings(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The settings of [B] in their order, without `seen`."""
+        return self.seed, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
+
     def __len__(self) -> int:
         return self.seed.numel()
 
@@ -120,7 +125,7 @@ class SampleParams:
         seen: Tensor | None,
         facts: dict[str, Any],
     ) -> SampleParams:
-        """Settings and facts of another SampleParams, which has checked them: no value is looked at again."""
+        """Settings and facts of another SampleParams, which has checked them: no value is checked again."""
         made = cls.__new__(cls)
         made.seed, made.temperature, made.top_p, made.top_k = seed, temperature, top_p, top_k
         made.min_p, made.repetition_penalty, made.seen, made.facts = min_p, repetition_penalty, seen, facts
@@ -128,15 +133,9 @@ class SampleParams:
 
     def select(self, rows: Tensor) -> SampleParams:
         """The settings of the rows with these indices (int64 [B'])."""
-        return SampleParams(
-            self.seed[rows],
-            self.temperature[rows],
-            self.top_p[rows],
-            self.top_k[rows],
-            self.min_p[rows],
-            self.repetition_penalty[rows],
-            None if self.seen is None else self.seen[rows],
-        )
+        seed, temperature, top_p, top_k, min_p, penalty = (x[rows] for x in self.settings)
+        seen = None if self.seen is None else self.seen[rows]
+        return SampleParams(seed, temperature, top_p, top_k, min_p, penalty, seen)
 
 
 def _signed(seed: int) -> int:

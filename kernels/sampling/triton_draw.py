@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
-"""From the parts of a row to its token: joins the chunks, and draws the rows that have filters.
+"""Makes a row's token from its parts: joins the chunks, and draws the rows that have filters.
 
 Every filter keeps the first tokens of one order (score downwards, then id downwards), so what is kept is a score and
 an id at which the order is cut. Cuts are found by search over the scores' integer images: the k-th largest score is
@@ -19,11 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from macpo.kernels.linear_logp.triton_math import finite_or_zero
 from macpo.kernels.sampling.triton_noise import (
     KEY_OF_MINUS_INF,
     LOG2E,
     LOWEST_KEY,
-    finite_or_zero,
     gumbel,
     ordered,
     penalised,
@@ -33,7 +32,7 @@ from macpo.kernels.sampling.triton_noise import (
 )
 from macpo.kernels.sampling.triton_scan import NO_TOKEN, is_filtered
 
-# What a search weighs: tokens, mass, or ids among tokens of one key.
+# The weights of a search: tokens, mass, or ids among tokens of one key.
 COUNT, MASS, IDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from macpo.kernels.sampling.params import SampleParams
 from macpo.kernels.sampling.triton_draw import draw_kernel
 from macpo.kernels.sampling.triton_scan import scan_kernel
-from macpo.kernels.triton_support import AotKernel
-
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 SCAN_BLOCK = 256  # a program is one warp, so that its maxima need no barrier
 SCAN_REGISTERS = 112  # of a thread of the scan at most, so that more programs share a multiprocessor
@@ -49,7 +47,7 @@ def sample(
     Raises:
         ValueError: float64 logits.
     """
-    if logits.dtype not in TYPES:
+    if logits.dtype not in TRITON_NAMES:
         raise ValueError(f"sample: backend 'triton' takes bfloat16, float16 and float32 logits, got {logits.dtype}")
     batch, vocab = logits.shape
     device, facts = logits.device, params.facts
@@ -72,8 +70,7 @@ def sample(
     ids, raw, processed = scratch(batch, dtype=torch.int64), scratch(batch), scratch(batch)
 
     settings = (
-        logits, seen, params.seed, request_keys.contiguous(), positions.contiguous(), params.temperature, params.top_p,
-        params.top_k, params.min_p, params.repetition_penalty,
+        logits, seen, params.seed, request_keys.contiguous(), positions.contiguous(), *params.settings[1:],
     )  # fmt: skip
     strides = (logits.stride(0), seen.stride(0), batch * splits, splits, vocab)
     scan_kernel[(splits, batch)](
@@ -100,7 +97,7 @@ def aot_kernels() -> list[AotKernel]:
     results |= {"p_id": "*i64", "p_raw": "*fp32", "p_processed": "*fp32"}
     sizes = dict.fromkeys(("stride_row", "stride_seen", "plane", "num_splits", "vocab", "num_groups"), "i32")
     kernels = []
-    for name in TYPES.values():
+    for name in TRITON_NAMES.values():
         logits = {"p_logits": f"*{name}"}
         for group in (0, *GROUPS):
             signature = logits | settings | sizes | {"chunk": "i32"}

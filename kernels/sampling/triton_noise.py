@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
-"""What the sampling kernels share: noise with the bits of `philox.py`, scores, and the order of scores as integers.
+"""Functions of the sampling kernels: noise with the bits of `philox.py`, scores, and their order as integers.
 
 The order of operations that decides a token (penalty, temperature, score + noise) is the reference's, with IEEE
 division, so that scores have its bits. Gumbel noise differs from it by the rounding of two logarithms.
@@ -123,9 +122,3 @@ def ordered(score):
 def unordered(key):
     """The float32 score of an `ordered` key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def finite_or_zero(maximum):
-    """What to subtract before exp: a maximum of -inf stands for no logit at all."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """The one pass over the logits: maxima and sums of exp, and the winner of rows without filters.
 
 A program reads a chunk of a row; chunks depend on the vocabulary alone, so a row's result does not depend on the
@@ -16,9 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from macpo.kernels.linear_logp.triton_math import finite_or_zero
 from macpo.kernels.sampling.triton_noise import (
     LOG2E,
-    finite_or_zero,
     gumbel,
     in_token_order,
     largest_word,
@@ -59,7 +58,7 @@ def _load(p_row, start, end, offset, BLOCK: tl.constexpr):
 
 @triton.jit
 def _largest(x):
-    """Of all entries of a tile [LINES, WIDTH]; lines first, which a thread has to itself."""
+    """The largest entry of a tile [LINES, WIDTH]; lines first, since each thread holds its own columns."""
     return tl.max(tl.max(x, 0), 0)
 
 

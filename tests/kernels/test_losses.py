@@ -114,7 +114,6 @@ def test_losses_stay_finite_at_large_margins():
         ({"loss": "ipo", "ld_alpha": 0.5}, "'ipo' has no ld_alpha"),
         ({"ld_alpha": 1.5}, "ld_alpha must be in \\[0, 1\\]"),
         ({"sft_weight": -1.0}, "sft_weight"),
-        ({"filter_eps": 0.0}, "filter_eps must be positive"),
         ({"lora": (torch.zeros(2, 5), torch.zeros(19, 2), 1.0)}, "lora must be a \\[r, 6\\] and b \\[19, r\\]"),
         ({"lora": (torch.zeros(2, 6).double(), torch.zeros(19, 2), 1.0)}, "a and b must be torch.float32"),
         ({"num_pairs": 0}, "num_pairs"),

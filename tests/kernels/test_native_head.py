@@ -166,7 +166,6 @@ def test_operators_take_it_and_agree_with_the_reference(trained, chunk_rows, mon
     [
         ({"softcap": True}, "has no softcap"),
         ({"lora": True}, "a LoRA is added"),
-        ({"filtered": True}, "finished gradients"),
         ({"sharded": True}, "another process may have"),
         ({"contiguous": False}, "not contiguous"),
     ],

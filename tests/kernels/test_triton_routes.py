@@ -1,10 +1,10 @@
-"""Gradient filtering by Triton's tiles, and the head operators over both of their products ("routes")."""
+"""The head operators over both of their products ("routes")."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DEVICE, TRITON, assert_close, poisoned
+from kernel_checks import DEVICE, TRITON, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from macpo.kernels import linear_logp, pair_loss
@@ -14,63 +14,6 @@ from macpo.kernels.linear_logp.tuning import FASTER, route_of
 from macpo.kernels.pair_loss import reference as pair_reference
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
-
-
-@pytest.fixture
-def filtering():
-    from macpo.kernels.linear_logp import triton_filter
-
-    return triton_filter
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_filtered_products(backend, filtering, dtype):
-    """Tiles of 128 x 128: some kept, some not, in rows and tokens that end inside one; d is a strided view in NaN."""
-    g = torch.Generator().manual_seed(3)
-    num_rows, vocab, width = 140, 300, 20
-    d = torch.randn(num_rows, vocab, generator=g) * 1e-4
-    d[5, 130], d[139, 299] = 0.5, -0.25  # tiles (0, 1) and (1, 2) are kept
-    d, intact = poisoned(d.to(DEVICE, dtype), float("nan"))
-    weight, x = (torch.randn(size, width, generator=g).to(DEVICE, dtype) for size in (vocab, num_rows))
-    keep, mass = filtering.tile_flags(d, 0.01)
-    assert keep.tolist() == [[False, True, False], [False, False, True]]
-    mask = keep.repeat_interleave(128, 0)[:num_rows].repeat_interleave(128, 1)[:, :vocab]
-    wide = d.double()
-    assert_close(mass, (wide.abs() * ~mask).sum(dim=1), torch.float32, "skipped mass")
-
-    product = filtering.filtered_matmul(d, weight, keep)
-    assert product.dtype == dtype
-    assert_close(product, (wide * mask) @ weight.double(), dtype, "d W")
-    error = (filtering.filtered_matmul(d, weight, keep, torch.float32).double() - wide @ weight.double()).abs()
-    assert (error <= mass[:, None] * weight.double().abs().amax() + 1e-6).all()
-    total = torch.ones(vocab, width, device=DEVICE)
-    filtering.filtered_add_(total, d, x, keep)
-    assert_close(total, 1 + (wide * mask).T @ x.double(), torch.float32, "1 + d' x")
-    again = torch.ones(vocab, width, device=DEVICE)
-    filtering.filtered_add_(again, d, x, keep)
-    assert torch.equal(again, total) and torch.equal(filtering.filtered_matmul(d, weight, keep), product)
-    assert intact()
-
-
-def test_filter_keeps_all_at_zero_and_what_is_nan(backend, filtering):
-    d = torch.zeros(3, 200, device=DEVICE)
-    assert filtering.tile_flags(d, 0.0)[0].all()
-    d[1, 150] = float("nan")
-    keep, mass = filtering.tile_flags(d, 1.0)
-    assert keep.tolist() == [[False, True]] and mass.tolist() == [0.0, 0.0, 0.0]
-    empty = torch.zeros_like(keep)
-    assert (filtering.filtered_matmul(d, torch.ones(200, 5, device=DEVICE), empty) == 0).all()
-
-
-def test_filter_refuses_what_does_not_fit(backend, filtering):
-    d, weight = torch.zeros(3, 20, device=DEVICE), torch.zeros(20, 4, device=DEVICE)
-    keep = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
-    with pytest.raises(ValueError, match="contiguous columns"):
-        filtering.tile_flags(d.T, 0.1)
-    with pytest.raises(ValueError, match="with contiguous columns, got"):
-        filtering.filtered_matmul(d, weight.half(), keep)
-    with pytest.raises(ValueError, match="sums over chunks are float32"):
-        filtering.filtered_add_(weight.half(), d, torch.zeros(3, 4, device=DEVICE), keep)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -167,7 +110,6 @@ def test_routes_are_refused_or_come_from_the_table(backend, monkeypatch):
         ("epilogue", "triton", bf16, {"lora": True}, "a LoRA is added"),
         ("epilogue", "triton", bf16, {"softcap": True}, "slope of a softcap"),
         ("epilogue", "triton", torch.float16, {}, "float16 cannot hold"),
-        ("epilogue", "triton", bf16, {"filtered": True}, "finished gradients"),
         ("epilogue", "triton", bf16, {"sharded": True}, "another process may have"),
         ("epilogue", "triton", bf16, {"contiguous": False}, "not contiguous"),
     ):

@@ -298,9 +298,6 @@ def test_what_does_not_fit_is_named():
     hidden, weight, target = torch.zeros(2, 4), torch.zeros(4, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="part 1 of 2 of 7 tokens has 3, weight 4"):
         linear_logp(hidden, weight, target, shard=shard)
-    cu = torch.tensor([0, 1, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match="filter_eps: a head whose vocabulary is cut"):
-        pair_loss(hidden, weight[:3], target, cu, filter_eps=0.1, shard=shard)
     with pytest.raises(ValueError, match="5 tokens cut into 4 parts of 2 leave one without any"):
         VocabShard(5, 3, 4, maximum=torch.clone, total=torch.clone)
     logp = linear_logp(hidden.requires_grad_(), weight[:3], target, shard=shard)
