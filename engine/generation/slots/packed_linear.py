@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from macpo.kernels import native
 
-DTYPES = (torch.float32, torch.bfloat16)
 MIN_ELEMENTS = 2**12
 """Smallest weight that is packed, in elements."""
 MIN_STEPS = 8
@@ -40,12 +39,12 @@ def packed_linears(model: nn.Module, num_steps: int) -> Iterator[int]:
         num_steps: number of decode steps that will follow.
     """
     patched: list[nn.Module] = []
-    possible = native.has_panels() or torch.backends.mkldnn.is_available()
-    left = _bytes_at_most() if num_steps >= MIN_STEPS and possible else 0
+    dtypes = packed_dtypes()
+    left = _bytes_at_most() if num_steps >= MIN_STEPS and dtypes else 0
     total = left
     try:
         for module in model.modules():
-            if isinstance(module, nn.Linear) and _fits(module) and module.weight.nbytes <= left:
+            if isinstance(module, nn.Linear) and _fits(module, dtypes) and module.weight.nbytes <= left:
                 forward, num_bytes = packed_product(module.weight, module.bias)
                 left -= num_bytes
                 vars(module)["forward"] = forward
@@ -60,18 +59,24 @@ def packed_linears(model: nn.Module, num_steps: int) -> Iterator[int]:
             vars(module).pop("forward", None)
 
 
-def _fits(module: nn.Linear) -> bool:
-    """Whether a layer is plain, on the CPU and not patched yet."""
+def packed_dtypes() -> set[torch.dtype]:
+    """What this machine has a packed product of: oneDNN's in bfloat16 needs AVX-512 or the like, its float32 does not."""
+    onednn = torch.backends.mkldnn.is_available()
+    dtypes = {torch.float32} if onednn or native.has_panels() else set()
+    return dtypes | ({torch.bfloat16} if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+
+
+def _fits(module: nn.Linear, dtypes: set[torch.dtype]) -> bool:
+    """Whether a layer is plain, on the CPU, of a dtype that has a packed product, and not patched yet."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
-    known = weight.dtype in DTYPES if torch.backends.mkldnn.is_available() else weight.dtype == torch.float32
-    return plain and weight.device.type == "cpu" and known and weight.numel() >= MIN_ELEMENTS
+    return plain and weight.device.type == "cpu" and weight.dtype in dtypes and weight.numel() >= MIN_ELEMENTS
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Returns x [..., I] -> x W' + b [..., O] over a copy of weight [O, I] (DTYPES, on a CPU), and the copy's bytes."""
+    """Returns x [..., I] -> x W' + b [..., O] over a copy of weight [O, I] (`packed_dtypes`, on a CPU), and the copy's bytes."""
     weight = weight.detach()
     if weight.dtype == torch.float32 and native.has_panels():
         panels = native.Panels(weight, bias)
