@@ -42,7 +42,7 @@ def run_cli(
         if not reported:
             print(f"error: {text}. Fix: rerun with --debug and report it.", file=sys.stderr)
         return 1
-    if not reported and not getattr(error, "relayed", False):
+    if not reported and not error.relayed:
         for problem in error.problems:
             print(problem, file=sys.stderr)
     return error.code

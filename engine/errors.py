@@ -27,7 +27,12 @@ class Problem:
 
 
 class MacpoError(Exception):
-    """Base of every expected failure; `code` is the process's exit code."""
+    """Base of every expected failure.
+
+    Attributes:
+        code: exit code of the process.
+        relayed: another process reports this error to the user, so this one does not.
+    """
 
     code = 1
 
@@ -40,7 +45,9 @@ class MacpoError(Exception):
         line: int | None = None,
         field: str = "",
         problems: Sequence[Problem] | None = None,
+        relayed: bool = False,
     ) -> None:
+        self.relayed = relayed
         self.problems = tuple(problems) if problems else (Problem(message, fix, str(file), line, field),)
         super().__init__("\n".join(map(str, self.problems)))
 

@@ -13,7 +13,7 @@ from macpo.engine.distributed.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchOrder:
     """The steps of a stage."""
 
     num_groups: int

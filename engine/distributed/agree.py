@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
 def stopped(where: str, world: World | None = None) -> Stopped:
     """The error for a stop that was asked for; raised on every rank of `world`, reported by one."""
-    error = Stopped(f"stopped at {where}", "run the same command again to go on from here")
-    vars(error)["relayed"] = not _is_main(world)
-    return error
+    return Stopped(f"stopped at {where}", "run the same command again to go on from here", relayed=not is_main(world))
 
 
-def _is_main(world: World | None) -> bool:
+def is_main(world: World | None) -> bool:
+    """Whether this process is rank 0, or has no ranks beside it."""
     return world is None or world.rank == 0
 
 
@@ -77,6 +76,5 @@ def pack_error(error: MacpoError) -> dict[str, Any]:
 def unpack_error(packed: Mapping[str, Any], *, relayed: bool = False) -> MacpoError:
     """The error again; `relayed` marks one that its own process reports to the user."""
     kind = getattr(errors, packed["kind"], MacpoError)
-    error: MacpoError = kind(problems=[Problem(**problem) for problem in packed["problems"]])
-    vars(error)["relayed"] = relayed
+    error: MacpoError = kind(problems=[Problem(**problem) for problem in packed["problems"]], relayed=relayed)
     return error

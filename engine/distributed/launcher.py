@@ -64,7 +64,7 @@ def leave_error(error: BaseException, text: str) -> bool:
         True under this launcher, which prints it. torchrun takes the error file of the rank that ended first.
     """
     # one that lost its peer, or repeats what another rank has found, tells less than that other rank
-    second = isinstance(error, PeerError) or getattr(error, "relayed", False)
+    second = isinstance(error, PeerError) or (isinstance(error, MacpoError) and error.relayed)
     if ERROR_FILE in os.environ:
         fix = "rerun with --debug and report it"
         known = error if isinstance(error, MacpoError) else PeerError(f"rank {os.environ['RANK']} failed: {text}", fix)

@@ -9,7 +9,7 @@ import torch
 
 from macpo.engine.config import ComputeSettings
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 
 RESIDENT_SHARE = 0.6
 """Share of the device's memory that loaded base models may take where the recipe does not say."""
@@ -43,6 +43,8 @@ def memory_budget(compute: ComputeSettings) -> int:
 
 
 @lru_cache(maxsize=1)
-def model_pool(compute: ComputeSettings, trust_remote_code: bool) -> ModelPool:
+def model_cache(compute: ComputeSettings, trust_remote_code: bool) -> ModelCache:
     """This process's loaded base models; they stay between stages."""
-    return ModelPool(memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code)
+    return ModelCache(
+        memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code
+    )

@@ -17,7 +17,7 @@ from macpo.engine.models.loading import as_dtype, load_causal_lm, local_folder, 
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 
 
-class ModelPool:
+class ModelCache:
     """Base models kept loaded, the least recently used one dropped first when the budget is full.
 
     A policy never changes its pooled base: it gets a module tree of its own. With an adapter, or without tuning, the

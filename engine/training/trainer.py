@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.data.batches import MicroBatch, Plan, microbatches
+from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
@@ -120,7 +120,7 @@ class _Stage:
         self.world = world
         self.data = data_world(policy, world)
         self.trackers = trackers
-        self.plan = Plan(len(groups), settings.batch, settings.epochs, seed)
+        self.plan = BatchOrder(len(groups), settings.batch, settings.epochs, seed)
         self.parameters = policy.trainable_parameters()
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter", "ask the pool for it with LoRA or full tuning")
@@ -294,9 +294,7 @@ class _Stage:
 
     def _numerics(self, message: str, fix: str) -> NumericsError:
         """Raised on every rank, reported by one."""
-        error = NumericsError(message, fix, file=str(self.workdir))
-        vars(error)["relayed"] = not self.world.is_main
-        return error
+        return NumericsError(message, fix, file=str(self.workdir), relayed=not self.world.is_main)
 
     def _finite(self, batch: PackedBatch) -> bool:
         loss, _ = self.objective(self.policy, batch, 1)

@@ -11,7 +11,7 @@ from macpo.engine.config import (
 )
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.generation.split_model import split_policy, team_size
-from macpo.engine.models.compute import model_pool
+from macpo.engine.models.compute import model_cache
 from macpo.engine.models.loading import check_vocab
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
@@ -61,7 +61,7 @@ def load_policy(
     Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank. Raises ConfigError
     where its embedding lacks a row for a token.
     """
-    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
+    pool = model_cache(compute, ctx.settings["agent"]["trust_remote_code"])
     ref = ref or policy_ref(ctx)
     spread = (tuning is not None or not pool.fits(ref.base)) and spreads(compute.parallel, ctx.world)
     policy = pool.policy(ref, tuning, seed=ctx.settings.get("seed", 0) if tuning is not None else 0, spread=spread)
@@ -74,7 +74,7 @@ def load_writer(compute: ComputeSettings, ctx: StageContext) -> PolicyModule:
 
     Raises ConfigError where its embedding lacks a row for a token, ResourceError where no ranks can hold it.
     """
-    pool = model_pool(compute, ctx.settings["agent"]["trust_remote_code"])
+    pool = model_cache(compute, ctx.settings["agent"]["trust_remote_code"])
     ref = policy_ref(ctx)
     shared = ctx.world.size > 1 and not pool.fits(ref.base)
     policy = pool.policy(ref, spread=shared)

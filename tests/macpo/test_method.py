@@ -17,7 +17,7 @@ from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_r
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
-from macpo.engine.models.compute import model_pool
+from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
@@ -94,7 +94,7 @@ def test_filter_scores_equal_recomputed_reference_logps(finished: tuple[Path, Re
         chat.group(p.prompt.messages, [(p.chosen, p.chosen_finished)], max_tokens=64, max_prompt_tokens=52)
         for p in pairs
     ]
-    policy = model_pool(recipe.compute, False).policy(PolicyRef(reference))
+    policy = model_cache(recipe.compute, False).policy(PolicyRef(reference))
     recomputed = likelihoods(policy, [g for g in groups if g], recipe.compute, World())
     kept = torch.tensor([p.ref_chosen_logp for p in pairs])
     again = torch.tensor([scores[0].sum_logp for scores in recomputed])
@@ -212,7 +212,7 @@ def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None
     ]
     compute = tiny(with_arms).compute
     wanted = likelihoods(
-        model_pool(compute, False).policy(PolicyRef(policy)), [g for g in groups if g], compute, World()
+        model_cache(compute, False).policy(PolicyRef(policy)), [g for g in groups if g], compute, World()
     )
     for row, (scored,) in zip(rows, wanted, strict=True):
         (one,) = row["candidates"]

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
-from macpo.engine.models import saving as export
+from macpo.engine.models import saving
 from macpo.engine.models.loading import weight_files
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import logits_of, publish, save_policy
@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def policy_of(base: Path, tuning: FullSettings | LoraSettings | None) -> PolicyModule:
     """A frozen policy (None), or one whose trained weights differ from the base's, drawn by name."""
-    policy = ModelPool().policy(PolicyRef(str(base)), tuning, seed=1)
+    policy = ModelCache().policy(PolicyRef(str(base)), tuning, seed=1)
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters().items():
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -99,7 +99,7 @@ def test_what_goes_wrong_on_rank_0_stops_both_and_leaves_nothing(
     def body(world: World) -> None:
         policy = parallelize(policy_of(base, FullSettings()), WAYS["shard"], world)
         with monkeypatch.context() as patch:
-            patch.setattr(export, "save_policy", damaging)
+            patch.setattr(saving, "save_policy", damaging)
             with pytest.raises(IntegrityError, match="logits differ"):
                 write(policy, base, tmp_path / "out", world)
         assert not (tmp_path / "out").exists()
@@ -140,13 +140,13 @@ def test_a_large_model_is_cut_into_files_with_an_index(base: Path, tmp_path: Pat
 def test_logits_of_a_policy_are_those_of_the_plain_model(name: str, dtype: torch.dtype) -> None:
     model = model_of(name).to(dtype)
     got = logits_of(PolicyModule(model), VOCAB)
-    assert got.shape == (export.NUM_TOKENS - 1, VOCAB) and got.dtype == torch.float32
+    assert got.shape == (saving.NUM_TOKENS - 1, VOCAB) and got.dtype == torch.float32
     wanted = logits_of(model, VOCAB)
-    export.compare(wanted, got, dtype, Path("x"))
+    saving.compare(wanted, got, dtype, Path("x"))
     with pytest.raises(IntegrityError, match="logits differ"):
-        export.compare(wanted, got + 0.2 * wanted.abs().max(), dtype, Path("x"))
+        saving.compare(wanted, got + 0.2 * wanted.abs().max(), dtype, Path("x"))
     with pytest.raises(IntegrityError, match="logits differ by nan"):
-        export.compare(wanted, got * float("nan"), dtype, Path("x"))
+        saving.compare(wanted, got * float("nan"), dtype, Path("x"))
 
 
 def test_a_full_disk_is_told_before_and_while_weights_are_written(

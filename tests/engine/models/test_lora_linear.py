@@ -24,7 +24,6 @@ from macpo.engine.config import LoraSettings, ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.models import lora, lora_linear
-from macpo.engine.models import policy as model
 from macpo.engine.models.flops import Counts, ModelShape, model_flops
 from macpo.engine.models.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.models.parallelize import parallelize
@@ -133,7 +132,9 @@ def test_a_bfloat16_models_gradients_are_as_near_to_float64_as_by_peft(
     (batch,) = pack(PAIRS, max_tokens=1 << 20)
 
     def gradient(fused: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        monkeypatch.setattr(model, "use_fused_lora", use_fused_lora if fused else lambda model: None)
+        monkeypatch.setattr(
+            "macpo.engine.models.policy.use_fused_lora", use_fused_lora if fused else lambda model: None
+        )
         policy = policy_of(case)
         if dtype == torch.float64:
             policy.double()
@@ -343,7 +344,9 @@ def test_a_gpus_gradients_of_factors_are_never_rounded() -> None:
 
 def test_files_are_pefts_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fused in (("ours", True), ("peft", False)):
-        monkeypatch.setattr(model, "use_fused_lora", use_fused_lora if fused else lambda model: None)
+        monkeypatch.setattr(
+            "macpo.engine.models.policy.use_fused_lora", use_fused_lora if fused else lambda model: None
+        )
         lora.save_adapter(policy_of(LORA).model, tmp_path / name, base_name="base")  # type: ignore[arg-type]
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()

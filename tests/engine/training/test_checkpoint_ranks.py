@@ -285,7 +285,7 @@ def test_ranks_agree_on_every_failure(tmp_path: Path) -> None:
         with pytest.raises(ResourceError, match=r"no space to write it.*256 bytes needed, [\d,]+ bytes free") as caught:
             checkpoint.save(folder, 4, tensors, {}, world=world)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert getattr(caught.value, "relayed", False) == (world.rank == 0)  # the rank that failed reports it
+        assert caught.value.relayed == (world.rank == 0)  # the rank that failed reports it
         world.barrier()  # rank 0 clears up
         assert [path.name for path in folder.iterdir()] == ["step-00000002"]
         world.barrier()

@@ -18,7 +18,6 @@ import pytest
 from forks import forked
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.training import trackers as module
 from macpo.engine.training.metrics import MetricsLog
 from macpo.engine.training.trackers import Trackers, allowed
 
@@ -109,8 +108,8 @@ def test_one_that_hangs_does_not_hold_up_training(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "Hanging":
-        monkeypatch.setattr(module, "START_SECONDS", 0.2)
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 1.5)
+        monkeypatch.setattr("macpo.engine.training.trackers.START_SECONDS", 0.2)
+    monkeypatch.setattr("macpo.engine.training.trackers.CLOSE_SECONDS", 1.5)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
         assert train(tmp_path, (f"fake_trackers:{name}",), range(1, 10), pause=0.05) < 5.0

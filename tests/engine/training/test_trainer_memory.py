@@ -12,7 +12,7 @@ from forks import ranks
 from torch import Tensor
 from training import DPO, PAIRS, SFT, SLOW, bits, rows, run_dpo, run_sft, stop_after, weights
 
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
@@ -121,7 +121,7 @@ def test_scoring_splits_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 MANY = some_groups(num_responses=2, count=26, seed=2)
 SPIKY = DPO.model_copy(update={"batch": 1, "epochs": 1, "save_every_steps": 4} | SLOW)
-SPIKE = Plan(26, 1, 1, 3).order(0)[22]  # the 23rd step's pair, when the guard has seen enough
+SPIKE = BatchOrder(26, 1, 1, 3).order(0)[22]  # the 23rd step's pair, when the guard has seen enough
 
 
 def run_spiky(workdir: Path, on_spike: str, *, stop_at: int = 99, world: World | None = None) -> PolicyModule:

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from macpo.engine.config import PreferenceSettings
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
@@ -98,7 +98,7 @@ def test_twenty_steps_have_the_losses_of_trl(tmp_path: Path, tuning: str, accumu
     """Four epochs of 40 pairs, 8 a step; TRL pads, holds a second model or turns the adapter off, and checkpoints."""
     start = model(tuning)
     pairs = text_pairs(NUM_PAIRS)
-    plan = Plan(NUM_PAIRS, BATCH, SETTINGS.epochs, SEED)
+    plan = BatchOrder(NUM_PAIRS, BATCH, SETTINGS.epochs, SEED)
     order = [i for _, indices in plan.steps() for i in indices]
     theirs = by_trl(copy.deepcopy(start), tuning, accumulation, pairs.select(order), tmp_path / "trl")
     of_pair = dict(zip(order, groups_of(theirs.train_dataset), strict=True))
