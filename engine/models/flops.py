@@ -25,7 +25,6 @@ from macpo.engine.models.activations import blocks_of
 from macpo.engine.models.loading import quiet_transformers
 
 Tuning = Literal["lora", "full"]
-Checkpointing = Literal["off", "selective", "full"]
 Targets = Sequence[str] | Literal["all-linear"]
 
 _READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
@@ -215,35 +214,6 @@ def model_flops(
     return blocks + 3 * _adapters(shape, counts, rank, targets) + attention + head
 
 
-def step_flops(
-    shape: ModelShape,
-    counts: Counts,
-    *,
-    tuning: Tuning,
-    checkpointing: Checkpointing,
-    rank: int = 0,
-    targets: Targets = "all-linear",
-) -> float:
-    """What one training step over `counts` computes: `model_flops` and all that is computed again in the backward.
-
-    Attention's backward forms its scores again. Full checkpointing repeats each block's forward up to the last tensor
-    that the backward asks for, so not the product of its last weight; selective checkpointing repeats no product but
-    attention's.
-    """
-    base = model_flops(shape, counts, tuning=tuning, rank=rank, targets=targets)
-    base += _scores(shape, counts)
-    if checkpointing == "off":
-        return base
-    if checkpointing == "selective":
-        return base + _attention(shape, counts)
-    adapters = _adapters(shape, counts, rank, targets) if tuning == "lora" else 0.0
-    last = [layer.matrices[-1] for layer in shape.layers]
-    skipped = sum(
-        2.0 * rank * m.outputs if rank and is_target(m, targets) and tuning == "lora" else m.flops for m in last
-    )
-    return base + _blocks(shape, counts) + adapters + _attention(shape, counts) - skipped * counts.tokens
-
-
 def is_target(matrix: Matrix, targets: Targets) -> bool:
     """Whether a LoRA with these `target_modules` sits on the matrix."""
     return matrix.linear and (targets == "all-linear" or matrix.name in targets)
@@ -261,12 +231,9 @@ def _adapters(shape: ModelShape, counts: Counts, rank: int, targets: Targets) ->
     return 2.0 * rank * sum(m.inputs + m.outputs for m in shape.adapted(targets)) * counts.tokens
 
 
-def _scores(shape: ModelShape, counts: Counts) -> float:
-    return 2.0 * shape.heads * shape.qk_dim * sum(counts.attended_in(layer.window) for layer in shape.layers)
-
-
 def _attention(shape: ModelShape, counts: Counts) -> float:
-    return _scores(shape, counts) * (shape.qk_dim + shape.v_dim) / shape.qk_dim
+    scores = 2.0 * shape.heads * shape.qk_dim * sum(counts.attended_in(layer.window) for layer in shape.layers)
+    return scores * (shape.qk_dim + shape.v_dim) / shape.qk_dim
 
 
 def _head(shape: ModelShape, counts: Counts) -> float:

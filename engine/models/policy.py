@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from macpo.engine.data.pack import PackedBatch
@@ -22,7 +21,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.equivalence import verify
-from macpo.engine.models.head import Head, aliased, head_of, response_logps
+from macpo.engine.models.head import Head, aliased, head_of, response_logps, whole
 from macpo.engine.models.lora_linear import use_fused_lora
 
 T_ = TypeVar("T_")
@@ -57,7 +56,6 @@ class PolicyModule(nn.Module):
         home: torch.device | None = None,
     ) -> None:
         super().__init__()
-
         use_fused_lora(model)
         self.model = model
         self.compute_dtype = compute_dtype or self.base.dtype
@@ -158,8 +156,7 @@ class PolicyModule(nn.Module):
         main = World.current().is_main
         out: dict[str, Tensor] = {}
         for name, parameter in self.trainable_parameters().items():
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(parameter.detach())
             if main:
                 out[name] = tensor.cpu()
         return out

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
@@ -20,7 +19,7 @@ from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free
 from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
-from macpo.engine.models.head import Head
+from macpo.engine.models.head import Head, whole
 from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers
 from macpo.engine.models.policy import PolicyModule
 
@@ -37,7 +36,6 @@ def publish(
     base_name: str,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    world: World,
     expected: Tensor | None = None,
 ) -> None:
     """Write the policy to the new folder `out`, which is there only if plain transformers (and peft) load it again and
@@ -52,7 +50,7 @@ def publish(
     Raises:
         ConfigError (2): `out` exists. ResourceError (4): the disk is full. IntegrityError (5): other logits came out.
     """
-    tmp = out.with_name(out.name + ".tmp")
+    world, tmp = World.current(), out.with_name(out.name + ".tmp")
     with agreed(world), explained(out):
         if getattr(policy.base.config, "quantization_config", None) is not None:
             raise ConfigError("a policy on a 4-bit base cannot be compared", "load it without quantization first")
@@ -175,7 +173,7 @@ def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:
     for name, tensor in policy.model.state_dict().items():  # frozen weights and buffers; a tied weight only once
         if name not in named or id(named[name]) not in done:
             done.add(id(named.get(name)))
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(tensor)
             if World.current().is_main:
                 state[name] = tensor.cpu()
     return state

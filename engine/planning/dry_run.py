@@ -202,8 +202,8 @@ def dry_run(
     Raises:
         ConfigError: transformers knows no causal LM for the config, or the LoRA's targets are not in it.
     """
-    given = (tokens, rows, dtype, tuning, attention, fused_lora)
-    one, two = (_run(config, n, *given) for n in (1, 2))
+    given = _Given(tokens, rows, dtype, tuning, attention, fused_lora)
+    one, two = (_run(config, n, given) for n in (1, 2))
     block = Part(
         saved=two.saved - one.saved,
         kept=two.kept - one.kept,
@@ -218,8 +218,20 @@ def dry_run(
     )
     outside = ends.saved
     if isinstance(tuning, LoraSettings):
-        outside = _run(config, 1, *given, whole_first=True).saved - block.saved
+        outside = _run(config, 1, given, whole_first=True).saved - block.saved
     return DryRun(block, ends, outside, two.block_input, two.forward_scratch, two.backward_scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The arguments of `dry_run` beside the config."""
+
+    tokens: int
+    rows: int
+    dtype: torch.dtype
+    tuning: LoraSettings | FullSettings | None
+    attention: AttentionCost
+    fused_lora: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,26 +245,16 @@ class _Measured:
     backward_scratch: int
 
 
-def _run(
-    config: PretrainedConfig,
-    num_layers: int,
-    tokens: int,
-    rows: int,
-    dtype: torch.dtype,
-    tuning: LoraSettings | FullSettings | None,
-    attention: AttentionCost,
-    fused_lora: bool,
-    *,
-    whole_first: bool = False,
-) -> _Measured:
+def _run(config: PretrainedConfig, num_layers: int, given: _Given, *, whole_first: bool = False) -> _Measured:
     """With `whole_first`, the first block's input takes gradient, so that it saves what every block does."""
+    tuning, dtype = given.tuning, given.dtype
     model = meta_model(with_layers(config, num_layers))
     nn.Module.to(model, dtype).eval().requires_grad_(False)
     outer: nn.Module = model
     if isinstance(tuning, LoraSettings):
         with torch.device("meta"):
             outer = lora.new_adapter(model, tuning, seed=0)
-        if fused_lora:
+        if given.fused_lora:
             use_fused_lora(outer)
     elif tuning is not None:
         model.requires_grad_(True)
@@ -262,13 +264,13 @@ def _run(
     if whole_first and tuning is not None:
         source = torch.zeros((), dtype=dtype, device="meta", requires_grad=True)  # a large leaf would count as saved
         model.get_input_embeddings().register_forward_hook(lambda *args: args[2] + source)
-    ids, positions = (torch.empty(1, tokens, dtype=torch.int64, device="meta") for _ in range(2))
-    picked = torch.empty(rows, dtype=torch.int64, device="meta")
+    ids, positions = (torch.empty(1, given.tokens, dtype=torch.int64, device="meta") for _ in range(2))
+    picked = torch.empty(given.rows, dtype=torch.int64, device="meta")
     weights = (*outer.parameters(), *outer.buffers(), *(p.grad for p in trained if p.grad is not None))
     recorder = Recorder((*weights, ids, positions, picked))
     with attention_hook(model), recorder, torch.set_grad_enabled(tuning is not None):
         states = model.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, attention_context=_StandIn(attention)
+            input_ids=ids, position_ids=positions, use_cache=False, attention_context=_StandIn(given.attention)
         ).last_hidden_state[0]
         block_input = states.numel() * states.element_size()
         out = states[picked]

@@ -84,7 +84,7 @@ class Option:
 
     @property
     def four_bits(self) -> bool:
-        return isinstance(self.setup.tuning, LoraSettings) and self.setup.tuning.quantization == "nf4"
+        return self.setup.four_bits
 
 
 def option(config: PretrainedConfig, setup: Setup, machine: Machine, room: float, work: Workload) -> Option:

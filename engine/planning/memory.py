@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, head_is_target, is_target
+from macpo.engine.models.policy import KEPT_GRADIENT_BYTES
 from macpo.engine.planning.dry_run import AttentionCost, DryRun, Recorder, dry_run
 from macpo.kernels import Segments, prefix_attention
 from macpo.kernels.linear_logp.head import default_chunk_rows
@@ -35,8 +36,6 @@ NF4_SCALES = 1 / 64 + 4 / (64 * 256)
 section 3). Scales are not parameters, so no rank shards them."""
 GATHERED_BLOCKS = 3
 """Blocks whose whole weights FSDP2 holds at once: the one at work, the next, and the buffer that one arrives in."""
-KEPT_GRADIENT_BYTES = 2 << 30
-"""`PolicyModule.synchronise`: gradients up to this stay whole between the micro-batches of a step."""
 
 WHOLE = ParallelSettings()
 Row = Sequence[tuple[int, Sequence[int]]]
@@ -74,6 +73,11 @@ class Setup:
         return isinstance(self.tuning, FullSettings)
 
     @property
+    def four_bits(self) -> bool:
+        """Whether the frozen base is in 4 bits."""
+        return isinstance(self.tuning, LoraSettings) and self.tuning.quantization == "nf4"
+
+    @property
     def gathers(self) -> bool:
         """Whether FSDP2 makes the weights of a block when it runs: shards, or float32 weights for 16-bit products."""
         return self.shards > 1 or (self.full and self.dtype != torch.float32)
@@ -81,8 +85,7 @@ class Setup:
     @property
     def fused_lora(self) -> bool:
         """Whether adapters run through `lora_linear`: over whole layers that are not in 4 bits."""
-        whole = self.parallel.tensor == 1
-        return isinstance(self.tuning, LoraSettings) and self.tuning.quantization == "none" and whole
+        return not self.full and not self.four_bits and self.parallel.tensor == 1
 
     @property
     def rank(self) -> int:
@@ -121,11 +124,6 @@ class Memory:
         return max(size for _, size in self.phases)
 
     @property
-    def phase(self) -> str:
-        """In which the peak is."""
-        return max(self.phases, key=lambda item: item[1])[0]
-
-    @property
     def device(self) -> float:
         """What the process takes of its device: of a GPU the peak and what torch and the driver add."""
         return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES if self.on_gpu else self.peak
@@ -146,9 +144,7 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
     head, head_kept = head_bytes(shape, counts.rows, setup)
     gathered, reduced = _gathered(shape, setup)
     scratch = recomputed + run.backward_scratch
-    if (
-        isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization == "nf4"
-    ):  # one weight at a time is unpacked
+    if setup.four_bits:  # one weight at a time is unpacked
         scratch += max((m.numel for layer in shape.layers for m in layer.matrices if m.linear), default=0) * itemsize
     kept_gradients = states.gradients
     if setup.gathers and num_rows > 1 and 4 * states.trained <= KEPT_GRADIENT_BYTES:
@@ -190,11 +186,6 @@ def checkpoint_bytes(config: PretrainedConfig, setup: Setup) -> float:
     return 12.0 * _states(ModelShape.of(config), ModelShape.of(config), replace(setup, ranks=1, parallel=WHOLE)).trained
 
 
-def policy_bytes(config: PretrainedConfig, setup: Setup) -> float:
-    """The stage's result: float32 weights, or an adapter alone."""
-    return checkpoint_bytes(config, setup) / 3
-
-
 @dataclass(frozen=True, slots=True)
 class _States:
     weights: float
@@ -213,7 +204,7 @@ def _states(shape: ModelShape, whole: ModelShape, setup: Setup) -> _States:
     if isinstance(setup.tuning, LoraSettings):
         trained = float(shape.adapter_parameters(setup.rank, setup.targets))
         packed = 0.0
-        if setup.tuning.quantization == "nf4":
+        if setup.four_bits:
             packed = float(sum(m.numel for layer in shape.layers for m in layer.matrices if m.linear))
         frozen = (blocks - packed + outside) * itemsize + packed * NF4_BYTES
         weights = (frozen + 4 * trained) / setup.shards + packed * NF4_SCALES
@@ -254,7 +245,7 @@ def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
     block = float(layer.num_parameters * itemsize)
     trained = layer.num_parameters
     if isinstance(setup.tuning, LoraSettings):
-        if setup.tuning.quantization == "nf4":
+        if setup.four_bits:
             block = float(sum(m.numel * (NF4_BYTES if m.linear else itemsize) for m in layer.matrices))
         trained = sum(setup.rank * (m.inputs + m.outputs) for m in layer.matrices if is_target(m, setup.targets))
         block += 4 * trained

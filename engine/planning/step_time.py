@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from macpo.engine.config import LoraSettings
-from macpo.engine.hardware import GPUS, Gpu
+from macpo.engine.hardware import Gpu
 from macpo.engine.models.flops import Counts, ModelShape, counts_of_lengths, head_is_target
 from macpo.engine.planning.dry_run import Operator
 from macpo.engine.planning.memory import NF4_BYTES, NF4_SCALES, Row, Setup, row_run, tensor_config
@@ -138,7 +137,7 @@ def _row_time(
     forward = layers * machine.run(run.block.forward)
     blocks = forward + layers * machine.run(run.block.backward)
     blocks += machine.run(run.ends.forward) + machine.run(run.ends.backward)
-    if isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization == "nf4":
+    if setup.four_bits:
         packed = sum(m.numel for layer in shape.layers for m in layer.matrices if m.linear)
         blocks += 2 * packed * (NF4_BYTES + NF4_SCALES + setup.dtype.itemsize) / machine.bandwidth
     pairs = sum(counts.attended_in(layer.window) for layer in shape.layers)
@@ -212,8 +211,3 @@ def _reduction(trained: float, setup: Setup, machine: Machine) -> float:
 def _speed(ranks: int, setup: Setup, machine: Machine) -> float:
     """Bytes a second of a ring over neighbouring ranks: every rank has a link of its own to the next node."""
     return machine.near if ranks <= setup.ranks_per_node else machine.far
-
-
-def gpu_machine(name: str) -> Machine:
-    """Of `hardware.GPUS`, by name in any case. Raises KeyError."""
-    return Machine.of_gpu(GPUS[name.upper()])

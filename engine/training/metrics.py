@@ -14,7 +14,7 @@ from typing import Any, Self
 from macpo.engine.files import explained, fsync_dir
 from macpo.engine.progress import TrainingProgress
 from macpo.engine.training.throughput import Meter
-from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trackers import Trackers, Training
 
 
 class MetricsLog:
@@ -30,8 +30,7 @@ class MetricsLog:
         progress: label of what is shown on standard error; None is silent.
         trackers: are sent every row, too; metrics.jsonl is written first.
         meter: rates of a step; without it, seconds alone.
-        key: changes with whatever makes this another training: a tracker's run of another key is not continued.
-        about: settings for the trackers, which send those that they know to be harmless.
+        training: what trackers are told about it.
     """
 
     def __init__(
@@ -43,8 +42,7 @@ class MetricsLog:
         progress: str | None = None,
         trackers: Trackers | None = None,
         meter: Meter | None = None,
-        key: str = "",
-        about: Mapping[str, Any] | None = None,
+        training: Training | None = None,
     ) -> None:
         with explained(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -60,7 +58,7 @@ class MetricsLog:
             meter.reset()
         self._trackers = trackers
         if trackers is not None:
-            trackers.start(workdir, key=key, config=about or {}, finished=step == planned)
+            trackers.start(workdir, training or Training(), finished=step == planned)
         self._progress = TrainingProgress(progress, done=step, planned=planned) if progress is not None else None
         self._save_seconds = 0.0
         self._last = time.perf_counter()

@@ -55,6 +55,16 @@ class TrackerRun:
     """For trackers that write files; not part of a stage's result."""
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What identifies and describes a training to its trackers."""
+
+    key: str = ""
+    """Changes with whatever makes this another training: a tracker's run with another key is not continued."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, of which `allowed` picks what is sent."""
+
+
 class Tracker(Protocol):
     """What a tracker is asked to do; it may raise anything, or hang, at any time."""
 
@@ -81,17 +91,15 @@ class Trackers:
         self.names, self.stage, self.folder = tuple(names), stage, folder
         self._children: list[_Child] = []
 
-    def start(self, workdir: Path, *, key: str, config: Mapping[str, Any], finished: bool = False) -> None:
+    def start(self, workdir: Path, training: Training, *, finished: bool = False) -> None:
         """Follow the metrics.jsonl of `workdir`; on the main rank only.
 
         Args:
-            key: a run that was begun under another key is not continued.
-            config: settings, of which `allowed` picks what is sent.
             finished: nothing more will be written; trackers that have seen all of it are not started.
         """
         for name in dict.fromkeys(self.names):
             try:
-                child = _Child(name, self.stage, self.folder, workdir, key, allowed(config), finished)
+                child = _Child(name, self.stage, self.folder, workdir, training, finished)
             except (OSError, MacpoError, ValueError) as error:
                 report(name, f"{type(error).__name__}: {error}")
             else:
@@ -167,21 +175,19 @@ class Note:
 class _Child:
     """A tracker's process, as training sees it."""
 
-    def __init__(
-        self, name: str, stage: str, folder: Path, workdir: Path, key: str, config: Mapping[str, Any], finished: bool
-    ) -> None:
+    def __init__(self, name: str, stage: str, folder: Path, workdir: Path, training: Training, finished: bool) -> None:
         self.name = name
         self._process: subprocess.Popen[bytes] | None = None
         self._reported = False
         self._began = time.monotonic()
         self._heard = b""
         folder.mkdir(parents=True, exist_ok=True)
-        note = Note.of(folder / f"{stage}.{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json", key)
+        note = Note.of(folder / f"{stage}.{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json", training.key)
         if finished and note.sent >= _last_step(workdir):
             return
         note.write()
         group = folder.resolve().parent.name
-        run = TrackerRun(group, stage, note.id, config, str(folder.resolve()))
+        run = TrackerRun(group, stage, note.id, allowed(training.settings), str(folder.resolve()))
         order = {"path": sys.path, "name": name, "workdir": str(workdir), "note": str(note.path), "run": asdict(run)}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "macpo.engine.training.tracker_process"],

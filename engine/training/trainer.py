@@ -36,7 +36,7 @@ from macpo.engine.training.optim import Optimizer, learning_rate
 from macpo.engine.training.spikes import SpikeGuard
 from macpo.engine.training.throughput import Meter
 from macpo.engine.training.token_budget import TokenBudget
-from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trackers import Trackers, Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,51 +95,44 @@ def train(
     return stage.run(should_stop, progress)
 
 
+@dataclass
 class _Stage:
-    def __init__(
-        self,
-        policy: PolicyModule,
-        groups: Sequence[PrefixGroup],
-        objective: Objective,
-        settings: OptimSettings,
-        seed: int,
-        workdir: Path,
-        ids: Sequence[str] | None,
-        world: World,
-        trackers: Trackers | None = None,
-    ) -> None:
-        if not groups:
+    policy: PolicyModule
+    groups: Sequence[PrefixGroup]
+    objective: Objective
+    settings: OptimSettings
+    seed: int
+    workdir: Path
+    ids: Sequence[str] | None
+    world: World
+    trackers: Trackers | None
+
+    def __post_init__(self) -> None:
+        if not self.groups:
             raise DataError("there is nothing to train on", "check the filters before this stage")
-        objective.check(groups)
-        self.policy = policy
-        self.groups = groups
-        self.objective = objective
-        self.settings = settings
-        self.workdir = workdir
-        self.ids = ids
-        self.world = world
-        self.data = data_world(policy, world)
-        self.trackers = trackers
-        self.plan = BatchOrder(len(groups), settings.batch, settings.epochs, seed)
-        self.parameters = policy.trainable_parameters()
-        if not self.parameters:
-            raise ConfigError("the policy has no trainable parameter", "ask the pool for it with LoRA or full tuning")
-        self.optimizer = Optimizer(self.parameters, settings)
-        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
-        self.fingerprint = fingerprint(groups, settings, objective.fingerprint, seed, shapes)
+        self.objective.check(self.groups)
+        settings = self.settings
+        self.data = data_world(self.policy, self.world)
+        self.order = BatchOrder(len(self.groups), settings.batch, settings.epochs, self.seed)
+        parameters = self.policy.trainable_parameters()
+        if not parameters:
+            raise ConfigError("the policy has no trainable parameter", "load it with LoRA or full tuning")
+        self.optimizer = Optimizer(parameters, settings)
+        shapes = {name: list(p.shape) for name, p in parameters.items()}
+        self.fingerprint = fingerprint(self.groups, settings, self.objective.fingerprint, self.seed, shapes)
         self.last: dict[str, Any] = {}
         self.saved_step: int | None = None
-        self.budget = TokenBudget(settings.microbatch_tokens, workdir / "checkpoint", world)
+        self.budget = TokenBudget(settings.microbatch_tokens, self.workdir / "checkpoint", self.world)
         self.guard = None if settings.spike_sigma is None else SpikeGuard(settings.spike_sigma)
 
     def run(self, should_stop: Callable[[], bool] | None, progress: str | None) -> TrainResult:
         start = self._resume()
         self.budget.recall()
-        planned = self.plan.num_steps
+        planned = self.order.num_steps
         done = start
         if start < planned:
             with self._log(start, progress) as log, attention_hook(self.policy.base):
-                for step, indices in self.plan.steps(start):
+                for step, indices in self.order.steps(start):
                     with self._named(step):
                         row, stop = self._step(step, indices, should_stop, log)
                         self.last = row
@@ -198,12 +191,12 @@ class _Stage:
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             raise self._not_finite(step, indices, loss, norm_value)
         spike = self._spike(step, indices, loss, log)
-        rate = learning_rate(self.settings, step, self.plan.num_steps)
+        rate = learning_rate(self.settings, step, self.order.num_steps)
         self.optimizer.update(rate, norm_value)
         metrics = {name: value / total for name, value in zip(self.objective.metrics, sums, strict=True)}
         row = {
             "step": step + 1,
-            "epoch": (step + 1) / self.plan.steps_per_epoch,
+            "epoch": (step + 1) / self.order.steps_per_epoch,
             "lr": rate,
             "loss": loss,
             "grad_norm": norm_value,
@@ -309,16 +302,15 @@ class _Stage:
     def _log(self, step: int, progress: str | None) -> MetricsLog | _NoLog:
         if not self.world.is_main:
             return _NoLog()
+        counts = {"seed": self.seed, "groups": len(self.groups), "steps": self.order.num_steps}
         return MetricsLog(
             self.workdir,
             step=step,
-            planned=self.plan.num_steps,
+            planned=self.order.num_steps,
             progress=progress,
             trackers=self.trackers,
             meter=Meter.of(self.policy, self.groups, self.world),
-            key=self.fingerprint,
-            about=self.settings.model_dump(mode="json")
-            | {"seed": self.plan.seed, "groups": len(self.groups), "steps": self.plan.num_steps},
+            training=Training(self.fingerprint, self.settings.model_dump(mode="json") | counts),
         )
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:

@@ -10,7 +10,6 @@ from macpo.commands.model_card import model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import load_tokenizer
-from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
@@ -73,7 +72,6 @@ def export(
         base_name=base_name,
         tokenizer=tokenizer,
         card=card,
-        world=World(),
         expected=logits_of(original, len(tokenizer)),
     )
     return out

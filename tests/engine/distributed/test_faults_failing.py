@@ -45,12 +45,6 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.stages import Graph, Stage
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 # --- starved (26, 40) ---
 
 

@@ -46,14 +46,8 @@ from macpo.engine.scoring import score
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    torch.set_num_threads(1)
     return trained(tmp_path_factory.mktemp("clean"))
 
 

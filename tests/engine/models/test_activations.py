@@ -23,11 +23,6 @@ from macpo.engine.training.objectives import sft
 from macpo.engine.training.reference import reference_logps
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("case", [TIED, LORA], ids=["full", "lora"])
 def test_what_is_kept_does_not_change_a_bit(case: Case) -> None:
     plain = run(case, ParallelSettings())

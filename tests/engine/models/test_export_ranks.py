@@ -33,11 +33,6 @@ WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(
 LORA = LoraSettings(rank=2, target_modules="all-linear")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
@@ -55,9 +50,9 @@ def policy_of(base: Path, tuning: FullSettings | LoraSettings | None) -> PolicyM
     return policy
 
 
-def write(policy: PolicyModule, base: Path, out: Path, world: World, **changes: Any) -> None:
+def write(policy: PolicyModule, base: Path, out: Path, **changes: Any) -> None:
     words = {"base": str(base), "base_name": "some/base", "tokenizer": tokenizer(), "card": "# card\n"} | changes
-    publish(policy, out, world=world, **words)
+    publish(policy, out, **words)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -73,7 +68,7 @@ def test_two_ranks_write_what_one_writes(base: Path, tmp_path: Path) -> None:
             for way, settings in WAYS.items():
                 policy = parallelize(policy_of(base, tuning), settings, world)
                 assert policy.collective
-                write(policy, base, tmp_path / f"{kind}-{way}", world)
+                write(policy, base, tmp_path / f"{kind}-{way}")
 
     assert ranks(2, body) == [0, 0]
     for kind, tuning in tunings.items():
@@ -101,26 +96,26 @@ def test_what_goes_wrong_on_rank_0_stops_both_and_leaves_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(saving, "save_policy", damaging)
             with pytest.raises(IntegrityError, match="logits differ"):
-                write(policy, base, tmp_path / "out", world)
+                write(policy, base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
         with pytest.raises(ResourceError, match=r"no space to write it.*, [\d,]{6} bytes needed, [\d,]+ bytes free"):
-            write(policy, base, tmp_path / "out", world)
+            write(policy, base, tmp_path / "out")
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert not (tmp_path / "out").exists()
-        write(policy, base, tmp_path / "out", world)
+        write(policy, base, tmp_path / "out")
         with pytest.raises(ConfigError, match="exists"):
-            write(policy, base, tmp_path / "out", world)
+            write(policy, base, tmp_path / "out")
         if world.is_main:
             os.environ["MACPO_KILL_AT"] = "file-written:1"  # everything but the card is there
-        write(policy, base, tmp_path / "killed", world)
+        write(policy, base, tmp_path / "killed")
 
     assert ranks(2, body) == [-signal.SIGKILL, 7]
     assert (tmp_path / "out").exists() and not (tmp_path / "killed").exists()
     assert (tmp_path / "killed.tmp" / "model.safetensors").exists()
-    write(policy_of(base, FullSettings()), base, tmp_path / "killed", ONE)
+    write(policy_of(base, FullSettings()), base, tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "out")
 
 

@@ -33,11 +33,6 @@ from macpo.engine.training.objectives import sft
 SIZES = [(1, 24, 40, 3), (37, 33, 17, 1), (130, 64, 48, 8)]  # T, I, O, r: one token; odd and rank 1; many tokens
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def layer_of(
     base: nn.Module | None = None, dtype: torch.dtype = torch.float32, rank: int = 3, **config: Any
 ) -> FusedLinear:

@@ -49,12 +49,6 @@ from macpo.engine.training.objectives import preference, sft
 from macpo.engine.training.optim import Optimizer
 from macpo.engine.training.trainer import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 # (case, settings, ranks of a node): every kind of head and of layer with FSDP2 or split
 TWO_RANKS: dict[str, tuple[Case, ParallelSettings, int]] = {
     "tied, sharded": (TIED, SHARD, 2),

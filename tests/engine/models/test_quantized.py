@@ -79,7 +79,6 @@ def steps(policy: PolicyModule, world: World) -> list[float]:
 
 @needs_bitsandbytes
 def test_a_4_bit_base_trains_an_adapter(folder: Path) -> None:
-    torch.set_num_threads(1)
     policy = nf4_policy(folder)
     plain = load_causal_lm(folder)
     small = [p for name, p in policy.model.named_parameters() if name.endswith("base_layer.weight")]
@@ -97,7 +96,6 @@ def test_a_4_bit_base_trains_an_adapter(folder: Path) -> None:
 
 @needs_bitsandbytes
 def test_a_4_bit_base_is_sharded(folder: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     alone = steps(nf4_policy(folder), World())
 
     def body(world: World) -> None:

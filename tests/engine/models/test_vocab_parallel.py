@@ -47,11 +47,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def gradients(policy: PolicyModule, objective: Objective) -> dict[str, Tensor]:
     """Loss and whole gradients of one micro-batch of all pairs, and of the same again added to them."""
     (batch,) = pack(PAIRS, max_tokens=1 << 20)

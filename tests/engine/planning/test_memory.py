@@ -40,15 +40,6 @@ SOME = LoraSettings()
 FULL = FullSettings()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models of this size only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def groups_of(count: int, vocab: int) -> list[PrefixGroup]:
     """Ragged pairs, prompts of 30 to 90 tokens and answers of 15 to 45."""
     draw = random.Random(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,15 +18,6 @@ from macpo.engine.planning.step_time import Machine, step_time
 
 FULL = FullSettings()
 LORA = LoraSettings(rank=8, target_modules="all-linear")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Its own time is what a step takes, whatever else the machine does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def llama(layers: int, hidden: int, vocab: int = 4096) -> LlamaConfig:

@@ -42,11 +42,6 @@ WHOLE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # forks need a quiet parent
-
-
 def placed(world: World) -> dict[str, Tensor]:
     """WHOLE on two or three ranks: by rows, by columns, one element, a plain scalar, a copy on every rank."""
     mesh = init_device_mesh("cpu", (world.size,))

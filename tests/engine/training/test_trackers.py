@@ -19,7 +19,7 @@ from forks import forked
 
 from macpo.engine.config import OptimSettings
 from macpo.engine.training.metrics import MetricsLog
-from macpo.engine.training.trackers import Trackers, allowed
+from macpo.engine.training.trackers import Trackers, Training, allowed
 
 CANARY = "canary-4f1d9c0b7e2a6835d1c4"
 
@@ -46,7 +46,7 @@ def train(
     """What the trainer does with a log; returns the seconds from the first step to the end of the last."""
     trackers = Trackers(names, "stage", run / "trackers")
     with MetricsLog(
-        run / "work", step=steps.start - 1, planned=planned, trackers=trackers, key=key, about=about or {}
+        run / "work", step=steps.start - 1, planned=planned, trackers=trackers, training=Training(key, about or {})
     ) as log:
         began = time.monotonic()
         for step in steps:

@@ -40,12 +40,6 @@ from macpo.engine.training.optim import learning_rate
 from macpo.engine.training.reference import reference_logps
 from macpo.engine.training.trainer import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 # --- what a step is ---
 
 

@@ -21,12 +21,6 @@ from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 # --- memory ---
 
 

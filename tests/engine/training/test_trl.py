@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from pair_models import llama, logged, text_pairs, tokenizer
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
@@ -49,11 +48,6 @@ class Recorded(DPOTrainer):
         out = super().compute_loss(*args, **kwargs)
         self.losses.append((out[0] if isinstance(out, tuple) else out).item())
         return out
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def model(tuning: str) -> Any:
