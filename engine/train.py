@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 engine/train.py recipes/hh-helpful.yaml --set student.model=PATH
 
-The recipe's key `recipe:` says of which kind it is (default: macpo), and the package that knows this kind how to run it
-(entry-point group `macpo.recipes`), so that the engine never imports upwards.
+The recipe's key `recipe:` names its kind (default: macpo), and an entry point of the group `macpo.recipes` runs that
+kind, so that the engine never imports upwards.
 """
 
 from __future__ import annotations

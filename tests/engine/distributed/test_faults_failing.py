@@ -169,7 +169,7 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(
 
 
 def train_stage(ctx: StageContext) -> None:
-    """What a recipe's training stage does, with a rank that fails or hangs in its third step."""
+    """Train as a recipe's stage does, with a rank that fails or hangs in its third step."""
     asked = iter(range(1, 99))
 
     def ask() -> bool:

@@ -241,7 +241,7 @@ def test_ranks_that_split_layers_stop_together_and_resume_to_the_same_bits(tmp_p
 
 
 def seen(folder: Path) -> list[list[int]]:
-    """The groups of each step, in order of steps, whichever rank saw them."""
+    """The groups of each step, in step order, on any rank."""
     lines = [json.loads(line) for path in sorted(folder.glob("seen-*")) for line in path.read_text().splitlines()]
     plan = BatchOrder(len(DOCUMENTS), SFT.batch, SFT.epochs, seed=3)
     totals = [sum(DOCUMENTS[i].num_response_tokens for i in indices) for _, indices in plan.steps()]

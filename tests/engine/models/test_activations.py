@@ -81,7 +81,7 @@ def test_offloading_copies_activations_once_and_no_weight(monkeypatch: pytest.Mo
 
 
 def test_compiled_blocks_are_exact_and_one_graph_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the backend that runs the captured graph as it is; inductor takes a minute a case on two cores."""
+    """Uses the backend that runs the captured graph unchanged; inductor takes a minute per case on two cores."""
     monkeypatch.setattr(
         "macpo.engine.models.parallelize.compile_block",
         lambda block: activations.compile_block(block, backend="aot_eager"),

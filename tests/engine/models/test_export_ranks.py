@@ -28,7 +28,6 @@ from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import logits_of, publish, save_policy
 
-ONE = World()
 WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}
 LORA = LoraSettings(rank=2, target_modules="all-linear")
 
@@ -73,7 +72,7 @@ def test_two_ranks_write_what_one_writes(base: Path, tmp_path: Path) -> None:
     assert ranks(2, body) == [0, 0]
     for kind, tuning in tunings.items():
         single = policy_of(base, tuning)
-        write(single, base, tmp_path / kind, ONE)
+        write(single, base, tmp_path / kind)
         for way in WAYS:
             assert content(tmp_path / f"{kind}-{way}") == content(tmp_path / kind), (kind, way)
     names = set(content(tmp_path / "full"))

@@ -72,7 +72,7 @@ def counted(model: PreTrainedModel | PeftModel, *, backward: bool) -> int:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_forward_and_full_step_are_the_counted_products(name: str) -> None:
-    """Exactly: experts count where a token is sent to them, a layer without experts counts its own MLP."""
+    """Experts count for the tokens sent to them; a layer without experts counts its own MLP."""
     model = plain(name)
     shape = ModelShape.of(model.config)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())

@@ -143,7 +143,7 @@ def test_a_bfloat16_models_gradients_are_as_near_to_float64_as_by_peft(
 
 
 def kept_by(run: Callable[[], Any], weights: nn.Module) -> list[Tensor]:
-    """What autograd saves beside the weights."""
+    """The tensors that autograd saves beside the weights."""
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         run()
@@ -184,7 +184,7 @@ def test_q_k_and_v_keep_one_input() -> None:
 
 
 def test_an_input_that_takes_no_gradient_costs_none() -> None:
-    """The first block's; by the product of dy with W and of du with A."""
+    """The first block's inputs need none, which saves the products of dy with W and of du with A."""
     layer, x = layer_of(), torch.randn(1, 50, 24)
 
     def backward_flops(x: Tensor) -> int:
@@ -200,7 +200,7 @@ def test_an_input_that_takes_no_gradient_costs_none() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_a_counter_sees_every_product(name: str) -> None:
-    """Of layers without and with a bias."""
+    """Layers without and with a bias."""
     base = model_of(name)
     base.set_attn_implementation("eager")
     wrapped = lora.new_adapter(base, LoraSettings(rank=4, target_modules="all-linear"), seed=0)
@@ -215,7 +215,7 @@ def test_a_counter_sees_every_product(name: str) -> None:
 
 
 class Packed(nn.Linear):
-    """As quantised layers are: a linear layer whose weight may be anything."""
+    """A linear layer whose weight may be anything, like a quantised one."""
 
 
 def two_adapters(layer: FusedLinear) -> None:
@@ -322,7 +322,7 @@ def test_selective_checkpointing_repeats_no_product_and_keeps_only_results(dtype
 
 
 def test_a_gpus_gradients_of_factors_are_never_rounded() -> None:
-    """By the operator that is called for CUDA's 16-bit tensors; on tensors without memory."""
+    """Counts the operator that runs for CUDA's 16-bit tensors, on tensors without memory."""
     seen: list[Any] = []
 
     class Noted(TorchDispatchMode):

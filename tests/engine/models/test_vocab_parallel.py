@@ -142,7 +142,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest(policy: PolicyModule) -> int:
-    """Over scoring and a step of each kind."""
+    """Compares scoring and a step of each kind."""
     (batch,) = pack(PAIRS[:1], max_tokens=1 << 20)
     with Largest() as seen:
         score(policy, PAIRS[:1], max_tokens=40)

@@ -140,7 +140,7 @@ def test_activations_and_states_are_the_counted_tensors(name: str) -> None:
     itemsize, hidden, vocab = dtype.itemsize, shape["hidden_size"], shape["vocab_size"]
     head = itemsize * hidden * (case.batch.rows.numel() + (vocab if isinstance(tuning, FullSettings) else 0))
     assert predicted.saved + head == pytest.approx(saved, rel=0.02)
-    states = predicted.weights + predicted.gradients + predicted.optimizer + predicted.pooled  # no pool here
+    states = predicted.weights + predicted.gradients + predicted.optimizer + predicted.pooled  # no cache here
     assert max(size for phase, size in predicted.phases if "backward" in phase) - states == pytest.approx(
         backward, rel=0.10
     )

@@ -57,7 +57,7 @@ def seconds(gpus: int, gpu: str = "H100", tuning: LoraSettings | FullSettings = 
 
 
 def test_a_step_is_never_faster_than_its_products() -> None:
-    """And not slower than the operators between them explain: 64 pairs of an 8B on one GPU."""
+    """The step is also not slower than its operators explain: 64 pairs of an 8B on one GPU."""
     floor = 64 * 360 * 4 * 7.5e9 / GPUS["H100"].bf16_flops  # forward and dX of the blocks, 2 FLOP each
     assert floor < seconds(1) < 6 * floor
 

@@ -235,7 +235,7 @@ def test_runs_share_references_and_choose_them(base: Path, tmp_path: Path, monke
 
     adapter = folder_of(tmp_path / "first", "train-policy") / "policy"
     assert go("on", adapter=str(adapter)) == both
-    # the base without the adapter is what the first run was held to
+    # the first run's reference was the base without the adapter
     preference = {"learning_rate": 1e-3, "batch": 8}
     assert go("off", adapter=str(adapter), training=preference | {"reference": "adapter-off"}) == []
     assert torch.equal(reference_of(tmp_path / "off"), reference_of(tmp_path / "first"))

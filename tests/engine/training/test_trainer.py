@@ -1,4 +1,4 @@
-"""The training loop: what a step is, accumulation, ranks, resuming to the bit, kills, numbers that are not finite."""
+"""The training loop: what a step is, accumulation, ranks, bit-exact resuming, kills, numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def save(policy: PolicyModule, path: Path) -> None:
     path.write_bytes(torch.cat([p.flatten() for p in weights(policy).values()]).numpy().tobytes())
 
 
-# --- stopping, killing, going on ---
+# --- stopping, killing, resuming ---
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:

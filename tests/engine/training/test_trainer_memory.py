@@ -61,7 +61,7 @@ class Starved:
 def test_out_of_memory_splits_the_micro_batch_and_changes_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], late: bool
 ) -> None:
-    """The step is begun again with half the budget: to the bit a run that had that budget from the start."""
+    """The step is repeated with half the budget, bit-exact with a run that had that budget from the start."""
     slow = SFT.model_copy(update=SLOW)
     starved = Starved(25, late=late)
     policy, _ = run_sft(tmp_path / "starved", slow, objective=starved)
