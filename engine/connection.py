@@ -44,9 +44,9 @@ class Connection:
     """How to reach a server.
 
     `api_key_env` is the NAME of an environment variable, None for servers without a key; its value is read when a
-    client is created, sent in the Authorization header and stored nowhere else. `timeout_s` bounds every wait for the
-    server, `max_retries` the retries after a time-out, a lost connection, 408, 409, 429 and 5xx (with growing waits, or those
-    that the server requests). Raises ConfigError for a URL that cannot be used.
+    client is created, sent in the Authorization header and stored nowhere else. `timeout_s` bounds every wait for
+    the server, `max_retries` the retries after a time-out, a lost connection, 408, 409, 429 and 5xx (with growing
+    waits, or those that the server requests). Raises ConfigError for a URL that cannot be used.
     """
 
     base_url: str

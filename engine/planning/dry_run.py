@@ -1,9 +1,9 @@
 """Runs a training forward and backward on torch's meta device, recording every operator and tensor lifetime.
 
-The real modules of transformers and peft run with tensors that have a shape but no memory. So the operators, the tensors
-saved for the backward and the temporary memory are those of the architecture itself, not of a formula. Models with one
-and two blocks are enough to extrapolate to any number. A stand-in for attention saves what the device's operator saves;
-`memory.head_bytes` covers the head.
+The real modules of transformers and peft run with tensors that have a shape but no memory. So the operators, the
+tensors saved for the backward and the temporary memory are those of the architecture itself, not of a formula. Models
+with one and two blocks are enough to extrapolate to any number. A stand-in for attention saves what the device's
+operator saves; `memory.head_bytes` covers the head.
 
 T tokens of the packed row, H hidden size, Hq query heads, Hkv key-value heads, D head size.
 """

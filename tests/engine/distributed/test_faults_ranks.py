@@ -1,4 +1,4 @@
-"""Two gloo ranks that are killed or stopped in the middle of their work, and go on.
+"""Two gloo ranks that are killed or stopped in the middle of their work, and resume.
 
 MACPO_KILLS=50 makes the test of random kills do fifty of them.
 """

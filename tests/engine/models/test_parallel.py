@@ -151,7 +151,7 @@ def check_exchanges(world: World) -> None:
         sharded = parallelize(policy_of(TIED), SHARD, world)
         for last in (False, True):
             sharded.synchronise(last)
-            sft()(policy, batch, 1)[0].backward()
+            sft()(sharded, batch, 1)[0].backward()
             early = [p.grad is not None for p in sharded.parameters()]
             assert all(early) if last or not limit else not any(early)
         sums.append([p.grad.full_tensor() for p in sharded.parameters()])  # type: ignore[union-attr]

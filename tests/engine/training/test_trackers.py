@@ -1,4 +1,4 @@
-"""FAULTS 39: a tracker that fails, hangs or crashes is said once; training goes on and metrics.jsonl is complete.
+"""A tracker that fails, hangs or crashes is reported once; training continues and metrics.jsonl is complete.
 
 What trackers are sent: every step once over all resumes, allow-listed settings, nothing secret.
 """
