@@ -28,7 +28,7 @@ class RateLimited(Unavailable):
 
 
 def url_problem(base_url: str, api_key_env: str | None) -> tuple[str, str] | None:
-    """What a server's URL is or does that it must not, and the remedy; None where it can be used."""
+    """(problem, remedy) of a server's URL; None if the URL can be used."""
     parts = urllib.parse.urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return f"is no http(s) URL: {base_url!r}", "give for example http://127.0.0.1:8000/v1"
@@ -41,13 +41,12 @@ def url_problem(base_url: str, api_key_env: str | None) -> tuple[str, str] | Non
 
 @dataclass(frozen=True)
 class Connection:
-    """How a server is reached. `api_key_env` is the NAME of an environment variable; its value is read when a client is
-    made, sent in the Authorization header and put nowhere else. None for servers without a key.
+    """How to reach a server.
 
-    `timeout_s` bounds every wait for the server, `max_retries` how often the client asks again after a time-out, a lost
-    connection, 408, 409, 429 and 5xx (with growing waits, or those that the server asks for).
-
-    Raises ConfigError for a URL that cannot be used.
+    `api_key_env` is the NAME of an environment variable, None for servers without a key; its value is read when a
+    client is created, sent in the Authorization header and stored nowhere else. `timeout_s` bounds every wait for
+    the server, `max_retries` the retries after a time-out, a lost connection, 408, 409, 429 and 5xx (with growing
+    waits, or those that the server requests). Raises ConfigError for a URL that cannot be used.
     """
 
     base_url: str
@@ -72,13 +71,13 @@ class Connection:
 
     @property
     def _http(self) -> dict[str, Any]:
-        """No redirects, for the key must not travel to another host; no proxy before this machine's own servers."""
+        """No redirects, so that the key never reaches another host; no proxy for servers on this machine."""
         local = urllib.parse.urlsplit(self.base_url).hostname in _LOOPBACK
         return {"follow_redirects": False, "trust_env": not local}
 
     @property
     def _options(self) -> dict[str, Any]:
-        """The key is always given, so that the client does not take OPENAI_API_KEY for a server that needs none."""
+        """Client options with an explicit key, so that the client never sends OPENAI_API_KEY to another server."""
         key = "none" if self.api_key_env is None else self._key(self.api_key_env)
         options = {"timeout": self.timeout_s, "max_retries": self.max_retries}
         return {"base_url": self.base_url, "api_key": key, **options}
@@ -92,12 +91,12 @@ class Connection:
         return key
 
     def explained(self, error: Exception) -> Exception:
-        """What an exception of the `openai` client means, without headers, keys or request.
+        """Translate an exception of the `openai` client, leaving out headers, keys and request.
 
-        Unavailable and RateLimited: asking again may help. ConfigError (2): the key. PeerError (7): any other refusal.
-        What is not the client's comes back as it is.
+        Unavailable and RateLimited: a retry may help. ConfigError (2): the key is refused. PeerError (7): any other
+        refusal. Exceptions that are not the client's are returned unchanged.
         """
-        import httpx2  # what openai is built on; it lets errors through that come while a body is read
+        import httpx2  # openai is built on it and lets its errors through while a body is read
 
         openai = _openai()
         if not isinstance(error, openai.OpenAIError | httpx2.HTTPError | OSError | ValueError):
@@ -123,7 +122,7 @@ class Connection:
         )
 
     def _said(self, error: Any) -> str:
-        """The server's own words, in one line; empty where it has none."""
+        """The server's own message in one line, or empty."""
         body = error.body if isinstance(error.body, dict) else {}
         text = " ".join(str(body.get("message") or body.get("detail") or "").split())
         key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
@@ -139,6 +138,6 @@ def _openai() -> Any:
 
 
 def _without_environment(client: Any) -> Any:
-    """Drops what the client reads from OPENAI_ORG_ID and OPENAI_PROJECT_ID: another server has no use for it."""
+    """Drop what the client reads from OPENAI_ORG_ID and OPENAI_PROJECT_ID, which other servers do not use."""
     client.organization = client.project = None
     return client

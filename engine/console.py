@@ -15,11 +15,11 @@ from macpo.engine.files import explain, is_expected
 def run_cli(
     command: Callable[[], Any], *, debug: bool = False, report: Callable[[BaseException, str], bool] | None = None
 ) -> int:
-    """Calls the command. Returns: 0, or the exit code of what it raised, after printing it.
+    """Call the command, print its error and return the exit code.
 
-    A MacpoError gives its lines and its code; a full disk 4, a place that cannot be written 2, Ctrl-C 75, anything
-    unexpected 1. `debug` adds the traceback. An error that rank 0 reports already is not printed again.
-    `report` gets the error and, for an unexpected one, its text; where it returns True, it is reported elsewhere.
+    A MacpoError prints its lines and gives its code; a full disk gives 4, a place that cannot be written 2, Ctrl-C 75,
+    anything unexpected 1. `debug` adds the traceback. An error that another rank reports is not printed again.
+    `report` gets the error and, for an unexpected one, its text; if it returns True, the error is reported elsewhere.
     """
     try:
         command()
@@ -27,7 +27,7 @@ def run_cli(
         return 0
     except KeyboardInterrupt:
         error: BaseException = Stopped("aborted by Ctrl-C", "run the same command again to go on")
-    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as found:
@@ -42,7 +42,7 @@ def run_cli(
         if not reported:
             print(f"error: {text}. Fix: rerun with --debug and report it.", file=sys.stderr)
         return 1
-    if not reported and not getattr(error, "relayed", False):
+    if not reported and not error.relayed:
         for problem in error.problems:
             print(problem, file=sys.stderr)
     return error.code

@@ -1,4 +1,4 @@
-"""The errors a person meets: one line each, a remedy, and an exit code per kind.
+"""The errors that users see: one line each with a remedy, and an exit code per kind.
 
 error: FILE:LINE: FIELD: problem. Fix: remedy.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, where it is, and what to do about it."""
+    """One problem, its place, and its remedy."""
 
     message: str
     fix: str = ""
@@ -27,7 +27,12 @@ class Problem:
 
 
 class MacpoError(Exception):
-    """Base of every expected failure; `code` is the process's exit code."""
+    """Base of every expected failure.
+
+    Attributes:
+        code: exit code of the process.
+        relayed: another process reports this error to the user, so this one does not.
+    """
 
     code = 1
 
@@ -40,11 +45,13 @@ class MacpoError(Exception):
         line: int | None = None,
         field: str = "",
         problems: Sequence[Problem] | None = None,
+        relayed: bool = False,
     ) -> None:
+        self.relayed = relayed
         self.problems = tuple(problems) if problems else (Problem(message, fix, str(file), line, field),)
         super().__init__("\n".join(map(str, self.problems)))
 
-    def __reduce__(self) -> tuple[object, ...]:  # survives the trip back from a worker process
+    def __reduce__(self) -> tuple[object, ...]:  # so that it can be pickled
         return _rebuild, (type(self), self.problems)
 
 
@@ -65,7 +72,7 @@ class DataError(MacpoError):
 
 
 class ResourceError(MacpoError):
-    """Disk or memory does not suffice."""
+    """Not enough disk or memory."""
 
     code = 4
 
@@ -83,7 +90,7 @@ class NumericsError(MacpoError):
 
 
 class Again(ResourceError):
-    """This attempt cannot go on, the next one can: a launcher starts the job again at once."""
+    """This attempt cannot continue, but the next one can: a launcher restarts the job at once."""
 
     code = 76
 
@@ -95,6 +102,6 @@ class PeerError(MacpoError):
 
 
 class Stopped(MacpoError):
-    """Stopped on request; the same command goes on from here."""
+    """Stopped on request; the same command resumes."""
 
     code = 75

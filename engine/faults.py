@@ -1,4 +1,4 @@
-"""Fault injection: a named point in the code where a test can have the process killed.
+"""Fault injection: named points in the code at which a test can kill the process.
 
     MACPO_KILL_AT=stage-manifest:2 macpo run recipe.yaml      # SIGKILL the second time that point is passed
     MACPO_KILL_AT=stage-manifest:2:group …                    # the whole process group, workers and ranks included
@@ -43,7 +43,7 @@ _passed: Counter[str] = Counter()
 
 
 def point(name: str) -> None:
-    """Die here by SIGKILL if MACPO_KILL_AT asks for it.
+    """Kill the process with SIGKILL here if MACPO_KILL_AT says so.
 
     Raises: KeyError for a name that POINTS does not document; ValueError for a MACPO_KILL_AT that names no point.
     """

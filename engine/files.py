@@ -1,6 +1,6 @@
-"""Files that survive a kill, a full disk and strange text: atomic writes, strict JSON Lines, hashes.
+"""Files that survive a kill, a full disk and unusual text: atomic writes, strict JSON Lines, hashes.
 
-A target either keeps its old content or has all of the new one: write beside it, fsync, rename, fsync the folder.
+A target keeps either its old content or all of the new: write a temporary file, fsync, rename, fsync the folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, NumericsError, ResourceError
 from macpo.engine.faults import point
 
-PART = ".part"  # ending of a file that is being written; one that a kill left behind is rubbish
+PART = ".part"  # ending of a file that is being written; after a kill it can be deleted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _GONE_MEMORY = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -33,7 +33,7 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, 
 
 
 def is_expected(error: OSError) -> bool:
-    """Whether the world is to blame (full disk, no permission, no memory) and not, say, a name that code got wrong."""
+    """Whether the environment is the cause (full disk, no permission, no memory) rather than a bug."""
     return error.errno in _FULL | _GONE_MEMORY | {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -59,7 +59,7 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None, needed_b
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike[str] | None = None, needed_bytes: int | None = None) -> Iterator[None]:
-    """Inside it an OSError becomes a MacpoError; one that safetensors wraps does too."""
+    """Context that turns an OSError, also one wrapped by safetensors, into a MacpoError."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def explained(path: str | os.PathLike[str] | None = None, needed_bytes: int | No
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes free on the file system of `path` or of its nearest existing parent; None where that cannot be asked."""
+    """Bytes free on the file system of `path` or of its nearest existing parent; None if unknown."""
     for folder in (path, *path.absolute().parents):
         try:
             return shutil.disk_usage(folder).free
@@ -83,7 +83,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def require_free(path: Path, needed_bytes: int, what: str) -> None:
-    """Raises ResourceError (4) with both numbers if `needed_bytes` do not fit where `path` is."""
+    """Raise ResourceError (4) with both numbers if `needed_bytes` do not fit on the file system of `path`."""
     free = free_bytes(path)
     if free is not None and free < needed_bytes:
         raise ResourceError(
@@ -94,7 +94,7 @@ def require_free(path: Path, needed_bytes: int, what: str) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Makes renames and new names inside the folder durable."""
+    """Make renames and new names inside the folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -103,7 +103,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Makes the content of a file that someone else wrote durable."""
+    """Make the content of a file that other code wrote durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -113,11 +113,11 @@ def fsync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_open(path: str | os.PathLike[str], needed_bytes: int | None = None) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` when the block ends well; else the old file stays and no temporary is left.
+    """A binary file that replaces `path` if the block succeeds; else the old file stays and no temporary is left.
 
     `needed_bytes`: the final size if it is known, for the message about a full disk.
 
-    Raises: ResourceError on a full disk, ConfigError where the place cannot be written.
+    Raises: ResourceError on a full disk, ConfigError if the path cannot be written.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
@@ -141,19 +141,19 @@ def atomic_open(path: str | os.PathLike[str], needed_bytes: int | None = None) -
 
 
 def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Replaces the file's content, all or nothing; text is written as UTF-8, newlines as they are."""
+    """Replace the file's content atomically; text is written as UTF-8, newlines unchanged."""
     raw = _utf8(data, str(path)) if isinstance(data, str) else data
     with atomic_open(path, len(raw)) as file:
         file.write(raw)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """One JSON value, indented, keys in the order given; atomic."""
+    """Write one JSON value atomically, indented, with keys in the given order."""
     atomic_write(path, _dumps(value, str(path), None, indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Raises: ConfigError if the file cannot be opened, DataError with line and column if it is not JSON."""
+    """Read one JSON value. Raises: ConfigError for an unreadable file, DataError with line and column for bad JSON."""
     path = Path(path)
     with explained(path):
         raw = path.read_bytes()
@@ -168,7 +168,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """One JSON object a line, UTF-8, `\\n`; atomic; gzip (bytes a function of the rows) if the name ends in .gz.
+    """Write one JSON object per line atomically, in UTF-8 with `\\n`, with reproducible gzip if the name ends in .gz.
 
     Returns: the number of rows. Raises: NumericsError for NaN or infinity, DataError for a lone surrogate.
     """
@@ -183,7 +183,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object). Lines end at `\\n` only, so U+2028, NEL and CR inside text are harmless.
+    """Yield (line number from 1, object). Lines end at `\\n` only, so U+2028, NEL and CR inside text are harmless.
 
     A BOM, CRLF ends, empty lines and gzip are accepted. Byte offsets count from the start of the (unpacked) file.
     Raises: ConfigError if the file cannot be opened; DataError with the line and column or byte offset for bad JSON,
@@ -284,9 +284,9 @@ def _utf8(text: str, name: str, line: int | None = None) -> bytes:
 
 
 class Appender:
-    """An append-only JSON Lines file: rows on return of `add` are durable; a tail torn by a kill is cut on opening.
+    """An append-only JSON Lines file: rows are durable when `add` returns; opening cuts a tail torn by a kill.
 
-    `rows` are those found on opening, so a stage knows which ids it has and goes on with the others.
+    `rows` are those found on opening, so a stage knows which ids it has and continues with the others.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -350,9 +350,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def probe_writable(folder: str | os.PathLike[str]) -> None:
-    """Creates the folder and writes, syncs and deletes a file in it, so that a bad place fails before any work.
+    """Create the folder and write, sync and delete a file in it, so that an unusable folder fails before any work.
 
-    Raises: ConfigError (2) where that is impossible, ResourceError (4) on a full disk.
+    Raises: ConfigError (2) if that is impossible, ResourceError (4) on a full disk.
     """
     folder = Path(folder)
     probe = folder / f".probe.{os.getpid()}{PART}"
@@ -374,7 +374,7 @@ def probe_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Deletes the temporary files that a kill left anywhere below the folder."""
+    """Delete the temporary files that a kill left anywhere below the folder."""
     for base, _, names in os.walk(folder):
         for name in names:
             if name.startswith(".") and name.endswith(PART):
@@ -382,7 +382,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def remove_tree(path: Path, inside: Path) -> None:
-    """Deletes a folder below `inside`; a link is deleted, never followed. Raises IntegrityError for any other place."""
+    """Delete a folder below `inside`; a link is deleted, never followed. Raises IntegrityError for any other path."""
     if path.parent.resolve() / path.name == inside.resolve() or not path.parent.resolve().is_relative_to(
         inside.resolve()
     ):

@@ -1,4 +1,4 @@
-"""What the makers state about the GPUs that plans and MFU are made for.
+"""Stated specifications of the GPUs that plans and MFU support.
 
 Sources, all for the SXM boards, dense (NVIDIA's tables print bf16 "with sparsity", which is twice the dense figure):
 A100 80GB datasheet (2021); H100 datasheet and Hopper white paper (2022); H200 datasheet (2023); Blackwell datasheet,
@@ -20,9 +20,9 @@ class Gpu:
     """One GPU's stated peaks."""
 
     name: str
-    """As recipes and `macpo plan --gpu` call it."""
+    """Name in recipes and in `macpo plan --gpu`."""
     device_name: str
-    """As torch.cuda.get_device_name calls it; other boards of the same chip have other clocks and are not meant."""
+    """Name in torch.cuda.get_device_name; other boards of the same chip have other clocks and do not match."""
     bf16_flops: float
     """Dense bfloat16 tensor-core FLOP/s, a multiply-add counted as two."""
     float32_flops: float
@@ -30,11 +30,11 @@ class Gpu:
     memory_bytes: int
     """Total memory that the driver reports."""
     bandwidth_bytes_per_s: float
-    """Device memory."""
+    """Bandwidth of the device memory."""
     nvlink_bytes_per_s: float
-    """To the other GPUs of its node, each way."""
+    """Bandwidth to the other GPUs of its node, each way."""
     network_bytes_per_s: float
-    """To other nodes, each way."""
+    """Bandwidth to other nodes, each way."""
 
 
 GPUS: dict[str, Gpu] = {
@@ -49,7 +49,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def of_device(device: torch.device | str) -> Gpu | None:
-    """The table's entry for a device of this machine; None for CPUs and for GPUs that are not in the table."""
+    """The entry for a device of this machine; None for CPUs and for GPUs that are not in the table."""
     device = torch.device(device)
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""This process: its threads, its parent, and whether it was asked to stop. Needs no torch."""
+"""Threads of this process, its end with its parent, and requests to stop. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of this process's operators; None leaves them. Needs no torch, and obeys where torch comes later."""
+    """Set the CPU threads of operators, also if torch is imported later; None changes nothing."""
     if threads is None:
         return
     for name in _THREAD_VARIABLES:
@@ -25,18 +25,18 @@ def set_threads(threads: int | None) -> None:
 
 
 def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent ends, however that happens (Linux)."""
+    """Make the kernel kill this process when its parent ends in any way (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # it ended before the line above
+        os._exit(1)  # the parent ended before the line above
 
 
 class StopFlag:
-    """Context manager; inside it `requested` turns true on SIGTERM or SIGINT (main thread only).
+    """Context manager; inside it `requested` becomes true on SIGTERM or SIGINT (main thread only).
 
-    `quiet`: says nothing about it.
+    `quiet`: print no message.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -56,7 +56,7 @@ class StopFlag:
         self._old = {}
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        before, self.requested = self.requested, True  # first, for the next signal may come during the write
+        before, self.requested = self.requested, True  # first, because another signal may come during the write
         if before and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not before and not self.quiet:

@@ -1,4 +1,4 @@
-"""How far training or generation is: a live bar on a terminal, a plain line now and then where nobody watches."""
+"""Progress of training or generation: a live bar on a terminal, else a plain line now and then."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.1
 class _Shown:
     """A bar on standard error, or plain lines.
 
-    No thread draws it, so nothing appears between updates, and a process may fork while it is shown. What others print
+    No thread draws it, so nothing appears between updates, and a process may fork while it is shown. Other output
     goes above the bar. A terminal with TERM=dumb gets plain lines.
     """
 
@@ -39,7 +39,7 @@ class _Shown:
         self._bar.start()
 
     def _update(self, done: int, line: str, *, last: bool, fields: dict[str, str]) -> None:
-        """Shows it where it is time to, or the `last` time; `line` is what a file gets."""
+        """Show the state if enough time has passed, or for the `last` time; `line` is the plain form."""
         self._bar.update(self._task, completed=done, **fields)  # type: ignore[arg-type]
         now = time.monotonic()
         if not last and now - self._shown < (LIVE_SECONDS if self._live else PLAIN_SECONDS):
@@ -54,15 +54,15 @@ class _Shown:
         self._console.file.flush()
 
     def close(self) -> None:
-        """The terminal is as it was; the bar's last state stays on it."""
+        """Restore the terminal; the bar's last state stays visible."""
         self._bar.stop()
 
 
 class TrainingProgress(_Shown):
-    """Loss, speed and time left of one stage.
+    """Shows loss, speed and time left of one training stage.
 
     Args:
-        label: what is being trained.
+        label: name of the stage.
         done, planned: optimiser steps.
     """
 
@@ -72,18 +72,18 @@ class TrainingProgress(_Shown):
         super().__init__(label, done=done, total=planned, text=text, fields={"loss": "–", "rate": "–"})
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Call it once a step."""
+        """Show a step; call it once per step."""
         line = f"{self._label}: step {step}/{self._planned} loss {loss:.4f} {tokens_per_s:.0f} tok/s"
         fields = {"loss": f"{loss:.4f}", "rate": f"{tokens_per_s:,.0f}"}
         self._update(step, line, last=step >= self._planned, fields=fields)
 
 
 class GenerationProgress(_Shown):
-    """Answers that have ended, tokens a second and time left.
+    """Shows finished responses, tokens per second and time left.
 
     Args:
-        label: what is being written.
-        done, planned: answers; those that are done when it starts were not written now.
+        label: name of what is generated.
+        done, planned: numbers of responses; those done at the start do not count for the speed.
     """
 
     def __init__(self, label: str, *, done: int, planned: int) -> None:
@@ -94,7 +94,7 @@ class GenerationProgress(_Shown):
         )
 
     def add(self, answers: int = 0, tokens: int = 0) -> None:
-        """So many more; answers count when they end, tokens when they are there."""
+        """Add finished responses and generated tokens."""
         self._done, self._tokens = self._done + answers, self._tokens + tokens
         rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
         line = f"{self._label}: {self._done}/{self._planned} answers {rate:.0f} tok/s"
@@ -102,18 +102,18 @@ class GenerationProgress(_Shown):
 
 
 class Count(Protocol):
-    """`GenerationProgress.add`, or what takes its place."""
+    """`GenerationProgress.add` or a function with the same signature."""
 
     def __call__(self, answers: int = 0, tokens: int = 0) -> None: ...
 
 
 def uncounted(answers: int = 0, tokens: int = 0) -> None:
-    """Shows nothing."""
+    """Show nothing."""
 
 
 @contextmanager
 def counted(progress: Count | str | bool, planned: int, done: int = 0) -> Iterator[Count]:
-    """Where to count: a caller's own place, a display with this label, closed at the end, or nowhere (False)."""
+    """The function to count with: the caller's own, a labelled display's, or one that shows nothing (False)."""
     if not isinstance(progress, str | bool):
         yield progress
     elif progress is False:

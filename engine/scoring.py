@@ -1,4 +1,4 @@
-"""Log-probs and perplexities of given answers; the prompt is computed once for all of its candidates."""
+"""Log-probs and perplexities of given responses; a prompt is computed once for all its responses."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from macpo.engine.models.policy import PolicyModule
 
 @dataclass(frozen=True, slots=True)
 class ResponseScore:
-    """How likely one response is under a policy; natural logarithm."""
+    """The log-probs (nats) of one response under a policy."""
 
     token_logps: list[float]
-    """log p of each response token given what precedes it."""
+    """Log-prob of each response token given what precedes it."""
     sum_logp: float
     """Their sum: the sequence's log-prob, as DPO uses it."""
 
@@ -36,7 +36,7 @@ class ResponseScore:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean token NLL; infinite where that overflows."""
+        """exp of the mean token NLL; infinite if that overflows."""
         mean_nll = -self.sum_logp / self.num_tokens
         return math.exp(mean_nll) if mean_nll < 700.0 else math.inf
 
@@ -53,21 +53,21 @@ def score(
     """Score every response of every group.
 
     Args:
-        model: the policy; the same numerics path as training, so step 0 of DPO gives ln 2.
+        model: the policy; it computes as in training, so step 0 of DPO gives ln 2.
         groups: `PrefixGroup`s, or (prompt ids, [response ids, ...]).
-        max_tokens: token budget of one packed forward; one that does not fit in memory is split.
+        max_tokens: token budget of one packed forward; a forward that does not fit in memory is split.
         world: the ranks that share the work; they all call this with the same groups. Default: this process alone, or
-            all ranks where the policy is spread over them.
-        should_stop: asked before every forward.
+            all ranks if the policy is spread over them.
+        should_stop: called before every forward.
 
     Returns:
-        By group, by response; an empty list for a group that another rank scores. A score depends on `max_tokens` and
-        the other groups only in its last bits.
+        Scores by group and response; an empty list for a group that another rank scores. A score depends on
+        `max_tokens` and the other groups only in its last bits.
 
     Raises:
         DataError: an empty prompt or response, or one longer than the model's positions.
         ResourceError: one group does not fit in memory.
-        Stopped: `should_stop` was true on any rank; on all of them.
+        Stopped: `should_stop` returned True on any rank; raised on all of them.
     """
     policy = model if isinstance(model, PolicyModule) else PolicyModule(model)
     plain = [
@@ -97,7 +97,7 @@ def score(
 
 
 def _logps(policy: PolicyModule, batch: PackedBatch) -> list[float] | None:
-    """[N]; None where memory did not suffice."""
+    """Log-probs [N], or None if memory ran out."""
     try:
         logps: list[float] = policy.token_logps(batch).tolist()
         return logps

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 engine/train.py recipes/hh-helpful.yaml --set student.model=PATH
 
-The recipe's key `recipe:` says of which kind it is (default: macpo), and the package that knows this kind how to run it
-(entry-point group `macpo.recipes`), so that the engine never imports upwards.
+The recipe's key `recipe:` names its kind (default: macpo), and an entry point of the group `macpo.recipes` runs that
+kind, so that the engine never imports upwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from macpo.engine.console import run_cli
-from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.launcher import PARENT, leave_error
 from macpo.engine.distributed.world import World, finish, init_from_env
 from macpo.engine.errors import ConfigError
@@ -54,12 +54,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def train(arguments: argparse.Namespace) -> None:
     world: World = init_from_env(arguments.timeout)
     if world.size > 1:
-        hangs.watch(arguments.timeout)
+        watchdog.watch(arguments.timeout)
     try:
         try:
             run = runner(arguments.config)
         except ConfigError as error:
-            error.relayed = not world.is_main  # type: ignore[attr-defined]  # every rank finds it, one says it
+            error.relayed = not world.is_main  # every rank finds it, one says it
             raise
         run(
             arguments.config,
@@ -69,7 +69,7 @@ def train(arguments: argparse.Namespace) -> None:
             from_stage=arguments.from_stage,
         )
     finally:
-        hangs.rest()
+        watchdog.rest()
         finish()
 
 

@@ -22,7 +22,7 @@ from bench.harness.device import copy, synchronise
 from bench.harness.timing import Outputs, Run, calls_for, in_graph
 from bench.inputs.requests import GenerationRequest
 from macpo.engine.generation.pool.capacity import bucket_of
-from macpo.engine.generation.slots.packed_linear import packed_product
+from macpo.engine.generation.slots.packed_linear import packed_dtypes, packed_product
 
 COPY_BYTES = {"cpu": 2**25, "cuda": 2**30}
 PREFILL_ROWS = 2048
@@ -87,7 +87,7 @@ def _products(weights: Sequence[torch.Tensor], rows: int) -> Run:
     """Return a call of x W' for every weight, with `rows` rows of x each."""
     widths = {weight.shape[1] for weight in weights}
     x = {n: torch.randn(rows, n, dtype=weights[0].dtype, device=weights[0].device) for n in widths}
-    if weights[0].device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if weights[0].device.type == "cpu" and weights[0].dtype in packed_dtypes():
         products = [partial(packed_product(weight, None)[0], x[weight.shape[1]]) for weight in weights]
     else:
         products = [partial(torch.mm, x[weight.shape[1]], weight.T) for weight in weights]

@@ -28,7 +28,7 @@ from bench.harness.device import synchronise
 from bench.harness.measure import Unavailable
 from bench.inputs.pairs import PairData
 from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettings
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World, finish
 from macpo.engine.models import lora
@@ -165,7 +165,7 @@ def _engine(setup: Setup, work: Work, folder: Path) -> Outcome:
 
 
 def _plan(setup: Setup, work: Work) -> list[int]:
-    return Plan(len(work.shuffled), setup.pairs_per_step, 1, SEED).order(0)
+    return BatchOrder(len(work.shuffled), setup.pairs_per_step, 1, SEED).order(0)
 
 
 def _in_plan_order(setup: Setup, work: Work) -> list[PrefixGroup]:

@@ -1,4 +1,4 @@
-"""Which groups make which step, on which rank: functions of counts, lengths and the seed, never of time or chance."""
+"""Which groups form which step, on which rank: functions of counts, lengths and the seed alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from macpo.engine.distributed.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The steps of a stage."""
+class BatchOrder:
+    """The order in which a stage's groups form batches, one per step."""
 
     num_groups: int
     batch: int
@@ -23,7 +23,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last, smaller batch of an epoch counts."""
+        """Number of steps in an epoch, including a smaller last batch."""
         return -(-self.num_groups // self.batch)
 
     @property
@@ -37,7 +37,7 @@ class Plan:
         return torch.randperm(self.num_groups, generator=generator).tolist()
 
     def steps(self, start: int = 0) -> Iterator[tuple[int, list[int]]]:
-        """(step, indices of its groups) from step `start` on."""
+        """Yield (step, indices of its groups), beginning with step `start`."""
         for epoch in range(start // self.steps_per_epoch, self.epochs):
             order = self.order(epoch)
             for k in range(self.steps_per_epoch):
@@ -66,7 +66,7 @@ def share(groups: Sequence[PrefixGroup], indices: Sequence[int], world: World) -
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward and backward take. A filler counts for nothing: it keeps a rank in step with the others."""
+    """The input of one forward and backward; a filler keeps a rank in step with the others and adds nothing."""
 
     batch: PackedBatch
     filler: bool = False
@@ -81,8 +81,8 @@ def microbatches(
         indices: the step's groups, over all ranks.
         max_tokens: token budget of a micro-batch, the same on every rank.
         world: the ranks with different groups.
-        collective: each rank gets the same number, because every forward is one of all ranks together: one with fewer
-            repeats the step's shortest group as a filler. All ranks find the number by themselves.
+        collective: whether forwards are collective, so that each rank needs the same number: a rank with fewer repeats
+            the step's shortest group as a filler. Each rank computes that number without communication.
     """
     parts = shares(groups, indices, world.size)
     packed = pack(groups, max_tokens=max_tokens, indices=parts[world.rank])

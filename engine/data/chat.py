@@ -1,4 +1,4 @@
-"""Chat templates and THE tokenisation rule: ids = tokens(prompt) + tokens(answer) (+ EOS where the answer ended).
+"""Chat templates and THE tokenisation rule: ids = tokens(prompt) + tokens(response) (+ EOS if it is finished).
 
     chat = Chat(load_tokenizer("path-or-hub-id"))
     group = chat.group(messages, [(chosen, True), (rejected, True)], max_tokens=1024)
@@ -30,16 +30,16 @@ log = logging.getLogger("macpo.chat")
 
 ROLES = ("system", "user", "assistant")
 MAX_RENDERED_CHARS = 1024 * 1024
-"""What a template may write beyond four times the dialogue itself."""
+"""Characters that a template may write beyond four times the dialogue itself."""
 PROBE_SECONDS = 10.0
-"""A template that cannot render two words in this time is refused."""
+"""A template that cannot render two words in this time is rejected."""
 _FIRST_MARK = 0xF0000  # private-use plane 15: placeholders for contents, never part of a template
-_PROBE = "\U000ffffd"  # stands for an answer while the template is probed
+_PROBE = "\U000ffffd"  # stands for a response while the template is probed
 _DATE = "26 Jul 2024"  # Llama 3's own default: prompts must not depend on the day of the run
 
 
 class Piece(NamedTuple):
-    """A run of rendered text; `data` text is encoded as ordinary pieces even where it spells a special token."""
+    """A piece of rendered text; `data` text is encoded as ordinary text even if it spells a special token."""
 
     text: str
     data: bool
@@ -49,12 +49,12 @@ class Chat:
     """One tokenizer with one template.
 
     template: "auto" (the tokenizer's own, else vicuna with one log line), a name in TEMPLATES, jinja text, or a file.
-    special_text: what to do where data spells a special token (`</s>`, `<|im_start|>`, …): "plain" encodes it as
+    special_text: what to do if data spells a special token (`</s>`, `<|im_start|>`, …): "plain" encodes it as
     ordinary text, never as the token; "error" raises DataError.
-    eos_token: text of the token that ends an answer. Default: the token with which the template ends an assistant
-    turn, else the tokenizer's EOS. A pad token equal to EOS is harmless: nothing is padded in training.
+    eos_token: text of the token that ends a response. Default: the token with which the template ends an assistant
+    turn, else the tokenizer's EOS. A pad token equal to EOS is harmless, because nothing is padded in training.
 
-    `eos_id` ends a finished answer, `stop_ids` end generation, `digest` is SHA-256 hex of all that decides the ids.
+    `eos_id` ends a finished response, `stop_ids` end generation, `digest` is SHA-256 hex of all that decides the ids.
     Raises ConfigError for an unusable template or a missing EOS.
     """
 
@@ -117,19 +117,19 @@ class Chat:
         return self._assemble(self._pieces(messages))
 
     def answer_ids(self, text: str, finished: bool = True) -> list[int]:
-        """Token ids of an answer, outer white space dropped, + EOS where it ended by itself."""
+        """Token ids of a response without outer white space, + EOS if it is finished."""
         ids = self._encode_data(self._lead + text.strip()) if text.strip() else []
         return [*ids, self.eos_id] if finished else ids
 
     def text(self, ids: Sequence[int]) -> str:
-        """The answer that ids spell: special tokens dropped, outer white space stripped."""
+        """The decoded response, without special tokens and outer white space."""
         decoded = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(decoded).strip()
 
     def limited_prompt_ids(
         self, messages: Sequence[Message], max_prompt_tokens: int, *, long_prompt: str = "truncate"
     ) -> list[int] | None:
-        """`prompt_ids` within max_prompt_tokens, whatever its answers are.
+        """`prompt_ids` limited to max_prompt_tokens, whatever the responses are.
 
         long_prompt: "truncate" shortens from the left, BOS kept; "drop" returns None; "error" raises DataError.
         """
@@ -160,11 +160,11 @@ class Chat:
         max_prompt_tokens: int | None = None,
         long_prompt: str = "truncate",
     ) -> PrefixGroup | None:
-        """A prompt and its answers (text, finished), where prompt + any one answer has at most max_tokens tokens.
+        """A prompt and its responses (text, finished); prompt + any one response has at most max_tokens tokens.
 
-        The prompt is limited to max_prompt_tokens (default max_tokens // 2) as `limited_prompt_ids` does it, so its
-        tokens do not depend on the answers. An answer that is too long is cut on the right (it then carries no EOS)
-        and always keeps a token. None where the prompt is dropped. Raises DataError for an answer without tokens.
+        The prompt is limited to max_prompt_tokens (default max_tokens // 2) by `limited_prompt_ids`, so its tokens do
+        not depend on the responses. A response that is too long is cut on the right (and then has no EOS) and keeps at
+        least one token. Returns None if the prompt is dropped. Raises DataError for a response without tokens.
         """
         if max_prompt_tokens is None:
             max_prompt_tokens = max_tokens // 2
@@ -179,14 +179,14 @@ class Chat:
         return PrefixGroup(prompt, [ids[: max_tokens - len(prompt)] for ids in responses])
 
     def document_ids(self, messages: Sequence[Message], text: str, finished: bool = True) -> list[int]:
-        """A document for pretraining: prompt + answer, or without messages [BOS] + tokens(text) (+ EOS)."""
+        """A document for pretraining: prompt + response, or without messages [BOS] + tokens(text) (+ EOS)."""
         if messages:
             return self.prompt_ids(messages) + self.answer_ids(text, finished)
         start = [] if self.bos_id is None else [self.bos_id]
         return [*start, *self._encode_data(text.strip()), *([self.eos_id] if finished else [])]
 
     def rendered(self, messages: Sequence[Message], answer: str = "") -> str:
-        """The text of a prompt (and answer) as the template writes it; for people and tokenizer training."""
+        """The text of a prompt (and response) as the template writes it, for display and tokenizer training."""
         return self._render(messages) + (self._separator + answer if answer else "")
 
     @property
@@ -196,7 +196,7 @@ class Chat:
         return ("{{ bos_token }}" if bos else "") + self.template
 
     def whole_ids(self, messages: Sequence[Message], answer: str) -> list[int]:
-        """Prompt and answer tokenised as one text: what `boundary_mismatches` compares with; never trained on."""
+        """Prompt and response tokenised as one text, only for the comparison in `boundary_mismatches`."""
         data = self._spells_control(answer)
         text = (self._lead if data else self._separator) + answer.strip()
         return self._assemble([*self._pieces(messages), Piece(text, data)])
@@ -204,7 +204,7 @@ class Chat:
     # -- rendering
 
     def _pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The rendered prompt; contents that spell a special token are pieces of their own."""
+        """The rendered prompt; each content that spells a special token is a separate piece."""
         if not messages:
             raise DataError("the dialogue has no message", "give at least one user message", field="messages")
         for message in messages:
@@ -214,8 +214,8 @@ class Chat:
         risky = {n for n, m in enumerate(messages) if self._spells_control(m["content"])}
         if not risky:
             return [Piece(self._render(messages), False)]
-        # Contents are swapped for private-use characters that occur in none of them, so the template cannot tell
-        # them from ordinary text and nothing that they spell is read as the template's own markers.
+        # Contents are replaced by private-use characters that occur in none of them, so the template treats them as
+        # ordinary text and nothing in them is read as one of the template's own markers.
         used = set("".join(m["content"] for m in messages))
         free = (chr(c) for c in range(_FIRST_MARK, _FIRST_MARK + 0xFFFD) if chr(c) not in used)
         contents: dict[str, str] = {}
@@ -231,7 +231,7 @@ class Chat:
         return [Piece(contents.get(part, part), part in contents) for part in parts if part]
 
     def _render(self, messages: Sequence[Message], generation: bool = True) -> str:
-        """Rendered by transformers in jinja's ImmutableSandboxedEnvironment."""
+        """The dialogue rendered by transformers in jinja's ImmutableSandboxedEnvironment."""
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
@@ -254,7 +254,7 @@ class Chat:
         return str(text)
 
     def _probe(self) -> str:
-        """What the template writes around a short dialogue; a template that never ends or fails here is refused."""
+        """The text that the template writes around a short dialogue; ConfigError if it fails or does not end."""
         try:
             return within(PROBE_SECONDS, lambda: self._render([{"role": "user", "content": _PROBE}]))
         except (DataError, TimeoutError) as problem:
@@ -264,7 +264,7 @@ class Chat:
             ) from problem
 
     def _probe_answer(self) -> tuple[str, int | None]:
-        """(white space between the generation prefix and an answer, id of the special token that ends its turn)."""
+        """(white space between generation prefix and response, id of the special token that ends the turn)."""
         user: Message = {"role": "user", "content": "x"}
         before = self._render([user])
         try:
@@ -283,7 +283,7 @@ class Chat:
     # -- encoding
 
     def _assemble(self, pieces: Sequence[Piece]) -> list[int]:
-        """Ids of rendered pieces; neighbours of template text are encoded as one text; exactly one BOS or none."""
+        """Ids of rendered pieces, with one BOS or none; adjacent template text is encoded as one text."""
         joined: list[Piece] = []
         for piece in pieces:
             if joined and not piece.data and not joined[-1].data:
@@ -321,7 +321,7 @@ class Chat:
         return list(backend.encode(text, add_special_tokens=False).ids)
 
     def _encode_data(self, text: str) -> list[int]:
-        """Ids of a text from data: never a special token's id, whatever the text spells."""
+        """Ids of a text from data, never those of a special token, whatever the text spells."""
         if not self._spells_control(text):
             return self._encode(text)
         if self.special_text == "error":
@@ -334,7 +334,7 @@ class Chat:
         ids = self._encode(text, as_data=True)
         if self._control_ids.isdisjoint(ids):
             return ids
-        # The model's own vocabulary holds the token (word-level, unigram), or it is an added token that is not marked
+        # The token is in the model's own vocabulary (word-level, unigram) or an added token that is not marked
         # special: cut each occurrence, in the text and then as the normalizer writes it, so that no piece spells it.
         ids = []
         for piece in self._cut(text):
@@ -352,7 +352,7 @@ class Chat:
         return ids
 
     def _cut(self, text: str) -> list[str]:
-        """The text in pieces, each marker cut after its first character."""
+        """Split the text after the first character of each special token that it spells."""
         cuts = [0, *(match.start() + 1 for match in self._control_re.finditer(text)), len(text)]
         return [text[a:b] for a, b in itertools.pairwise(cuts)]
 
@@ -369,14 +369,14 @@ class Chat:
 
     def _digest(self) -> str:
         state: Any = json.loads(self._backend.to_str()) if self._backend is not None else self.tokenizer.get_vocab()
-        for volatile in ("truncation", "padding"):  # set anew by every call, no part of the vocabulary
+        for volatile in ("truncation", "padding"):  # set by every call, not part of the vocabulary
             state.pop(volatile, None)
         parts = [state, self.tokenizer.special_tokens_map, self.template, self.special_text, self.eos_id, self.bos_id]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def boundary_mismatches(chat: Chat, pairs: Iterable[tuple[Sequence[Message], str]]) -> float:
-    """Share in [0, 1] of (messages, answer) where tokens(prompt) + tokens(answer) differ from tokens(whole)."""
+    """Share in [0, 1] of (messages, response) for which tokens(prompt) + tokens(response) != tokens(whole)."""
     differs = [
         chat.prompt_ids(messages) + chat.answer_ids(answer, finished=False) != chat.whole_ids(messages, answer)
         for messages, answer in pairs
@@ -385,7 +385,7 @@ def boundary_mismatches(chat: Chat, pairs: Iterable[tuple[Sequence[Message], str
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or on the Hub. Raises ConfigError where it is missing or needs code of its own."""
+    """The tokenizer in a folder or on the Hub. Raises ConfigError if it is missing or needs its own code."""
     from transformers import AutoTokenizer
 
     try:

@@ -46,7 +46,7 @@ class PrefixGroup:
         return len(self.prompt_ids) + max(map(len, self.responses), default=0)
 
     def check(self, name: str = "group") -> None:
-        """Raises DataError where a response could not be predicted: no prompt token, or an empty response."""
+        """Raise DataError if a response cannot be predicted: no prompt token, or an empty response."""
         if not self.prompt_ids:
             raise DataError("the prompt has no token", "give the prompt a BOS token or some text", field=name)
         if not self.responses or not all(self.responses):
@@ -59,7 +59,7 @@ class PackedBatch:
 
     Attributes:
         input_ids, position_ids: [1, T] int64.
-        segments: who sees whom.
+        segments: which tokens each token attends to.
         rows: [N] int64, index of the token whose hidden state predicts the target.
         target: [N] int64 response token ids, in the order of groups and responses.
         cu_rows: [R + 1] int32 on the CPU, offsets of the responses in `rows`.
@@ -102,7 +102,7 @@ def pack(
     """Pack groups into rows of at most `max_tokens` tokens.
 
     Args:
-        groups: what to pack; none is ever cut, split or dropped, so a longer group gets a row of its own.
+        groups: groups to pack; none is cut, split or dropped, so a group above the budget gets its own row.
         max_tokens: token budget of a row.
         order: "ffd" first-fit decreasing by tokens (ties by index); "given" fills rows in the given order.
         indices: pack only these groups, still named by their index in `groups`.
@@ -123,7 +123,7 @@ def bins(
     order: Literal["ffd", "given"] = "ffd",
     indices: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Which groups `pack` puts into which row, by index."""
+    """Indices of the groups that `pack` puts into each row."""
     wanted = range(len(groups)) if indices is None else indices
     if order == "ffd":
         wanted = sorted(wanted, key=lambda i: (-groups[i].num_tokens, i))
@@ -190,5 +190,5 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch
 
 
 def _tensor(code: Literal["q", "i"], values: list[int]) -> Tensor:
-    """int64 ("q") or int32 ("i"); several times faster than torch.tensor on a list of this length."""
+    """An int64 ("q") or int32 ("i") tensor, built several times faster than by torch.tensor."""
     return torch.frombuffer(array(code, values), dtype=torch.int64 if code == "q" else torch.int32)

@@ -1,7 +1,7 @@
 """Prompt, Response, Example, Pair: the JSONL contract between stages.
 
-Text passes between agents, never token ids: every agent has a tokenizer and template of its own.
-`finished` says that an answer ended by itself; only then does it carry EOS in log-probs and training.
+Agents exchange text, never token ids, because every agent has its own tokenizer and template.
+`finished` says that a response ended by itself; only then does it have EOS in log-probs and training.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant",
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A dialogue that waits for the assistant's answer; `id` is the hash of its content."""
+    """A dialogue that ends before the assistant's response; `id` is the hash of its content."""
 
     id: str
     messages: tuple[Message, ...]
 
     @classmethod
     def of(cls, messages: str | Iterable[Message]) -> Self:
-        """From chat messages, or from a string that becomes one user turn."""
+        """A prompt from chat messages, or from a string that becomes one user turn."""
         turns: Iterable[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         kept = tuple({"role": m["role"], "content": m["content"]} for m in turns)
         text = json.dumps(kept, ensure_ascii=False, sort_keys=True)
@@ -44,10 +44,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What one policy answered to one prompt.
+    """One policy's response to one prompt.
 
-    `sum_logp` is its log-prob (nats) under that policy as it was generated, the token that ended it included, and
-    `ids_digest` tells its token ids from others (`ids_digest`): the policy need not score these again.
+    `sum_logp` is its log-prob (nats) under that policy at generation, including the token that ended it. `ids_digest`
+    identifies its token ids, so that the policy need not score the same ids again.
     """
 
     prompt_id: str
@@ -68,13 +68,13 @@ class Response:
 
 
 def ids_digest(ids: Iterable[int]) -> str:
-    """Hash of an answer's token ids, the token that ended it included."""
+    """Hash of a response's token ids, including the token that ended it."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with the one answer to imitate; `by` names who gave it ("human" or an agent)."""
+    """A prompt with one response to imitate; `by` names its author ("human" or an agent)."""
 
     prompt: Prompt
     answer: str
@@ -91,10 +91,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a better and a worse answer.
+    """A prompt with a better and a worse response.
 
     `ref_chosen_logp` is the summed log-prob of `chosen` under the policy that is about to be trained,
-    where a scoring stage has already computed it.
+    if a scoring stage has already computed it.
     """
 
     prompt: Prompt
@@ -121,12 +121,12 @@ R = TypeVar("R", Prompt, Response, Example, Pair)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_jsonl(path, (record.to_json() for record in records))
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:
-    """Read the records of one stage file; raises DataError naming the line that is not such a record."""
+    """Read the records of one file; raises DataError with the line that is not such a record."""
     records = []
     for line, row in read_jsonl(path):
         try:

@@ -1,4 +1,4 @@
-"""Built-in chat templates, and how a template of someone else's is taken in: jinja is code, so it is bounded.
+"""Built-in chat templates, and limits for foreign ones, because jinja is code.
 
 `eos` = the text of the EOS token, `_` = one blank:
 
@@ -47,7 +47,7 @@ TEMPLATES = {
     "plain": "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",
 }
 MAX_TEMPLATE_CHARS = 256 * 1024
-"""A template is code from elsewhere; the largest published ones have about 30 thousand characters."""
+"""Size limit for foreign templates; the largest published ones have about 30 thousand characters."""
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
@@ -85,7 +85,7 @@ def one_line(problem: BaseException) -> str:
 
 
 def within(seconds: float, call: Callable[[], str]) -> str:
-    """call() in a thread; TimeoutError after so many seconds, and the thread is told to stop."""
+    """Call `call` in a thread; after `seconds` raise TimeoutError here and in the thread."""
     results: list[str] = []
     errors: list[BaseException] = []
 

@@ -1,6 +1,6 @@
-"""What ranks agree on: rank 0's result, or the error of any of them, reaches all.
+"""Agreement between ranks: rank 0's result, or an error of any rank, reaches all of them.
 
-Needs no torch: an error of a worker process takes the same way.
+Needs no torch, because errors of worker processes are passed on in the same way.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ if TYPE_CHECKING:
 
 
 def stopped(where: str, world: World | None = None) -> Stopped:
-    """The error for a stop that was asked for; raised on every rank of `world`, reported by one."""
-    error = Stopped(f"stopped at {where}", "run the same command again to go on from here")
-    vars(error)["relayed"] = not _is_main(world)
-    return error
+    """The error for a requested stop, to be raised on every rank of `world` and reported by one."""
+    return Stopped(f"stopped at {where}", "run the same command again to go on from here", relayed=not is_main(world))
 
 
-def _is_main(world: World | None) -> bool:
+def is_main(world: World | None) -> bool:
+    """Whether this process is rank 0, or has no ranks beside it."""
     return world is None or world.rank == 0
 
 
 def on_main(world: World | None, action: Callable[[], Any]) -> Any:
-    """Rank 0's JSON-able result on every rank; what it raises is raised on every rank (`relayed` on the others)."""
+    """Rank 0's JSON-able result on every rank; an error is raised on every rank (`relayed` on the others)."""
     if world is None or world.size == 1:
         return action()
     answer: dict[str, Any] = {}
@@ -48,7 +47,7 @@ def on_main(world: World | None, action: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def agreed(world: World | None) -> Iterator[None]:
-    """What any rank raises inside is raised on every rank at its end (`relayed` on all but the first); collective.
+    """Context whose end raises any rank's error on every rank (`relayed` on the others); collective.
 
     No other collective may be called inside.
     """
@@ -68,15 +67,14 @@ def agreed(world: World | None) -> Iterator[None]:
 
 
 def pack_error(error: MacpoError) -> dict[str, Any]:
-    """JSON for a MacpoError on its way to another process."""
+    """A MacpoError as JSON for another process."""
     fields = ("message", "fix", "file", "line", "field")
     problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
     return {"kind": type(error).__name__, "problems": problems}
 
 
 def unpack_error(packed: Mapping[str, Any], *, relayed: bool = False) -> MacpoError:
-    """The error again; `relayed` marks one that its own process reports to the user."""
+    """The error that `pack_error` packed; `relayed` if the process that raised it reports it to the user."""
     kind = getattr(errors, packed["kind"], MacpoError)
-    error: MacpoError = kind(problems=[Problem(**problem) for problem in packed["problems"]])
-    vars(error)["relayed"] = relayed
+    error: MacpoError = kind(problems=[Problem(**problem) for problem in packed["problems"]], relayed=relayed)
     return error

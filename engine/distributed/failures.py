@@ -1,4 +1,4 @@
-"""What an exception out of torch means: memory ran out, or another rank is gone."""
+"""Classifies exceptions of torch: memory ran out, or another rank is gone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed inside the model's forward or backward, where no `World` translates the error."""
+    """Whether a collective failed inside the model, where no `World` translates the error."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER)
 
 
 def free_memory() -> None:
-    """Give back what a failed attempt held; call it outside of the `except` block, whose traceback holds tensors."""
+    """Free a failed attempt's memory; call it outside the `except` block, whose traceback holds tensors."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""The ranks of one job on this machine, as `macpo run --ranks N` starts them: one message and one exit code for all.
+"""Starts the ranks of one job on this machine (`macpo run --ranks N`), with one message and one exit code for all.
 
     launch([sys.executable, "-m", "macpo.engine.train", "recipe.yaml"], 8)
 
-torchrun starts the same ranks, on many nodes too, but it ends with 1 whatever they say, and kills them 30 seconds
-after a SIGTERM (`--shutdown-timeout`). Here they have all the time they need to save, and then the job ends with 75.
+torchrun starts the same ranks, also on many nodes, but ends with exit code 1 whatever they report, and kills them 30
+seconds after a SIGTERM (`--shutdown-timeout`). Here they have as long as they need to save, and the job exits with 75.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopp
 from macpo.engine.files import read_json, write_json
 
 ERROR_FILE = "MACPO_ERROR_FILE"
-"""Environment variable: where a rank leaves its error for the launcher, which is the one that prints it."""
+"""Environment variable: the file in which a rank leaves its error for the launcher, which prints it."""
 PARENT = "MACPO_LAUNCHER"
-"""Environment variable: the launcher's process id; ranks end with it."""
+"""Environment variable: the launcher's process id; ranks end when it ends."""
 _ATTEMPTS = 20
-"""How often a job that asks for it (`Again`) is started; a token budget is halved each time."""
+"""Number of attempts for a job that ends with `Again`; each halves a token budget."""
 
 
 def launch(command: Sequence[str], ranks: int, *, grace_s: float = 30.0) -> None:
-    """Run `command` once a rank, with RANK, WORLD_SIZE, MASTER_ADDR and so on as under torchrun, until all have ended.
+    """Run `command` on every rank, with RANK, WORLD_SIZE, MASTER_ADDR and so on as under torchrun, until all end.
 
-    SIGTERM or Ctrl-C here: every rank gets one SIGTERM, and all the time it takes to save. A second Ctrl-C kills them.
-    When a rank fails the others notice and end; what still runs after `grace_s` is killed. A job that ends with
-    `Again` is started again.
+    On SIGTERM or Ctrl-C every rank gets one SIGTERM and as much time as it needs to save; a second Ctrl-C kills them.
+    When a rank fails, the others notice and end; those that still run after `grace_s` seconds are killed. A job that
+    ends with `Again` is restarted.
 
     Raises:
-        MacpoError: of the rank that failed first, with its own message; PeerError for one that was killed or failed
-            unexpectedly. Stopped: on request.
+        MacpoError: the error of the rank that failed first; PeerError if that rank was killed or failed unexpectedly.
+        Stopped: the job was stopped on request.
     """
     if ranks < 1:
         raise ConfigError(f"got {ranks}", "start at least one rank", field="--ranks")
@@ -58,13 +58,13 @@ def launch(command: Sequence[str], ranks: int, *, grace_s: float = 30.0) -> None
 
 
 def leave_error(error: BaseException, text: str) -> bool:
-    """In a rank: hand the error (`text` where it is no MacpoError) to whoever started it.
+    """In a rank: pass the error (`text` if it is no MacpoError) to the launcher.
 
     Returns:
-        True under this launcher, which prints it. torchrun takes the error file of the rank that ended first.
+        True under this launcher, which prints it. torchrun reads the error file of the rank that ended first.
     """
-    # one that lost its peer, or repeats what another rank has found, tells less than that other rank
-    second = isinstance(error, PeerError) or getattr(error, "relayed", False)
+    # an error about a lost peer, or a relayed one, says less than the other rank's own
+    second = isinstance(error, PeerError) or (isinstance(error, MacpoError) and error.relayed)
     if ERROR_FILE in os.environ:
         fix = "rerun with --debug and report it"
         known = error if isinstance(error, MacpoError) else PeerError(f"rank {os.environ['RANK']} failed: {text}", fix)
@@ -90,7 +90,7 @@ class _Rank:
     error_file: Path
 
     def error(self) -> tuple[int, MacpoError] | None:
-        """(how little it tells, what it left behind or what its end says); None where it ended well."""
+        """(priority, error), the lowest priority being most informative; None if the rank succeeded."""
         code = self.process.returncode
         if code == 0:
             return None
@@ -102,7 +102,7 @@ class _Rank:
 
 
 class _Job:
-    """Context manager; while it is open SIGTERM and SIGINT are for the ranks."""
+    """Context manager that forwards SIGTERM and SIGINT to the ranks while it is open."""
 
     def __init__(self, folder: Path, grace_s: float) -> None:
         self.folder, self.grace_s = folder, grace_s
@@ -146,12 +146,12 @@ class _Job:
                 PARENT: os.getpid(),
             }
             environment = {"OMP_NUM_THREADS": threads, **os.environ, **{k: str(v) for k, v in own.items()}}
-            # a session of its own: Ctrl-C reaches the launcher alone, and each rank once, through it
+            # in its own session, so that Ctrl-C reaches only the launcher, which forwards it once
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             self.ranks.append(_Rank(number, process, error_file))
 
     def wait(self) -> None:
-        """Until all ranks have ended. Raises what the job is to end with."""
+        """Wait until all ranks have ended. Raises the job's error."""
         deadline = float("inf")
         while len(self.ended) < len(self.ranks):
             for rank in self.ranks:

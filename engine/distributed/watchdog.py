@@ -1,7 +1,7 @@
-"""Where a process stands still: its stacks go to standard error when it shows no sign of life for too long.
+"""Shows where a process hangs: dumps its stacks to standard error when `beat` was not called for too long.
 
-A rank that waits for another fails by its collective's timeout, but only the one that hangs can say where it hangs.
-The dump is faulthandler's own thread, so it also works where Python waits inside a library.
+A rank that waits for another fails by its collective's timeout, but only the hanging rank can show where it hangs.
+faulthandler's own thread writes the dump, so it also works while Python waits inside a library.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _armed = 0.0
 
 
 def watch(timeout_s: float) -> None:
-    """From here on, dump all stacks whenever `beat` was not called for so long; also at a crash inside a library.
+    """Dump all stacks whenever `beat` was not called for `timeout_s`, and at a crash inside a library.
 
-    Ranks that wait for the one that hangs dump theirs, too: one after another, so that the lines stay apart.
+    Ranks that wait for the hanging one dump theirs too, one after another, so that their lines do not mix.
     """
     global _timeout_s
     faulthandler.enable()
@@ -27,13 +27,13 @@ def watch(timeout_s: float) -> None:
 
 
 def beat() -> None:
-    """A sign of life; cheap enough for every step. Does nothing unless the process is watched."""
+    """Restart the timeout; cheap enough for every step. Does nothing unless the process is watched."""
     if _timeout_s is not None and time.monotonic() - _armed > _timeout_s / 20:
         _arm()
 
 
 def rest() -> None:
-    """Watch no longer."""
+    """Stop watching."""
     global _timeout_s
     _timeout_s = None
     faulthandler.cancel_dump_traceback_later()

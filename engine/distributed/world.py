@@ -1,7 +1,7 @@
-"""The processes of one job: who they are, and the few things they say to each other.
+"""The processes (ranks) of one job and their collectives.
 
-Without torch.distributed there is one process and every call is a no-op. Under torchrun: gloo for CPU tensors,
-NCCL for those on GPUs. Objects travel as JSON, so nothing a peer sends is ever executed.
+Without torch.distributed there is one process and every call is a no-op. Under torchrun gloo carries CPU tensors and
+NCCL those on GPUs. Objects are sent as JSON, so nothing that a peer sends is ever executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from macpo.engine.errors import ConfigError, PeerError
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's rank among `size`; `group` is theirs, None that of all processes."""
+    """This process's rank among `size` ranks; `group` is their process group, None that of all processes."""
 
     rank: int = 0
     size: int = 1
@@ -39,24 +39,24 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and speaks to the user."""
+        """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here. Raises PeerError when one is gone or too late."""
+        """Wait for every rank. Raises PeerError if one is gone or too late."""
         if self.size > 1:
             with _peer_errors("barrier"):
                 dist.all_reduce(torch.zeros(1), group=self.group)  # a CPU tensor: gloo, also where NCCL serves the GPUs
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up a float tensor over the ranks, in place; the same bits on every rank."""
+        """Sum a float tensor over the ranks, in place; every rank gets the same bits."""
         if self.size > 1:
             with _peer_errors("sum"):
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def stack(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, of one shape with an axis at least: [size, *shape], by rank, on every rank."""
+        """Stack the ranks' tensors of equal shape (at least one axis): [size, *shape] on every rank."""
         if self.size == 1:
             return tensor[None]
         out = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
@@ -65,7 +65,7 @@ class World:
         return out.view(self.size, *tensor.shape)
 
     def follow_(self, *tensors: Tensor) -> None:
-        """Takes rank 0's numbers, in place."""
+        """Copy rank 0's values into the tensors, in place."""
         if self.size > 1:
             with _peer_errors("follow"):
                 for tensor in tensors:
@@ -88,7 +88,7 @@ class World:
         return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, lengths, strict=True)]
 
     def any_of(self, asked: Callable[[], bool]) -> Callable[[], bool]:
-        """The question whether any rank says yes, which all ask at the same time."""
+        """A collective function that says whether `asked` is true on any rank."""
         return asked if self.size == 1 else lambda: any(self.gather(asked()))
 
     def broadcast(self, value: Any) -> Any:
@@ -101,7 +101,7 @@ ALONE = World()
 
 
 def team_of(world: World, size: int) -> World:
-    """The team of this rank, where every `size` consecutive ranks of the job are one; all ranks call it alike."""
+    """This rank's tensor-parallel group of `size` consecutive ranks; collective."""
     if size == 1:
         return World()
     teams = _teams(dist.group.WORLD, world.size, size)
@@ -110,7 +110,7 @@ def team_of(world: World, size: int) -> World:
 
 @lru_cache(maxsize=16)
 def _teams(job: dist.ProcessGroup, ranks: int, size: int) -> list[dist.ProcessGroup]:
-    """Of this job, made once: `job` only tells one from the next."""
+    """Process groups of `size` consecutive ranks, created once per `job`, which is only part of the cache key."""
     return [dist.new_group(list(range(start, start + size))) for start in range(0, ranks, size)]
 
 
@@ -127,13 +127,13 @@ def _peer_errors(what: str) -> Iterator[None]:
 
 
 def init_from_env(timeout_s: float = 1800.0) -> World:
-    """Join the process group that torchrun describes in the environment; a single process without it.
+    """Join the process group that torchrun describes in the environment; without one, a single process.
 
     Args:
         timeout_s: how long a collective waits for a silent peer.
 
     Raises:
-        ConfigError: a rank or world size that is not a number. PeerError: the others could not be reached.
+        ConfigError: RANK or WORLD_SIZE is not a number. PeerError: the other ranks could not be reached.
     """
     if dist.is_available() and dist.is_initialized():
         return World.current()

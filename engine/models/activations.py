@@ -30,16 +30,16 @@ PRODUCTS = (
     _aten._grouped_mm.default,
     LORA_LINEAR,
 )
-"""What `selective` keeps: results that cost most to compute again. Attention's products are a small share of them."""
-COMPILED_VARIANTS = 64  # torch.compile keeps them by code object, which all models of a process share
-_SMALL_BYTES = 1024  # not worth a copy to the host
+"""Operators whose results `selective` keeps, because they cost most to recompute; attention's share is small."""
+COMPILED_VARIANTS = 64  # torch.compile caches by code object, which all models of a process share
+_SMALL_BYTES = 1024  # smaller tensors are not worth a copy to the host
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's transformer blocks, outermost ones only.
+    """The model's outermost transformer blocks.
 
     Raises:
-        ConfigError: an architecture without them, by name.
+        ConfigError: the architecture, which the message names, has none.
     """
     found = list(_outermost(model))
     if not found:
@@ -84,14 +84,14 @@ def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def compile_block(block: nn.Module, backend: str = "inductor") -> None:
-    """torch.compile, one whole graph for every length; blocks of one kind share what was compiled."""
+    """Compile the block as one full graph for every length; blocks of one kind share the compiled code."""
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, COMPILED_VARIANTS)
     block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=True)
 
 
 def offload_block(block: nn.Module) -> None:
-    """What the block saves for its backward waits in host memory (pinned, where there is a GPU); weights stay."""
+    """Keep what the block saves for its backward, except weights, in host memory (pinned if there is a GPU)."""
     forward = block.forward
 
     def offloading(*args: Any, **kwargs: Any) -> Any:
@@ -107,13 +107,13 @@ def offload_block(block: nn.Module) -> None:
 
 
 class _HostStore:
-    """Copies of one forward's saved tensors; a tensor that several operations save is copied once."""
+    """Host copies of the tensors saved in one forward; a tensor that several operations save is copied once."""
 
     def __init__(self, block: nn.Module) -> None:
         weights = (p.to_local() if isinstance(p, DTensor) else p for p in block.parameters())
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self._copies: dict[tuple[Any, ...], Tensor] = {}
-        self._alive: list[Tensor] = []  # as long as addresses are compared, no address may be used again
+        self._alive: list[Tensor] = []  # keeps addresses from being reused while they are compared
 
     def pack(self, tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         plain = not isinstance(tensor, DTensor) and tensor.layout == torch.strided

@@ -72,7 +72,7 @@ def _hook(
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered function; refuses what it would otherwise get silently wrong."""
+    """The registered function; raises ConfigError for options that it would otherwise silently ignore."""
     if attention_context is None:
         raise ConfigError(
             "the macpo attention hook is active but the forward got no attention_context",
@@ -124,9 +124,9 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
     """Route the model's attention through the forward's `attention_context`; restores what was there before.
 
     Args:
-        model: the Hugging Face model itself (of a peft wrapper: `get_base_model()`).
+        model: the Hugging Face model itself (`get_base_model()` of a peft wrapper).
 
-    Inside another block for the same model it does nothing, so an outer loop may hold it open.
+    Nested use for the same model does nothing, so an outer loop may keep the hook active.
 
     Raises:
         ConfigError: the architecture does not use transformers' attention interface.

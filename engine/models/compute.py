@@ -9,14 +9,14 @@ import torch
 
 from macpo.engine.config import ComputeSettings
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 
 RESIDENT_SHARE = 0.6
-"""Share of the device's memory that loaded base models may take where the recipe does not say."""
+"""Share of the device's memory that loaded base models may take, unless the recipe sets `memory_gb`."""
 
 
 def device_of(compute: ComputeSettings) -> torch.device:
-    """The process's device; on GPUs the one of its local rank. Raises ConfigError where there is no GPU."""
+    """The process's device, by local rank on GPUs. Raises ConfigError if a GPU is required and there is none."""
     if compute.device == "cpu" or (compute.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -25,14 +25,14 @@ def device_of(compute: ComputeSettings) -> torch.device:
 
 
 def dtype_of(compute: ComputeSettings) -> torch.dtype:
-    """dtype of frozen weights and activations."""
+    """The dtype of frozen weights and activations."""
     if compute.dtype == "auto":
         return torch.float32 if device_of(compute).type == "cpu" else torch.bfloat16
     return torch.float32 if compute.dtype == "float32" else torch.bfloat16
 
 
 def memory_budget(compute: ComputeSettings) -> int:
-    """Bytes that the base models kept loaded by one process may take."""
+    """Bytes that the base models loaded in one process may take."""
     if compute.memory_gb is not None:
         return int(compute.memory_gb * 1e9)
     if device_of(compute).type == "cuda":
@@ -43,6 +43,8 @@ def memory_budget(compute: ComputeSettings) -> int:
 
 
 @lru_cache(maxsize=1)
-def model_pool(compute: ComputeSettings, trust_remote_code: bool) -> ModelPool:
-    """This process's loaded base models; they stay between stages."""
-    return ModelPool(memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code)
+def model_cache(compute: ComputeSettings, trust_remote_code: bool) -> ModelCache:
+    """This process's cache of base models, which stay loaded between stages."""
+    return ModelCache(
+        memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code
+    )

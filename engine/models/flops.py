@@ -1,9 +1,9 @@
 """FLOP of a training step: the matrix products of a causal LM, exactly, from its config alone.
 
-A multiply-add is 2 FLOP. Only matrix products and attention count; norms, activations and softmax do not, as everyone
-counts (PaLM, arXiv 2204.02311, appendix B). What this project's step leaves out is not counted either: a shared prompt
-counts once, attention counts the pairs of tokens that see each other, the head counts the rows that predict a response
-token. With u = one head product over these rows: scoring is 1u, a frozen head 2u, a trained one 3u.
+A multiply-add is 2 FLOP. Only matrix products and attention count; norms, activations and softmax do not, as is usual
+(PaLM, arXiv 2204.02311, appendix B). What this project's step skips is not counted either: a shared prompt counts once,
+attention counts the pairs of tokens that see each other, the head counts response tokens. With u = one head product
+over the response tokens, scoring costs 1u, training with a frozen head 2u, with a trained head 3u.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from macpo.engine.models.activations import blocks_of
 from macpo.engine.models.loading import quiet_transformers
 
 Tuning = Literal["lora", "full"]
-Checkpointing = Literal["off", "selective", "full"]
 Targets = Sequence[str] | Literal["all-linear"]
 
 _READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
@@ -35,7 +34,7 @@ _PARALLEL_TYPES = {"phi", "cohere", "cohere2", "gptj", "codegen", "falcon"}
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A weight that tokens are multiplied with; of a mixture of experts, all the experts' weights of one kind."""
+    """A weight matrix; in a mixture of experts, the weights of one kind of all experts together."""
 
     name: str
     inputs: int
@@ -43,7 +42,7 @@ class Matrix:
     count: int = 1
     """How many there are."""
     active: float = 1.0
-    """How many of them one token meets."""
+    """How many of them one token is multiplied with."""
     linear: bool = True
     """Whether it is a linear module, which an adapter can sit on."""
     reads_input: bool = False
@@ -55,7 +54,7 @@ class Matrix:
 
     @property
     def flops(self) -> float:
-        """Of one token's product."""
+        """FLOP of the product with one token."""
         return 2.0 * self.active * self.inputs * self.outputs
 
 
@@ -76,7 +75,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What FLOP and memory depend on."""
+    """The sizes of a model that FLOP and memory depend on."""
 
     model_type: str
     hidden: int
@@ -120,30 +119,30 @@ class ModelShape:
         return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
 
     def adapted(self, targets: Targets) -> list[Matrix]:
-        """The matrices of all blocks that an adapter sits on; what peft puts on stacked experts is not counted."""
+        """The adapted matrices of all blocks; adapters that peft puts on stacked experts are not counted."""
         return [m for layer in self.layers for m in layer.matrices if is_target(m, targets)]
 
     def adapter_parameters(self, rank: int, targets: Targets) -> int:
-        """Weights of a LoRA, the head's included where it is a target."""
+        """Number of LoRA weights, including those on the head if it is a target."""
         head = rank * (self.hidden + self.vocab) if head_is_target(targets) else 0
         return sum(rank * (m.inputs + m.outputs) for m in self.adapted(targets)) + head
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the FLOP of packed rows depend on; counts of several rows add up."""
+    """The counts that the FLOP of packed rows depend on; counts of several rows add up."""
 
     tokens: int
-    """Of the packed rows, a shared prompt once."""
+    """Tokens of the packed rows; a shared prompt counts once."""
     rows: int
-    """That reach the head: one a response token."""
+    """Response tokens: each reaches the head once."""
     attended: int
     """Sum over tokens of the keys that each sees, under the shared-prefix rule and no window."""
     windowed: tuple[tuple[int, int], ...] = ()
-    """(window, attended) of the layers with a sliding window."""
+    """(window, attended) for each sliding window."""
 
     def attended_in(self, window: int | None) -> int:
-        """Pairs of a layer with that window; without a count of its own, all pairs."""
+        """Attended pairs of a layer with that window; all pairs if the window has no count of its own."""
         return dict(self.windowed).get(window, self.attended) if window is not None else self.attended
 
     def __add__(self, other: Counts) -> Counts:
@@ -195,13 +194,13 @@ def model_flops(
     rank: int = 0,
     targets: Targets = "all-linear",
 ) -> float:
-    """What the mathematics of one training step over `counts` needs: the numerator of MFU.
+    """FLOP that one training step over `counts` mathematically requires: the numerator of MFU.
 
     Args:
-        tuning: full: every product three times. lora: a frozen weight's forward and dX; of the first block's inputs,
-            which take no gradient, the forward alone; an adapter's products three times. Attention and the MLP of the
-            first block count as if all their inputs took gradient, which those without an adapter there do not.
-        rank, targets: of the adapter.
+        tuning: `full` counts every product three times. `lora` counts forward and dX of a frozen weight, only the
+            forward where the first block's inputs take no gradient, and an adapter's products three times. Attention
+            and the MLP of the first block count as if all their inputs took gradient.
+        rank, targets: the adapter's.
     """
     attention = 3 * _attention(shape, counts)
     if tuning == "full":
@@ -213,35 +212,6 @@ def model_flops(
     if head_is_target(targets) and rank:  # its product B A is added to the weight, so the whole weight takes gradient
         head = 3 * (_head(shape, counts) + 2.0 * rank * shape.hidden * shape.vocab)
     return blocks + 3 * _adapters(shape, counts, rank, targets) + attention + head
-
-
-def step_flops(
-    shape: ModelShape,
-    counts: Counts,
-    *,
-    tuning: Tuning,
-    checkpointing: Checkpointing,
-    rank: int = 0,
-    targets: Targets = "all-linear",
-) -> float:
-    """What one training step over `counts` computes: `model_flops` and all that is computed again in the backward.
-
-    Attention's backward forms its scores again. Full checkpointing repeats each block's forward up to the last tensor
-    that the backward asks for, so not the product of its last weight; selective checkpointing repeats no product but
-    attention's.
-    """
-    base = model_flops(shape, counts, tuning=tuning, rank=rank, targets=targets)
-    base += _scores(shape, counts)
-    if checkpointing == "off":
-        return base
-    if checkpointing == "selective":
-        return base + _attention(shape, counts)
-    adapters = _adapters(shape, counts, rank, targets) if tuning == "lora" else 0.0
-    last = [layer.matrices[-1] for layer in shape.layers]
-    skipped = sum(
-        2.0 * rank * m.outputs if rank and is_target(m, targets) and tuning == "lora" else m.flops for m in last
-    )
-    return base + _blocks(shape, counts) + adapters + _attention(shape, counts) - skipped * counts.tokens
 
 
 def is_target(matrix: Matrix, targets: Targets) -> bool:
@@ -261,12 +231,9 @@ def _adapters(shape: ModelShape, counts: Counts, rank: int, targets: Targets) ->
     return 2.0 * rank * sum(m.inputs + m.outputs for m in shape.adapted(targets)) * counts.tokens
 
 
-def _scores(shape: ModelShape, counts: Counts) -> float:
-    return 2.0 * shape.heads * shape.qk_dim * sum(counts.attended_in(layer.window) for layer in shape.layers)
-
-
 def _attention(shape: ModelShape, counts: Counts) -> float:
-    return _scores(shape, counts) * (shape.qk_dim + shape.v_dim) / shape.qk_dim
+    scores = 2.0 * shape.heads * shape.qk_dim * sum(counts.attended_in(layer.window) for layer in shape.layers)
+    return scores * (shape.qk_dim + shape.v_dim) / shape.qk_dim
 
 
 def _head(shape: ModelShape, counts: Counts) -> float:
@@ -274,7 +241,7 @@ def _head(shape: ModelShape, counts: Counts) -> float:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The config's causal LM without memory for its weights. Raises ConfigError where transformers knows none."""
+    """The config's causal LM on the meta device. Raises ConfigError if transformers knows none for it."""
     try:
         with torch.device("meta"), quiet_transformers():
             model: Any = AutoModelForCausalLM.from_config(config)

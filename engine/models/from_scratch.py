@@ -1,7 +1,7 @@
-"""Small models made on the spot: a tokenizer, a Llama and documents to pretrain on (the recipe's `init:` block).
+"""Small models trained from scratch: a tokenizer, a Llama and pretraining documents (the recipe's `init:` block).
 
-Training itself is the engine's own trainer with the `sft` objective; a document is a prefix group like any other:
-its first token is the prompt, the rest is one response.
+The engine's own trainer pretrains them with the `sft` objective; a document is a prefix group whose prompt is its first
+token and whose one response is the rest.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _NUM_BYTES = 256
 def train_tokenizer(
     documents: Sequence[Example | str], settings: InitSettings, template: str = "vicuna"
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer with <unk> <s> </s> as ids 0, 1, 2; it puts <s> before a text and knows the template's own words.
+    """Train a tokenizer with <unk> <s> </s> as ids 0, 1, 2; it puts <s> before a text and knows the template's words.
 
-    `word`: one token a blank-separated word, the most frequent ones (ties in order of the alphabet); decoding joins
-    words with blanks. `bpe`: byte-level byte-pair encoding, which reads and writes any text exactly.
+    `word`: one token per blank-separated word, the most frequent ones (ties in alphabetical order); decoding joins
+    words with blanks. `bpe`: byte-level byte-pair encoding, which round-trips any text.
     The result is a function of documents, settings and template alone, and carries the template for Hugging Face.
-    Raises ConfigError for a vocabulary too small, DataError for documents without text.
+    Raises ConfigError for a vocabulary that is too small, DataError for documents without text.
     """
     frame, markers = _template_frame(template)
     specials = [UNK, BOS, EOS, *markers]
@@ -75,7 +75,7 @@ def llama_shape(settings: InitSettings, vocab_size: int | None = None) -> LlamaC
 
 
 def build_model(settings: InitSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights (float32, tied embeddings), a function of settings, vocabulary size and seed."""
+    """A Llama with random float32 weights and tied embeddings, determined by settings, vocabulary size and seed."""
     from transformers import LlamaForCausalLM
 
     config = llama_shape(settings, len(tokenizer))
@@ -88,10 +88,10 @@ def build_model(settings: InitSettings, tokenizer: PreTrainedTokenizerBase, seed
 def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int, learn: str = "all") -> list[PrefixGroup]:
     """Documents as groups of at most max_tokens tokens: prompt = the first token, one response = the rest.
 
-    An Example without messages is plain text, another one its rendered dialogue; EOS follows where it is finished.
-    A longer document goes on in further groups, each beginning with the last token of the one before, so that every
+    An Example without messages is plain text, any other its rendered dialogue; EOS follows if it is finished.
+    A longer document continues in further groups, each beginning with the last token of the one before, so that every
     token but a document's first is predicted exactly once. Documents of one token are left out.
-    With learn = "answers" a dialogue is its prompt and one response instead, so only the answer is predicted.
+    With learn = "answers" a dialogue becomes its prompt and one response, so that only the response is predicted.
     Raises ConfigError for max_tokens below 2, DataError if nothing is left.
     """
     if max_tokens < 2:
@@ -112,7 +112,7 @@ def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int, l
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out_dir: Path) -> None:
-    """The Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, template."""
+    """Write the Hugging Face folder: config.json, model.safetensors, the tokenizer's files and its template."""
     with explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
@@ -121,7 +121,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out_d
 
 
 def read_corpus(path: str | Path) -> list[Example]:
-    """Plain documents: .txt (a document a line, blank lines skipped) or .jsonl with {"text"}; both also as .gz.
+    """Read documents from .txt (one per line, blank lines skipped) or .jsonl with {"text"}; both also as .gz.
 
     Raises ConfigError for a missing path or another kind of file, DataError with file and line for bad content.
     """
@@ -170,7 +170,7 @@ def _texts(documents: Sequence[Example | str]) -> Iterator[str]:
 
 
 def _template_frame(template: str) -> tuple[str, list[str]]:
-    """(what the template writes around two rounds of dialogue, the markers among it that have to be tokens)."""
+    """(text that the template writes around two rounds of dialogue, the markers in it that must be tokens)."""
     specials = [UNK, BOS, EOS, *_MARKERS]
     bare = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*specials, "a"])}, unk_token=UNK))
     dialogue: list[Message] = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user")]

@@ -1,4 +1,4 @@
-"""The output layer of a policy as tensors, and what is computed with it: token log-probs and the contrastive loss.
+"""The output layer of a policy as tensors, and the two results computed with it: token log-probs, contrastive loss.
 
 N response tokens, H hidden size, V vocabulary.
 """
@@ -30,7 +30,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     """[V]; with `shard`, this rank's rows."""
     shard: VocabShard | None = None
-    """Where tensor parallelism splits the vocabulary."""
+    """Set if tensor parallelism splits the vocabulary."""
     logit_scale: float = 1.0
     softcap: float | None = None
 
@@ -76,14 +76,14 @@ def linear_head(layer: nn.Module) -> Head:
     weight = rows(base.weight)
     if not layer.disable_adapters and not layer.merged:
         for name in names:
-            a = whole(layer.lora_A[name].weight)  # every rank has it, and adds to its gradient what its rows give
+            a = whole(layer.lora_A[name].weight)  # every rank holds A and adds its rows' share to A's gradient
             delta = rows(layer.lora_B[name].weight) @ (a if shard is None else shard.replicated(a))
             weight = weight + (delta * layer.scaling[name]).to(weight.dtype)
     return Head(weight, None if base.bias is None else rows(base.bias), shard)
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight that tensor parallelism has split, gathered; its gradient goes back to the shards."""
+    """The whole of a weight that is sharded over ranks; its gradient goes back to the shards."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
@@ -103,7 +103,7 @@ def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
 def pair_loss(
     rows: Tensor, head: Head, batch: PackedBatch, ref_logps: Tensor | None = None, **options: Any
 ) -> PairLoss:
-    """`macpo.kernels.pair_loss` of a packed batch of pairs through this head.
+    """Compute `macpo.kernels.pair_loss` of a packed batch of pairs through this head.
 
     Args:
         rows: [N, H] hidden states that predict the response tokens.
@@ -125,7 +125,7 @@ def pair_loss(
 
 
 class _Alias(torch.autograd.Function):
-    """The same memory behind a storage of its own, see `aliased`."""
+    """The same memory behind a separate storage, see `aliased`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class _Alias(torch.autograd.Function):
 
 
 def aliased(head: Head) -> Head:
-    """The head's CPU weights behind storages of their own.
+    """The head with its CPU weights behind separate storages.
 
     The kernels hand weights to C++ as numpy arrays, whose storage can no longer be resized, and FSDP2 frees gathered
     weights by resizing them.

@@ -16,7 +16,7 @@ _OURS = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the hea
 
 
 def why_not(model_type: str, settings: ParallelSettings, device: torch.device) -> str | None:
-    """Why Liger's modules are not used; None where they are."""
+    """Why Liger's modules are not used; None if they are."""
     if settings.liger == "off":
         return "compute.parallel.liger is off"
     if device.type != "cuda":
@@ -31,7 +31,7 @@ def why_not(model_type: str, settings: ParallelSettings, device: torch.device) -
 
 
 def use_liger(model: PreTrainedModel, settings: ParallelSettings, device: torch.device) -> bool:
-    """Put Liger's kernels into the model's modules where `why_not` has nothing against it; says whether it did."""
+    """Put Liger's kernels into the model's modules unless `why_not` gives a reason; returns whether it did."""
     if why_not(model.config.model_type, settings, device) is not None:
         return False
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
@@ -51,7 +51,7 @@ def use_liger(model: PreTrainedModel, settings: ParallelSettings, device: torch.
 
 
 class _Rope:
-    """RoPE by device."""
+    """RoPE, by Liger's kernel on GPUs and the family's own function on CPUs."""
 
     def __init__(self, on_gpu: Any, on_cpu: Any) -> None:
         self.on_gpu, self.on_cpu = on_gpu, on_cpu

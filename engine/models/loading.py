@@ -61,7 +61,7 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A small JSON object from a folder that nobody vouches for.
+    """Read a small JSON object from an untrusted folder.
 
     Raises:
         ConfigError: missing, not a regular file, too large, or not a JSON object.
@@ -152,7 +152,7 @@ def header(file: Path) -> dict[str, Any]:
 
 
 def num_parameters(files: Iterable[Path]) -> int:
-    """Numbers stored in safetensors files, from their headers."""
+    """How many numbers the safetensors files hold, from their headers."""
     return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
 
 
@@ -160,8 +160,8 @@ def fingerprint_model(path: str | Path) -> str:
     """Identity of a model or adapter for stage keys: changes when its weights, config or tokenizer change.
 
     A folder is hashed: small files whole, a weight file larger than 64 MiB by its size, header and 64 blocks spread
-    over it (training changes every block; hashing 140 GB at each start would be no help). A Hub id stands for itself,
-    downloaded or not, so that keys do not change with the state of the cache.
+    over it (training changes every block, and hashing 140 GB at each start would take too long). A Hub id stands for
+    itself, downloaded or not, so that keys do not change with the state of the cache.
 
     Raises:
         ConfigError: neither a folder nor a Hub id.
@@ -209,9 +209,9 @@ def load_causal_lm(
 
     Args:
         path: Hugging Face layout with safetensors weights.
-        dtype: of the loaded weights; with quantization, of those that stay whole and of what is computed.
+        dtype: dtype of the loaded weights; with quantization, of those that stay whole and of the computation.
         quantization: "nf4" loads the linear layers, but not the head, in 4 bits.
-        trust_remote_code: run the model's own Python; off unless the user turns it on, whatever the files say.
+        trust_remote_code: run the model's own Python; only the user can turn it on, never the files.
 
     Raises:
         ConfigError: not found, pickled, unknown architecture, weights that do not fit the config, or no bitsandbytes.
@@ -230,7 +230,7 @@ def load_causal_lm(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # the check below names them
                 **options,
             )
     except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
@@ -256,7 +256,7 @@ def load_causal_lm(
 
 
 def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Keywords of `from_pretrained`: NF4 (arXiv 2305.14314), stored as bfloat16 numbers, which FSDP2 can shard."""
+    """Keywords of `from_pretrained` for NF4 (arXiv 2305.14314), stored as bfloat16, which FSDP2 can shard."""
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -277,11 +277,11 @@ def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids the model has an embedding for."""
     table: Any = model.get_input_embeddings()
-    return int(getattr(table, "num_embeddings", table.weight.shape[0]))  # a rank's part of the weight may be all it has
+    return int(getattr(table, "num_embeddings", table.weight.shape[0]))  # the weight may be one rank's part
 
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError where the tokenizer can produce an id that the model has no embedding for."""
+    """Raise ConfigError if the tokenizer can produce an id that the model has no embedding for."""
     rows = embedding_rows(model)
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     if needed > rows:
@@ -293,7 +293,7 @@ def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load report from transformers; errors still come as exceptions."""
+    """Silence progress bars and load reports of transformers; errors are still raised."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""LoRA adapters in peft's layout: made with a seed, loaded, saved byte for byte the same, and folded into a head."""
+"""LoRA adapters in peft's layout: created from a seed, loaded, and saved with the same bytes every time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
     Each matrix's numbers depend on the seed and its own name only, never on device or module order.
 
     Raises:
-        ConfigError: no linear module of that name.
+        ConfigError: no linear module has a target's name.
     """
     targets = settings.target_modules
     alpha: Any = int(settings.alpha) if settings.alpha.is_integer() else settings.alpha  # an int where readers want one
@@ -126,7 +126,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> None:
-    """Raises ConfigError where an adapter that is to be trained on differs from what the settings ask for."""
+    """Raise ConfigError if an adapter that continues training differs from the settings."""
     config: Any = wrapped.peft_config[_ADAPTER]
     got, asked = (config.r, float(config.lora_alpha)), (settings.rank, float(settings.alpha))
     if got != asked:
@@ -151,8 +151,8 @@ def save_adapter(
     """Write adapter_config.json and adapter_model.safetensors as peft and vLLM read them, the same bytes every time.
 
     Args:
-        base_name: the base model's name or path as others shall see it.
-        state: the adapter's weights by their names in `wrapped`, where its own are shards.
+        base_name: the base model's name or path to record in the config.
+        state: the whole adapter weights by their names in `wrapped`, if its own are shards.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = wrapped.peft_config[_ADAPTER].to_dict()

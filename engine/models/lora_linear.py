@@ -21,14 +21,14 @@ from torch.utils.flop_counter import addmm_flop, register_flop_formula
 
 
 def use_fused_lora(model: nn.Module) -> None:
-    """Let peft's LoRA layers of a model run through `lora_linear`, in place; names, weights and files stay."""
+    """Make the model's peft LoRA layers run through `lora_linear`, in place; names, weights and files stay."""
     for module in model.modules():
         if type(module) is PeftLinear:
             module.__class__ = FusedLinear
 
 
 class FusedLinear(PeftLinear):
-    """peft's layer by `lora_linear`; through peft's own forward where `_plain` names no adapter."""
+    """peft's layer computed by `lora_linear`, or by peft's own forward if `_plain` names no adapter."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else self._plain(x)
@@ -41,9 +41,9 @@ class FusedLinear(PeftLinear):
         return lora_linear(x, base.weight, base.bias, a.weight, b.weight, float(self.scaling[name]))
 
     def _plain(self, x: Tensor) -> str | None:
-        """The one active adapter, where it is plain LoRA without dropout over a frozen nn.Linear in the dtype of x.
+        """The one active adapter if it is plain LoRA without dropout over a frozen nn.Linear in the dtype of x.
 
-        None too where tensor parallelism has split the layer, and under autocast, which chooses dtypes itself.
+        Returns None if tensor parallelism has split the layer, and under autocast, which chooses dtypes itself.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         if len(names) != 1 or self.disable_adapters or self.merged:
@@ -59,13 +59,13 @@ class FusedLinear(PeftLinear):
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """x W' + b + scaling (x A') B'; differentiable in x, a and b, once. Keeps x, [T, r] numbers and the weights.
+    """Compute x W' + b + scaling (x A') B', once differentiable in x, a and b; keeps x, x A' and the weights.
 
     Args:
         x: [..., I] of any floating dtype.
         weight: [O, I], dtype of x; frozen.
         bias: [O], dtype of x; frozen.
-        a: [r, I], b: [O, r] of any floating dtype, which is that of their gradients.
+        a, b: [r, I] and [O, r] of any floating dtype, which their gradients have too.
 
     Returns:
         [..., O], dtype of x.
@@ -118,7 +118,7 @@ def products(
     return y.addmm_(u, b.to(x.dtype).t(), alpha=scaling), u
 
 
-# One operator to all that watches operators: selective checkpointing keeps y when it is complete, and u.
+# One operator, so that selective checkpointing keeps the complete y, and u.
 _products_at_once = torch.library.custom_op("macpo::lora_linear", products, mutates_args=())
 LORA_LINEAR = torch.ops.macpo.lora_linear.default
 
@@ -133,5 +133,5 @@ register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)  # torch 
 
 @register_flop_formula(torch.ops.macpo.lora_linear)
 def _flops(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float, **_: Any) -> int:
-    """Of their shapes."""
+    """FLOP from the operands' shapes."""
     return 2 * int(x[0] * (weight[0] * weight[1] + a[0] * (a[1] + b[0])))

@@ -1,4 +1,4 @@
-"""Base models that stay loaded between the stages of a process, and the policies that are made of them."""
+"""Base models that stay loaded between the stages of a process, and the policies built from them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from macpo.engine.models.loading import as_dtype, load_causal_lm, local_folder, 
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 
 
-class ModelPool:
-    """Base models kept loaded, the least recently used one dropped first when the budget is full.
+class ModelCache:
+    """Loaded base models; when the budget is full, the least recently used is dropped first.
 
-    A policy never changes its pooled base: it gets a module tree of its own. With an adapter, or without tuning, the
-    tree shares the pooled, frozen tensors; full tuning copies them. So several policies of one base can be alive
-    and used in turn. A dropped base stays in memory as long as a policy of it is alive. The base of a policy that is to
-    be spread over ranks is read for it alone, into host memory, so that no device ever holds all of it.
+    A policy never changes its cached base: it gets its own module tree. With an adapter, or without tuning, the tree
+    shares the cached, frozen tensors; full tuning copies them. So several policies of one base can be alive and used in
+    turn. A dropped base stays in memory as long as one of its policies is alive. If a policy will be spread over ranks,
+    its base is read separately into host memory, so that no device ever holds all of it.
 
     Args:
-        budget_bytes: of loaded base weights; None is no limit.
-        dtype, device: of the loaded weights.
+        budget_bytes: limit for loaded base weights; None is no limit.
+        dtype, device: dtype and device of the loaded weights.
 
     Attributes:
         loads: how many times a base was read from disk.
@@ -65,13 +65,13 @@ class ModelPool:
 
         Args:
             ref: which weights.
-            tuning: LoraSettings trains an adapter (a fresh one drawn by `seed`, or a copy of `ref.adapter`), on a base
-                in 4 bits where it says so; FullSettings trains a float32 copy of every weight, with `ref.adapter`
-                merged into it, that `parallelize` makes compute in the pool's dtype.
-            spread: `parallelize` will cut it over the ranks.
+            tuning: LoraSettings trains an adapter (a new one drawn from `seed`, or a copy of `ref.adapter`), on a
+                4-bit base if it says so; FullSettings trains a float32 copy of every weight, with `ref.adapter`
+                merged in, which `parallelize` makes compute in the cache's dtype.
+            spread: whether `parallelize` will spread it over ranks.
 
         Raises:
-            ConfigError: weights that cannot be used. ResourceError: the base alone is above the budget.
+            ConfigError: the weights cannot be used. ResourceError: the base alone exceeds the budget.
         """
         base = self._base(ref.base, tuning.quantization if isinstance(tuning, LoraSettings) else "none", spread)
         kind: dict[str, Any] = {"compute_dtype": self.dtype, "home": self.device}
@@ -92,11 +92,11 @@ class ModelPool:
         return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed), **kind)
 
     def fits(self, name: str, ranks: int = 1) -> bool:
-        """Whether a base that so many ranks share, one by default, stays within the budget of each."""
+        """Whether each rank's part of a base, shared by `ranks`, stays within the budget."""
         return self.budget_bytes is None or self._part_bytes(name, ranks) <= self.budget_bytes
 
     def make_room(self, name: str, ranks: int) -> None:
-        """Drops bases until this rank's part of one that `ranks` share fits beside them; it is not kept here."""
+        """Drop bases until this rank's part of one that `ranks` share fits beside them; that one is not cached."""
         self._make_room(name, self._part_bytes(name, ranks))
 
     def _part_bytes(self, name: str, ranks: int) -> int:
@@ -104,7 +104,7 @@ class ModelPool:
         return num_parameters(files) * self.dtype.itemsize // ranks
 
     def release(self) -> None:
-        """Drop every base that no living policy uses."""
+        """Empty the cache; bases that a living policy uses stay in memory."""
         self._bases.clear()
         self._collect()
 
@@ -155,6 +155,6 @@ class ModelPool:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A module tree and config of its own over the same parameters and buffers: adapters can be added to it freely."""
+    """A separate module tree and config over the same parameters and buffers, to which adapters can be added."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

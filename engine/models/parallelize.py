@@ -1,9 +1,9 @@
-"""How one model is spread over the ranks, and what its training keeps in memory: the order of wrapping on one screen.
+"""Spreads one model over the ranks and decides what training keeps in memory: the wrap order on one screen.
 
     Liger's modules -> tensor parallelism -> checkpointing -> torch.compile -> offloading -> FSDP2
 
-Each step wraps what the one before it made; nothing here changes the loss. The mesh has three axes: `replicate` and
-`shard` hold different groups of a step (the data axis), the ranks of `tensor` split every layer of the same ones.
+Each step wraps the result of the one before; nothing here changes the loss. The mesh has three axes: the ranks of
+`replicate` and `shard` hold different groups of a step (the data axis), those of `tensor` split every layer.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from macpo.engine.models.tensor_parallel import split_layers
 
 
 def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) -> PolicyModule:
-    """Spread a policy over the ranks as the settings say, in place; called once, before it scores or trains.
+    """Spread a policy over the ranks as the settings say, in place; call it once, before it scores or trains.
 
-    With `replicate`, weights of the dtype that they compute in and everything off, the policy comes back as it is.
+    With `replicate`, weights already in their compute dtype and everything off, the policy is returned unchanged.
 
     Raises:
-        ConfigError: ranks that do not fit the settings, or a model that cannot be split so, by name.
+        ConfigError: the ranks do not fit the settings, or the model, which the message names, cannot be split so.
     """
     devices = mesh(settings, world, policy.home)
     # where every weight is trained, they are float32 and FSDP2 casts what is computed with; an adapter is as it is
@@ -74,22 +74,22 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
 
 
 def _across(parameter: nn.Parameter, ranks: int) -> Shard | None:
-    """FSDP2 cuts rows, but columns (evenly, as it must) of a matrix whose rows tensor parallelism has cut."""
+    """Shard rows, or columns (which must divide evenly) of a matrix whose rows tensor parallelism has split."""
     if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0):
         return None
     return Shard(1) if parameter.dim() == 2 and parameter.shape[1] % ranks == 0 else None
 
 
 def spreads(settings: ParallelSettings, world: World) -> bool:
-    """Whether the settings cut a model over these ranks."""
+    """Whether the settings split a model over these ranks."""
     return world.size > 1 and (settings.sharding != "replicate" or settings.tensor > 1)
 
 
 def mesh(settings: ParallelSettings, world: World, device: torch.device) -> DeviceMesh | None:
-    """The ranks as axes (replicate, shard, tensor), `tensor` innermost; None where every rank holds a whole model.
+    """The mesh (replicate, shard, tensor), `tensor` innermost; None if every rank holds a whole model.
 
     Raises:
-        ConfigError: a number of ranks that the settings do not divide.
+        ConfigError: the settings do not divide the number of ranks.
     """
     tensor = settings.tensor
     if world.size % tensor:
@@ -129,5 +129,5 @@ def _data(devices: DeviceMesh, world: World) -> World | None:
 
 
 def data_world(policy: PolicyModule, world: World) -> World:
-    """The ranks that hold different groups of a step; those of one tensor-parallel group count as one."""
+    """The ranks that hold different groups of a step; a tensor-parallel group counts as one."""
     return policy.data or world

@@ -1,4 +1,4 @@
-"""A policy = backbone + response-only head; what of it is trained, on one rank or many; saving.
+"""A policy = backbone + response-only head, and which of its weights are trained, on one rank or many.
 
 T tokens of a packed row, N response tokens, H hidden size, V vocabulary.
 """
@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from macpo.engine.data.pack import PackedBatch
@@ -22,7 +21,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.equivalence import verify
-from macpo.engine.models.head import Head, aliased, head_of, response_logps
+from macpo.engine.models.head import Head, aliased, head_of, response_logps, whole
 from macpo.engine.models.lora_linear import use_fused_lora
 
 T_ = TypeVar("T_")
@@ -32,21 +31,20 @@ KEPT_GRADIENT_BYTES = 2 << 30
 class PolicyModule(nn.Module):
     """A causal LM, with or without an adapter, as training and scoring use it.
 
-    It always runs in eval mode: no dropout anywhere, so that the reference is the policy itself and the
-    first DPO loss is ln 2.
+    It always runs in eval mode: without dropout, the reference is the policy itself and the first DPO loss is ln 2.
 
     Args:
         model: a Hugging Face causal LM, or peft's wrapper around one.
-        compute_dtype: what `parallelize` makes it compute in; default the dtype of its weights.
-        home: where `parallelize` puts its shards; default where its weights are.
+        compute_dtype: dtype that `parallelize` makes it compute in; default the dtype of its weights.
+        home: device on which `parallelize` puts its shards; default the device of its weights.
 
     Attributes:
-        mesh: the ranks that it is spread over, by `parallelize`; None is a whole model on this rank.
-        data: the ranks that hold different groups of a step, where tensor parallelism makes them fewer than all.
-        team: the ranks that it is split over for generation alone, by `generation.split_policy`.
+        mesh: the ranks that `parallelize` spread it over; None is a whole model on this rank.
+        data: the ranks that hold different groups of a step, if tensor parallelism makes them fewer than all.
+        team: the ranks that `generation.split_policy` split it over, for generation alone.
 
     Raises:
-        ConfigError: an architecture whose attention or head cannot be honoured, by name (see `engine/models/equivalence.py`).
+        ConfigError: the architecture's attention or head is not supported (see `engine/models/equivalence.py`).
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class PolicyModule(nn.Module):
         home: torch.device | None = None,
     ) -> None:
         super().__init__()
-
         use_fused_lora(model)
         self.model = model
         self.compute_dtype = compute_dtype or self.base.dtype
@@ -72,7 +69,7 @@ class PolicyModule(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The Hugging Face model itself; adapters, where there are any, sit inside its layers."""
+        """The Hugging Face model itself; adapters sit inside its layers."""
         inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         assert isinstance(inner, PreTrainedModel)
         return inner
@@ -83,18 +80,18 @@ class PolicyModule(nn.Module):
 
     @property
     def collective(self) -> bool:
-        """Whether a forward or backward is one of all ranks together: each must call it the same number of times."""
+        """Whether every forward and backward is collective: all ranks must call it the same number of times."""
         return self.mesh is not None
 
     def train(self, mode: bool = True) -> PolicyModule:
-        """Stays in eval mode whatever is asked: dropout would make log-probs of one answer differ between calls."""
+        """Stay in eval mode: dropout would make log-probs of the same response differ between calls."""
         return super().train(False)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of a packed row: [T, H].
 
         Raises:
-            DataError: a prompt with response is longer than the model's positions.
+            DataError: a prompt with its response exceeds the model's positions.
         """
         if self.max_length is not None and batch.max_length > self.max_length:
             raise DataError(
@@ -113,7 +110,7 @@ class PolicyModule(nn.Module):
         return out.last_hidden_state[0]
 
     def head(self) -> Head:
-        """The output layer; this rank's rows of it where the vocabulary is split (`engine/models/vocab_parallel.py`)."""
+        """The output layer, or this rank's rows of it if the vocabulary is split (see `vocab_parallel`)."""
         head = head_of(self.base)
         return aliased(head) if isinstance(self, FSDPModule) and head.weight.device.type == "cpu" else head
 
@@ -121,7 +118,7 @@ class PolicyModule(nn.Module):
         """backbone -> rows that predict a response token [N, H] -> `reduce(rows, head, batch)`.
 
         Raises:
-            ConfigError: a policy that is split for generation.
+            ConfigError: the policy is split for generation.
         """
         if self.team is not None:
             raise ConfigError("the policy is split over ranks for generation", "load it again to train or score")
@@ -129,24 +126,24 @@ class PolicyModule(nn.Module):
         return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Log-prob of every response token: [N] float32, in the order of `batch.target`."""
+        """Log-probs of the response tokens: [N] float32, in the order of `batch.target`."""
         return self(batch, response_logps)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, of those that training changes, in a fixed order; sharded ones are DTensors."""
+        """The parameters that training changes, by name in a fixed order; sharded ones are DTensors."""
         self.release()
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def release(self) -> None:
-        """Let go of what forwards without a backward left gathered from other ranks."""
+        """Free the weights that forwards without a backward left gathered from other ranks."""
         if isinstance(self, FSDPModule):
             self.reshard()
 
     def synchronise(self, last: bool) -> None:
-        """Before a micro-batch: only the backward of a step's last one must exchange gradients with other ranks.
+        """Call before each micro-batch: only the backward of a step's last one must exchange gradients.
 
-        The others add to unsharded gradients where these take at most KEPT_GRADIENT_BYTES (an adapter's always do in
-        practice); else each adds to this rank's shard, and only replicas wait for the last.
+        The others add to unsharded gradients if these take at most KEPT_GRADIENT_BYTES (in practice an adapter's always
+        do); else each adds to this rank's shard, and only replicas wait for the last.
         """
         if isinstance(self, FSDPModule):
             kept = sum(4 * p.numel() for p in self.parameters() if p.requires_grad) <= KEPT_GRADIENT_BYTES
@@ -154,12 +151,11 @@ class PolicyModule(nn.Module):
             self.set_requires_all_reduce(last)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Whole trained weights by name, in CPU memory of rank 0; empty on the others. All ranks call it."""
+        """The whole trained weights by name, in CPU memory of rank 0; empty on the others. Collective."""
         main = World.current().is_main
         out: dict[str, Tensor] = {}
         for name, parameter in self.trainable_parameters().items():
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(parameter.detach())
             if main:
                 out[name] = tensor.cpu()
         return out
@@ -167,7 +163,7 @@ class PolicyModule(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PolicyRef:
-    """Where a policy's weights are: a base model's folder or Hub id, and an adapter's."""
+    """The folders or Hub ids of a policy's weights: of its base model, and of its adapter."""
 
     base: str
     adapter: str | None = None

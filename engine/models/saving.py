@@ -1,4 +1,4 @@
-"""A policy as others load it: weights, tokenizer and model card in a folder that appears once it has been read back."""
+"""Saves a policy for others to load: weights, tokenizer and model card in a folder that appears once it is verified."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
@@ -20,7 +19,7 @@ from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free
 from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
-from macpo.engine.models.head import Head
+from macpo.engine.models.head import Head, whole
 from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers
 from macpo.engine.models.policy import PolicyModule
 
@@ -37,22 +36,23 @@ def publish(
     base_name: str,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    world: World,
     expected: Tensor | None = None,
 ) -> None:
-    """Write the policy to the new folder `out`, which is there only if plain transformers (and peft) load it again and
-    compute the same logits; collective.
+    """Write the policy to the new folder `out`; collective.
+
+    The folder appears only if plain transformers (and peft) load it again and compute the same logits.
 
     Args:
         policy: on one rank or spread over all; an adapter is written in peft's layout, else Hugging Face's.
-        base: folder or Hub id on which an adapter is read back; `base_name`: how its config shall call it.
+        base: folder or Hub id of the base on which an adapter is read back.
+        base_name: what an adapter's config names as its base.
         card: text of README.md.
-        expected: logits that must come out ([NUM_TOKENS - 1, V], `logits_of`); default the policy's own.
+        expected: logits to compare with ([NUM_TOKENS - 1, V], `logits_of`); default the policy's own.
 
     Raises:
-        ConfigError (2): `out` exists. ResourceError (4): the disk is full. IntegrityError (5): other logits came out.
+        ConfigError (2): `out` exists. ResourceError (4): the disk is full. IntegrityError (5): the logits differ.
     """
-    tmp = out.with_name(out.name + ".tmp")
+    world, tmp = World.current(), out.with_name(out.name + ".tmp")
     with agreed(world), explained(out):
         if getattr(policy.base.config, "quantization_config", None) is not None:
             raise ConfigError("a policy on a 4-bit base cannot be compared", "load it without quantization first")
@@ -80,7 +80,7 @@ def publish(
 def logits_of(model: PolicyModule | torch.nn.Module, num_ids: int) -> Tensor:
     """Logits of a fixed row of NUM_TOKENS ids below `num_ids`: [NUM_TOKENS - 1, V] float32 on the CPU.
 
-    A policy computes them as in training (all ranks call it if it is spread over them), a plain model by itself.
+    A policy computes them as in training (collective if it is spread over ranks), a plain model by its own forward.
     """
     ids = [k % num_ids for k in range(3, 3 + NUM_TOKENS)]
     if not isinstance(model, PolicyModule):
@@ -94,7 +94,7 @@ def logits_of(model: PolicyModule | torch.nn.Module, num_ids: int) -> Tensor:
 
 
 def _logits(rows: Tensor, head: Head, _: PackedBatch) -> Tensor:
-    """rows [N, H] -> [N, V], of the whole vocabulary where it is cut."""
+    """rows [N, H] -> [N, V], the whole vocabulary even if it is split over ranks."""
     logits = F.linear(rows.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
     if head.shard is not None:
         first, count = head.shard.first, head.shard.count
@@ -103,7 +103,7 @@ def _logits(rows: Tensor, head: Head, _: PackedBatch) -> Tensor:
 
 
 def reloaded(folder: Path, base: str, dtype: torch.dtype) -> torch.nn.Module:
-    """What plain transformers and peft make of the folder, on the CPU."""
+    """The folder's model as plain transformers and peft load it, on the CPU."""
     if (folder / "adapter_config.json").exists():
         model = load_causal_lm(local_folder(base), dtype=dtype)
         return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -111,7 +111,7 @@ def reloaded(folder: Path, base: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def compare(expected: Tensor, got: Tensor, dtype: torch.dtype, folder: Path) -> None:
-    """Raises IntegrityError where the logits differ by more than rounding in `dtype`."""
+    """Raise IntegrityError if the logits differ by more than rounding in `dtype`."""
     error = (got - expected).abs().max().item()
     limit = MAX_LOGIT_ERROR[dtype] * max(1.0, expected.abs().max().item())
     if not error <= limit:
@@ -122,7 +122,7 @@ def compare(expected: Tensor, got: Tensor, dtype: torch.dtype, folder: Path) -> 
         )
 
 
-MAX_FILE_BYTES = 5_000_000_000  # of one file of saved weights
+MAX_FILE_BYTES = 5_000_000_000  # limit for one file of saved weights
 
 
 def save_policy(
@@ -135,13 +135,13 @@ def save_policy(
 ) -> None:
     """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
 
-    Rank 0 writes. If the policy is spread over ranks all of them must call it, and what fails on one fails on all.
+    Rank 0 writes. Collective if the policy is spread over ranks: an error on one rank is raised on all.
 
     Args:
-        out_dir: made if absent.
+        out_dir: created if absent.
         base_name: what an adapter's config names as its base.
         tokenizer: written beside the weights.
-        max_file_bytes: a larger model is cut into several files with an index.
+        max_file_bytes: a larger model is split into several files with an index.
 
     Raises:
         ResourceError: the disk is full.
@@ -166,7 +166,7 @@ def save_policy(
 
 
 def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:
-    """What is written of a policy that is spread over ranks: whole, on the CPU of rank 0; empty on the others."""
+    """The whole weights to write of a policy that is spread over ranks, on rank 0's CPU; empty on the others."""
     state = policy.full_state()
     if isinstance(policy.model, PeftModel):
         return state
@@ -175,7 +175,7 @@ def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:
     for name, tensor in policy.model.state_dict().items():  # frozen weights and buffers; a tied weight only once
         if name not in named or id(named[name]) not in done:
             done.add(id(named.get(name)))
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(tensor)
             if World.current().is_main:
                 state[name] = tensor.cpu()
     return state

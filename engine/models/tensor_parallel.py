@@ -1,8 +1,8 @@
 """Tensor parallelism by the model's own plan: transformers' `base_model_tp_plan` names a style for each layer.
 
-colwise splits a layer's outputs (heads, MLP width), rowwise the inputs of the layer behind it, which ends in one
-all-reduce; embeddings and head are split by vocabulary, and so is the loss (`engine/models/vocab_parallel.py`). Megatron-LM,
-arXiv 1909.08053.
+`colwise` splits a layer's outputs (heads, MLP width), `rowwise` the inputs of the layer after it, which ends in one
+all-reduce; embeddings and head are split by vocabulary, and so is the loss (`engine/models/vocab_parallel.py`).
+Megatron-LM, arXiv 1909.08053.
 
 LoRA follows its layer: W' = W + B A splits B with the outputs of a colwise W, A with the inputs of a rowwise one.
 """
@@ -39,14 +39,14 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     # a norm over the size of each head: every rank has its own heads, so the weight's gradient is a sum over ranks
     "replicated_with_grad_allreduce": lambda: SequenceParallel(use_local_output=True),
 }
-"""torch's style of each kind of layer that transformers names."""
+"""torch's style for each kind of layer that transformers names."""
 
 
 def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Module, str]]:
-    """(name, module, kind) of every layer that the model's plan names, but its embedding, for so many ranks.
+    """(name, module, kind) of every layer that the model's plan names, except its embedding.
 
     Raises:
-        ConfigError: no plan, heads that the ranks do not divide, or a kind of layer that is not here, by name.
+        ConfigError: no plan, heads that `ranks` does not divide, or an unsupported kind of layer.
     """
     plan = getattr(model.base_model.config, "base_model_tp_plan", None)
     if not plan:
@@ -71,17 +71,17 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
 
 
 def head_counts(model: PreTrainedModel) -> dict[str, int]:
-    """How many attention heads of which kind the ranks must divide."""
+    """The numbers of attention heads that the ranks must divide, by config field."""
     config = model.config.get_text_config()
     counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
     return {name: count for name, count in counts.items() if count is not None}
 
 
 def linear_parts(name: str, module: nn.Module) -> tuple[nn.Linear, list[nn.Linear], list[nn.Linear]]:
-    """A linear layer itself, and the factors A and B of the LoRAs that it carries.
+    """The plain linear layer, and the factors A and B of its LoRAs.
 
     Raises:
-        ConfigError: any other layer, by name.
+        ConfigError: the layer, which the message names, is not linear.
     """
     factors: list[list[nn.Module]] = [[], []]
     base = module
@@ -100,7 +100,7 @@ def split_layers(model: PreTrainedModel, ranks: DeviceMesh, home: torch.device) 
     """Split every layer that the model's plan names, its embedding and its head over the ranks, in place.
 
     Raises:
-        ConfigError: no plan, a kind of layer or a size that cannot be split exactly, by name.
+        ConfigError: no plan, or a layer, which the message names, that cannot be split exactly.
     """
     for name, module, kind in planned_layers(model, ranks.size()):
         _split(name, module.to(home), kind, ranks)

@@ -1,7 +1,7 @@
-"""The head under tensor parallelism: every rank keeps its rows and makes the logits of its own tokens.
+"""The head under tensor parallelism: every rank keeps its rows and computes the logits of its part of the vocabulary.
 
-What travels is a few numbers a row and the gradient of the hidden states (`kernels/linear_logp/shard.py`). A head that
-is not cut by its vocabulary, or that leaves a rank without any row, is gathered instead, and every rank computes all.
+Ranks exchange a few numbers per response token and the gradient of the hidden states (`kernels/linear_logp/shard.py`).
+A head that is not split by vocabulary, or that leaves a rank without any row, is gathered, and every rank computes all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from macpo.kernels import VocabShard
 
 
 def vocab_shard(weight: Tensor) -> VocabShard | None:
-    """How tensor parallelism cuts a head's weight [V, H] over the ranks; None where all of it is to be read.
+    """How tensor parallelism splits a head's weight [V, H] over the ranks; None if it must be read whole.
 
-    That is where it is not cut, or by columns, or where a rank would have no row: V rows in parts of ceil(V / ranks).
+    It must if it is not split by rows, or if a rank would have no row: V rows come in parts of ceil(V / ranks).
     """
     if not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard(0):
         return None
@@ -30,7 +30,7 @@ def vocab_shard(weight: Tensor) -> VocabShard | None:
         return _reduced(x.clone(), dist.ReduceOp.MAX, group)
 
     def total(x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)  # 16-bit sums would be rounded once a rank
+        wide = torch.promote_types(x.dtype, torch.float32)  # 16-bit sums would be rounded once per rank
         return _reduced(x.to(wide, copy=True), dist.ReduceOp.SUM, group).to(x.dtype)
 
     return VocabShard(vocab, weight.device_mesh.get_local_rank(), ranks, maximum, total)
@@ -42,7 +42,7 @@ def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -
 
 
 def own_rows(weight: Tensor) -> Tensor:
-    """This rank's rows of a weight that is cut by rows; their gradient is that of the shard."""
+    """This rank's rows of a weight that is split by rows; their gradient is the shard's."""
     if not isinstance(weight, DTensor):
         raise TypeError("a weight that tensor parallelism has not cut has no rows of this rank alone")
     return weight.to_local(grad_placements=[Shard(0)])

@@ -1,7 +1,7 @@
-"""One measured training step of a small model on this machine: what it takes beside what `step_time` says.
+"""Measures one training step of a small model on this machine and compares it with the prediction of `step_time`.
 
-The model is random, the pairs are noise of ordinary lengths; a step is the trainer's: forward, loss, backward, norm,
-AdamW.
+The model is random and the pairs are random tokens of ordinary lengths; a step is the trainer's: forward, loss,
+backward, norm, AdamW.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},
     "cuda": {"hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 32, "intermediate_size": 8192},
 }
-"""Of the calibration step: large enough to be no measurement of Python, small enough to take a few seconds."""
+"""Models of the calibration step: large enough not to measure Python, small enough to take a few seconds."""
 
 
 def calibration_config(device: str, vocab: int = 8192) -> LlamaConfig:
@@ -45,7 +45,7 @@ def calibration_config(device: str, vocab: int = 8192) -> LlamaConfig:
 
 
 def pairs(count: int, prompt: int, response: int, vocab: int, *, seed: int = 0) -> list[PrefixGroup]:
-    """Random pairs whose lengths vary by a third about the means."""
+    """Random pairs whose lengths vary by a third around the means."""
     draw = random.Random(seed)
 
     def ids(mean: int) -> list[int]:
@@ -56,7 +56,7 @@ def pairs(count: int, prompt: int, response: int, vocab: int, *, seed: int = 0) 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of one step, and what was predicted for it."""
+    """Measured and predicted seconds of one step."""
 
     seconds: float
     predicted: float
@@ -69,7 +69,7 @@ def calibrate(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Machine:
-    """`machine` scaled by the calibration step of `setup`'s device, dtype and tuning on this machine, one rank."""
+    """Scale `machine` by a calibration step with `setup`'s device, dtype and tuning, on one rank of this machine."""
     config = calibration_config(setup.device)
     groups = pairs(16, 120, 50, config.vocab_size)
     measured = measure(config, setup, machine, groups, repeats=repeats, clock=clock)
@@ -86,11 +86,11 @@ def measure(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measured:
-    """Median seconds of whole steps over `groups`, after two that are not counted.
+    """Measure the median seconds of whole steps over `groups`, after two warm-up steps.
 
     Args:
-        setup: of one rank on this machine.
-        clock: seconds; `time.process_time` with one thread does not see what else the machine does.
+        setup: a setup of one rank on this machine.
+        clock: returns seconds; `time.process_time` with one thread ignores the machine's other load.
     """
     policy = _policy(config, setup)
     batches = pack(groups, max_tokens=max_tokens)
@@ -116,7 +116,7 @@ def measure(
 
 
 def this_machine(device: str, threads: int | None = None) -> Machine:
-    """The machine that this process runs on; of a GPU that is not in `hardware.GPUS`, an H100's, to be calibrated."""
+    """The machine of this process; a GPU that is not in `hardware.GPUS` starts as an H100, to be calibrated."""
     if device == "cpu":
         return Machine.of_cpu(threads or torch.get_num_threads())
     return Machine.of_gpu(hardware.of_device("cuda") or hardware.GPUS["H100"])

@@ -1,9 +1,9 @@
-"""A training forward and backward on torch's meta device: every operator and every tensor's life, and no arithmetic.
+"""Runs a training forward and backward on torch's meta device, recording every operator and tensor lifetime.
 
-The real modules of transformers and peft run with tensors that have a shape and no memory, so what a model saves for
-its backward, what it needs in passing and which operators it calls is what that architecture does, not a formula's
-idea of it. Models of one and of two blocks are enough: all others are extrapolated. Attention's stand-in saves what
-the operator of the device saves; the head is `memory.head_bytes`.
+The real modules of transformers and peft run with tensors that have a shape but no memory. So the operators, the
+tensors saved for the backward and the temporary memory are those of the architecture itself, not of a formula. Models
+with one and two blocks are enough to extrapolate to any number. A stand-in for attention saves what the device's
+operator saves; `memory.head_bytes` covers the head.
 
 T tokens of the packed row, H hidden size, Hq query heads, Hkv key-value heads, D head size.
 """
@@ -50,12 +50,13 @@ class Recorder(TorchDispatchMode):
     """Counts the bytes of living tensors and lists operators, on any device.
 
     Args:
-        ignore: tensors whose memory is not counted, as a model's weights.
+        ignore: tensors whose memory is not counted, such as a model's weights.
 
     Attributes:
-        live, peak: bytes of storages made inside and not freed; their greatest sum.
+        live: bytes of storages allocated inside and not freed.
+        peak: largest value of `live`.
         operators: every call that moves memory, in order.
-        kept: bytes of products' results, each storage once.
+        kept: bytes of the results of products, each storage counted once.
     """
 
     def __init__(self, ignore: Iterator[Tensor] | tuple[Tensor, ...] = ()) -> None:
@@ -68,7 +69,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is LORA_LINEAR:  # the operators inside it
+        if func is LORA_LINEAR:  # record the operators inside it
             with self:
                 return products(*args, **kwargs)
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
@@ -104,19 +105,22 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class AttentionCost:
-    """What the attention operator keeps beside its result, and needs in passing, in bytes of a packed row."""
+    """Memory of the attention operator for one packed row, in bytes."""
 
     saved: int = 0
+    """Bytes kept for the backward beside inputs and result."""
     keeps: tuple[bool, bool, bool] = (True, True, True)
-    """Whether q, k and v are kept as they come."""
+    """Whether q, k and v themselves are kept."""
     keeps_output: bool = True
     forward: int = 0
+    """Temporary bytes of the forward."""
     backward: int = 0
+    """Temporary bytes of the backward."""
 
 
 @dataclass(slots=True)
 class _StandIn:
-    """An `AttentionContext` that keeps and needs what an `AttentionCost` says."""
+    """An `AttentionContext` that allocates what an `AttentionCost` says."""
 
     cost: AttentionCost
 
@@ -164,13 +168,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """A packed row through the backbone: `ends` + one `block` a layer."""
+    """A packed row through the backbone: `ends` plus one `block` per layer."""
 
     block: Part
     ends: Part
-    """The rest, less what the first block of a frozen model need not save."""
+    """Everything else, minus what the first block of a frozen model need not save."""
     outside: int
-    """Bytes that embedding and last norm alone save."""
+    """Bytes saved by embedding and last norm alone."""
     block_input: int
     """Bytes of the tensor between two blocks."""
     forward_scratch: int
@@ -189,21 +193,22 @@ def dry_run(
     attention: AttentionCost,
     fused_lora: bool = True,
 ) -> DryRun:
-    """Forward and backward of a packed row through models of one and two of the config's blocks.
+    """Run forward and backward of a packed row through models with one and two of the config's blocks.
 
     Args:
-        config: of a causal LM; for a rank of a tensor-parallel group, the shape that this rank holds.
-        tokens, rows: of the packed row, and those that the loss reads.
-        dtype: of frozen weights and activations.
-        tuning: what takes gradient; None is scoring, which saves nothing.
-        attention: of the device's operator for this row.
+        config: a causal LM's config; for a rank of a tensor-parallel group, the part that this rank holds.
+        tokens: tokens of the packed row.
+        rows: response tokens, whose hidden states the loss reads.
+        dtype: dtype of frozen weights and activations.
+        tuning: which weights train; None is scoring, which saves nothing.
+        attention: memory of the device's attention operator for this row.
         fused_lora: whether adapters run through `lora_linear`; else through peft's own forward.
 
     Raises:
-        ConfigError: transformers knows no causal LM for the config, or the LoRA's targets are not in it.
+        ConfigError: transformers knows no causal LM for the config, or it lacks the LoRA's targets.
     """
-    given = (tokens, rows, dtype, tuning, attention, fused_lora)
-    one, two = (_run(config, n, *given) for n in (1, 2))
+    given = _Given(tokens, rows, dtype, tuning, attention, fused_lora)
+    one, two = (_run(config, n, given) for n in (1, 2))
     block = Part(
         saved=two.saved - one.saved,
         kept=two.kept - one.kept,
@@ -218,8 +223,20 @@ def dry_run(
     )
     outside = ends.saved
     if isinstance(tuning, LoraSettings):
-        outside = _run(config, 1, *given, whole_first=True).saved - block.saved
+        outside = _run(config, 1, given, whole_first=True).saved - block.saved
     return DryRun(block, ends, outside, two.block_input, two.forward_scratch, two.backward_scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The arguments of `dry_run` beside the config."""
+
+    tokens: int
+    rows: int
+    dtype: torch.dtype
+    tuning: LoraSettings | FullSettings | None
+    attention: AttentionCost
+    fused_lora: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,26 +250,16 @@ class _Measured:
     backward_scratch: int
 
 
-def _run(
-    config: PretrainedConfig,
-    num_layers: int,
-    tokens: int,
-    rows: int,
-    dtype: torch.dtype,
-    tuning: LoraSettings | FullSettings | None,
-    attention: AttentionCost,
-    fused_lora: bool,
-    *,
-    whole_first: bool = False,
-) -> _Measured:
-    """With `whole_first`, the first block's input takes gradient, so that it saves what every block does."""
+def _run(config: PretrainedConfig, num_layers: int, given: _Given, *, whole_first: bool = False) -> _Measured:
+    """Run one model; with `whole_first` the first block's input takes gradient, so it saves what every block does."""
+    tuning, dtype = given.tuning, given.dtype
     model = meta_model(with_layers(config, num_layers))
     nn.Module.to(model, dtype).eval().requires_grad_(False)
     outer: nn.Module = model
     if isinstance(tuning, LoraSettings):
         with torch.device("meta"):
             outer = lora.new_adapter(model, tuning, seed=0)
-        if fused_lora:
+        if given.fused_lora:
             use_fused_lora(outer)
     elif tuning is not None:
         model.requires_grad_(True)
@@ -262,13 +269,13 @@ def _run(
     if whole_first and tuning is not None:
         source = torch.zeros((), dtype=dtype, device="meta", requires_grad=True)  # a large leaf would count as saved
         model.get_input_embeddings().register_forward_hook(lambda *args: args[2] + source)
-    ids, positions = (torch.empty(1, tokens, dtype=torch.int64, device="meta") for _ in range(2))
-    picked = torch.empty(rows, dtype=torch.int64, device="meta")
+    ids, positions = (torch.empty(1, given.tokens, dtype=torch.int64, device="meta") for _ in range(2))
+    picked = torch.empty(given.rows, dtype=torch.int64, device="meta")
     weights = (*outer.parameters(), *outer.buffers(), *(p.grad for p in trained if p.grad is not None))
     recorder = Recorder((*weights, ids, positions, picked))
     with attention_hook(model), recorder, torch.set_grad_enabled(tuning is not None):
         states = model.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, attention_context=_StandIn(attention)
+            input_ids=ids, position_ids=positions, use_cache=False, attention_context=_StandIn(given.attention)
         ).last_hidden_state[0]
         block_input = states.numel() * states.element_size()
         out = states[picked]
@@ -286,7 +293,7 @@ def _run(
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The config of the same model with fewer blocks, all of the kind that most are."""
+    """The same model's config with fewer blocks, all of the most common kind."""
     small = copy.deepcopy(config.get_text_config())
     small.num_hidden_layers = num_layers
     if getattr(small, "layer_types", None):
@@ -298,7 +305,7 @@ def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def _difference(more: tuple[Operator, ...], less: tuple[Operator, ...]) -> tuple[Operator, ...]:
-    """`more` without the calls of `less`, each once."""
+    """`more` with each call of `less` removed once."""
     rest = list(more)
     for operator in less:
         if operator in rest:

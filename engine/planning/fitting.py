@@ -1,4 +1,4 @@
-"""Which settings train a model on some GPUs: every one with its memory and step time, best first, and why not."""
+"""Which settings train a model on given GPUs: each with memory and step time, best first, and why others do not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from macpo.engine.planning.step_time import Machine, StepTime, step_time
 
 GPUS_PER_NODE = 8
 HOST_BYTES = 200e9
-"""Host memory of a rank: an eighth of 2 TB, less what reads the data and the weights."""
+"""Host memory of a rank: an eighth of 2 TB, minus what reading the data and the weights takes."""
 _SIMPLE = ("replicate", "hybrid", "shard")
 _PARTS = {
     "weights": "weights",
@@ -40,14 +40,14 @@ class Workload:
     prompt: int = 200
     """Mean tokens."""
     response: int = 80
-    """Mean tokens of one of the two answers."""
+    """Mean tokens of one response."""
     microbatch_tokens: int = 8192
     answers: int = 2
-    """A prompt: two make a pair, one is SFT."""
+    """Responses per prompt: two for a pair, one for SFT."""
 
     @property
     def tokens(self) -> int:
-        """Of a step, over all ranks."""
+        """Tokens of a step, over all ranks."""
         return self.pairs * (self.prompt + self.answers * self.response)
 
     def rows(self, data_ranks: int) -> list[Row]:
@@ -66,9 +66,9 @@ class Option:
     memory: Memory
     time: StepTime
     checkpoint: float
-    """Bytes of a checkpoint inside the stage, of all ranks together."""
+    """Bytes of a training checkpoint, over all ranks."""
     room: float
-    """Bytes of one GPU."""
+    """Memory of one GPU in bytes."""
 
     @property
     def fits(self) -> bool:
@@ -76,7 +76,7 @@ class Option:
 
     @property
     def why_not(self) -> str:
-        """What takes most; empty where it fits."""
+        """The largest part of the memory if it does not fit, else empty."""
         if self.fits:
             return ""
         name = max(_PARTS, key=lambda part: getattr(self.memory, part))
@@ -84,11 +84,11 @@ class Option:
 
     @property
     def four_bits(self) -> bool:
-        return isinstance(self.setup.tuning, LoraSettings) and self.setup.tuning.quantization == "nf4"
+        return self.setup.four_bits
 
 
 def option(config: PretrainedConfig, setup: Setup, machine: Machine, room: float, work: Workload) -> Option:
-    """Memory and time of one setup. Raises ConfigError where it cannot be, by name."""
+    """Memory and time of one setup. Raises ConfigError if the setup is impossible."""
     rows = work.rows(setup.data_ranks)
     return Option(
         setup,
@@ -108,12 +108,12 @@ def options(
     *,
     machine: Machine | None = None,
 ) -> list[Option]:
-    """Every combination of sharding, tensor parallelism, checkpointing and 4 bits: those that fit first, fastest first.
+    """Every combination of sharding, tensor parallelism, checkpointing and 4 bits, fitting ones first, by step time.
 
-    Activations are offloaded only where nothing fits without. What does not fit comes after, least memory first.
+    Activations are offloaded only if nothing fits otherwise. Options that do not fit follow, least memory first.
 
     Raises:
-        ConfigError: a model that transformers does not know.
+        ConfigError: transformers does not know the model.
     """
     machine = machine or Machine.of_gpu(gpu)
     found = _tried(config, gpu, machine, work, list(_setups(config, gpus, tuning)))
@@ -135,7 +135,7 @@ def _tried(
 def _rank(each: Option) -> tuple[Any, ...]:
     parallel = each.setup.parallel
     simple = (_SIMPLE.index(parallel.sharding), parallel.tensor, each.four_bits)
-    # 2% are no difference: then the simpler setup is better
+    # step times within 2% count as equal; then the simpler setup is better
     return (0, round(math.log(each.time.total) / 0.02), *simple) if each.fits else (1, each.memory.peak, *simple)
 
 

@@ -1,9 +1,9 @@
-"""Memory of one rank in training, by what it holds and by phase, before anything is loaded.
+"""Predicts the memory of one rank in training, by content and by phase, before anything is loaded.
 
-States (weights, gradients, AdamW's moments, adapters) follow from the shape and how it is sharded; what a block saves
-for its backward and needs in passing comes from a `dry_run` of the real modules; the head's buffers from its chunk
-budget. The peak is that of the worst phase. All figures are bytes of tensors; `DEVICE_BYTES` and `FRAGMENTATION` say
-what a GPU needs on top.
+States (weights, gradients, AdamW's moments, adapters) follow from the shape and the sharding; saved activations and
+temporary memory of a block come from a `dry_run` of the real modules; the head's buffers from its chunk size. The peak
+is that of the worst phase. All figures are bytes of tensors; `DEVICE_BYTES` and `FRAGMENTATION` are what a GPU needs on
+top.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, head_is_target, is_target
+from macpo.engine.models.policy import KEPT_GRADIENT_BYTES
 from macpo.engine.planning.dry_run import AttentionCost, DryRun, Recorder, dry_run
 from macpo.kernels import Segments, prefix_attention
 from macpo.kernels.linear_logp.head import default_chunk_rows
@@ -27,16 +28,14 @@ from macpo.kernels.linear_logp.head import default_chunk_rows
 DEVICE_BYTES = 1.2e9
 """CUDA context, cuBLAS workspaces and NCCL's channels of a process, which no tensor holds."""
 FRAGMENTATION = 0.04
-"""Of the peak: what torch's allocator holds in blocks too small to be used."""
+"""Share of the peak that torch's allocator holds in blocks too small to be used."""
 NF4_BYTES = 0.5
-"""A weight in 4 bits."""
+"""Bytes of a weight in 4 bits."""
 NF4_SCALES = 1 / 64 + 4 / (64 * 256)
-"""Its share of a scale in 8 bits for 64 weights, and of a float32 one for 256 of these (QLoRA, arXiv 2305.14314,
-section 3). Scales are not parameters, so no rank shards them."""
+"""Bytes of scales per weight: an 8-bit scale for 64 weights and a float32 one for 256 of these (QLoRA, arXiv
+2305.14314, section 3). Scales are not parameters, so no rank shards them."""
 GATHERED_BLOCKS = 3
-"""Blocks whose whole weights FSDP2 holds at once: the one at work, the next, and the buffer that one arrives in."""
-KEPT_GRADIENT_BYTES = 2 << 30
-"""`PolicyModule.synchronise`: gradients up to this stay whole between the micro-batches of a step."""
+"""Blocks whose whole weights FSDP2 holds at once: the current one, the next, and the buffer for incoming weights."""
 
 WHOLE = ParallelSettings()
 Row = Sequence[tuple[int, Sequence[int]]]
@@ -45,24 +44,24 @@ Row = Sequence[tuple[int, Sequence[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How one model is trained: everything but the model and the data."""
+    """How a model is trained: everything except the model and the data."""
 
     tuning: LoraSettings | FullSettings
     parallel: ParallelSettings = WHOLE
     dtype: torch.dtype = torch.bfloat16
-    """Of frozen weights and of the computation."""
+    """Dtype of frozen weights and of the computation."""
     device: Literal["cpu", "cuda"] = "cuda"
     ranks: int = 1
     ranks_per_node: int = 8
 
     @property
     def data_ranks(self) -> int:
-        """Ranks with groups of their own."""
+        """Ranks that hold different groups."""
         return self.ranks // self.parallel.tensor
 
     @property
     def shards(self) -> int:
-        """Ranks that one copy of the weights is sharded over, beside tensor parallelism."""
+        """Ranks over which one copy of the weights is sharded, apart from tensor parallelism."""
         if self.parallel.sharding == "shard":
             return self.data_ranks
         if self.parallel.sharding == "hybrid":
@@ -74,19 +73,23 @@ class Setup:
         return isinstance(self.tuning, FullSettings)
 
     @property
+    def four_bits(self) -> bool:
+        """Whether the frozen base is in 4 bits."""
+        return isinstance(self.tuning, LoraSettings) and self.tuning.quantization == "nf4"
+
+    @property
     def gathers(self) -> bool:
-        """Whether FSDP2 makes the weights of a block when it runs: shards, or float32 weights for 16-bit products."""
+        """Whether FSDP2 gathers or casts a block's weights when it runs: from shards, or from float32 to 16 bits."""
         return self.shards > 1 or (self.full and self.dtype != torch.float32)
 
     @property
     def fused_lora(self) -> bool:
-        """Whether adapters run through `lora_linear`: over whole layers that are not in 4 bits."""
-        whole = self.parallel.tensor == 1
-        return isinstance(self.tuning, LoraSettings) and self.tuning.quantization == "none" and whole
+        """Whether adapters run through `lora_linear`, which needs whole layers that are not in 4 bits."""
+        return not self.full and not self.four_bits and self.parallel.tensor == 1
 
     @property
     def rank(self) -> int:
-        """Of the adapter; 0 with full tuning."""
+        """The adapter's rank; 0 with full tuning."""
         return self.tuning.rank if isinstance(self.tuning, LoraSettings) else 0
 
     @property
@@ -104,38 +107,33 @@ class Memory:
     saved: float
     """Activations from the forward to the backward."""
     head: float
-    """Of the loss: the rows that it reads, their gradient, a chunk of logits, d W of a trained head."""
+    """Buffers of the loss: the hidden states it reads, their gradient, a chunk of logits, dW of a trained head."""
     scratch: float
-    """What a block needs beyond what is saved, at its worst moment; with checkpointing its recomputed activations."""
+    """Peak temporary memory of a block; with checkpointing it includes recomputed activations."""
     gathered: float
-    """Weights of blocks, embedding and head that FSDP2 holds whole, and gradients on their way."""
+    """Weights of blocks, embedding and head that FSDP2 holds whole, and gradients that await reduction."""
     host: float
-    """Activations that wait in host memory."""
+    """Activations offloaded to host memory."""
     phases: tuple[tuple[str, float], ...]
     on_gpu: bool = True
     pooled: float = 0.0
-    """Of a base model that stays loaded beside the float32 copy that trains; in every phase."""
+    """The cached base model, which stays loaded beside the float32 copy that trains, in every phase."""
 
     @property
     def peak(self) -> float:
         return max(size for _, size in self.phases)
 
     @property
-    def phase(self) -> str:
-        """In which the peak is."""
-        return max(self.phases, key=lambda item: item[1])[0]
-
-    @property
     def device(self) -> float:
-        """What the process takes of its device: of a GPU the peak and what torch and the driver add."""
+        """Device memory of the process: the peak and, on a GPU, the overhead of torch and the driver."""
         return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES if self.on_gpu else self.peak
 
 
 def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) -> Memory:
-    """Memory of the rank that trains `config`'s model on `num_rows` packed rows a step, of which `row` is the largest.
+    """Memory of a rank that trains `config`'s model on `num_rows` packed rows per step, the largest of which is `row`.
 
     Raises:
-        ConfigError: a model that transformers does not know, or that tensor parallelism cannot split.
+        ConfigError: transformers does not know the model, or tensor parallelism cannot split it.
     """
     local = tensor_config(config, setup.parallel.tensor)
     shape, counts = ModelShape.of(local), counts_of_lengths(row)
@@ -146,9 +144,7 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
     head, head_kept = head_bytes(shape, counts.rows, setup)
     gathered, reduced = _gathered(shape, setup)
     scratch = recomputed + run.backward_scratch
-    if (
-        isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization == "nf4"
-    ):  # one weight at a time is unpacked
+    if setup.four_bits:  # one weight at a time is unpacked
         scratch += max((m.numel for layer in shape.layers for m in layer.matrices if m.linear), default=0) * itemsize
     kept_gradients = states.gradients
     if setup.gathers and num_rows > 1 and 4 * states.trained <= KEPT_GRADIENT_BYTES:
@@ -186,13 +182,8 @@ def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) 
 
 
 def checkpoint_bytes(config: PretrainedConfig, setup: Setup) -> float:
-    """A checkpoint inside a stage: float32 weights that train and their two moments, of all ranks together."""
+    """Bytes of a training checkpoint over all ranks: trained float32 weights and their two moments."""
     return 12.0 * _states(ModelShape.of(config), ModelShape.of(config), replace(setup, ranks=1, parallel=WHOLE)).trained
-
-
-def policy_bytes(config: PretrainedConfig, setup: Setup) -> float:
-    """The stage's result: float32 weights, or an adapter alone."""
-    return checkpoint_bytes(config, setup) / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +192,11 @@ class _States:
     gradients: float
     optimizer: float
     trained: float
-    """Numbers that train, of all shards of one tensor-parallel rank."""
+    """Number of trained weights of one tensor-parallel rank, over all shards."""
 
 
 def _states(shape: ModelShape, whole: ModelShape, setup: Setup) -> _States:
-    """Of a rank; `whole` is the model before tensor parallelism, whose embedding and head are split by vocabulary."""
+    """States of a rank; `whole` is the model before tensor parallelism splits embedding and head by vocabulary."""
     tensor, itemsize = setup.parallel.tensor, setup.dtype.itemsize
     head = 0 if whole.tied else whole.vocab * whole.hidden + whole.vocab * whole.head_bias
     outside = (whole.others + head) / tensor
@@ -213,7 +204,7 @@ def _states(shape: ModelShape, whole: ModelShape, setup: Setup) -> _States:
     if isinstance(setup.tuning, LoraSettings):
         trained = float(shape.adapter_parameters(setup.rank, setup.targets))
         packed = 0.0
-        if setup.tuning.quantization == "nf4":
+        if setup.four_bits:
             packed = float(sum(m.numel for layer in shape.layers for m in layer.matrices if m.linear))
         frozen = (blocks - packed + outside) * itemsize + packed * NF4_BYTES
         weights = (frozen + 4 * trained) / setup.shards + packed * NF4_SCALES
@@ -224,7 +215,7 @@ def _states(shape: ModelShape, whole: ModelShape, setup: Setup) -> _States:
 
 
 def _activations(shape: ModelShape, run: DryRun, setup: Setup) -> tuple[float, float, float]:
-    """(saved, recomputed at once, in host memory)."""
+    """(saved, recomputed at a time, offloaded to the host) bytes of activations."""
     layers, block = len(shape.layers), run.block
     kind = setup.parallel.checkpointing
     recomputed = 0.0
@@ -237,7 +228,7 @@ def _activations(shape: ModelShape, run: DryRun, setup: Setup) -> tuple[float, f
         recomputed = max(0.0, block.saved - (each - run.block_input if kind == "selective" else 0.0))
     host = 0.0
     if setup.parallel.offload_activations:
-        # the block at work is on the device; on a CPU the copies are where the tensors were
+        # the current block is on the device; on a CPU the copies stay in the same memory
         host = each * layers
         recomputed = block.saved if kind == "off" else recomputed + each
         each = 0.0 if setup.device == "cuda" else each
@@ -245,7 +236,7 @@ def _activations(shape: ModelShape, run: DryRun, setup: Setup) -> tuple[float, f
 
 
 def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
-    """(weights that this rank's shards are gathered to, gradients between a block's backward and its reduction)."""
+    """Bytes of (gathered weights, gradients between a block's backward and their reduction)."""
     if not setup.gathers:
         return 0.0, 0.0
     itemsize = setup.dtype.itemsize
@@ -254,7 +245,7 @@ def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
     block = float(layer.num_parameters * itemsize)
     trained = layer.num_parameters
     if isinstance(setup.tuning, LoraSettings):
-        if setup.tuning.quantization == "nf4":
+        if setup.four_bits:
             block = float(sum(m.numel * (NF4_BYTES if m.linear else itemsize) for m in layer.matrices))
         trained = sum(setup.rank * (m.inputs + m.outputs) for m in layer.matrices if is_target(m, setup.targets))
         block += 4 * trained
@@ -264,9 +255,9 @@ def _gathered(shape: ModelShape, setup: Setup) -> tuple[float, float]:
 
 
 def head_bytes(shape: ModelShape, num_rows: int, setup: Setup, *, chunk_rows: int | None = None) -> tuple[float, float]:
-    """(at its worst moment, kept as gradient of the weight) for N rows [N, H] through `pair_loss`.
+    """(peak bytes, bytes kept as the weight's gradient) of `pair_loss` over N rows [N, H].
 
-    With tensor parallelism of the largest part of the vocabulary, which is this rank's.
+    With tensor parallelism, those of the rank with the largest part of the vocabulary.
     """
     itemsize, vocab = setup.dtype.itemsize, -(-shape.vocab // setup.parallel.tensor)
     wide = max(4, itemsize)
@@ -279,17 +270,17 @@ def head_bytes(shape: ModelShape, num_rows: int, setup: Setup, *, chunk_rows: in
         return rows + logits, 0.0
     weight = float(vocab * shape.hidden)
     rounded = 0 if itemsize == 4 else weight * itemsize
-    # g h of a chunk, rounded, goes into dW
+    # each chunk's g h is rounded and added to dW
     return rows + max(
         logits + weight * wide + chunk * shape.hidden * itemsize, weight * wide + rounded
     ), weight * itemsize
 
 
 def tensor_config(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
-    """What one rank of a tensor-parallel group holds of the blocks: its heads and its part of the MLP's width.
+    """The config of one tensor-parallel rank's blocks: its attention heads and its part of the MLP's width.
 
     Raises:
-        ConfigError: sizes that the ranks do not divide, or a family without a head size in its config.
+        ConfigError: the ranks do not divide the sizes, or the model has no plan for tensor parallelism.
     """
     text = config.get_text_config()
     if ranks == 1:
@@ -308,7 +299,7 @@ def tensor_config(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
 
 
 def row_run(config: PretrainedConfig, setup: Setup, row: Row) -> DryRun:
-    """The dry run of a packed row with the device's attention; kept, because many setups ask for the same one."""
+    """The dry run of a packed row with the device's attention; cached, because many setups share it."""
     quantized = isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization != "none"
     tuning = setup.tuning.model_copy(update={"quantization": "none"}) if quantized else setup.tuning
     key = config.to_json_string(use_diff=False)
@@ -317,7 +308,7 @@ def row_run(config: PretrainedConfig, setup: Setup, row: Row) -> DryRun:
 
 
 class _Kept:
-    """A config that counts as equal to any other: its JSON is the key."""
+    """A config that equals any other, because its JSON is already part of the cache key."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
@@ -346,10 +337,10 @@ def _row_run(
 
 
 def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str) -> AttentionCost:
-    """What `prefix_attention` keeps and needs for one layer.
+    """Memory of `prefix_attention` for one layer.
 
-    On a GPU the Triton kernels keep q, k, v, o and a float32 number a token and head. On a CPU the operator is run
-    once, with the row's own segments: what it pads and copies depends on the lengths.
+    On a GPU the Triton kernels keep q, k, v, o and one float32 number per token and head. On a CPU the operator is run
+    once with the row's own segments, because its padding and copies depend on the lengths.
     """
     tokens, heads = counts_of_lengths(row).tokens, shape.heads
     if device == "cuda":
@@ -357,7 +348,7 @@ def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str)
     segments = Segments.from_lengths(row)
     sizes = (heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (torch.zeros(tokens, n, shape.qk_dim, dtype=dtype, requires_grad=True) for n in sizes)
-    prefix_attention(q, k, v, segments)  # makes the masks, which all layers share
+    prefix_attention(q, k, v, segments)  # creates the masks, which all layers share
     inputs = (q, k, v)
     kept: set[int] = set()
 

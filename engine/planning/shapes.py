@@ -1,7 +1,7 @@
 """Published shapes of models by name, so that a plan needs no download.
 
-Source of every line: config.json of the model's page on the Hub; `tests/macpo/test_planning.py` holds the parameter counts
-that the pages state.
+Each line comes from the config.json on the model's Hub page; `tests/macpo/test_planning.py` compares the parameter
+counts with those that the pages state.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ NAMES = tuple(_SHAPES)
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """The config of a named shape, of a model folder, or of a Hub id that is in the cache or can be fetched.
+    """The config of a named shape, of a model folder, or of a Hub id that is cached or can be downloaded.
 
     Raises:
-        ConfigError: none of them.
+        ConfigError: `model` is none of them.
     """
     shape = _SHAPES.get(model.lower())
     if shape is None:

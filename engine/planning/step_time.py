@@ -1,9 +1,9 @@
-"""Seconds of a training step before it runs: a roofline an operator, the head, the optimizer, and communication.
+"""Predicts the seconds of a training step: a roofline per operator, the head, the optimizer, and communication.
 
 Every operator of the `dry_run` takes the longer of its FLOP at the machine's rate and its bytes at the machine's
 bandwidth. A GPU works while the host launches, so the longer of the two counts; a CPU does both in turn.
-`calibrated` scales a machine by one measured step. Without it the rates are shares of the makers' peaks, which are what
-well-shaped products reach, and no measurement of this project.
+`calibrated` scales a machine by one measured step. Without it the rates are the shares of the makers' peaks that
+well-shaped products reach, not measurements of this project.
 """
 
 from __future__ import annotations
@@ -14,52 +14,51 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from macpo.engine.config import LoraSettings
-from macpo.engine.hardware import GPUS, Gpu
+from macpo.engine.hardware import Gpu
 from macpo.engine.models.flops import Counts, ModelShape, counts_of_lengths, head_is_target
 from macpo.engine.planning.dry_run import Operator
 from macpo.engine.planning.memory import NF4_BYTES, NF4_SCALES, Row, Setup, row_run, tensor_config
 
 PRODUCTS_REACH = 0.75
-"""Of a GPU's peak: cuBLAS bfloat16 products of thousands of rows (about 740 of an H100's 989 TFLOP/s)."""
+"""Share of a GPU's peak that cuBLAS bfloat16 products of thousands of rows reach (H100: about 740 of 989 TFLOP/s)."""
 COPIES_REACH = 0.80
-"""Of a GPU's bandwidth: operators that only move memory."""
+"""Share of a GPU's bandwidth that operators reach which only move memory."""
 ATTENTION_REACHES = 0.40
-"""Of a GPU's peak: the shared-prefix kernels, whose tiles are partly masked."""
+"""Share of a GPU's peak that the shared-prefix kernels reach, whose tiles are partly masked."""
 NETWORK_REACHES = 0.80
 OVERLAP = 0.85
-"""Of the computing time: what FSDP2 can hide of its communication behind it."""
+"""Share of the computing time behind which FSDP2 can hide communication."""
 LAUNCH_S = 6e-6
-"""Of the host, an operator: Python, autograd and CUDA's launch together."""
+"""Host seconds per operator: Python, autograd and CUDA's launch together."""
 HOST_BYTES_PER_S = 50e9
-"""Pinned host memory over PCIe 5, each way."""
+"""Bandwidth of pinned host memory over PCIe 5, each way."""
 ADAMW_BYTES = 32
-"""A trained number: AdamW reads four float32 numbers and writes three; the norm reads the gradient once more."""
+"""Bytes moved per trained weight: AdamW reads four float32 numbers and writes three; the norm reads one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one rank computes with."""
+    """The speed of one rank's device, host and network."""
 
     name: str
     flops: Mapping[torch.dtype, float]
-    """Of products, reached."""
+    """Reached FLOP/s of products, by dtype."""
     attention: float
-    """FLOP/s of attention."""
+    """Reached FLOP/s of attention."""
     bandwidth: float
-    """Bytes a second, reached."""
+    """Reached bytes/s of device memory."""
     launch: float
-    """Seconds of the host an operator."""
+    """Host seconds per operator."""
     waits: bool
-    """Whether computing waits for the host, as on a CPU."""
+    """Whether computation waits for the host, as on a CPU."""
     logit_passes: float
-    """How often as many bytes as the float32 logits are moved between the head's products; exponentials count too."""
+    """Passes over the float32 logits between the head's products; exponentials count too."""
     near: float = 0.0
-    """Bytes a second to ranks of the same node."""
+    """Bytes/s to ranks of the same node."""
     far: float = 0.0
-    """Bytes a second to other nodes."""
+    """Bytes/s to other nodes."""
     scale: float = 1.0
-    """Measured by predicted seconds of the calibration step."""
+    """Measured seconds of the calibration step divided by predicted ones."""
 
     @classmethod
     def of_gpu(cls, gpu: Gpu) -> Machine:
@@ -74,16 +73,16 @@ class Machine:
 
     @classmethod
     def of_cpu(cls, threads: int) -> Machine:
-        """A CPU of ordinary speed; only `calibrated` makes it this machine's."""
+        """A CPU of ordinary speed; `calibrated` adapts it to this machine."""
         rates = {torch.float32: 9e10 * threads, torch.bfloat16: 9e10 * threads, torch.float64: 4.5e10 * threads}
         return cls("CPU", rates, 3.3e10 * threads, 9e9 * threads, 1.5e-5, True, 8)
 
     def calibrated(self, measured: float, predicted: float) -> Machine:
-        """The machine on which the step that was predicted takes the measured seconds."""
+        """The machine on which the predicted step takes the measured seconds."""
         return replace(self, scale=self.scale * measured / predicted)
 
     def run(self, operators: Sequence[Operator]) -> float:
-        """Seconds of operators in turn."""
+        """Seconds of operators that run one after another."""
         device = 0.0
         for operator in operators:
             rate = self.flops.get(operator.dtype, self.flops[torch.float32])
@@ -97,7 +96,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one optimiser step of one rank."""
+    """Seconds of one rank's optimiser step, by part."""
 
     blocks: float
     attention: float
@@ -105,7 +104,7 @@ class StepTime:
     recomputed: float
     optimizer: float
     exposed: float
-    """Communication and copies to the host that nothing hides."""
+    """Communication and host copies that computation does not hide."""
 
     @property
     def total(self) -> float:
@@ -113,10 +112,10 @@ class StepTime:
 
 
 def step_time(config: PretrainedConfig, setup: Setup, machine: Machine, rows: Sequence[Row]) -> StepTime:
-    """A step of a rank that trains on these packed rows; the reference log-probs of a stage are not in it.
+    """Predict the step of a rank that trains on these packed rows, without computing reference log-probs.
 
     Raises:
-        ConfigError: a model that transformers does not know, or that tensor parallelism cannot split.
+        ConfigError: transformers does not know the model, or tensor parallelism cannot split it.
     """
     local = tensor_config(config, setup.parallel.tensor)
     shape, whole = ModelShape.of(local), ModelShape.of(config)
@@ -132,13 +131,13 @@ def step_time(config: PretrainedConfig, setup: Setup, machine: Machine, rows: Se
 def _row_time(
     local: PretrainedConfig, shape: ModelShape, setup: Setup, machine: Machine, row: Row
 ) -> tuple[float, float, float, float, float]:
-    """(blocks, attention, head, recomputed, exposed) of one micro-batch."""
+    """Seconds (blocks, attention, head, recomputed, exposed) of one micro-batch."""
     counts = counts_of_lengths(row, shape.windows)
     run, layers = row_run(local, setup, row), len(shape.layers)
     forward = layers * machine.run(run.block.forward)
     blocks = forward + layers * machine.run(run.block.backward)
     blocks += machine.run(run.ends.forward) + machine.run(run.ends.backward)
-    if isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization == "nf4":
+    if setup.four_bits:
         packed = sum(m.numel for layer in shape.layers for m in layer.matrices if m.linear)
         blocks += 2 * packed * (NF4_BYTES + NF4_SCALES + setup.dtype.itemsize) / machine.bandwidth
     pairs = sum(counts.attended_in(layer.window) for layer in shape.layers)
@@ -160,7 +159,7 @@ def _row_time(
 
 
 def _head(shape: ModelShape, counts: Counts, setup: Setup, machine: Machine) -> float:
-    """The loss over N rows [N, H]; with tensor parallelism a rank's part of the vocabulary."""
+    """Seconds of the loss over N rows [N, H]; with tensor parallelism, for a rank's part of the vocabulary."""
     trained = setup.full or head_is_target(setup.targets)
     vocab = -(-shape.vocab // setup.parallel.tensor)
     products = (3 if trained else 2) * 2.0 * counts.rows * shape.hidden * vocab
@@ -177,7 +176,7 @@ def _trained(shape: ModelShape, whole: ModelShape, setup: Setup) -> float:
 def _waiting(
     shape: ModelShape, setup: Setup, machine: Machine, counts: Counts, compute: float, block_saved: int
 ) -> float:
-    """Of one micro-batch: gathering weights twice, tensor parallelism's sums, activations to the host and back."""
+    """Exposed seconds per micro-batch: weights gathered twice, tensor-parallel sums, activations offloaded and back."""
     if machine.waits:
         return 0.0
     itemsize, tensor = setup.dtype.itemsize, setup.parallel.tensor
@@ -197,7 +196,7 @@ def _waiting(
 
 
 def _reduction(trained: float, setup: Setup, machine: Machine) -> float:
-    """Of one step: gradients in float32 to the shards, or to every copy."""
+    """Exposed seconds per step: float32 gradients are reduced to the shards, or to every copy."""
     if machine.waits:
         return 0.0
     out, tensor, shards = 0.0, setup.parallel.tensor, setup.shards
@@ -210,10 +209,5 @@ def _reduction(trained: float, setup: Setup, machine: Machine) -> float:
 
 
 def _speed(ranks: int, setup: Setup, machine: Machine) -> float:
-    """Bytes a second of a ring over neighbouring ranks: every rank has a link of its own to the next node."""
+    """Bytes/s of a ring over neighbouring ranks; every rank has its own link to the next node."""
     return machine.near if ranks <= setup.ranks_per_node else machine.far
-
-
-def gpu_machine(name: str) -> Machine:
-    """Of `hardware.GPUS`, by name in any case. Raises KeyError."""
-    return Machine.of_gpu(GPUS[name.upper()])

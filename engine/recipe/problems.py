@@ -1,4 +1,4 @@
-"""pydantic's errors as lines of the recipe: which field, what was found, what is allowed, what to do."""
+"""Translates pydantic's errors to lines of the recipe: field, value found, values allowed, and remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from macpo.engine.recipe.tree import Node, scalar
 
 @dataclass(slots=True)
 class _Spot:
-    """Where an error is: the field path without union labels, the type expected there, the nearest node."""
+    """The place of an error: its field path without union labels, the expected type, the nearest node."""
 
     path: tuple[str, ...]
     kind: Any
@@ -29,7 +29,7 @@ class _Spot:
 
 
 def explain(error: ValidationError, root: Node, model: type[BaseModel], file: str) -> list[Problem]:
-    """One Problem for each field that is wrong, in the order of the file."""
+    """One Problem per wrong field, in the file's order."""
     spots: dict[tuple[str, ...], list[tuple[_Spot, Mapping[str, Any]]]] = {}
     details = error.errors(include_url=False)
     for detail in details:
@@ -37,7 +37,7 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
         kind, depth = detail["type"], len(detail["loc"])
         if kind == "too_short" and any(d["loc"][:depth] == detail["loc"] for d in details if d is not detail):
             continue  # pydantic counts the items without those that are wrong themselves
-        if kind == "default_factory_not_called":  # a default that follows from a field that is wrong itself
+        if kind == "default_factory_not_called":  # this default depends on a field that is wrong itself
             continue
         if kind in ("union_tag_invalid", "union_tag_not_found"):
             tags = [tag for member in _members(spot.kind) if _is_model(member) for tag in _tags(member)]
@@ -169,7 +169,7 @@ def _has(node: Node, part: int | str) -> bool:
 
 
 def _members(kind: Any) -> list[Any]:
-    """The alternatives of a type without None and annotations; a single type is its own one alternative."""
+    """The alternatives of a type, without None and annotations; a single type is the only alternative."""
     while get_origin(kind) is Annotated or hasattr(kind, "__value__"):  # the latter is a `type X = …` alias
         kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind.__value__
     if get_origin(kind) in (Union, types.UnionType):
@@ -186,7 +186,7 @@ def _chosen(members: list[Any], label: str) -> Any:
 
 
 def _tags(model: type[BaseModel]) -> list[str]:
-    """What a discriminator can say for this model: the fields that have one value only."""
+    """Possible discriminator values of this model: its Literal fields with a single value."""
     literal = [info.annotation for info in model.model_fields.values() if get_origin(info.annotation) is Literal]
     return [str(get_args(kind)[0]) for kind in literal if len(get_args(kind)) == 1]
 
@@ -222,7 +222,7 @@ def _near(word: str, names: list[str]) -> str:
 
 
 def _known(path: tuple[str, ...], names: list[str], model: type[BaseModel]) -> str:
-    """What to do about an unknown key: a similar one here, the same one elsewhere, or the list."""
+    """The remedy for an unknown key: a similar key here, the same key elsewhere, or the list of known keys."""
     if near := _near(path[-1], names):
         return f"did you mean {near!r}"
     elsewhere = [".".join(place) for place in _everywhere(model) if place[-1] == path[-1]]

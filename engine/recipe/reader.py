@@ -1,4 +1,4 @@
-"""Recipes: strict YAML to a pydantic model and back; every problem at once, each with its line and a remedy.
+"""Recipes: strict YAML to a pydantic model and back; reports all problems at once, each with line and remedy.
 
 settings = load(Path("recipe.yaml"), MySettings, ["student.optim.epochs=2"])
 text = dump(settings, comments=True)
@@ -28,10 +28,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 def load(
     path: Path | str, model: type[ModelT], overrides: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None
 ) -> ModelT:
-    """The recipe in the file, over `defaults`, under `overrides` (`a.b.0.c=value`, the value read as YAML).
+    """Load a recipe; the file overrides `defaults`, and `overrides` (`a.b.0.c=value`, the value in YAML) the file.
 
     Types are strict: `"3"` is no number, `yes` no boolean. Environment variables are not expanded.
-    Raises: ConfigError with one Problem for each thing that is wrong.
+    Raises: ConfigError with one Problem for each mistake.
     """
     path = Path(path)
     with explained(path):
@@ -54,7 +54,7 @@ def loads(
     file: str = "recipe",
     defaults: Mapping[str, Any] | None = None,
 ) -> ModelT:
-    """`load` for a text; `file` is the name that messages show."""
+    """`load` for a text; `file` is its name in messages."""
     problems: list[Problem] = []
     root = parse(text, file, problems)
     if not isinstance(root.value, dict):
@@ -75,9 +75,9 @@ def loads(
 
 
 def kind_of(path: Path | str) -> tuple[str | None, int | None]:
-    """What the recipe file (or a run's folder) says under its key `recipe`, and in which line.
+    """Value and line of the key `recipe` in a recipe file (or a run's folder).
 
-    None where it does not say, or cannot be read, which `load` then reports.
+    (None, None) if the key is missing, or the file cannot be read, which `load` then reports.
     """
     path = Path(path)
     file = path / "recipe.yaml" if path.is_dir() else path
@@ -90,9 +90,9 @@ def kind_of(path: Path | str) -> tuple[str | None, int | None]:
 
 
 def dump(model: BaseModel, *, comments: bool = False) -> str:
-    """YAML of every field, defaults included, such that `loads(dump(x), type(x)) == x`.
+    """YAML of every field, including defaults, such that `loads(dump(x), type(x)) == x`.
 
-    `comments`: each field's docstring stands above it.
+    `comments`: write each field's docstring above it.
     """
     lines: list[str] = []
     if comments and type(model).__doc__:
@@ -159,7 +159,7 @@ _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def _text(text: str) -> str:
-    """The text as a YAML scalar: bare where that is safe, else in double quotes."""
+    """The text as a YAML scalar: bare if that is safe, else in double quotes."""
     if _PLAIN.fullmatch(text) and scalar(text) == text and text.lower() not in _OLD_BOOL:
         return text
     return _ESCAPED.sub(lambda m: f"\\u{ord(m[0]):04x}", json.dumps(text, ensure_ascii=False))

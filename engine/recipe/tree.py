@@ -1,6 +1,6 @@
-"""YAML as a tree that knows the line of every key: the strict subset that recipes may use.
+"""The strict subset of YAML that recipes may use, as a tree with the line of every key.
 
-Read from PyYAML's events, so nothing is ever constructed from a tag. Scalars follow YAML 1.2's core schema
+It is read from PyYAML's events, so nothing is ever constructed from a tag. Scalars follow YAML 1.2's core schema
 (`1e-5` is a number, `no` is text). Tags, aliases and repeated keys are problems, all reported together.
 """
 
@@ -22,12 +22,12 @@ Scalar: TypeAlias = str | int | float | bool | None
 
 @dataclass(slots=True)
 class Node:
-    """A mapping, list or scalar; `line` is that of its key (or of the list item), `file` names where it came from."""
+    """A mapping, list or scalar; `line` is the line of its key or list item, `file` its source."""
 
     value: dict[str, Node] | list[Node] | Scalar
     file: str = ""
     line: int | None = None
-    bad: bool = False  # reported already: what validation says about it is noise
+    bad: bool = False  # already reported, so validation errors about it are ignored
 
     def plain(self) -> Any:
         """The value in plain dicts, lists and scalars."""
@@ -39,7 +39,7 @@ class Node:
 
 
 def from_plain(value: Any, file: str = "") -> Node:
-    """A tree of values that have no lines (defaults given in Python)."""
+    """A tree of values without lines (defaults given in Python)."""
     if isinstance(value, Mapping):
         return Node({str(key): from_plain(child, file) for key, child in value.items()}, file)
     if isinstance(value, list | tuple):
@@ -48,9 +48,9 @@ def from_plain(value: Any, file: str = "") -> Node:
 
 
 def parse(text: str, file: str, problems: list[Problem], *, lines: bool = True) -> Node:
-    """The tree of one YAML document; what it may not contain is appended to `problems`.
+    """The tree of one YAML document; forbidden content is appended to `problems`.
 
-    Raises: ConfigError where the text is not YAML at all. `lines`: False leaves line numbers out (one-line sources).
+    `lines`: False leaves out line numbers (one-line sources). Raises ConfigError if the text is not YAML at all.
     """
     try:
         events = yaml.parse(text.removeprefix("\ufeff"), Loader=yaml.SafeLoader)
@@ -147,12 +147,12 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\
 
 
 def scalar(text: str) -> Scalar:
-    """What an unquoted scalar means (YAML 1.2, core schema)."""
+    """The value of an unquoted scalar (YAML 1.2, core schema)."""
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    if len(text) > 1000:  # Python refuses integers of thousands of digits; nobody means one
+    if len(text) > 1000:  # Python rejects integers of thousands of digits
         return text
     if _INT.fullmatch(text):
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
@@ -162,7 +162,7 @@ def scalar(text: str) -> Scalar:
 
 
 def merge(below: Node, above: Node) -> Node:
-    """`above` laid over `below`: mappings merge key by key, everything else is replaced.
+    """`below` overridden by `above`: mappings merge key by key, everything else is replaced.
 
     Mappings whose `type` differs are alternatives of one another, so they are replaced too.
     """
@@ -177,7 +177,7 @@ def merge(below: Node, above: Node) -> Node:
 
 
 def assign(root: Node, wish: str, problems: list[Problem]) -> None:
-    """Applies one `a.b.0.c=value` (the value is YAML) to the tree; what is wrong with it is appended to `problems`."""
+    """Apply one `a.b.0.c=value` (the value is YAML) to the tree; its mistakes are appended to `problems`."""
     source = f"--set {wish}"
     path, equals, text = wish.partition("=")
     parts = path.strip().split(".")
@@ -189,7 +189,7 @@ def assign(root: Node, wish: str, problems: list[Problem]) -> None:
     except ConfigError as error:
         problems.extend(error.problems)
         return
-    if text.strip() in _NULL:  # a whole document of nothing is an empty recipe, a value of nothing is null
+    if text.strip() in _NULL:  # an empty document is an empty recipe, an empty value is null
         value = Node(None, source)
     spot = root
     for index, part in enumerate(parts):

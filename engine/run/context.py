@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macpo.engine.distributed import watchdog
-from macpo.engine.distributed.agree import _is_main, stopped
+from macpo.engine.distributed.agree import is_main, stopped
 from macpo.engine.processes import StopFlag
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class StageContext:
 
     def log(self, message: str) -> None:
         """A line on stderr and in stage.log, from rank 0."""
-        if _is_main(self.group):
+        if is_main(self.group):
             print(f"{self.name}: {message}", file=sys.stderr, flush=True)
             with open(self.dir / "stage.log", "a", encoding="utf-8") as file:
                 file.write(message + "\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macpo.engine import files
-from macpo.engine.distributed.agree import _is_main, on_main, stopped
+from macpo.engine.distributed.agree import is_main, on_main, stopped
 from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
 from macpo.engine.processes import StopFlag
@@ -63,7 +63,7 @@ class Executor:
 
     def _note_time(self, folder: Path, seconds: float, counts: Mapping[str, Any]) -> dict[str, Any]:
         timing = {"seconds": round(seconds, 3), "counts": dict(counts)}
-        if _is_main(self.world):
+        if is_main(self.world):
             files.write_json(folder / TIMING, timing)
         return timing
 

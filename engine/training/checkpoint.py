@@ -1,12 +1,12 @@
-"""Training checkpoints: safetensors and JSON under a manifest, written beside and renamed, verified when read.
+"""Training checkpoints: safetensors and JSON with a manifest, written to a temporary folder, verified when read.
 
-    checkpoint/step-00000200/shard-00001-of-00002.safetensors   weights that train, optimizer moments: a rank's part
+    checkpoint/step-00000200/shard-00001-of-00002.safetensors   one rank's part of trained weights and moments
                              shard-00002-of-00002.safetensors
-                             state.json                         where training stands
-                             manifest.json                      every file's size and SHA-256, what lies where
+                             state.json                         training state
+                             manifest.json                      every file's size and SHA-256, place of every part
 
-Any number of ranks reads what any other number wrote. A kill at any moment leaves the last complete one. safetensors
-does not notice flipped bits, nor a missing shard; the manifest does. Nothing is ever pickled.
+Any number of ranks reads what any other number wrote. A kill at any moment leaves the last complete checkpoint.
+safetensors notices neither flipped bits nor a missing shard; the manifest does. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint. `tensors`: placed as those that were asked for; `layout`: how they were when saved."""
+    """One verified checkpoint: `tensors` are placed as requested, `layout` describes how they were saved."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -71,18 +71,18 @@ def save(
     world: World,
     keep: int = KEEP,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` atomically, then drop all but the newest `keep`; collective.
+    """Write `folder/step-XXXXXXXX` atomically, then delete all but the newest `keep`; collective.
 
-    Every rank writes its own part and reads it back; older checkpoints go only after that.
+    Every rank writes its own part and reads it back; older checkpoints are deleted only after that.
 
     Args:
-        tensors: the same names on every rank; plain tensors are whole on every rank, DTensors as they are placed.
+        tensors: the same names on every rank; plain tensors are whole on every rank, DTensors may be sharded.
         state: JSON-able; rank 0's is saved.
 
     Raises:
         ResourceError: the disk is full; older checkpoints are untouched.
-        ConfigError: ranks do not share the disk, or a tensor that cannot be saved.
-        IntegrityError: copies of a tensor differ between ranks, or the disk gives back other bytes than it got.
+        ConfigError: ranks do not share the disk, or a tensor cannot be saved.
+        IntegrityError: copies of a tensor differ between ranks, or the disk returns other bytes than were written.
         PeerError: a rank died.
     """
     final = folder / f"step-{step:08d}"
@@ -118,15 +118,15 @@ def save(
 
 
 def load_latest(folder: Path, *, world: World, like: Mapping[str, Tensor]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None where there is none at all; collective.
+    """The newest checkpoint that verifies, or None if there is none; collective.
 
-    Rank 0 clears what a kill left half-written and chooses; the ranks share the hashing, and each reads its part.
+    Rank 0 deletes half-written checkpoints and chooses one; the ranks share the hashing, and each reads its part.
 
     Args:
-        like: the tensors to fill in: names, shapes, dtypes, devices and placements; they are not written to.
+        like: names, shapes, dtypes, devices and placements of the tensors to return; not modified.
 
     Raises:
-        IntegrityError: there are checkpoints and none verifies, or one is of another schema.
+        IntegrityError: there are checkpoints and none verifies, or one has another schema.
         ConfigError: `like` has other tensors than were saved, or the ranks see different files.
     """
     names: list[str] = []
@@ -155,7 +155,7 @@ def load_latest(folder: Path, *, world: World, like: Mapping[str, Tensor]) -> Ch
 
 
 def layout_of(tensors: Mapping[str, Tensor], world: World) -> str:
-    """In words: how many ranks, and how they hold the tensors. Equal words, equal bits after resuming."""
+    """How many ranks hold the tensors, and how, in words; if the words are equal, resuming is bit-exact."""
     meshes = {
         "x".join(str(n) for n in t.device_mesh.shape) + " " + "/".join(map(str, t.placements))
         for t in tensors.values()
@@ -166,7 +166,7 @@ def layout_of(tensors: Mapping[str, Tensor], world: World) -> str:
 
 
 class _Damaged(Exception):
-    """Why a checkpoint does not verify; the same on every rank."""
+    """A checkpoint does not verify; raised on every rank alike."""
 
 
 def _names(folder: Path) -> list[str]:
@@ -194,7 +194,7 @@ def _write_manifest(
     state = {"bytes": (folder / _STATE).stat().st_size, "sha256": sha256(folder / _STATE)}
     body: dict[str, Any] = {"schema": SCHEMA, "step": step, "layout": layout, "tensors": known}
     body["files"] = {_STATE: state, **entries}
-    # one line: there are thousands of pieces
+    # on one line, because there are thousands of pieces
     atomic_write(folder / _MANIFEST, json.dumps(body | {"digest": _digest(body)}) + "\n")
     point("checkpoint-manifest")
 
@@ -203,12 +203,12 @@ def _commit(temporary: Path, final: Path, keep: int) -> None:
     folder = final.parent
     fsync_dir(temporary)
     _Manifest.read(temporary, final.name)
-    remove_tree(final, folder)  # an unverifiable one of the same step, which `load_latest` had skipped
+    remove_tree(final, folder)  # a damaged checkpoint of this step, which `load_latest` has skipped
     os.rename(temporary, final)
     fsync_dir(folder)
     point("checkpoint-renamed")
     names = _names(folder)
-    # later steps than this one did not verify, else training had gone on from them
+    # later steps did not verify, else training would have resumed from them
     kept = [name for name in names if name <= final.name][:keep]
     for old in set(names) - set(kept):
         aside = folder / f"{old}.old.tmp"  # a kill while it is deleted leaves nothing that looks complete
@@ -240,7 +240,7 @@ class _Manifest:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> _Manifest:
-        """Checks all but the shards' hashes: the manifest itself, which files there are, their sizes, state.json.
+        """Read and check the manifest, the folder's files and their sizes, and state.json, but not the shards' hashes.
 
         Raises: _Damaged; IntegrityError for another schema.
         """
@@ -288,7 +288,7 @@ class _Manifest:
             raise _Damaged(f"{name} does not have its SHA-256")
 
     def check_fits(self, like: Mapping[str, Tensor], folder: Path) -> None:
-        """Raises ConfigError, which names a tensor that `like` has otherwise."""
+        """Raise ConfigError, naming a tensor, if the saved tensors differ from `like`."""
         wanted = {name: {"dtype": code_of(name, t), "shape": list(t.shape)} for name, t in like.items()}
         for name in sorted({*wanted, *self.tensors}):
             if wanted.get(name) != self.tensors.get(name):
@@ -314,7 +314,7 @@ def _other_schema(folder: Path, schema: object) -> IntegrityError:
 
 
 def _load(path: Path, world: World, like: Mapping[str, Tensor]) -> Checkpoint:
-    """One checkpoint, on all ranks. Raises: _Damaged, on all ranks."""
+    """Load one checkpoint; collective. Raises _Damaged on all ranks."""
     manifest: _Manifest | None = None
     reason, digest = "", ""
     with agreed(world):
@@ -354,7 +354,7 @@ def _load(path: Path, world: World, like: Mapping[str, Tensor]) -> Checkpoint:
 
 
 def _everywhere(action: Callable[[], None], world: World) -> None:
-    """Raises _Damaged on all ranks where `action` finds damage on any."""
+    """Run `action` on every rank; raise _Damaged on all of them if it finds damage on any."""
     reason = ""
     with agreed(world):
         try:

@@ -1,4 +1,4 @@
-"""What training writes while it runs: metrics.jsonl (the same bytes every time), timing.jsonl, progress, trackers."""
+"""The logs of training: metrics.jsonl (the same bytes every time), timing.jsonl, progress, trackers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from typing import Any, Self
 from macpo.engine.files import explained, fsync_dir
 from macpo.engine.progress import TrainingProgress
 from macpo.engine.training.throughput import Meter
-from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trackers import Trackers, Training
 
 
 class MetricsLog:
-    """Append-only logs of one training stage, a row a step in each of two files.
+    """Append-only logs of one training stage, with one row per step in each of two files.
 
-    metrics.jsonl holds what seed and data determine and is part of the stage's result; timing.jsonl holds how fast it
-    went: seconds (of the step alone), save_seconds (of the checkpoint before it) and what `Meter.rates` gives.
+    metrics.jsonl holds what seed and data determine and is part of the stage's result; timing.jsonl holds the speed:
+    seconds (of the step alone), save_seconds (of the checkpoint before it) and the values of `Meter.rates`.
 
     Args:
-        workdir: where metrics.jsonl and timing.jsonl are.
-        step: rows after this step, and a torn last line, are cut off: training goes on from there.
-        planned: steps in all.
-        progress: label of what is shown on standard error; None is silent.
-        trackers: are sent every row, too; metrics.jsonl is written first.
-        meter: rates of a step; without it, seconds alone.
-        key: changes with whatever makes this another training: a tracker's run of another key is not continued.
-        about: settings for the trackers, which send those that they know to be harmless.
+        workdir: folder of metrics.jsonl and timing.jsonl.
+        step: training resumes after this step: later rows and a torn last line are cut off.
+        planned: number of steps in all.
+        progress: label of the display on standard error; None is silent.
+        trackers: are sent every row, after metrics.jsonl has it.
+        meter: measures rates of a step; without it only seconds are logged.
+        training: what trackers are told about it.
     """
 
     def __init__(
@@ -43,8 +42,7 @@ class MetricsLog:
         progress: str | None = None,
         trackers: Trackers | None = None,
         meter: Meter | None = None,
-        key: str = "",
-        about: Mapping[str, Any] | None = None,
+        training: Training | None = None,
     ) -> None:
         with explained(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -60,13 +58,13 @@ class MetricsLog:
             meter.reset()
         self._trackers = trackers
         if trackers is not None:
-            trackers.start(workdir, key=key, config=about or {}, finished=step == planned)
+            trackers.start(workdir, training or Training(), finished=step == planned)
         self._progress = TrainingProgress(progress, done=step, planned=planned) if progress is not None else None
         self._save_seconds = 0.0
         self._last = time.perf_counter()
 
     def write(self, row: Mapping[str, Any], indices: Sequence[int] = ()) -> None:
-        """One step's row, with the keys step, tokens and loss; `indices`: the groups that the step trained on."""
+        """Write a step's row, which has the keys step, tokens and loss; `indices` are the step's groups."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         timing: dict[str, Any] = {"step": row["step"], "seconds": round(seconds, 6)}
@@ -75,7 +73,7 @@ class MetricsLog:
         if self._meter is not None:
             timing |= self._meter.rates(indices, seconds)
         with explained(self._folder):
-            self._timing.write(json.dumps(timing) + "\n")  # first: who has read a step's metrics finds its timing
+            self._timing.write(json.dumps(timing) + "\n")  # first, so a reader of metrics finds timing
             self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         if self._trackers is not None:
             self._trackers.watch()
@@ -84,7 +82,7 @@ class MetricsLog:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Inside it a checkpoint is written: its time is not that of the next step."""
+        """Context in which a checkpoint is written; its time does not count for the next step."""
         began = time.perf_counter()
         yield
         now = time.perf_counter()
@@ -92,14 +90,14 @@ class MetricsLog:
         self._last += now - began
 
     def sync(self) -> None:
-        """Everything written so far is on disk; called before a checkpoint is committed."""
+        """Sync what was written to disk; called before a checkpoint is committed."""
         with explained(self._folder):
             for file in (self._metrics, self._timing):
                 file.flush()
                 os.fsync(file.fileno())
 
     def close(self, *, at_once: bool = False) -> None:
-        """`at_once`: does not wait for trackers."""
+        """Close files, progress and trackers; with `at_once`, do not wait for trackers."""
         if self._progress is not None:
             self._progress.close()
         with explained(self._folder):
@@ -118,7 +116,7 @@ class MetricsLog:
 
 
 def cut(path: Path, step: int) -> None:
-    """Keep the leading rows up to and including `step`; later ones and a torn line go."""
+    """Keep the rows up to and including `step`; cut later ones and a torn line."""
     if not path.exists():
         return
     kept = 0

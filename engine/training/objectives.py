@@ -1,4 +1,4 @@
-"""What a training step minimises: one function an objective, each a sum over groups divided by the global batch.
+"""Training objectives, one function each: a sum over groups divided by the size of the global batch.
 
 Because the divisor is the global batch's, micro-batches, packing and ranks only split a sum.
 """
@@ -23,7 +23,7 @@ from macpo.kernels.pair_loss.losses import LossSettings
 
 
 class Objective(Protocol):
-    """A loss that the trainer can split."""
+    """A loss that the trainer can split into micro-batches."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -32,15 +32,15 @@ class Objective(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the loss; a checkpoint of another objective is not resumed."""
+        """A string that changes with the loss; a checkpoint with another one is not resumed."""
         ...
 
     def check(self, groups: Sequence[PrefixGroup]) -> None:
-        """Raises DataError where the groups do not fit the objective."""
+        """Raise DataError if the groups do not fit the objective."""
         ...
 
     def size(self, group: PrefixGroup) -> int:
-        """What the group adds to the number that the step's loss is divided by."""
+        """The group's contribution to the divisor of the step's loss."""
         ...
 
     def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class _Sft:
 
 
 def sft() -> Objective:
-    """Mean NLL of the response tokens over the global batch; with prompt = [BOS], plain language modelling."""
+    """Mean NLL of the response tokens of the global batch; with prompt = [BOS], plain language modelling."""
     return _Sft()
 
 
@@ -121,12 +121,12 @@ class _Preference:
 
 
 def loss_settings(settings: PreferenceSettings) -> LossSettings:
-    """The part of the settings that the operator takes."""
+    """The settings of the loss operator."""
     return LossSettings(**{field.name: getattr(settings, field.name) for field in fields(LossSettings)})
 
 
 def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Objective:
-    """A contrastive loss of `kernels/pair_loss` plus `sft_weight` times the chosen answer's mean token NLL.
+    """A contrastive loss of `kernels/pair_loss` plus `sft_weight` times the chosen response's mean token NLL.
 
     Args:
         settings: the loss and its options.
@@ -135,7 +135,7 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
             prompt + [chosen, rejected].
 
     Raises:
-        DataError: of another shape, or given where the loss has no reference and the other way round.
+        DataError: `ref_logps` has another shape, is missing, or is given for a loss without a reference.
     """
     if (ref_logps is not None) != settings.has_reference:
         raise DataError(

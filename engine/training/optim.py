@@ -1,6 +1,6 @@
 """AdamW with a schedule and a global gradient norm, over named parameters, saved by name.
 
-AdamW: Loshchilov & Hutter, arXiv 1711.05101; torch's fused kernel. Weight decay reaches matrices only.
+AdamW: Loshchilov & Hutter, arXiv 1711.05101; torch's fused kernel. Only matrices get weight decay.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from macpo.engine.errors import IntegrityError
 
 
 def learning_rate(settings: OptimSettings, step: int, num_steps: int) -> float:
-    """The rate of step `step` (from 0) of `num_steps`.
+    """The learning rate of step `step` (from 0) of `num_steps`.
 
     Linear warm-up over round(warmup_fraction * num_steps) steps that reaches the peak on its last one, then constant,
-    or a half cosine or a line that would be 0 at step `num_steps`.
+    or a half cosine or a line that would reach 0 at step `num_steps`.
     """
     warmup = round(settings.warmup_fraction * num_steps)
     if step < warmup:
@@ -36,8 +36,8 @@ def learning_rate(settings: OptimSettings, step: int, num_steps: int) -> float:
 class Optimizer:
     """Gradients and moments of one stage's trainable parameters.
 
-    AdamW is elementwise, so of a sharded parameter (DTensor) it sees this rank's shard as a plain tensor; only the norm
-    is global. FSDP2 and tensor parallelism have summed the gradients of sharded parameters before.
+    AdamW is elementwise, so it sees this rank's shard of a DTensor as a plain tensor; only the norm is global.
+    FSDP2 and tensor parallelism have already summed the gradients of sharded parameters.
 
     Args:
         parameters: name -> parameter, the same order on every rank.
@@ -63,14 +63,14 @@ class Optimizer:
         self.zero()
 
     def zero(self) -> None:
-        """Forget all gradients."""
+        """Discard all gradients."""
         for parameter in (*self._list, *self._locals):
             parameter.grad = None
 
     def reduce(self, world: World, stats: Tensor) -> Tensor:
         """Sum gradients and `stats` (in place) over the ranks in float32; returns the global gradient norm (scalar).
 
-        `world` is the ranks that hold different groups of the step. A parameter that no group reached has gradient 0.
+        `world` holds the ranks with different groups of the step. A parameter that no group reached has gradient 0.
         """
         grads = [_local_gradient(p, local) for p, local in zip(self._list, self._locals, strict=True)]
         if world.size > 1:
@@ -96,7 +96,7 @@ class Optimizer:
         return total.sqrt()
 
     def update(self, rate: float, norm: float) -> None:
-        """One AdamW step with the gradients scaled down to `max_grad_norm`; forgets them afterwards."""
+        """Make one AdamW step with the gradients scaled down to `max_grad_norm`, then discard them."""
         if norm > self._max_norm:
             torch._foreach_mul_([p.grad for p in self._locals if p.grad is not None], self._max_norm / (norm + 1e-6))
         for group in self._adamw.param_groups:
@@ -105,11 +105,11 @@ class Optimizer:
         self.zero()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments by name, for a checkpoint: DTensors of those that are sharded. Zero moments at first."""
+        """Weights and moments by name, for a checkpoint; sharded ones are DTensors. Moments start at zero."""
         out: dict[str, Tensor] = {}
         for (name, parameter), local in zip(self._parameters.items(), self._locals, strict=True):
             state = self._adamw.state[local]
-            if not state:  # as AdamW itself begins
+            if not state:  # AdamW's own initial state
                 state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(local), torch.zeros_like(local)
             out[f"weight.{name}"] = parameter.detach()
@@ -119,10 +119,10 @@ class Optimizer:
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put a checkpoint's weights and moments back; of a sharded parameter, whole tensors or DTensors like it.
+        """Load a checkpoint's weights and moments; for a sharded parameter, whole tensors or DTensors like it.
 
         Raises:
-            IntegrityError: names or shapes that are not this model's.
+            IntegrityError: names or shapes differ from this model's.
         """
         own = self.tensors()
         if set(own) != set(tensors):
@@ -139,12 +139,12 @@ class Optimizer:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's numbers."""
+    """This rank's part of the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """A plain parameter over the memory of this rank's shard; a plain one is its own."""
+    """A plain parameter over the memory of this rank's shard, or the plain parameter itself."""
     return nn.Parameter(_local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
 
 
@@ -154,7 +154,7 @@ def _local_gradient(parameter: nn.Parameter, local: nn.Parameter) -> Tensor:
 
 
 def _split_axes(parameter: nn.Parameter) -> tuple[dist.ProcessGroup, ...]:
-    """The groups over which this parameter's shards lie."""
+    """The process groups over which this parameter is sharded."""
     if not isinstance(parameter, DTensor):
         return ()
     mesh = parameter.device_mesh
@@ -162,7 +162,7 @@ def _split_axes(parameter: nn.Parameter) -> tuple[dist.ProcessGroup, ...]:
 
 
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A shard as the DTensor that it is part of."""
+    """The DTensor that this rank's shard is part of."""
     if not isinstance(parameter, DTensor):
         return local
     spec = parameter.device_mesh, parameter.placements
@@ -170,7 +170,7 @@ def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut as `like`; a DTensor as it is."""
+    """A whole tensor sharded like `like`; a DTensor unchanged."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,9 +1,9 @@
-"""Reference log-probs on disk: computed once for the same weights, tokenizer, template and data, whichever run asks.
+"""Reference log-probs on disk: computed once per weights, tokenizer, template and data, and shared between runs.
 
     key = reference_key(ref, groups, tokenizer=chat.digest, numerics="cpu torch.float32")
     parts = cached(folder, key, groups, lambda: shared_parts(policy, groups), world=world, log=print)
 
-An entry is one safetensors file, named by its key, that carries the key and the SHA-256 of its numbers.
+An entry is one safetensors file, named by its key, that contains the key and the SHA-256 of its numbers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from macpo.engine.models.policy import PolicyRef
 from macpo.engine.run.keys import canonical
 from macpo.engine.scoring import ResponseScore
 
-SCHEMA = 1  # of entries; raise it when their numbers change their meaning
+SCHEMA = 1  # version of the entries; raise it when the meaning of their numbers changes
 
 
 def reference_key(ref: PolicyRef, groups: Sequence[PrefixGroup], *, tokenizer: str, numerics: str) -> str:
-    """SHA-256 hex of all that the log-probs depend on.
+    """SHA-256 hex of everything that the log-probs depend on.
 
     Args:
-        ref: the reference policy; its weight files and configurations count with every byte, their place does not.
+        ref: the reference policy; every byte of its weight files and configurations counts, their location does not.
         groups: the prompts and responses, as token ids.
         tokenizer: identity of tokenizer and template (`Chat.digest`).
         numerics: device type and dtype of the forward.
@@ -53,7 +53,7 @@ def reference_key(ref: PolicyRef, groups: Sequence[PrefixGroup], *, tokenizer: s
 
 
 def weights_digest(ref: PolicyRef) -> str:
-    """SHA-256 hex over the content of a policy's weight files and configurations, base and adapter."""
+    """SHA-256 hex of the content of a policy's weight files and configurations, base and adapter."""
     base = local_folder(ref.base)
     found = [base / "config.json", *weight_files(base)]
     if ref.adapter is not None:
@@ -68,12 +68,12 @@ def weights_digest(ref: PolicyRef) -> str:
 
 @lru_cache(maxsize=1024)
 def _sha256(file: Path, size: int, mtime_ns: int, inode: int) -> str:
-    """A large model is read once a process; what comes after the path says whether it is still the same file."""
+    """SHA-256 of a file, read once per process; the arguments after the path identify its version."""
     return files.sha256(file)
 
 
 def groups_digest(groups: Sequence[PrefixGroup]) -> str:
-    """SHA-256 hex of the token ids, and of where each prompt and response ends."""
+    """SHA-256 hex of the token ids and the lengths of prompts and responses."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update(array("q", [len(group.responses), len(group.prompt_ids), *map(len, group.responses)]).tobytes())
@@ -91,13 +91,13 @@ def cached(
     world: World,
     log: Callable[[str], None],
 ) -> Tensor:
-    """The entry's numbers, computed and written where there is none that verifies: [R, 2] float64 on every rank.
+    """The entry's numbers, computed and written if no entry verifies: [R, 2] float64 on every rank.
 
     Args:
-        folder: made if absent; runs and processes may share it.
+        folder: created if absent; runs and processes may share it.
         key: `reference_key` of the same groups.
-        groups: R responses in all.
-        compute: called by every rank or by none; the same [R, 2] float64 on each (`objectives.shared_sums`).
+        groups: prompts with R responses in all.
+        compute: called by every rank or by none; returns the same [R, 2] float64 on each (see `shared_sums`).
         log: gets one line about an entry that is damaged or belongs to something else.
 
     Raises:
@@ -120,7 +120,7 @@ def cached(
 
 
 def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) -> list[list[float]] | None:
-    """What a valid entry holds; without one, makes sure that the folder can take it."""
+    """The numbers of a valid entry; if there is none, check that the folder is writable."""
     if path.exists():
         why = ""
         try:
@@ -145,7 +145,7 @@ def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) ->
 
 def _write(path: Path, key: str, parts: Tensor) -> None:
     parts = parts.to("cpu", torch.float64).contiguous()
-    # one value: safetensors writes several in an order that changes from process to process
+    # one metadata value, because safetensors writes several in an order that differs between processes
     files.atomic_write(path, save({"parts": parts}, metadata={"entry": f"{key}:{_digest(parts)}"}))
 
 
@@ -160,7 +160,7 @@ def reference_logps(scores: Sequence[Sequence[ResponseScore]], ld_alpha: float |
 
 
 def shared_sums(token_logps: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """By response of one prompt: summed log-probs up to the shortest response's length, and beyond it."""
+    """For each response of one prompt: summed log-probs up to the shortest response's length, and beyond it."""
     shared = min(map(len, token_logps))
     return [(math.fsum(logps[:shared]), math.fsum(logps[shared:])) for logps in token_logps]
 

@@ -1,7 +1,7 @@
 """Tensors of all ranks as safetensors files: each rank writes its part, any number of ranks reads them back.
 
 A tensor is plain (every rank holds it whole) or a DTensor (FSDP2, tensor parallelism). A part is a box of the whole:
-where it begins and its shape. Of ranks that hold the same part, one writes it, so that all write about as much.
+its start and shape. If several ranks hold the same part, one writes it; all write about as many bytes.
 
 The files are those of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader takes them. They are not
 written through it, because torch.distributed.checkpoint sends its plans from rank to rank as pickles.
@@ -39,7 +39,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Incomplete(Exception):
-    """What the files lack or hold in another shape than was promised."""
+    """The files lack a part of a tensor, or hold it in another shape than the manifest says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +54,20 @@ class Box:
         return math.prod(self.shape)
 
     def overlap(self, other: Box) -> Box | None:
-        """What both cover."""
+        """The box that both cover, or None."""
         first = tuple(map(max, self.start, other.start))
         last = [min(a + n, b + m) for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True)]
         shape = tuple(end - begin for begin, end in zip(first, last, strict=True))
         return Box(first, shape) if all(n > 0 for n in shape) else None
 
     def slices(self, part: Box) -> tuple[slice, ...]:
-        """Where `part`, which lies inside, is in a tensor that holds this box."""
+        """The slices of `part`, which lies inside this box, in a tensor that holds the box."""
         begins = [a - b for a, b in zip(part.start, self.start, strict=True)]
         return tuple(slice(begin, begin + n) for begin, n in zip(begins, part.shape, strict=True))
 
 
 def code_of(name: str, tensor: Tensor) -> str:
-    """safetensors' name of the tensor's dtype. Raises ConfigError for one that it does not have."""
+    """safetensors' name of the tensor's dtype. Raises ConfigError if it has none."""
     if tensor.dtype not in _CODES:
         raise ConfigError(f"{name} is {tensor.dtype}, which safetensors cannot hold", "train in another dtype")
     return _CODES[tensor.dtype]
@@ -79,7 +79,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def box_of(name: str, tensor: Tensor) -> Box:
-    """Where this rank's part lies.
+    """The box that this rank holds.
 
     Raises:
         ConfigError: a DTensor with a pending sum, or whose part is no box.
@@ -87,7 +87,7 @@ def box_of(name: str, tensor: Tensor) -> Box:
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # this rank is not of the mesh
+    if coordinate is None:  # this rank is not part of the mesh
         return Box((0,) * tensor.dim(), (0,) * max(1, tensor.dim()))
     held = [torch.arange(n) for n in tensor.shape]
     for axis, placement in enumerate(tensor.placements):
@@ -96,7 +96,7 @@ def box_of(name: str, tensor: Tensor) -> Box:
         dim = getattr(placement, "dim", None)
         if dim is None:
             raise ConfigError(f"{name} is placed as {placement} and cannot be saved", "reduce it before it is saved")
-        # FSDP over tensor parallelism: each of the `split_factor` later parts is dealt out by itself
+        # FSDP over tensor parallelism: each of the `split_factor` later parts is distributed separately
         pieces = held[dim].chunk(getattr(placement, "split_factor", 1))
         held[dim] = torch.cat([_nth_chunk(each, tensor.device_mesh.size(axis), coordinate[axis]) for each in pieces])
     local = local_of(tensor)
@@ -106,25 +106,25 @@ def box_of(name: str, tensor: Tensor) -> Box:
 
 
 def _nth_chunk(indices: Tensor, num: int, which: int) -> Tensor:
-    """DTensor deals out as torch.chunk does; the last ranks may get nothing."""
+    """One rank's indices: DTensor distributes as torch.chunk does, so the last ranks may get none."""
     chunks = indices.chunk(num)
     return chunks[which] if which < len(chunks) else indices[:0]
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What this rank writes (name -> box), and how many bytes all ranks write together."""
+    """The boxes that this rank writes, by name, and the bytes that all ranks write together."""
 
     boxes: dict[str, Box]
     total_bytes: int
 
 
 def share_of(tensors: Mapping[str, Tensor], world: World) -> Share:
-    """Deal the parts out to the ranks; collective.
+    """Distribute the parts over the ranks; collective.
 
     Raises:
-        ConfigError: a dtype or placement that cannot be saved.
-        IntegrityError: ranks that hold the same part hold different values, or a part is held by nobody.
+        ConfigError: a dtype or placement cannot be saved.
+        IntegrityError: ranks hold different values of the same part, or no rank holds a part.
     """
     boxes = {name: box_of(name, tensor) for name, tensor in tensors.items()}
     sums = _checksums(tensors) if world.size > 1 else [0] * len(tensors)
@@ -164,7 +164,7 @@ def share_of(tensors: Mapping[str, Tensor], world: World) -> Share:
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> list[int]:
-    """One integer a tensor, the sum of its bytes, eight at a time: equal copies have equal sums on every device."""
+    """One integer per tensor, the sum of its 64-bit words, which is the same for equal copies on every device."""
     sums = [_checksum(local_of(tensor)) for tensor in tensors.values()]
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, value in enumerate(sums):
@@ -184,9 +184,9 @@ def _checksum(part: Tensor) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> None:
-    """Write this rank's parts `boxes` of `tensors` as one safetensors file, on disk when it returns.
+    """Write this rank's parts `boxes` of `tensors` as one safetensors file and sync it to disk.
 
-    One tensor at a time is on the CPU.
+    Only one tensor at a time is copied to the CPU.
     """
     with open(path, "wb") as file:
         for index, block in enumerate(_blocks(tensors, boxes)):
@@ -195,15 +195,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -
             file.write(block.numpy().data)
         file.flush()
         os.fsync(file.fileno())
-        with contextlib.suppress(OSError, AttributeError):  # so that reading back asks the disk, not the cache
+        with contextlib.suppress(OSError, AttributeError):  # so that reading back reads the disk, not the cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_back(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> dict[str, Any]:
-    """Compare the file with what `write` was given; returns {"bytes", "sha256", "pieces": name -> [start, shape]}.
+    """Compare the file with the arguments of `write`; returns {"bytes", "sha256", "pieces": name -> [start, shape]}.
 
     Raises:
-        IntegrityError: the disk gives back other bytes.
+        IntegrityError: the disk returns other bytes.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -219,7 +219,7 @@ def read_back(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box
 
 
 def _blocks(tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> Iterator[Tensor]:
-    """The bytes of a safetensors file, [n] uint8 on the CPU: its header, then one tensor after the other."""
+    """Yield the bytes of a safetensors file as [n] uint8 on the CPU: its header, then each tensor."""
     parts = {name: local_of(tensors[name]) for name in boxes}
     names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that every tensor is aligned
     offsets = json.dumps({name: {"saved_offsets": boxes[name].start} for name in names})
@@ -237,11 +237,11 @@ def _blocks(tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> Iterator
 
 
 class Reader:
-    """Parts of tensors from shard files that were verified before; a context manager.
+    """Context manager that reads parts of tensors from shard files that are already verified.
 
     Args:
-        folder: where the files lie.
-        pieces: file -> name -> box, as the manifest says.
+        folder: the files' folder.
+        pieces: file -> name -> box, from the manifest.
     """
 
     def __init__(self, folder: Path, pieces: Mapping[str, Mapping[str, Box]]) -> None:
@@ -260,10 +260,10 @@ class Reader:
         self._stack.close()
 
     def like(self, name: str, like: Tensor) -> Tensor:
-        """The tensor, placed and of the dtype and device of `like`; only this rank's part is read.
+        """The tensor with the placement, dtype and device of `like`; only this rank's part is read.
 
         Raises:
-            Incomplete: the files do not hold all of it. SafetensorError: a file that is none.
+            Incomplete: the files do not hold all of it. SafetensorError: a file is not in safetensors format.
         """
         box = box_of(name, like)
         out = torch.empty(box.shape, dtype=like.dtype, device=local_of(like).device)

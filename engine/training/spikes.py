@@ -1,7 +1,7 @@
-"""Loss spikes: values far above the loss's recent mean, seen as they come.
+"""Detects loss spikes: values far above the loss's recent mean.
 
-Weights of a finished step cannot be taken back cheaply, so the value is judged before it counts. What happens then is
-the trainer's matter (`OptimSettings.on_spike`).
+Undoing a finished step is expensive, so a loss is judged before the update. The trainer decides what happens then
+(`OptimSettings.on_spike`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 WARM_UP = 20
-"""Values that are only learned from, never judged."""
+"""The first values, which only update the running mean and are never judged."""
 WINDOW = 100
-"""A value's weight in the running mean is 1/n, and 1/WINDOW from the WINDOW-th value on."""
+"""The n-th value's weight in the running mean is 1/n, and 1/WINDOW from the WINDOW-th value on."""
 FLOOR = 0.01
-"""The deviation counts as at least this share of the mean, so that a flat curve does not make noise a spike."""
+"""Lower bound of the deviation as a share of the mean, so that noise on a flat curve is no spike."""
 
 
 class SpikeGuard:
-    """Running mean and deviation of a loss: exact over the first WINDOW values, exponentially forgetting after that.
+    """Running mean and deviation of a loss: exact over the first WINDOW values, exponentially weighted after that.
 
-    A spike enters the running values only up to its threshold: one outlier does not hide the next, and a loss that
-    stays high becomes the new normal.
+    A spike is clipped to the threshold before it updates the running values, so one outlier does not hide the next,
+    and a loss that stays high becomes the new normal.
 
     Args:
         sigma: a value more than this many deviations above the mean is a spike.
@@ -35,14 +35,14 @@ class SpikeGuard:
         self._variance = 0.0
 
     def judge(self, value: float) -> float | None:
-        """How many deviations the value lies above the mean, if that makes it a spike; changes nothing."""
+        """How many deviations a spike lies above the mean, None for any other value; changes nothing."""
         if self._count < WARM_UP:
             return None
         score = (value - self._mean) / self._deviation
         return score if score > self.sigma else None
 
     def see(self, value: float) -> float | None:
-        """`judge` the value, then learn from it. Raises ValueError for one that is not finite."""
+        """`judge` the value, then update mean and deviation with it. Raises ValueError if it is not finite."""
         if not math.isfinite(value):
             raise ValueError(f"a loss of {value} has no place in a running mean")
         score = self.judge(value)
@@ -61,7 +61,7 @@ class SpikeGuard:
         return max(math.sqrt(self._variance), FLOOR * abs(self._mean), 1e-12)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able and exact: a guard that loads it judges as this one does."""
+        """The JSON-able state; a guard that loads it judges exactly as this one does."""
         return {"count": self._count, "mean": self._mean, "variance": self._variance}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a training step achieved: useful tokens and pairs a second, model FLOP utilisation, peak memory."""
+"""Speed of a training step: useful tokens and pairs per second, model FLOP utilisation, peak memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from macpo.engine.models.policy import PolicyModule
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Whose FLOP are counted: `model_flops` of this shape and tuning, over `peak_flops` of all ranks together."""
+    """A model and its tuning, whose `model_flops` are compared with `peak_flops` of all ranks together."""
 
     shape: ModelShape
     peak_flops: float
@@ -32,7 +32,7 @@ class Work:
 
     @classmethod
     def of(cls, policy: PolicyModule, ranks: int) -> Work | None:
-        """None where the device's peak (`hardware.GPUS`) or the model's shape is not known."""
+        """The policy's work; None if the device's peak (`hardware.GPUS`) or the model's shape is unknown."""
         gpu = hardware.of_device(policy.device)
         if gpu is None:
             return None
@@ -43,14 +43,14 @@ class Work:
         return cls(shape, gpu.bf16_flops * ranks, *tuning_of(policy))
 
     def utilisation(self, groups: Sequence[PrefixGroup], seconds: float) -> float:
-        """FLOP that training on the groups needs, as a share of what the peak allows in that time."""
+        """FLOP required to train on the groups, as a share of the peak FLOP in that time."""
         counts = counts_of(groups, self.shape.windows)
         flops = model_flops(self.shape, counts, tuning=self.tuning, rank=self.rank, targets=self.targets)
         return flops / (seconds * self.peak_flops)
 
 
 def tuning_of(policy: PolicyModule) -> tuple[Tuning, int, Targets]:
-    """("full", 0, "all-linear"), or "lora" with its rank and target modules."""
+    """(tuning, rank, targets) of a policy: ("full", 0, "all-linear") or "lora" with its rank and target modules."""
     if not isinstance(policy.model, PeftModel):
         return "full", 0, "all-linear"
     config = policy.model.peft_config["default"]
@@ -60,12 +60,12 @@ def tuning_of(policy: PolicyModule) -> tuple[Tuning, int, Targets]:
 
 
 class Meter:
-    """Rates of a stage's steps over all ranks, and the peak memory of this one.
+    """Measures rates of a stage's steps over all ranks, and the peak memory of this rank.
 
     Args:
-        groups: of the stage; `rates` is asked about some of them by index.
-        device: where the policy is.
-        work: for MFU; None leaves it out.
+        groups: the stage's groups, which `rates` takes by index.
+        device: the policy's device.
+        work: work to compute MFU from; None leaves MFU out.
     """
 
     def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, work: Work | None = None) -> None:
@@ -77,11 +77,12 @@ class Meter:
         return cls(groups, policy.device, Work.of(policy, world.size))
 
     def rates(self, indices: Sequence[int], seconds: float) -> dict[str, float]:
-        """Of one step over these groups.
+        """Rates of one step over the groups with these indices.
 
         Returns:
-            tokens_per_s: useful tokens, no padding, a shared prompt once. pairs_per_s or sequences_per_s.
-            mfu: `model_flops` / (seconds · ranks · dense bf16 peak); absent where the peak is not known.
+            tokens_per_s: useful tokens, without padding, a shared prompt counted once.
+            pairs_per_s or sequences_per_s.
+            mfu: `model_flops` / (seconds · ranks · dense bf16 peak); absent if the peak is unknown.
             peak_memory_bytes: see `peak_memory`.
         """
         seconds = max(seconds, 1e-9)
@@ -93,12 +94,12 @@ class Meter:
         return found | {"peak_memory_bytes": peak_memory(self.device)}
 
     def reset(self) -> None:
-        """From here on counts for the peak."""
+        """Start measuring the peak anew."""
         reset_peak_memory(self.device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest point: on GPUs of torch's tensors there, else this process's resident set."""
+    """Peak bytes: of torch's tensors on a GPU, of this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -110,7 +111,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget earlier peaks; where the system does not let a process do that, its whole life counts."""
+    """Discard earlier peaks; if the system does not allow that, the process's whole life counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -1,4 +1,4 @@
-"""The token budget of a micro-batch: halved where memory runs out, and then kept, equal on all ranks."""
+"""The token budget of a micro-batch: halved when memory runs out, then kept, and equal on all ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from macpo.engine.files import read_json, write_json
 
 
 class TokenBudget:
-    """What a micro-batch may hold.
+    """How many tokens a micro-batch may hold.
 
     Args:
-        tokens: what the settings allow.
-        folder: the stage's checkpoints, where an attempt that has to be given up leaves its note.
+        tokens: the limit of the settings.
+        folder: the stage's checkpoints, where an abandoned attempt leaves its note.
         world: all ranks of the stage.
     """
 
@@ -28,11 +28,11 @@ class TokenBudget:
         self._world = world
 
     def shrink(self, where: str, batch: PackedBatch, names: str, *, collective: bool) -> None:
-        """Half of the micro-batch that did not fit is the new budget of this rank.
+        """Set this rank's budget to half of the micro-batch that did not fit.
 
         Raises:
-            ResourceError: it was one group.
-            Again: the other ranks are inside the same micro-batch and cannot be called back; the note is written.
+            ResourceError: the micro-batch was one group.
+            Again: the other ranks are inside the same micro-batch and cannot be interrupted; the note is written.
         """
         file = str(self._note.parent.parent)
         if len(batch.groups) == 1:
@@ -54,13 +54,13 @@ class TokenBudget:
             )
 
     def agree(self, where: str) -> None:
-        """The smallest budget that any rank had to take is that of all from here on; collective."""
+        """Take the smallest budget of any rank on all ranks from now on; collective."""
         found = self._world.gather(self.tokens)
         self.tokens = min(found)
         self._say(f"{where}: out of memory on rank {found.index(self.tokens)}")
 
     def recall(self) -> None:
-        """Heed the note of an attempt that was given up; collective."""
+        """Take the budget noted by an abandoned attempt, if there is one; collective."""
         found = on_main(self._world, lambda: self._note.is_file() and read_json(self._note)["microbatch_tokens"])
         if found and found < self.tokens:
             self.tokens = found

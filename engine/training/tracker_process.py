@@ -1,6 +1,6 @@
-"""One tracker's process: reads a stage's metrics as they are written and hands them on, until its input ends.
+"""One tracker's process: reads a stage's metrics as they are written and forwards them until its input ends.
 
-Started by `engine/training/trackers.py`. Says `ready` on its output when the tracker is open, or the reason why it fails.
+`engine/training/trackers.py` starts it. It prints `ready` when the tracker is open, or the reason why it fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROJECT = "macpo"
 
 
 class Rows:
-    """The complete lines of metrics.jsonl, each with its line of timing.jsonl, from where the last call ended."""
+    """Reads new complete lines of metrics.jsonl, each with its line of timing.jsonl."""
 
     def __init__(self, workdir: Path) -> None:
         # opened once: the folder is renamed when its stage is committed
@@ -33,7 +33,7 @@ class Rows:
         self._timing: dict[int, dict[str, Any]] = {}
 
     def new(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, numbers); those of timing.jsonl are called `timing/...`."""
+        """Yield (step, numbers) of each new line; the names of timing.jsonl's numbers begin with `timing/`."""
         metrics, timing = ([json.loads(line) for line in self._lines(file)] for file in self._files)
         self._timing |= {row["step"]: row for row in timing}
         for row in metrics:
@@ -46,7 +46,7 @@ class Rows:
     def _lines(file: Any) -> Iterator[bytes]:
         while (line := file.readline()).endswith(b"\n"):
             yield line
-        file.seek(-len(line), os.SEEK_CUR)  # half a line: its rest comes later
+        file.seek(-len(line), os.SEEK_CUR)  # the rest of a partial line comes later
 
 
 def _is_number(value: Any) -> bool:
@@ -54,7 +54,7 @@ def _is_number(value: Any) -> bool:
 
 
 def open_tracker(name: str, run: TrackerRun) -> Tracker:
-    """The tracker of that name; raises whatever it raises."""
+    """Open the tracker of that name; raises whatever it raises."""
     if name in _KNOWN:
         return _KNOWN[name](run)
     module, colon, function = name.partition(":")
@@ -65,7 +65,7 @@ def open_tracker(name: str, run: TrackerRun) -> Tracker:
 
 
 class _TensorBoard:
-    """Event files under trackers/tensorboard/, without torch."""
+    """Writes event files under trackers/tensorboard/, without torch."""
 
     def __init__(self, run: TrackerRun) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -73,7 +73,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
-        # a folder an id: a rerun's curves do not mix with those of the training that it replaces
+        # one folder per id, so that a rerun's curves do not mix with those of the training that it replaces
         folder = Path(run.folder) / "tensorboard" / f"{run.name}-{run.id[:4]}"
         self._writer = EventFileWriter(str(folder), flush_secs=10)
 
@@ -86,9 +86,9 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Project `macpo` (or WANDB_PROJECT), a group a run folder, a run a stage; WANDB_MODE=offline is honoured.
+    """Project `macpo` (or WANDB_PROJECT), one group per run folder, one run per stage; honours WANDB_MODE=offline.
 
-    Of what W&B collects by itself (command line, host, user, git, code, packages, console, system) nothing is sent.
+    Nothing that W&B collects by itself (command line, host, user, git, code, packages, console, system) is sent.
     """
 
     def __init__(self, run: TrackerRun) -> None:
@@ -130,7 +130,7 @@ class _WandB:
 
 
 class _Trackio:
-    """Project `macpo` (or TRACKIO_PROJECT), a group a run folder, a run a stage."""
+    """Project `macpo` (or TRACKIO_PROJECT), one group per run folder, one run per stage."""
 
     def __init__(self, run: TrackerRun) -> None:
         import trackio
@@ -157,7 +157,7 @@ _KNOWN: dict[str, Callable[[TrackerRun], Tracker]] = {"tensorboard": _TensorBoar
 
 
 def follow(order: Mapping[str, Any], ended: threading.Event) -> None:
-    """Open the tracker, send what was not sent, go on until `ended`, close."""
+    """Open the tracker, send what has not been sent, continue until `ended`, then close it."""
     path = Path(order["note"])
     note = Note(path, **json.loads(path.read_text()))
     rows = Rows(Path(order["workdir"]))
@@ -169,7 +169,7 @@ def follow(order: Mapping[str, Any], ended: threading.Event) -> None:
         for step, numbers in rows.new():
             if step > note.sent:
                 note.sent = step
-                note.write()  # before it is sent: a kill loses a step of the tracker rather than doubling it
+                note.write()  # before sending: a kill loses a step of the tracker rather than duplicating it
                 tracker.log(step, numbers)
     tracker.close()
 
@@ -187,7 +187,7 @@ def _wait_for_end(ended: threading.Event) -> None:
 
 
 def _end_all() -> None:
-    """This process and those that the tracker's library started: a session of their own, see `trackers.py`."""
+    """Kill this process and those that the tracker's library started; `trackers.py` gave them their own session."""
     os.killpg(0, signal.SIGKILL)
 
 

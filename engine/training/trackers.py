@@ -1,8 +1,8 @@
-"""Experiment trackers beside metrics.jsonl: whatever goes wrong in one is said once, and training goes on.
+"""Experiment trackers beside metrics.jsonl: a tracker's failure is reported once, and training continues.
 
-Each tracker lives in a process of its own (`engine/training/tracker_process.py`) that reads the stage's metrics.jsonl and
-timing.jsonl as they grow. So training never waits for a network, a tracker that hangs or crashes takes nothing with
-it, and a resumed stage catches up: a note beside the tracker's files says which run it continues and what was sent.
+Each tracker runs in its own process (`engine/training/tracker_process.py`), which reads the stage's metrics.jsonl and
+timing.jsonl as they grow. So training never waits for a network, a tracker that hangs or crashes harms nothing else,
+and a resumed stage catches up: a note beside the tracker's files says which run it continues and what was sent.
 """
 
 from __future__ import annotations
@@ -41,29 +41,39 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class TrackerRun:
-    """What a tracker is told of the stage whose curves it gets; nothing else of the recipe reaches it."""
+    """All that a tracker is told about the stage whose curves it gets."""
 
     group: str
     """The run folder's name."""
     name: str
     """The stage's name."""
     id: str
-    """The same after a resume, another for another training."""
+    """Identifier that is the same after a resume and differs for another training."""
     config: Mapping[str, Any]
-    """Settings of the stage that `allowed` let through."""
+    """The stage's settings that `allowed` picked."""
     folder: str
-    """For trackers that write files; not part of a stage's result."""
+    """Folder for trackers that write files; not part of a stage's result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What identifies and describes a training to its trackers."""
+
+    key: str = ""
+    """Changes with whatever makes this another training: a tracker's run with another key is not continued."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, of which `allowed` picks what is sent."""
 
 
 class Tracker(Protocol):
-    """What a tracker is asked to do; it may raise anything, or hang, at any time."""
+    """The calls that a tracker gets; it may raise anything, or hang, at any time."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of one optimiser step; every step comes once, in order, over all resumes."""
+        """Log the numbers of one optimiser step; every step comes once, in order, over all resumes."""
         ...
 
     def close(self) -> None:
-        """No more steps come."""
+        """Finish; no more steps come."""
         ...
 
 
@@ -73,7 +83,7 @@ class Trackers:
     Args:
         names: `tensorboard`, `wandb`, `trackio` (each needs the package of that name), or `module:function`, a
             function from `TrackerRun` to a `Tracker`.
-        stage: what the curves are called.
+        stage: name of the curves.
         folder: `trackers/` of the run's folder.
     """
 
@@ -81,29 +91,27 @@ class Trackers:
         self.names, self.stage, self.folder = tuple(names), stage, folder
         self._children: list[_Child] = []
 
-    def start(self, workdir: Path, *, key: str, config: Mapping[str, Any], finished: bool = False) -> None:
+    def start(self, workdir: Path, training: Training, *, finished: bool = False) -> None:
         """Follow the metrics.jsonl of `workdir`; on the main rank only.
 
         Args:
-            key: a run that was begun under another key is not continued.
-            config: settings, of which `allowed` picks what is sent.
-            finished: nothing more will be written; trackers that have seen all of it are not started.
+            finished: nothing more will be written, so trackers that have seen everything are not started.
         """
         for name in dict.fromkeys(self.names):
             try:
-                child = _Child(name, self.stage, self.folder, workdir, key, allowed(config), finished)
+                child = _Child(name, self.stage, self.folder, workdir, training, finished)
             except (OSError, MacpoError, ValueError) as error:
                 report(name, f"{type(error).__name__}: {error}")
             else:
                 self._children.append(child)
 
     def watch(self) -> None:
-        """Report those that have failed, each once; costs microseconds."""
+        """Report trackers that have failed, each once; takes microseconds."""
         for child in self._children:
             child.watch()
 
     def close(self, *, at_once: bool = False) -> None:
-        """Let every tracker send the rest, for CLOSE_SECONDS together at most (or not at all), and end it."""
+        """Let the trackers send the rest for at most CLOSE_SECONDS together (none with `at_once`), then end them."""
         for child in self._children:
             child.say_goodbye()
         deadline = time.monotonic() + (0.0 if at_once else CLOSE_SECONDS)
@@ -113,7 +121,7 @@ class Trackers:
 
 
 def allowed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that trackers get: known names, and of these only numbers and words that cannot be a secret."""
+    """The settings that trackers get: known names whose values are numbers or words that cannot be a secret."""
 
     def number(value: Any) -> bool:
         return value is None or isinstance(value, int | float)
@@ -127,7 +135,7 @@ def allowed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def redacted(text: str) -> str:
-    """One line of at most 200 characters, without any value of an environment variable that may be a secret."""
+    """One line of at most 200 characters, without values of environment variables that may be secret."""
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= 6:
             text = text.replace(value, "***")
@@ -135,13 +143,13 @@ def redacted(text: str) -> str:
 
 
 def report(name: str, why: str) -> None:
-    """The one warning about a tracker."""
+    """Log the one warning about a tracker."""
     log.warning("tracker %s failed (%s); training goes on, metrics.jsonl is complete", name, redacted(why))
 
 
 @dataclass(slots=True)
 class Note:
-    """What has been sent to which run of a tracker; lies beside the tracker's files."""
+    """Which run of a tracker is continued and what was sent to it; a file beside the tracker's."""
 
     path: Path
     id: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -150,7 +158,7 @@ class Note:
 
     @classmethod
     def of(cls, path: Path, key: str) -> Note:
-        """The note that is there, or a new one where there is none for this key."""
+        """The existing note for this key, or a new one."""
         with contextlib.suppress(MacpoError, OSError, TypeError, ValueError):
             found = cls(path, **read_json(path))
             if found.key == key:
@@ -158,37 +166,35 @@ class Note:
         return cls(path, key=key)
 
     def write(self) -> None:
-        """Whole or not at all, but not forced to disk: it is written once a step."""
+        """Write the note atomically, but without a sync, because it is written every step."""
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps({"id": self.id, "key": self.key, "sent": self.sent}))
         part.replace(self.path)
 
 
 class _Child:
-    """A tracker's process, as training sees it."""
+    """A tracker's process, from the training's side."""
 
-    def __init__(
-        self, name: str, stage: str, folder: Path, workdir: Path, key: str, config: Mapping[str, Any], finished: bool
-    ) -> None:
+    def __init__(self, name: str, stage: str, folder: Path, workdir: Path, training: Training, finished: bool) -> None:
         self.name = name
         self._process: subprocess.Popen[bytes] | None = None
         self._reported = False
         self._began = time.monotonic()
         self._heard = b""
         folder.mkdir(parents=True, exist_ok=True)
-        note = Note.of(folder / f"{stage}.{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json", key)
+        note = Note.of(folder / f"{stage}.{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json", training.key)
         if finished and note.sent >= _last_step(workdir):
             return
         note.write()
         group = folder.resolve().parent.name
-        run = TrackerRun(group, stage, note.id, config, str(folder.resolve()))
+        run = TrackerRun(group, stage, note.id, allowed(training.settings), str(folder.resolve()))
         order = {"path": sys.path, "name": name, "workdir": str(workdir), "note": str(note.path), "run": asdict(run)}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "macpo.engine.training.tracker_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is for training; the tracker hears of it when its input ends
+            start_new_session=True,  # Ctrl-C is for training; the tracker stops when its input ends
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -197,7 +203,7 @@ class _Child:
             self._process.stdin.flush()
 
     def watch(self) -> None:
-        """Hears what the process says: `ready`, or why it failed."""
+        """Read what the process printed: `ready`, or why it failed."""
         if self._process is None:
             return
         assert self._process.stdout is not None
@@ -235,7 +241,7 @@ class _Child:
             self.watch()
 
     def kill(self) -> None:
-        """Ends the process and those that it started."""
+        """Kill the process and those that it started."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""One training stage, resumable to the bit: the same loop for pretraining, SFT and preference training.
+"""One training stage, which resumes bit-exactly: the same loop for pretraining, SFT and preference training.
 
-A step is exactly `settings.batch` consecutive groups of the shuffled order (the last batch of an epoch may be
+A step trains on exactly `settings.batch` consecutive groups of the shuffled order (the last batch of an epoch may be
 smaller). Packing into micro-batches and sharding over ranks happen inside a step and only split a sum.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.data.batches import MicroBatch, Plan, microbatches
+from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
@@ -36,12 +36,12 @@ from macpo.engine.training.optim import Optimizer, learning_rate
 from macpo.engine.training.spikes import SpikeGuard
 from macpo.engine.training.throughput import Meter
 from macpo.engine.training.token_budget import TokenBudget
-from macpo.engine.training.trackers import Trackers
+from macpo.engine.training.trackers import Trackers, Training
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a stage did, over all its runs and ranks."""
+    """Totals of a stage over all its attempts and ranks."""
 
     steps: int
     tokens: int
@@ -63,83 +63,76 @@ def train(
     progress: str | None = None,
     trackers: Trackers | None = None,
 ) -> TrainResult:
-    """Train the policy's trainable parameters in place; goes on from the checkpoint in `workdir` if there is one.
+    """Train the policy's trainable parameters in place; resumes from the checkpoint in `workdir` if there is one.
+
+    A step whose micro-batch does not fit in memory is repeated with smaller ones, which the stage keeps from then on
+    (`OptimSettings.microbatch_tokens` is the upper bound).
 
     Args:
-        policy: on every rank the same weights.
-        groups: one is a sequence (SFT), a document (pretraining) or prompt + [chosen, rejected] (preference).
+        policy: the same weights on every rank.
+        groups: each is a sequence (SFT), a document (pretraining) or prompt + [chosen, rejected] (preference).
         objective: `objectives.sft()` or `objectives.preference(...)`.
-        seed: of the order of the groups; the order is a function of seed and epoch alone.
+        seed: seed of the groups' order, which is a function of seed and epoch alone.
         workdir: gets metrics.jsonl, timing.jsonl and checkpoint/, which the caller removes when it commits.
         ids: names of the groups for messages; default their index.
         world: the ranks that share each step; default the current process group.
-        should_stop: asked after every step; true on any rank saves a checkpoint and stops all of them.
+        should_stop: called at every step; True on any rank saves a checkpoint and stops all of them.
         progress: label of the progress line on standard error; None is silent.
-        trackers: see every row of metrics.jsonl; what fails in them never stops training.
+        trackers: get every row of metrics.jsonl; their failures never stop training.
 
     Returns:
-        Steps and tokens of the whole stage. On a stage that was finished before, at once, with its weights loaded.
-
-    A micro-batch that does not fit in memory is not the end: the step begins again with smaller ones, which the stage
-    keeps from then on (`OptimSettings.microbatch_tokens` is the upper bound).
+        Steps and tokens of the whole stage; for a finished stage at once, with its weights loaded.
 
     Raises:
         NumericsError: loss or gradient is not finite, or the loss spiked and `on_spike` is stop; no update was made.
-        Stopped: after `should_stop`; the same call goes on from there.
+        Stopped: `should_stop` returned True; the same call resumes.
         ResourceError: one group alone does not fit in memory, or the disk is full.
-        Again: memory ran out under a collective policy; the same call goes on with smaller micro-batches.
-        PeerError: another rank failed or hangs; names the step.
-        DataError: groups that do not fit. IntegrityError: checkpoints exist and none verifies.
+        Again: memory ran out under a collective policy; the same call resumes with smaller micro-batches.
+        PeerError: another rank failed or hangs; the message names the step.
+        DataError: the groups do not fit the objective. IntegrityError: checkpoints exist and none verifies.
     """
     stage = _Stage(policy, groups, objective, settings, seed, workdir, ids, world or World.current(), trackers)
     return stage.run(should_stop, progress)
 
 
+@dataclass
 class _Stage:
-    def __init__(
-        self,
-        policy: PolicyModule,
-        groups: Sequence[PrefixGroup],
-        objective: Objective,
-        settings: OptimSettings,
-        seed: int,
-        workdir: Path,
-        ids: Sequence[str] | None,
-        world: World,
-        trackers: Trackers | None = None,
-    ) -> None:
-        if not groups:
+    policy: PolicyModule
+    groups: Sequence[PrefixGroup]
+    objective: Objective
+    settings: OptimSettings
+    seed: int
+    workdir: Path
+    ids: Sequence[str] | None
+    world: World
+    trackers: Trackers | None
+
+    def __post_init__(self) -> None:
+        if not self.groups:
             raise DataError("there is nothing to train on", "check the filters before this stage")
-        objective.check(groups)
-        self.policy = policy
-        self.groups = groups
-        self.objective = objective
-        self.settings = settings
-        self.workdir = workdir
-        self.ids = ids
-        self.world = world
-        self.data = data_world(policy, world)
-        self.trackers = trackers
-        self.plan = Plan(len(groups), settings.batch, settings.epochs, seed)
-        self.parameters = policy.trainable_parameters()
-        if not self.parameters:
-            raise ConfigError("the policy has no trainable parameter", "ask the pool for it with LoRA or full tuning")
-        self.optimizer = Optimizer(self.parameters, settings)
-        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
-        self.fingerprint = fingerprint(groups, settings, objective.fingerprint, seed, shapes)
+        self.objective.check(self.groups)
+        settings = self.settings
+        self.data = data_world(self.policy, self.world)
+        self.order = BatchOrder(len(self.groups), settings.batch, settings.epochs, self.seed)
+        parameters = self.policy.trainable_parameters()
+        if not parameters:
+            raise ConfigError("the policy has no trainable parameter", "load it with LoRA or full tuning")
+        self.optimizer = Optimizer(parameters, settings)
+        shapes = {name: list(p.shape) for name, p in parameters.items()}
+        self.fingerprint = fingerprint(self.groups, settings, self.objective.fingerprint, self.seed, shapes)
         self.last: dict[str, Any] = {}
         self.saved_step: int | None = None
-        self.budget = TokenBudget(settings.microbatch_tokens, workdir / "checkpoint", world)
+        self.budget = TokenBudget(settings.microbatch_tokens, self.workdir / "checkpoint", self.world)
         self.guard = None if settings.spike_sigma is None else SpikeGuard(settings.spike_sigma)
 
     def run(self, should_stop: Callable[[], bool] | None, progress: str | None) -> TrainResult:
         start = self._resume()
         self.budget.recall()
-        planned = self.plan.num_steps
+        planned = self.order.num_steps
         done = start
         if start < planned:
             with self._log(start, progress) as log, attention_hook(self.policy.base):
-                for step, indices in self.plan.steps(start):
+                for step, indices in self.order.steps(start):
                     with self._named(step):
                         row, stop = self._step(step, indices, should_stop, log)
                         self.last = row
@@ -159,7 +152,7 @@ class _Stage:
 
     @contextlib.contextmanager
     def _named(self, step: int) -> Iterator[None]:
-        """What goes wrong with a peer or with memory names the step."""
+        """Add the step to errors about peers and memory."""
         try:
             yield
         except PeerError as error:
@@ -173,7 +166,7 @@ class _Stage:
                     "look at the first failing rank's message, then run the same command again",
                     file=str(self.workdir),
                 ) from error
-            if is_out_of_memory(error):  # that of a micro-batch was dealt with before
+            if is_out_of_memory(error):  # not in a micro-batch: `_accumulate` handles those
                 raise ResourceError(
                     f"step {step + 1}: no memory for gradients or optimizer states ({' '.join(str(error).split())})",
                     "train with LoRA, or spread the weights (compute.parallel.sharding: shard)",
@@ -184,7 +177,7 @@ class _Stage:
     def _step(
         self, step: int, indices: Sequence[int], should_stop: Callable[[], bool] | None, log: MetricsLog | _NoLog
     ) -> tuple[dict[str, Any], bool]:
-        """One optimiser step; the only wait for the device is the one read of its numbers."""
+        """Make one optimiser step; reading its numbers is the only wait for the device."""
         total = sum(self.objective.size(self.groups[i]) for i in indices)
         stop = should_stop is not None and should_stop()
         stats = self._gradients(step, indices, total)
@@ -198,12 +191,12 @@ class _Stage:
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             raise self._not_finite(step, indices, loss, norm_value)
         spike = self._spike(step, indices, loss, log)
-        rate = learning_rate(self.settings, step, self.plan.num_steps)
+        rate = learning_rate(self.settings, step, self.order.num_steps)
         self.optimizer.update(rate, norm_value)
         metrics = {name: value / total for name, value in zip(self.objective.metrics, sums, strict=True)}
         row = {
             "step": step + 1,
-            "epoch": (step + 1) / self.plan.steps_per_epoch,
+            "epoch": (step + 1) / self.order.steps_per_epoch,
             "lr": rate,
             "loss": loss,
             "grad_norm": norm_value,
@@ -213,8 +206,10 @@ class _Stage:
         return row | ({} if spike is None else {"spike": spike}), stop_value > 0
 
     def _gradients(self, step: int, indices: Sequence[int], total: int) -> Tensor:
-        """Gradients of this rank's groups; returns [3 + metrics]: room for the stop flag, how often memory ran out,
-        loss, metric sums. One vector, so that ranks exchange it together with the gradients.
+        """Compute the gradients of this rank's groups.
+
+        Returns [3 + metrics]: room for the stop flag, how often memory ran out, loss, metric sums; one vector, which
+        ranks exchange together with the gradients.
         """
         failures = 0
         while True:
@@ -227,7 +222,7 @@ class _Stage:
                     break
             else:
                 return stats
-            self.optimizer.zero()  # also what a half-done backward has added up
+            self.optimizer.zero()  # including what a partial backward has accumulated
             self.budget.shrink(
                 f"step {step + 1}",
                 micro.batch,
@@ -237,7 +232,7 @@ class _Stage:
             failures += 1
 
     def _accumulate(self, micro: MicroBatch, total: int, stats: Tensor) -> bool:
-        """Forward and backward; False where memory did not suffice."""
+        """Run forward and backward; returns False if memory ran out."""
         try:
             loss, sums = self.objective(self.policy, micro.batch, total)
             if micro.filler:
@@ -254,7 +249,7 @@ class _Stage:
     # --- numbers that cannot be right ---
 
     def _spike(self, step: int, indices: Sequence[int], loss: float, log: MetricsLog | _NoLog) -> float | None:
-        """How far the loss is above its recent mean, in deviations, if that makes it a spike.
+        """How many deviations a spike lies above the recent mean; None for any other loss.
 
         Raises:
             NumericsError: with `on_spike: stop`, after saving the state from before the step.
@@ -278,7 +273,7 @@ class _Stage:
         return score
 
     def _not_finite(self, step: int, indices: Sequence[int], loss: float, norm: float) -> NumericsError:
-        """Which groups are to blame: those whose own loss is not finite, else all of the step."""
+        """The error that names the groups whose own loss is not finite, else all of the step."""
         alone = microbatches(self.groups, indices, 1, self.data, collective=self.policy.collective)
         with torch.no_grad():
             bad = [micro.batch.groups[0] for micro in alone if not self._finite(micro.batch) and not micro.filler]
@@ -293,10 +288,8 @@ class _Stage:
         )
 
     def _numerics(self, message: str, fix: str) -> NumericsError:
-        """Raised on every rank, reported by one."""
-        error = NumericsError(message, fix, file=str(self.workdir))
-        vars(error)["relayed"] = not self.world.is_main
-        return error
+        """An error to raise on every rank, reported by one."""
+        return NumericsError(message, fix, file=str(self.workdir), relayed=not self.world.is_main)
 
     def _finite(self, batch: PackedBatch) -> bool:
         loss, _ = self.objective(self.policy, batch, 1)
@@ -311,16 +304,15 @@ class _Stage:
     def _log(self, step: int, progress: str | None) -> MetricsLog | _NoLog:
         if not self.world.is_main:
             return _NoLog()
+        counts = {"seed": self.seed, "groups": len(self.groups), "steps": self.order.num_steps}
         return MetricsLog(
             self.workdir,
             step=step,
-            planned=self.plan.num_steps,
+            planned=self.order.num_steps,
             progress=progress,
             trackers=self.trackers,
             meter=Meter.of(self.policy, self.groups, self.world),
-            key=self.fingerprint,
-            about=self.settings.model_dump(mode="json")
-            | {"seed": self.plan.seed, "groups": len(self.groups), "steps": self.plan.num_steps},
+            training=Training(self.fingerprint, self.settings.model_dump(mode="json") | counts),
         )
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:
@@ -361,7 +353,7 @@ class _Stage:
 
 
 class _NoLog:
-    """The log of ranks other than 0."""
+    """The log of ranks other than 0, which writes nothing."""
 
     def write(self, row: dict[str, Any], indices: Sequence[int]) -> None: ...
 
@@ -385,8 +377,8 @@ def fingerprint(
     seed: int,
     shapes: Mapping[str, list[int]],
 ) -> str:
-    """SHA-256 of everything that a checkpoint's future depends on, except the weights that it holds itself."""
-    # how often it is saved and what happens at a spike do not change what is trained
+    """SHA-256 of everything that further training depends on, except the checkpoint's own weights."""
+    # save interval and spike handling do not change what is trained
     plain = settings.model_dump(mode="json", exclude={"save_every_steps", "spike_sigma", "on_spike"})
     digest = hashlib.sha256(json.dumps([plain, objective, seed, dict(shapes)], sort_keys=True).encode())
     for group in groups:

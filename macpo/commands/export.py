@@ -10,9 +10,8 @@ from macpo.commands.model_card import model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import load_tokenizer
-from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.compute import model_pool
+from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import logits_of, publish
 from macpo.engine.run.folder import folder_of
@@ -51,7 +50,7 @@ def export(
     base_name = settings.model or f"base-{settings.name}"
     if settings.init is not None and is_adapter:
         base_name = os.path.relpath(ref.base, out.parent / "x")
-    pool = model_pool(recipe.compute, recipe.trust_remote_code)
+    pool = model_cache(recipe.compute, recipe.trust_remote_code)
     tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
     original = pool.policy(ref)
     card = model_card(
@@ -73,7 +72,6 @@ def export(
         base_name=base_name,
         tokenizer=tokenizer,
         card=card,
-        world=World(),
         expected=logits_of(original, len(tokenizer)),
     )
     return out

@@ -42,7 +42,7 @@ def run_recipe(
     try:
         recipe = load(path, overrides)
     except MacpoError as error:
-        error.relayed = not world.is_main  # type: ignore[attr-defined]  # every rank finds it, one says it
+        error.relayed = not world.is_main  # every rank finds it, one says it
         raise
     return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from macpo.engine.config import ComputeSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.generation.split_model import split_policy, team_size
-from macpo.engine.models.compute import model_pool
+from macpo.engine.models.compute import model_cache
 from macpo.engine.models.loading import check_vocab
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.run.context import StageContext
@@ -134,10 +135,10 @@ class OpenPolicy:
         Raises:
             ConfigError: its embedding lacks a row for a token.
         """
-        pool, parallel, world = self._pool(), self.compute.parallel, self.ctx.world
+        models, parallel, world = self._models(), self.compute.parallel, self.ctx.world
         ref = ref or self.ref
-        spread = (tuning is not None or not pool.fits(ref.base)) and spreads(parallel, world)
-        policy = pool.policy(ref, tuning, seed=seed if tuning is not None else 0, spread=spread)
+        spread = (tuning is not None or not models.fits(ref.base)) and spreads(parallel, world)
+        policy = models.policy(ref, tuning, seed=seed if tuning is not None else 0, spread=spread)
         check_vocab(policy.base, self.chat.tokenizer)
         return parallelize(policy, parallel, world) if spread or tuning is not None else policy
 
@@ -148,15 +149,15 @@ class OpenPolicy:
             ConfigError: its embedding lacks a row for a token.
             ResourceError: no number of ranks can hold it.
         """
-        pool, world = self._pool(), self.ctx.world
-        shared = world.size > 1 and not pool.fits(self.ref.base)
-        policy = pool.policy(self.ref, spread=shared)
+        models, world = self._models(), self.ctx.world
+        shared = world.size > 1 and not models.fits(self.ref.base)
+        policy = models.policy(self.ref, spread=shared)
         check_vocab(policy.base, self.chat.tokenizer)
         if not shared:
             return policy
-        ranks = team_size(policy, lambda ranks: pool.fits(self.ref.base, ranks), world)
-        pool.make_room(self.ref.base, ranks)
+        ranks = team_size(policy, lambda ranks: models.fits(self.ref.base, ranks), world)
+        models.make_room(self.ref.base, ranks)
         return split_policy(policy, world, ranks)
 
-    def _pool(self) -> Any:
-        return model_pool(self.compute, self.agent.trust_remote_code)
+    def _models(self) -> ModelCache:
+        return model_cache(self.compute, self.agent.trust_remote_code)

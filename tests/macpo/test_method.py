@@ -16,7 +16,7 @@ from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
-from macpo.engine.models.compute import model_pool
+from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
@@ -93,7 +93,7 @@ def test_filter_scores_equal_recomputed_reference_logps(finished: tuple[Path, Re
         chat.group(p.prompt.messages, [(p.chosen, p.chosen_finished)], max_tokens=64, max_prompt_tokens=52)
         for p in pairs
     ]
-    policy = model_pool(recipe.compute, False).policy(PolicyRef(reference))
+    policy = model_cache(recipe.compute, False).policy(PolicyRef(reference))
     recomputed = score(policy, [g for g in groups if g], max_tokens=recipe.compute.score_tokens)
     kept = torch.tensor([p.ref_chosen_logp for p in pairs])
     again = torch.tensor([scores[0].sum_logp for scores in recomputed])
@@ -210,7 +210,7 @@ def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None
         for prompt, one in items
     ]
     compute = tiny(with_arms).compute
-    module = model_pool(compute, False).policy(PolicyRef(policy))
+    module = model_cache(compute, False).policy(PolicyRef(policy))
     wanted = score(module, [g for g in groups if g], max_tokens=compute.score_tokens)
     for row, (scored,) in zip(rows, wanted, strict=True):
         (one,) = row["candidates"]

@@ -60,7 +60,7 @@ def packed_linears(model: nn.Module, num_steps: int) -> Iterator[int]:
 
 
 def packed_dtypes() -> set[torch.dtype]:
-    """What this machine has a packed product of: oneDNN's in bfloat16 needs AVX-512 or the like, its float32 does not."""
+    """The dtypes with a packed product on this machine; oneDNN has none in bfloat16 without AVX-512 or the like."""
     onednn = torch.backends.mkldnn.is_available()
     dtypes = {torch.float32} if onednn or native.has_panels() else set()
     return dtypes | ({torch.bfloat16} if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())

@@ -1,4 +1,4 @@
-"""Chat: one tokenisation rule, never a double BOS, never a special id out of data (faults 11, 14, 15, 17, 18)."""
+"""Chat: one tokenisation rule, never a double BOS, never a special id out of data."""
 
 from __future__ import annotations
 

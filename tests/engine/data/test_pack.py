@@ -17,7 +17,7 @@ GROUPS = st.lists(st.builds(PrefixGroup, TOKENS, st.lists(TOKENS, min_size=1, ma
 
 
 def test_the_design_example() -> None:
-    """A prompt of 3, chosen of 2 and rejected of 3 tokens, number for number as DESIGN.md lists them."""
+    """The example at the top of pack.py, number for number: prompt 3, chosen 2 and rejected 3 tokens."""
     (batch,) = pack([PrefixGroup([10, 11, 12], [[20, 21], [30, 31, 32]])], max_tokens=8)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]

@@ -33,9 +33,9 @@ from training import (
 
 from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.console import run_cli
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PackedBatch
-from macpo.engine.distributed import watchdog as hangs
+from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
@@ -44,12 +44,6 @@ from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.stages import Graph, Stage, StageWork
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
 
 # --- starved (26, 40) ---
 
@@ -139,7 +133,7 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], parallel: ParallelSettings | None
 ) -> None:
     # in the third step, after the checkpoint of the second
-    poisoned = Plan(len(PAIRS), DPO.batch, DPO.epochs, 3).order(0)[9]
+    poisoned = BatchOrder(len(PAIRS), DPO.batch, DPO.epochs, 3).order(0)[9]
 
     def body(world: World) -> None:
         asked: list[Tensor] = []
@@ -218,7 +212,7 @@ def test_the_message_is_that_of_the_rank_that_raises(tmp_path: Path, capfd: pyte
 
 def test_a_rank_that_hangs_is_noticed_and_shows_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def body(world: World) -> None:
-        hangs.watch(4.0)
+        watchdog.watch(4.0)
         staged(tmp_path / "run", "hang")(world)
 
     pids = start_ranks(2, body, timeout_s=4.0)

@@ -1,4 +1,4 @@
-"""Two gloo ranks that are killed or stopped in the middle of their work, and go on.
+"""Two gloo ranks that are killed or stopped in the middle of their work, and resume.
 
 MACPO_KILLS=50 makes the test of random kills do fifty of them.
 """
@@ -35,7 +35,7 @@ from training import (
 )
 
 from macpo.engine.config import ParallelSettings
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_json
@@ -46,14 +46,8 @@ from macpo.engine.scoring import score
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    torch.set_num_threads(1)
     return trained(tmp_path_factory.mktemp("clean"))
 
 
@@ -247,9 +241,9 @@ def test_ranks_that_split_layers_stop_together_and_resume_to_the_same_bits(tmp_p
 
 
 def seen(folder: Path) -> list[list[int]]:
-    """The groups of each step, in order of steps, whichever rank saw them."""
+    """The groups of each step, in step order, on any rank."""
     lines = [json.loads(line) for path in sorted(folder.glob("seen-*")) for line in path.read_text().splitlines()]
-    plan = Plan(len(DOCUMENTS), SFT.batch, SFT.epochs, seed=3)
+    plan = BatchOrder(len(DOCUMENTS), SFT.batch, SFT.epochs, seed=3)
     totals = [sum(DOCUMENTS[i].num_response_tokens for i in indices) for _, indices in plan.steps()]
     assert len(set(totals)) == len(totals), "a step is known by its total"
     return [sorted(i for total, *groups in lines if total == wanted for i in groups) for wanted in totals]
@@ -277,7 +271,7 @@ def test_another_number_of_ranks_goes_on_in_the_same_order(tmp_path: Path, capfd
     assert said.count("not bitwise") == 1
     ended = part(changing, None, 99)
     assert "2 ranks with 1 rank" in capfd.readouterr().err
-    assert seen(changing.parent) == seen(whole.parent) == [sorted(i) for _, i in Plan(11, 4, 2, seed=3).steps()]
+    assert seen(changing.parent) == seen(whole.parent) == [sorted(i) for _, i in BatchOrder(11, 4, 2, seed=3).steps()]
     assert_same_training(rows(whole), rows(changing))
     for one, two in zip(weights(alone).values(), weights(ended).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""`macpo run --ranks`: how ranks are started, stopped and buried, and the one message and exit code for all of them."""
+"""`macpo run --ranks`: starting, stopping and cleaning up ranks, with one message and exit code for all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def job(what: str, folder: Path) -> tuple[int, str]:
 
 
 def started(folder: Path, process: subprocess.Popen[str]) -> list[int]:
-    """The ranks' process ids, once both are there."""
+    """The ranks' process ids, once both have started."""
     files = [folder / "started-0", folder / "started-1"]
     limit = time.monotonic() + 20
     while not all(file.exists() and file.read_text() for file in files):
@@ -69,7 +69,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     ],
 )
 def test_the_rank_that_failed_speaks_for_all(tmp_path: Path, what: str, code: int, said: str) -> None:
-    """Rank 0 ends first, with the news that it has lost its peer."""
+    """Rank 0 ends first, because it has lost its peer."""
     assert job(what, tmp_path) == (code, f"error: {said}\n")
 
 

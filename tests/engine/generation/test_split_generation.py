@@ -32,7 +32,7 @@ from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Generator, Output, SamplingParams, sampling
 from macpo.engine.generation.split_model import split_policy, team_size
 from macpo.engine.models.lora import new_adapter
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.recipe import dump
@@ -247,7 +247,7 @@ def test_a_policy_that_no_rank_can_hold(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert forked(lambda: run(tiny(tmp_path / "one", iterations=1))) == 0
     student = folder_of(tmp_path / "one", "base-student") / "model"
-    bound = ModelPool(60_000)
+    bound = ModelCache(60_000)
     assert not bound.fits(str(student)) and bound.fits(str(student), 2)
 
     for stage in ("init-teacher1-positive", "iter1-student-train", "iter1-teacher0-train"):

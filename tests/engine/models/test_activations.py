@@ -15,18 +15,12 @@ from macpo.engine.config import ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.models import activations, liger
-from macpo.engine.models import parallelize as parallel
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.reference import reference_logps
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("case", [TIED, LORA], ids=["full", "lora"])
@@ -87,8 +81,11 @@ def test_offloading_copies_activations_once_and_no_weight(monkeypatch: pytest.Mo
 
 
 def test_compiled_blocks_are_exact_and_one_graph_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the backend that runs the captured graph as it is; inductor takes a minute a case on two cores."""
-    monkeypatch.setattr(parallel, "compile_block", lambda block: activations.compile_block(block, backend="aot_eager"))
+    """Uses the backend that runs the captured graph unchanged; inductor takes a minute per case on two cores."""
+    monkeypatch.setattr(
+        "macpo.engine.models.parallelize.compile_block",
+        lambda block: activations.compile_block(block, backend="aot_eager"),
+    )
     graphs = torch._dynamo.utils.counters["stats"]
     case = Case("llama", ("q_proj", "down_proj"))
     plain = run(case, ParallelSettings())

@@ -21,21 +21,15 @@ from transformers import AutoModelForCausalLM
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
-from macpo.engine.models import saving as export
+from macpo.engine.models import saving
 from macpo.engine.models.loading import weight_files
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import logits_of, publish, save_policy
 
-ONE = World()
 WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}
 LORA = LoraSettings(rank=2, target_modules="all-linear")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def policy_of(base: Path, tuning: FullSettings | LoraSettings | None) -> PolicyModule:
     """A frozen policy (None), or one whose trained weights differ from the base's, drawn by name."""
-    policy = ModelPool().policy(PolicyRef(str(base)), tuning, seed=1)
+    policy = ModelCache().policy(PolicyRef(str(base)), tuning, seed=1)
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters().items():
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -55,9 +49,9 @@ def policy_of(base: Path, tuning: FullSettings | LoraSettings | None) -> PolicyM
     return policy
 
 
-def write(policy: PolicyModule, base: Path, out: Path, world: World, **changes: Any) -> None:
+def write(policy: PolicyModule, base: Path, out: Path, **changes: Any) -> None:
     words = {"base": str(base), "base_name": "some/base", "tokenizer": tokenizer(), "card": "# card\n"} | changes
-    publish(policy, out, world=world, **words)
+    publish(policy, out, **words)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -73,12 +67,12 @@ def test_two_ranks_write_what_one_writes(base: Path, tmp_path: Path) -> None:
             for way, settings in WAYS.items():
                 policy = parallelize(policy_of(base, tuning), settings, world)
                 assert policy.collective
-                write(policy, base, tmp_path / f"{kind}-{way}", world)
+                write(policy, base, tmp_path / f"{kind}-{way}")
 
     assert ranks(2, body) == [0, 0]
     for kind, tuning in tunings.items():
         single = policy_of(base, tuning)
-        write(single, base, tmp_path / kind, ONE)
+        write(single, base, tmp_path / kind)
         for way in WAYS:
             assert content(tmp_path / f"{kind}-{way}") == content(tmp_path / kind), (kind, way)
     names = set(content(tmp_path / "full"))
@@ -99,28 +93,28 @@ def test_what_goes_wrong_on_rank_0_stops_both_and_leaves_nothing(
     def body(world: World) -> None:
         policy = parallelize(policy_of(base, FullSettings()), WAYS["shard"], world)
         with monkeypatch.context() as patch:
-            patch.setattr(export, "save_policy", damaging)
+            patch.setattr(saving, "save_policy", damaging)
             with pytest.raises(IntegrityError, match="logits differ"):
-                write(policy, base, tmp_path / "out", world)
+                write(policy, base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
         with pytest.raises(ResourceError, match=r"no space to write it.*, [\d,]{6} bytes needed, [\d,]+ bytes free"):
-            write(policy, base, tmp_path / "out", world)
+            write(policy, base, tmp_path / "out")
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert not (tmp_path / "out").exists()
-        write(policy, base, tmp_path / "out", world)
+        write(policy, base, tmp_path / "out")
         with pytest.raises(ConfigError, match="exists"):
-            write(policy, base, tmp_path / "out", world)
+            write(policy, base, tmp_path / "out")
         if world.is_main:
             os.environ["MACPO_KILL_AT"] = "file-written:1"  # everything but the card is there
-        write(policy, base, tmp_path / "killed", world)
+        write(policy, base, tmp_path / "killed")
 
     assert ranks(2, body) == [-signal.SIGKILL, 7]
     assert (tmp_path / "out").exists() and not (tmp_path / "killed").exists()
     assert (tmp_path / "killed.tmp" / "model.safetensors").exists()
-    write(policy_of(base, FullSettings()), base, tmp_path / "killed", ONE)
+    write(policy_of(base, FullSettings()), base, tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "out")
 
 
@@ -140,13 +134,13 @@ def test_a_large_model_is_cut_into_files_with_an_index(base: Path, tmp_path: Pat
 def test_logits_of_a_policy_are_those_of_the_plain_model(name: str, dtype: torch.dtype) -> None:
     model = model_of(name).to(dtype)
     got = logits_of(PolicyModule(model), VOCAB)
-    assert got.shape == (export.NUM_TOKENS - 1, VOCAB) and got.dtype == torch.float32
+    assert got.shape == (saving.NUM_TOKENS - 1, VOCAB) and got.dtype == torch.float32
     wanted = logits_of(model, VOCAB)
-    export.compare(wanted, got, dtype, Path("x"))
+    saving.compare(wanted, got, dtype, Path("x"))
     with pytest.raises(IntegrityError, match="logits differ"):
-        export.compare(wanted, got + 0.2 * wanted.abs().max(), dtype, Path("x"))
+        saving.compare(wanted, got + 0.2 * wanted.abs().max(), dtype, Path("x"))
     with pytest.raises(IntegrityError, match="logits differ by nan"):
-        export.compare(wanted, got * float("nan"), dtype, Path("x"))
+        saving.compare(wanted, got * float("nan"), dtype, Path("x"))
 
 
 def test_a_full_disk_is_told_before_and_while_weights_are_written(

@@ -24,7 +24,6 @@ from macpo.engine.config import LoraSettings, ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.models import lora, lora_linear
-from macpo.engine.models import policy as model
 from macpo.engine.models.flops import Counts, ModelShape, model_flops
 from macpo.engine.models.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.models.parallelize import parallelize
@@ -32,11 +31,6 @@ from macpo.engine.planning.dry_run import Recorder
 from macpo.engine.training.objectives import sft
 
 SIZES = [(1, 24, 40, 3), (37, 33, 17, 1), (130, 64, 48, 8)]  # T, I, O, r: one token; odd and rank 1; many tokens
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def layer_of(
@@ -133,7 +127,9 @@ def test_a_bfloat16_models_gradients_are_as_near_to_float64_as_by_peft(
     (batch,) = pack(PAIRS, max_tokens=1 << 20)
 
     def gradient(fused: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        monkeypatch.setattr(model, "use_fused_lora", use_fused_lora if fused else lambda model: None)
+        monkeypatch.setattr(
+            "macpo.engine.models.policy.use_fused_lora", use_fused_lora if fused else lambda model: None
+        )
         policy = policy_of(case)
         if dtype == torch.float64:
             policy.double()
@@ -147,7 +143,7 @@ def test_a_bfloat16_models_gradients_are_as_near_to_float64_as_by_peft(
 
 
 def kept_by(run: Callable[[], Any], weights: nn.Module) -> list[Tensor]:
-    """What autograd saves beside the weights."""
+    """The tensors that autograd saves beside the weights."""
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         run()
@@ -188,7 +184,7 @@ def test_q_k_and_v_keep_one_input() -> None:
 
 
 def test_an_input_that_takes_no_gradient_costs_none() -> None:
-    """The first block's; by the product of dy with W and of du with A."""
+    """The first block's inputs need none, which saves the products of dy with W and of du with A."""
     layer, x = layer_of(), torch.randn(1, 50, 24)
 
     def backward_flops(x: Tensor) -> int:
@@ -204,7 +200,7 @@ def test_an_input_that_takes_no_gradient_costs_none() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_a_counter_sees_every_product(name: str) -> None:
-    """Of layers without and with a bias."""
+    """Layers without and with a bias."""
     base = model_of(name)
     base.set_attn_implementation("eager")
     wrapped = lora.new_adapter(base, LoraSettings(rank=4, target_modules="all-linear"), seed=0)
@@ -219,7 +215,7 @@ def test_a_counter_sees_every_product(name: str) -> None:
 
 
 class Packed(nn.Linear):
-    """As quantised layers are: a linear layer whose weight may be anything."""
+    """A linear layer whose weight may be anything, like a quantised one."""
 
 
 def two_adapters(layer: FusedLinear) -> None:
@@ -326,7 +322,7 @@ def test_selective_checkpointing_repeats_no_product_and_keeps_only_results(dtype
 
 
 def test_a_gpus_gradients_of_factors_are_never_rounded() -> None:
-    """By the operator that is called for CUDA's 16-bit tensors; on tensors without memory."""
+    """Counts the operator that runs for CUDA's 16-bit tensors, on tensors without memory."""
     seen: list[Any] = []
 
     class Noted(TorchDispatchMode):
@@ -343,7 +339,9 @@ def test_a_gpus_gradients_of_factors_are_never_rounded() -> None:
 
 def test_files_are_pefts_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fused in (("ours", True), ("peft", False)):
-        monkeypatch.setattr(model, "use_fused_lora", use_fused_lora if fused else lambda model: None)
+        monkeypatch.setattr(
+            "macpo.engine.models.policy.use_fused_lora", use_fused_lora if fused else lambda model: None
+        )
         lora.save_adapter(policy_of(LORA).model, tmp_path / name, base_name="base")  # type: ignore[arg-type]
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()

@@ -1,4 +1,4 @@
-"""Policies: exact gradients, adapters, the pool, what is written, and what is refused when loading."""
+"""Policies: exact gradients, adapters, the cache, what is written, and what is refused when loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
 from macpo.engine.models.loading import fingerprint_model, load_causal_lm, weight_files
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
 from macpo.engine.scoring import score
@@ -86,7 +86,7 @@ def test_packed_lora_sft_equals_separate_padded_forwards(name: str, head: bool, 
     """Also with an adapter on lm_head (untied), whose update must be part of the head that the operators see."""
     targets = ("q_proj", "v_proj", "lm_head") if head else ("q_proj", "v_proj")
     model_of(name, tie_word_embeddings=False).save_pretrained(tmp_path)
-    policy = ModelPool().policy(PolicyRef(str(tmp_path)), LoraSettings(rank=2, target_modules=targets))
+    policy = ModelCache().policy(PolicyRef(str(tmp_path)), LoraSettings(rank=2, target_modules=targets))
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():  # B = 0 would leave A without gradient
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
@@ -129,24 +129,24 @@ def test_heads_with_scale_bias_and_softcap(name: str, changes: dict[str, Any]) -
     assert got == pytest.approx(torch.cat(separate_logps(model, groups)).tolist(), rel=1e-5, abs=1e-5)
 
 
-# --- adapters and the pool ---
+# --- adapters and the cache ---
 
 
 def test_a_saved_adapter_comes_back_here_and_in_peft(llama: Path, tmp_path: Path) -> None:
-    pool = ModelPool()
-    policy = pool.policy(PolicyRef(str(llama)), LORA, seed=5)
+    cache = ModelCache()
+    policy = cache.policy(PolicyRef(str(llama)), LORA, seed=5)
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():
             parameter.add_(0.1)
     save_policy(policy, tmp_path / "a", base_name="some/base")
     groups = some_groups()
     want = score(policy, groups)
-    assert score(pool.policy(PolicyRef(str(llama), str(tmp_path / "a"))), groups) == want
+    assert score(cache.policy(PolicyRef(str(llama), str(tmp_path / "a"))), groups) == want
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "a")
     assert score(theirs, groups) == want
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     # continuing trains a copy: the file and what others loaded from it stay as they are
-    again = pool.policy(PolicyRef(str(llama), str(tmp_path / "a")), LORA)
+    again = cache.policy(PolicyRef(str(llama), str(tmp_path / "a")), LORA)
     assert again.trainable_parameters().keys() == policy.trainable_parameters().keys()
     save_policy(again, tmp_path / "b", base_name="some/base")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -154,11 +154,11 @@ def test_a_saved_adapter_comes_back_here_and_in_peft(llama: Path, tmp_path: Path
 
 
 def test_a_fresh_adapter_depends_on_the_seed_alone_and_changes_nothing(llama: Path) -> None:
-    pool = ModelPool()
+    cache = ModelCache()
     torch.manual_seed(1)
-    first = pool.policy(PolicyRef(str(llama)), LORA, seed=7)
+    first = cache.policy(PolicyRef(str(llama)), LORA, seed=7)
     torch.manual_seed(2)
-    second, other = (pool.policy(PolicyRef(str(llama)), LORA, seed=s) for s in (7, 8))
+    second, other = (cache.policy(PolicyRef(str(llama)), LORA, seed=s) for s in (7, 8))
     for name, parameter in first.trainable_parameters().items():
         assert torch.equal(parameter, second.trainable_parameters()[name])
         if "lora_A" in name:
@@ -166,13 +166,13 @@ def test_a_fresh_adapter_depends_on_the_seed_alone_and_changes_nothing(llama: Pa
             assert 0.8 < parameter.abs().max() * parameter.shape[1] ** 0.5 <= 1.0  # uniform to 1/sqrt(in), as peft's
         else:
             assert not parameter.any()
-    assert score(first, some_groups()) == score(pool.policy(PolicyRef(str(llama))), some_groups())
+    assert score(first, some_groups()) == score(cache.policy(PolicyRef(str(llama))), some_groups())
 
 
 def test_policies_of_one_base_do_not_touch_each_other(llama: Path) -> None:
-    pool = ModelPool()
-    plain = pool.policy(PolicyRef(str(llama)))
-    lora, full = (pool.policy(PolicyRef(str(llama)), tuning) for tuning in (LORA, FullSettings()))
+    cache = ModelCache()
+    plain = cache.policy(PolicyRef(str(llama)))
+    lora, full = (cache.policy(PolicyRef(str(llama)), tuning) for tuning in (LORA, FullSettings()))
     before = score(plain, some_groups())
     for policy in (lora, full):
         with torch.no_grad():
@@ -180,8 +180,8 @@ def test_policies_of_one_base_do_not_touch_each_other(llama: Path) -> None:
                 parameter.add_(0.05)
         assert score(policy, some_groups()) != before
         assert score(plain, some_groups()) == before
-    assert score(pool.policy(PolicyRef(str(llama))), some_groups()) == before
-    assert (pool.loads, pool.resident) == (1, (str(llama),))
+    assert score(cache.policy(PolicyRef(str(llama))), some_groups()) == before
+    assert (cache.loads, cache.resident) == (1, (str(llama),))
     assert not plain.trainable_parameters()
     assert len(full.trainable_parameters()) == len(list(full.model.parameters()))
     shared = {p.data_ptr() for p in plain.model.parameters()}
@@ -190,16 +190,16 @@ def test_policies_of_one_base_do_not_touch_each_other(llama: Path) -> None:
 
 
 def test_full_tuning_of_an_adapter_starts_from_the_merged_weights(llama: Path, tmp_path: Path) -> None:
-    pool = ModelPool()
-    lora = pool.policy(PolicyRef(str(llama)), LORA)
+    cache = ModelCache()
+    lora = cache.policy(PolicyRef(str(llama)), LORA)
     with torch.no_grad():
         for parameter in lora.trainable_parameters().values():
             parameter.add_(0.1)
     save_policy(lora, tmp_path / "adapter", base_name="x")
-    full = pool.policy(PolicyRef(str(llama), str(tmp_path / "adapter")), FullSettings())
+    full = cache.policy(PolicyRef(str(llama), str(tmp_path / "adapter")), FullSettings())
     save_policy(full, tmp_path / "full", base_name="x")
     want = [t for g in score(lora, some_groups()) for s in g for t in s.token_logps]
-    for policy in (full, pool.policy(PolicyRef(str(tmp_path / "full")))):
+    for policy in (full, cache.policy(PolicyRef(str(tmp_path / "full")))):
         got = [t for g in score(policy, some_groups()) for s in g for t in s.token_logps]
         assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
     assert weight_files(tmp_path / "full")
@@ -210,31 +210,31 @@ def test_the_pool_drops_the_least_recently_used_base(tmp_path: Path) -> None:
     for k, name in enumerate(names):
         model_of("llama", seed=k).save_pretrained(name)
     size = sum(p.numel() * 4 for p in model_of("llama").parameters())
-    pool = ModelPool(budget_bytes=2 * size)
+    cache = ModelCache(budget_bytes=2 * size)
     for name in (names[0], names[1], names[0], names[2]):
-        pool.policy(PolicyRef(name))
-    assert (pool.resident, pool.loads) == ((names[0], names[2]), 3)
-    pool.policy(PolicyRef(names[1]))
-    assert (pool.resident, pool.loads) == ((names[2], names[1]), 4)
+        cache.policy(PolicyRef(name))
+    assert (cache.resident, cache.loads) == ((names[0], names[2]), 3)
+    cache.policy(PolicyRef(names[1]))
+    assert (cache.resident, cache.loads) == ((names[2], names[1]), 4)
     shutil.rmtree(names[1])
     model_of("llama", seed=9).save_pretrained(names[1])  # other weights under the same name
-    changed = score(pool.policy(PolicyRef(names[1])), some_groups())
-    assert pool.loads == 5 and changed == score(model_of("llama", seed=9), some_groups())
-    pool.release()
-    assert pool.resident == ()
+    changed = score(cache.policy(PolicyRef(names[1])), some_groups())
+    assert cache.loads == 5 and changed == score(model_of("llama", seed=9), some_groups())
+    cache.release()
+    assert cache.resident == ()
     with pytest.raises(ResourceError, match="the budget is"):
-        ModelPool(budget_bytes=size - 1).policy(PolicyRef(names[0]))
+        ModelCache(budget_bytes=size - 1).policy(PolicyRef(names[0]))
 
 
 def test_an_adapter_that_differs_from_the_settings_is_refused(llama: Path, tmp_path: Path) -> None:
-    pool = ModelPool()
-    save_policy(pool.policy(PolicyRef(str(llama)), LORA), tmp_path, base_name="x")
+    cache = ModelCache()
+    save_policy(cache.policy(PolicyRef(str(llama)), LORA), tmp_path, base_name="x")
     with pytest.raises(ConfigError, match="has rank 2 and alpha 16, the settings say 4 and 16"):
-        pool.policy(PolicyRef(str(llama), str(tmp_path)), LoraSettings(rank=4))
+        cache.policy(PolicyRef(str(llama), str(tmp_path)), LoraSettings(rank=4))
     with pytest.raises(ConfigError, match="the settings say q_proj"):
-        pool.policy(PolicyRef(str(llama), str(tmp_path)), LoraSettings(rank=2, target_modules=("q_proj",)))
+        cache.policy(PolicyRef(str(llama), str(tmp_path)), LoraSettings(rank=2, target_modules=("q_proj",)))
     with pytest.raises(ConfigError, match="choose from down_proj, gate_proj"):
-        pool.policy(PolicyRef(str(llama)), LoraSettings(target_modules=("query",)))
+        cache.policy(PolicyRef(str(llama)), LoraSettings(target_modules=("query",)))
 
 
 # --- loading: input that nobody vouches for ---
@@ -322,14 +322,14 @@ def test_remote_code_is_refused_unless_trusted(llama: Path, tmp_path: Path) -> N
 
 
 def test_an_adapter_for_another_model_or_pickled_is_refused(llama: Path, tmp_path: Path) -> None:
-    pool = ModelPool()
-    save_policy(pool.policy(PolicyRef(str(llama)), LORA), tmp_path / "a", base_name="x")
+    cache = ModelCache()
+    save_policy(cache.policy(PolicyRef(str(llama)), LORA), tmp_path / "a", base_name="x")
     model_of("llama", num_hidden_layers=1).save_pretrained(tmp_path / "small")
     with pytest.raises(ConfigError, match="do not match the base model"):
-        pool.policy(PolicyRef(str(tmp_path / "small"), str(tmp_path / "a")))
+        cache.policy(PolicyRef(str(tmp_path / "small"), str(tmp_path / "a")))
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(ConfigError, match="only pickled weights"):
-        pool.policy(PolicyRef(str(llama), str(tmp_path / "a")))
+        cache.policy(PolicyRef(str(llama), str(tmp_path / "a")))
 
 
 def test_more_tokens_than_embedding_rows_are_refused(llama: Path) -> None:

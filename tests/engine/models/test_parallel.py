@@ -40,20 +40,14 @@ from macpo.engine.config import FullSettings, OptimSettings, ParallelSettings, P
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World, finish
 from macpo.engine.errors import ConfigError
-from macpo.engine.models import policy as model
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models import policy
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import mesh, parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import preference, sft
 from macpo.engine.training.optim import Optimizer
 from macpo.engine.training.trainer import train
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
 
 # (case, settings, ranks of a node): every kind of head and of layer with FSDP2 or split
 TWO_RANKS: dict[str, tuple[Case, ParallelSettings, int]] = {
@@ -128,9 +122,9 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 def from_pool(folder: Path, *, spread: bool) -> PolicyModule:
     """Full tuning of a bfloat16 base; one that will be spread is read for it alone and not yet float32."""
-    pool = ModelPool(dtype=torch.bfloat16)
-    policy = pool.policy(PolicyRef(str(folder)), FullSettings(), spread=spread)
-    assert len(pool.resident) == (0 if spread else 1)
+    cache = ModelCache(dtype=torch.bfloat16)
+    policy = cache.policy(PolicyRef(str(folder)), FullSettings(), spread=spread)
+    assert len(cache.resident) == (0 if spread else 1)
     assert policy.base.dtype == (torch.bfloat16 if spread else torch.float32)
     return policy
 
@@ -153,14 +147,14 @@ def check_exchanges(world: World) -> None:
     (batch,) = pack(PAIRS[:2], max_tokens=1 << 20)
     sums = []
     for limit in (1 << 30, 0):
-        model.KEPT_GRADIENT_BYTES = limit
-        policy = parallelize(policy_of(TIED), SHARD, world)
+        policy.KEPT_GRADIENT_BYTES = limit
+        sharded = parallelize(policy_of(TIED), SHARD, world)
         for last in (False, True):
-            policy.synchronise(last)
-            sft()(policy, batch, 1)[0].backward()
-            early = [p.grad is not None for p in policy.parameters()]
+            sharded.synchronise(last)
+            sft()(sharded, batch, 1)[0].backward()
+            early = [p.grad is not None for p in sharded.parameters()]
             assert all(early) if last or not limit else not any(early)
-        sums.append([p.grad.full_tensor() for p in policy.parameters()])  # type: ignore[union-attr]
+        sums.append([p.grad.full_tensor() for p in sharded.parameters()])  # type: ignore[union-attr]
     for kept, scattered in zip(*sums, strict=True):
         torch.testing.assert_close(kept, scattered, rtol=1e-6, atol=1e-5)
 

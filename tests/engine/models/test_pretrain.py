@@ -1,4 +1,4 @@
-"""Models made on the spot: tokenizer, Llama, documents as prefix groups, corpus files."""
+"""Models trained from scratch: tokenizer, Llama, documents as prefix groups, corpus files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_bpe_tokenizer_reads_and_writes_any_text() -> None:
 
 def test_tokenizers_are_the_same_in_every_process() -> None:
     code = (
-        "import json, sys; from macpo.engine.config import InitSettings; from macpo.engine.models.from_scratch import *;"
+        "import json, sys; from macpo.engine.config import InitSettings;"
+        "from macpo.engine.models.from_scratch import *;"
         "documents = [Example.from_json(row) for row in json.loads(sys.argv[1])];"
         "kinds = [InitSettings.model_validate_json(text) for text in sys.argv[2:]];"
         "print(*(Chat(train_tokenizer(documents, kind)).digest for kind in kinds))"

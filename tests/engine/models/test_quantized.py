@@ -18,7 +18,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.models import loading
 from macpo.engine.models.loading import load_causal_lm
-from macpo.engine.models.model_cache import ModelPool
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.scoring import score
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_bitsandbytes_it_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(ConfigError, match="quantization nf4 needs bitsandbytes") as caught:
-        ModelPool().policy(PolicyRef(str(folder)), NF4)
+        ModelCache().policy(PolicyRef(str(folder)), NF4)
     assert "macpo[quant]" in str(caught.value)
 
 
@@ -57,7 +57,7 @@ def test_what_is_asked_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nf4_policy(folder: Path, *, spread: bool = False) -> PolicyModule:
-    return ModelPool().policy(PolicyRef(str(folder)), NF4, seed=1, spread=spread)
+    return ModelCache().policy(PolicyRef(str(folder)), NF4, seed=1, spread=spread)
 
 
 def steps(policy: PolicyModule, world: World) -> list[float]:
@@ -79,7 +79,6 @@ def steps(policy: PolicyModule, world: World) -> list[float]:
 
 @needs_bitsandbytes
 def test_a_4_bit_base_trains_an_adapter(folder: Path) -> None:
-    torch.set_num_threads(1)
     policy = nf4_policy(folder)
     plain = load_causal_lm(folder)
     small = [p for name, p in policy.model.named_parameters() if name.endswith("base_layer.weight")]
@@ -97,7 +96,6 @@ def test_a_4_bit_base_trains_an_adapter(folder: Path) -> None:
 
 @needs_bitsandbytes
 def test_a_4_bit_base_is_sharded(folder: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     alone = steps(nf4_policy(folder), World())
 
     def body(world: World) -> None:

@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import head as heads
 from macpo.engine.models.head import linear_head
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
@@ -46,11 +45,6 @@ CASES = {
     "frozen head": Case("llama", ("q_proj", "down_proj")),
     "adapter on the head": Case("llama", ("lm_head", "o_proj"), changes={"tie_word_embeddings": False}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def gradients(policy: PolicyModule, objective: Objective) -> dict[str, Tensor]:
@@ -119,7 +113,7 @@ def check_bf16(world: World) -> None:
     """The same hidden states through the cut and the gathered head: equal losses, gradients to their rounding."""
     cut = run(BF16, TENSOR, world)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "vocab_shard", lambda weight: None)
+        patch.setattr("macpo.engine.models.head.vocab_shard", lambda weight: None)
         gathered = run(BF16, TENSOR, world)
     assert cut["losses"][0].item() == pytest.approx(gathered["losses"][0].item(), abs=1e-6)
     head = "grad.lm_head.weight"
@@ -148,7 +142,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest(policy: PolicyModule) -> int:
-    """Over scoring and a step of each kind."""
+    """Compares scoring and a step of each kind."""
     (batch,) = pack(PAIRS[:1], max_tokens=1 << 20)
     with Largest() as seen:
         score(policy, PAIRS[:1], max_tokens=40)
@@ -168,7 +162,7 @@ def check_size(world: World) -> None:
         whole = 4 * 998 * 32
         assert largest(parallelize(policy_of(case), TENSOR, world)) <= whole // 2 + 4 * 32
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(heads, "vocab_shard", lambda weight: None)
+            patch.setattr("macpo.engine.models.head.vocab_shard", lambda weight: None)
             assert largest(parallelize(policy_of(case), TENSOR, world)) >= whole, "the gathered head is seen"
 
 

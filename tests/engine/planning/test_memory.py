@@ -40,15 +40,6 @@ SOME = LoraSettings()
 FULL = FullSettings()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models of this size only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def groups_of(count: int, vocab: int) -> list[PrefixGroup]:
     """Ragged pairs, prompts of 30 to 90 tokens and answers of 15 to 45."""
     draw = random.Random(0)
@@ -149,7 +140,7 @@ def test_activations_and_states_are_the_counted_tensors(name: str) -> None:
     itemsize, hidden, vocab = dtype.itemsize, shape["hidden_size"], shape["vocab_size"]
     head = itemsize * hidden * (case.batch.rows.numel() + (vocab if isinstance(tuning, FullSettings) else 0))
     assert predicted.saved + head == pytest.approx(saved, rel=0.02)
-    states = predicted.weights + predicted.gradients + predicted.optimizer + predicted.pooled  # no pool here
+    states = predicted.weights + predicted.gradients + predicted.optimizer + predicted.pooled  # no cache here
     assert max(size for phase, size in predicted.phases if "backward" in phase) - states == pytest.approx(
         backward, rel=0.10
     )

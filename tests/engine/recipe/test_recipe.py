@@ -1,4 +1,4 @@
-"""Recipes: strict YAML, every problem at once with its line, overrides, dump and load (faults 1, 2, 3, 4)."""
+"""Recipes: strict YAML, every problem at once with its line, overrides, dump and load."""
 
 from __future__ import annotations
 

@@ -40,11 +40,6 @@ TENSORS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # forks need a quiet parent
-
-
 def save(folder: Path, step: int, state: dict[str, Any] | None = None, **changes: Any) -> Path:
     tensors = TENSORS | {"a": TENSORS["a"] + step}
     return checkpoint.save(folder, step, tensors, {"note": step} if state is None else state, world=ONE, **changes)

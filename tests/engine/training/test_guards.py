@@ -1,4 +1,4 @@
-"""FAULTS 29: which losses count as spikes, and that a resumed run judges as the uninterrupted one."""
+"""Which losses count as spikes; a resumed run judges like an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -37,11 +37,6 @@ CPU = torch.device("cpu")
 PAIRS = [PrefixGroup([1, 2, 3], [[4, 5], [6, 7, 8]]), PrefixGroup([1], [[4], [6, 7]])]  # 8 and 4 tokens
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # forks need a quiet parent
-
-
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -42,11 +42,6 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # forks need a quiet parent, and two cores have other tests to run
-
-
 def key_of(base: Path, groups: list[PrefixGroup] = GROUPS, **changes: str) -> str:
     adapter = changes.pop("adapter", None)
     return reference_key(
@@ -174,7 +169,6 @@ def test_ranks_agree_on_a_hit(tmp_path: Path) -> None:
             assert torch.equal(parts, expected)
         assert compute.calls == 1
 
-    torch.set_num_threads(1)
     assert ranks(2, body) == [0, 0]
 
 
@@ -241,7 +235,7 @@ def test_runs_share_references_and_choose_them(base: Path, tmp_path: Path, monke
 
     adapter = folder_of(tmp_path / "first", "train-policy") / "policy"
     assert go("on", adapter=str(adapter)) == both
-    # the base without the adapter is what the first run was held to
+    # the first run's reference was the base without the adapter
     preference = {"learning_rate": 1e-3, "batch": 8}
     assert go("off", adapter=str(adapter), training=preference | {"reference": "adapter-off"}) == []
     assert torch.equal(reference_of(tmp_path / "off"), reference_of(tmp_path / "first"))

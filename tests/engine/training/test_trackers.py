@@ -1,4 +1,4 @@
-"""FAULTS 39: a tracker that fails, hangs or crashes is said once; training goes on and metrics.jsonl is complete.
+"""A tracker that fails, hangs or crashes is reported once; training continues and metrics.jsonl is complete.
 
 What trackers are sent: every step once over all resumes, allow-listed settings, nothing secret.
 """
@@ -18,9 +18,8 @@ import pytest
 from forks import forked
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.training import trackers as module
 from macpo.engine.training.metrics import MetricsLog
-from macpo.engine.training.trackers import Trackers, allowed
+from macpo.engine.training.trackers import Trackers, Training, allowed
 
 CANARY = "canary-4f1d9c0b7e2a6835d1c4"
 
@@ -47,7 +46,7 @@ def train(
     """What the trainer does with a log; returns the seconds from the first step to the end of the last."""
     trackers = Trackers(names, "stage", run / "trackers")
     with MetricsLog(
-        run / "work", step=steps.start - 1, planned=planned, trackers=trackers, key=key, about=about or {}
+        run / "work", step=steps.start - 1, planned=planned, trackers=trackers, training=Training(key, about or {})
     ) as log:
         began = time.monotonic()
         for step in steps:
@@ -109,8 +108,8 @@ def test_one_that_hangs_does_not_hold_up_training(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "Hanging":
-        monkeypatch.setattr(module, "START_SECONDS", 0.2)
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 1.5)
+        monkeypatch.setattr("macpo.engine.training.trackers.START_SECONDS", 0.2)
+    monkeypatch.setattr("macpo.engine.training.trackers.CLOSE_SECONDS", 1.5)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
         assert train(tmp_path, (f"fake_trackers:{name}",), range(1, 10), pause=0.05) < 5.0

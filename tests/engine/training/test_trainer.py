@@ -1,4 +1,4 @@
-"""The training loop: what a step is, accumulation, ranks, resuming to the bit, kills, numbers that are not finite."""
+"""The training loop: what a step is, accumulation, ranks, bit-exact resuming, kills, numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from training import (
 )
 
 from macpo.engine.config import OptimSettings, ParallelSettings
-from macpo.engine.data.batches import Plan, microbatches, share
+from macpo.engine.data.batches import BatchOrder, microbatches, share
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
@@ -40,24 +40,18 @@ from macpo.engine.training.optim import learning_rate
 from macpo.engine.training.reference import reference_logps
 from macpo.engine.training.trainer import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
-
 # --- what a step is ---
 
 
 def test_steps_are_consecutive_groups_of_a_seeded_order() -> None:
-    plan = Plan(num_groups=11, batch=4, epochs=3, seed=5)
+    plan = BatchOrder(num_groups=11, batch=4, epochs=3, seed=5)
     steps = list(plan.steps())
     assert [step for step, _ in steps] == list(range(9)) and plan.num_steps == 9
     assert [len(indices) for _, indices in steps] == [4, 4, 3] * 3
     for epoch in range(3):
         assert sorted(i for _, indices in steps[3 * epoch : 3 * epoch + 3] for i in indices) == list(range(11))
-    assert plan.order(0) != plan.order(1) != Plan(11, 4, 3, seed=6).order(1)
-    assert plan.order(1) == Plan(11, 99, 2, seed=5).order(1), "the order depends on seed and epoch alone"
+    assert plan.order(0) != plan.order(1) != BatchOrder(11, 4, 3, seed=6).order(1)
+    assert plan.order(1) == BatchOrder(11, 99, 2, seed=5).order(1), "the order depends on seed and epoch alone"
     for start in range(10):
         assert list(plan.steps(start)) == steps[start:]
 
@@ -67,7 +61,7 @@ def test_ranks_of_a_collective_policy_have_equally_many_micro_batches(max_tokens
     """Every group once, and fillers only where a rank has fewer; each rank finds the number by itself."""
     fillers = 0
     for size in (1, 2, 3, 8):
-        for _, indices in Plan(len(PAIRS), 4, 2, seed=5).steps():
+        for _, indices in BatchOrder(len(PAIRS), 4, 2, seed=5).steps():
             parts = [
                 microbatches(PAIRS, indices, max_tokens, World(rank, size), collective=True) for rank in range(size)
             ]
@@ -149,7 +143,7 @@ def test_eight_at_once_or_four_or_two_are_one_batch(tmp_path: Path) -> None:
     settings = DPO.model_copy(update=SLOW | {"batch": 8, "epochs": 3})
     runs = {}
     for count in (8, 4, 2):
-        steps = [indices for _, indices in Plan(16, 8, 3, seed=3).steps()]
+        steps = [indices for _, indices in BatchOrder(16, 8, 3, seed=3).steps()]
         made = [len(microbatches(pairs, step, 12 * count, World(), collective=False)) for step in steps]
         assert made == [8 // count] * 6
         workdir = tmp_path / str(count)
@@ -174,7 +168,7 @@ def test_packed_training_is_padded_training(tmp_path: Path) -> None:
     with torch.no_grad():
         ref = torch.cat([sums([i]) for i in range(len(PAIRS))])
     losses = []
-    for _, indices in Plan(len(PAIRS), 4, 2, seed=3).steps():
+    for _, indices in BatchOrder(len(PAIRS), 4, 2, seed=3).steps():
         margin = (sums(indices) - ref[indices]) @ torch.tensor([1.0, -1.0])
         loss = -torch.nn.functional.logsigmoid(settings.beta * margin).mean()
         losses.append(float(loss.detach()))
@@ -210,7 +204,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
     assert ranks(2, body) == [0, 0]
     for groups in (DOCUMENTS, PAIRS):
-        steps = [indices for _, indices in Plan(11, 4, 2, seed=3).steps()]
+        steps = [indices for _, indices in BatchOrder(11, 4, 2, seed=3).steps()]
         parts = [microbatches(groups, step, 20, World(r, 2), collective=True) for step in steps for r in (0, 1)]
         assert any(micro.filler for part in parts for micro in part)
     singles = {"sft": run_sft(tmp_path / "sft1", slow_sft)[0], "dpo": run_dpo(tmp_path / "dpo1", slow_dpo)}
@@ -227,7 +221,7 @@ def save(policy: PolicyModule, path: Path) -> None:
     path.write_bytes(torch.cat([p.flatten() for p in weights(policy).values()]).numpy().tobytes())
 
 
-# --- stopping, killing, going on ---
+# --- stopping, killing, resuming ---
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -324,7 +318,7 @@ def test_two_ranks_stop_together_and_one_goes_on(tmp_path: Path, capsys: pytest.
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     policy = PolicyModule(model_of("llama"))
     ref = reference_logps(score(policy, PAIRS))
-    order = Plan(len(PAIRS), DPO.batch, DPO.epochs, 3).order(0)
+    order = BatchOrder(len(PAIRS), DPO.batch, DPO.epochs, 3).order(0)
     poisoned = order[9]  # in the third step, after the checkpoint of the second
     ref[poisoned] = math.nan
     ids = [f"pair-{k}" for k in range(len(PAIRS))]

@@ -12,7 +12,7 @@ from forks import ranks
 from torch import Tensor
 from training import DPO, PAIRS, SFT, SLOW, bits, rows, run_dpo, run_sft, stop_after, weights
 
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
@@ -20,12 +20,6 @@ from macpo.engine.errors import NumericsError, ResourceError, Stopped
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # bits are promised for a fixed number of threads; forks need a quiet parent
-
 
 # --- memory ---
 
@@ -67,7 +61,7 @@ class Starved:
 def test_out_of_memory_splits_the_micro_batch_and_changes_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], late: bool
 ) -> None:
-    """The step is begun again with half the budget: to the bit a run that had that budget from the start."""
+    """The step is repeated with half the budget, bit-exact with a run that had that budget from the start."""
     slow = SFT.model_copy(update=SLOW)
     starved = Starved(25, late=late)
     policy, _ = run_sft(tmp_path / "starved", slow, objective=starved)
@@ -121,7 +115,7 @@ def test_scoring_splits_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 MANY = some_groups(num_responses=2, count=26, seed=2)
 SPIKY = DPO.model_copy(update={"batch": 1, "epochs": 1, "save_every_steps": 4} | SLOW)
-SPIKE = Plan(26, 1, 1, 3).order(0)[22]  # the 23rd step's pair, when the guard has seen enough
+SPIKE = BatchOrder(26, 1, 1, 3).order(0)[22]  # the 23rd step's pair, when the guard has seen enough
 
 
 def run_spiky(workdir: Path, on_spike: str, *, stop_at: int = 99, world: World | None = None) -> PolicyModule:

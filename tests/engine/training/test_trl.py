@@ -10,13 +10,12 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from pair_models import llama, logged, text_pairs, tokenizer
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from macpo.engine.config import PreferenceSettings
-from macpo.engine.data.batches import Plan
+from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
@@ -49,11 +48,6 @@ class Recorded(DPOTrainer):
         out = super().compute_loss(*args, **kwargs)
         self.losses.append((out[0] if isinstance(out, tuple) else out).item())
         return out
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def model(tuning: str) -> Any:
@@ -98,7 +92,7 @@ def test_twenty_steps_have_the_losses_of_trl(tmp_path: Path, tuning: str, accumu
     """Four epochs of 40 pairs, 8 a step; TRL pads, holds a second model or turns the adapter off, and checkpoints."""
     start = model(tuning)
     pairs = text_pairs(NUM_PAIRS)
-    plan = Plan(NUM_PAIRS, BATCH, SETTINGS.epochs, SEED)
+    plan = BatchOrder(NUM_PAIRS, BATCH, SETTINGS.epochs, SEED)
     order = [i for _, indices in plan.steps() for i in indices]
     theirs = by_trl(copy.deepcopy(start), tuning, accumulation, pairs.select(order), tmp_path / "trl")
     of_pair = dict(zip(order, groups_of(theirs.train_dataset), strict=True))
