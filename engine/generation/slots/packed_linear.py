@@ -76,7 +76,10 @@ def _fits(module: nn.Linear, dtypes: set[torch.dtype]) -> bool:
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Returns x [..., I] -> x W' + b [..., O] over a copy of weight [O, I] (`packed_dtypes`, on a CPU), and the copy's bytes."""
+    """Returns x [..., I] -> x W' + b [..., O] over a copy of weight [O, I] on a CPU, and the copy's bytes.
+
+    The dtype is one of `packed_dtypes`.
+    """
     weight = weight.detach()
     if weight.dtype == torch.float32 and native.has_panels():
         panels = native.Panels(weight, bias)
