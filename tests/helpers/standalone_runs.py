@@ -51,8 +51,14 @@ def content(folder: Path) -> dict[str, str]:
     return found
 
 
-WORLD = {"teacher_documents": 1, "student_documents": 120, "teacher_pairs": 1, "teacher_prompts": 1}
-WORLD |= {"student_prompts": 32, "test_prompts": 12}
+WORLD = {
+    "teacher_documents": 1,
+    "student_documents": 120,
+    "teacher_pairs": 1,
+    "teacher_prompts": 1,
+    "student_prompts": 32,
+    "test_prompts": 12,
+}
 
 
 COMPUTE = {"device": "cpu", "dtype": "float32", "threads": 1}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from commands import macpo, torchrun
 from forks import forked
-from standalone_runs import INIT, OPTIM, WORLD, content, make_base, recipe_of
+from standalone_runs import INIT, OPTIM, content, make_base, recipe_of
 from tiny import tiny
 
 from macpo.commands.run import run, run_recipe
@@ -33,7 +33,6 @@ from macpo.standalone.config import ExampleData, Standalone
 from macpo.standalone.records import Sets, read_sets
 
 ROOT = Path(__file__).parents[2]
-WORLD |= {"student_prompts": 32, "test_prompts": 12}
 INIT |= {"pretrain": {"learning_rate": 3e-3, "batch": 8, "max_documents": 60}}
 
 
