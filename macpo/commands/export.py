@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from macpo.commands.model_card import model_card
+from macpo.commands.model_card import Exported, model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import load_tokenizer
@@ -17,16 +16,6 @@ from macpo.engine.models.saving import logits_of, publish
 from macpo.engine.run.folder import folder_of
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A policy of a run: its weights, its iteration (None: a negative one), the stages that made and evaluated it."""
-
-    ref: PolicyRef
-    iteration: int | None
-    trained_by: str | None
-    evaluated_by: str | None
 
 
 def export(
@@ -53,18 +42,7 @@ def export(
     pool = model_cache(recipe.compute, recipe.trust_remote_code)
     tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
     original = pool.policy(ref)
-    card = model_card(
-        recipe,
-        run_dir,
-        settings,
-        agent=agent,
-        iteration=chosen.iteration,
-        policy=policy,
-        base_name=base_name,
-        is_adapter=is_adapter,
-        trained_by=chosen.trained_by,
-        evaluated_by=chosen.evaluated_by,
-    )
+    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
     publish(
         pool.policy(ref, FullSettings()) if merge else original,
         out,
@@ -88,7 +66,7 @@ def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:
 
 def choose(
     run_dir: Path, plan: Plan, settings: AgentSettings, agent: str, iteration: int, policy: str, arm: str
-) -> Chosen:
+) -> Exported:
     """Where the weights of an agent's policy lie in the run's folder, and what is known of them."""
     at: int | None = None
     evaluated_by = None
@@ -111,4 +89,4 @@ def choose(
     folder = folder_of(run_dir, stage) / "policy" if stage is not None else Path(str(ready or base))
     adapter = (folder / "adapter_config.json").exists()
     ref = PolicyRef(base, str(folder)) if adapter else PolicyRef(str(folder))
-    return Chosen(ref, at, stage, evaluated_by)
+    return Exported(ref, settings, agent, policy, at, stage, evaluated_by)

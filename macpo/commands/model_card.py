@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from macpo import __version__
 from macpo.config import AgentSettings
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.files import read_json
+from macpo.engine.models.policy import PolicyRef
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
 from macpo.recipe_kinds import AnyRecipe
@@ -26,28 +28,27 @@ _HIDDEN = {"save_every_steps", "microbatch_tokens", "spike_sigma", "on_spike"}  
 _ABOUT = {"role", "iteration"}
 
 
-def model_card(
-    recipe: AnyRecipe,
-    run_dir: Path,
-    settings: AgentSettings,
-    *,
-    agent: str,
-    iteration: int | None,
-    policy: str,
-    base_name: str,
-    is_adapter: bool,
-    trained_by: str | None,
-    evaluated_by: str | None,
-) -> str:
-    """Text of the card.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A policy of a run: its weights, whose it is, and the stages that trained and evaluated it (None: none did)."""
 
-    Args:
-        settings: of the agent; `policy`: positive or negative.
-        trained_by, evaluated_by: stages that made and evaluated the policy; None where there is none.
-    """
-    training = {} if trained_by is None else Manifest.read(folder_of(run_dir, trained_by)).settings
-    metrics = {} if evaluated_by is None else read_json(folder_of(run_dir, evaluated_by) / "evaluation.json")
-    title = agent if isinstance(recipe, StandaloneRecipe) else f"{agent}, {policy} policy"
+    ref: PolicyRef
+    settings: AgentSettings
+    agent: str
+    policy: str
+    """`positive` or `negative`."""
+    iteration: int | None
+    trained_by: str | None
+    evaluated_by: str | None
+
+
+def model_card(recipe: AnyRecipe, run_dir: Path, policy: Exported, *, base_name: str, is_adapter: bool) -> str:
+    """The text of the card."""
+    agent, settings, iteration = policy.agent, policy.settings, policy.iteration
+    training = {} if policy.trained_by is None else Manifest.read(folder_of(run_dir, policy.trained_by)).settings
+    evaluated = policy.evaluated_by
+    metrics = {} if evaluated is None else read_json(folder_of(run_dir, evaluated) / "evaluation.json")
+    title = agent if isinstance(recipe, StandaloneRecipe) else f"{agent}, {policy.policy} policy"
     if iteration is not None and not isinstance(recipe, StandaloneRecipe):
         title += f", iteration {iteration} of {recipe.iterations}"
     tags = ["macpo", "sft"] if recipe.recipe == "sft" else ["macpo", "preference-optimisation"]
@@ -63,11 +64,11 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         f"{_kind(recipe, agent)}, {made}.",
-        *([NEGATIVE] if policy == "negative" else []),
+        *([NEGATIVE] if policy.policy == "negative" else []),
         f"- Base model: `{base_name}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
         f"- Data: {_data(recipe)}\n- Chat template: `{settings.template or recipe.template}`; prompts and answers "
         f"together up to {recipe.context_tokens:,} tokens",
-        "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy)),
+        "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy.policy)),
         *(
             ["## Evaluation\n\nMeasured by the run on held-out prompts.\n\n" + _table("metric", _numbers(metrics))]
             if metrics

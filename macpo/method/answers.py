@@ -18,7 +18,7 @@ from macpo.engine.generation.served import OPTIONS
 from macpo.engine.run.context import StageContext
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import limited_prompt
-from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
+from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
 
 
 class ServedModel(BaseModel):
@@ -93,6 +93,14 @@ class GeneratingStage(PolicyStage):
         ctx.note(tokens=sum(row["num_tokens"] for row in rows), **counts)
         return responses, counts
 
+    def answering(self, run: RunSize, num_prompts: int) -> Cost:
+        """The cost of answering so many prompts; a server's is not ours."""
+        tokens = num_prompts * (run.prompt_tokens + run.response_tokens)
+        shape = run.shapes.get(self.agent.name)
+        if shape is None or self.served is not None:
+            return Cost(tokens)
+        return Cost(tokens, 2 * shape.num_parameters * tokens, run.decode_steps(num_prompts) * shape.bytes_loaded)
+
     def _request(self, policy: OpenPolicy, chat: Chat | None, prompt: Prompt) -> list[int] | None:
         """The prompt's token ids; none where only the server's template is known; None where the prompt is dropped.
 
@@ -123,15 +131,11 @@ def _carried(row: dict[str, Any]) -> tuple[float | None, str | None]:
     return row["sum_logp"] + row["end_logp"], ids_digest([*row["token_ids"], row["end_token"]])
 
 
-class AnswerInputs(PolicyInputs):
-    data: str
-
-
 class Answer(GeneratingStage):
     """The policy answers every prompt of the student half."""
 
     name = "answer"
-    inputs: AnswerInputs
+    inputs: PolicyDataInputs
 
     def run(self, ctx: StageContext) -> None:
         prompts = read_records(ctx.input(self.inputs.data) / "student.jsonl", Prompt)
@@ -144,13 +148,7 @@ class Answer(GeneratingStage):
         return super().loads(run) if self.served is None else None  # the work is the server's
 
     def cost(self, run: RunSize) -> Cost:
-        tokens = run.student_prompts * (run.prompt_tokens + run.response_tokens)
-        agent = self.loads(run)
-        if agent is None:
-            return Cost(tokens)
-        shape = run.shapes[agent]
-        reads = run.decode_steps(run.student_prompts) * shape.bytes_loaded
-        return Cost(tokens, 2 * shape.num_parameters * tokens, reads)
+        return self.answering(run, run.student_prompts)
 
 
 def read_answers(folder: Path) -> dict[str, Response]:

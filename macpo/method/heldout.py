@@ -15,7 +15,7 @@ from macpo.method.answers import GeneratingStage
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import encode_pairs
 from macpo.method.likelihoods import likelihoods
-from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
+from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
 
 SIDES = ("chosen", "rejected")
 
@@ -33,15 +33,11 @@ def human_pair_logps(policy: OpenPolicy, pairs: list[Pair]) -> dict[str, dict[st
     }
 
 
-class BaseLogpsInputs(PolicyInputs):
-    data: str
-
-
 class BaseLogps(PolicyStage):
     """Log-probs of the human test pairs under the agent's base model: the reference of the implicit reward."""
 
     name = "judge_base"
-    inputs: BaseLogpsInputs
+    inputs: PolicyDataInputs
 
     def run(self, ctx: StageContext) -> None:
         pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
@@ -50,16 +46,13 @@ class BaseLogps(PolicyStage):
             write_jsonl(ctx.dir / "logps.jsonl", [{"prompt_id": i, **row} for i, row in sorted(logps.items())])
 
     def cost(self, run: RunSize) -> Cost:
-        tokens = run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens)
-        agent = self.loads(run)
-        return Cost(tokens, 2 * (run.shapes[agent].num_parameters if agent else 0) * tokens)
+        return self.forward(run, run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens))
 
     def disk_bytes(self, run: RunSize) -> float:
         return 60 * run.test_prompts
 
 
-class EvaluateInputs(PolicyInputs):
-    data: str
+class EvaluateInputs(PolicyDataInputs):
     base_logps: str | None = None
     """None where the policy's weights are not here: no preference metrics then."""
 
@@ -117,16 +110,9 @@ class EvaluatePolicy(GeneratingStage):
         return found
 
     def cost(self, run: RunSize) -> Cost:
-        answering = run.test_prompts * (run.prompt_tokens + run.response_tokens)
-        judging = run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens)
-        agent = self.loads(run)
-        if agent is None:
-            return Cost(judging + answering)
-        shape = run.shapes[agent]
-        if self.served is not None:
-            return Cost(judging + answering, 2 * shape.num_parameters * judging)
-        reads = run.decode_steps(run.test_prompts) * shape.bytes_loaded
-        return Cost(judging + answering, 2 * shape.num_parameters * (judging + answering), reads)
+        answering = self.answering(run, run.test_prompts)
+        judging = self.forward(run, run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens))
+        return Cost(judging.tokens + answering.tokens, judging.flop + answering.flop, answering.weight_bytes)
 
     def disk_bytes(self, run: RunSize) -> float:
         return run.test_prompts * (run.row_bytes + 200)

@@ -22,7 +22,7 @@ from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.method.costs import MethodStage, RunSize
+from macpo.method.costs import Cost, MethodStage, RunSize
 
 
 class StageAgent(BaseModel):
@@ -62,6 +62,11 @@ class PolicyInputs(StageInputs):
     """Trained the policy that the stage starts from; None for a ready one, or the bare base model."""
 
 
+class PolicyDataInputs(PolicyInputs):
+    data: str
+    """Wrote the run's sets of prompts."""
+
+
 class PolicyStage(MethodStage):
     """A kind of stage that opens one of an agent's policies."""
 
@@ -93,6 +98,11 @@ class PolicyStage(MethodStage):
 
     def loads(self, run: RunSize) -> str | None:
         return self.agent.name if self.agent.name in run.shapes else None
+
+    def forward(self, run: RunSize, tokens: float) -> Cost:
+        """The cost of one forward over so many tokens."""
+        agent = self.loads(run)
+        return Cost(tokens, 2 * (run.shapes[agent].num_parameters if agent else 0) * tokens)
 
 
 def policy_ref(base: str, folder: Path) -> PolicyRef:

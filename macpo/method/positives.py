@@ -20,7 +20,7 @@ from macpo.method.costs import CHARS_PER_TOKEN, Cost, MethodStage, RunSize
 from macpo.method.encoding import encode
 from macpo.method.likelihoods import Likelihood, likelihoods
 from macpo.method.negatives import answers_by_agent, pick_answer, random_name
-from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
+from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,7 @@ class Candidate:
     perplexity: float
 
 
-class ScoreInputs(PolicyInputs):
-    data: str
+class ScoreInputs(PolicyDataInputs):
     answers: dict[str, str]
     """Agent -> the stage in which it answered."""
 
@@ -82,9 +81,8 @@ class ScoreCandidates(PolicyStage):
         ctx.note(tokens=sum(len(g.prompt_ids) + sum(map(len, g.responses)) for g in groups))
 
     def cost(self, run: RunSize) -> Cost:
-        tokens = run.student_prompts * (run.prompt_tokens + len(self.inputs.answers) * run.response_tokens)
-        agent = self.loads(run)
-        return Cost(tokens, 2 * (run.shapes[agent].num_parameters if agent else 0) * tokens)
+        responses = len(self.inputs.answers) * run.response_tokens
+        return self.forward(run, run.student_prompts * (run.prompt_tokens + responses))
 
     def disk_bytes(self, run: RunSize) -> float:
         return run.student_prompts * (CHARS_PER_TOKEN * run.response_tokens + 100) * len(self.inputs.answers)

@@ -8,11 +8,12 @@ from typing import Literal
 from macpo.config import AgentSettings, Recipe, TrainingSettings
 from macpo.data.rows import fingerprint
 from macpo.evaluation.summary import Role
-from macpo.method.answers import Answer, AnswerInputs, ServedModel
-from macpo.method.heldout import BaseLogps, BaseLogpsInputs, EvaluateInputs, EvaluatePolicy
+from macpo.method.answers import Answer, ServedModel
+from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.negatives import WeakNegativeInputs, WeakNegativeLabels
 from macpo.method.pairs import StudentPairInputs, StudentPairs, TeacherPairInputs, TeacherPairs
+from macpo.method.policies import PolicyDataInputs
 from macpo.method.positives import ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
 from macpo.method.prompt_sets import HumanAnswers, PromptSets, SplitPrompts
 from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName
@@ -96,7 +97,7 @@ class Steps(Builder):
             policy_name=policy if draw == 0 else f"{policy}/{draw}",
             seed=self.recipe.seed,
             served=self.served(agent, policy),
-            inputs=AnswerInputs(base=self.base(agent), data=self.data, policy=start),
+            inputs=PolicyDataInputs(base=self.base(agent), data=self.data, policy=start),
             compute=self.compute,
             server=agent.served,
         )
@@ -184,7 +185,7 @@ class Steps(Builder):
             without_base = agent.model is None and agent.init is None
             work = BaseLogps(
                 policy=self.policy(agent, ready=agent.positive if without_base else None),
-                inputs=BaseLogpsInputs(base=base, data=self.data),
+                inputs=PolicyDataInputs(base=base, data=self.data),
                 compute=self.compute,
             )
             base_logps = self.add(f"eval-{agent.name}-base", work)

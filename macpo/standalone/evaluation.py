@@ -21,7 +21,7 @@ from macpo.evaluation.summary import Role
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
 from macpo.method.encoding import encode, encode_pairs
 from macpo.method.likelihoods import likelihoods, shared_parts
-from macpo.method.policies import PolicyInputs, PolicyStage
+from macpo.method.policies import PolicyDataInputs, PolicyInputs, PolicyStage
 from macpo.method.reference import Reference, read_reference
 
 LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
@@ -54,8 +54,7 @@ class ScoreReference(PolicyStage):
         ctx.note(tokens=tokens)
 
 
-class EvaluateInputs(PolicyInputs):
-    data: str
+class EvaluateInputs(PolicyDataInputs):
     reference: str | None = None
 
 
