@@ -1,4 +1,4 @@
-"""Runs a stage graph in a folder: skips what is done, goes on with what was interrupted, refuses what is stale.
+"""Runs a stage graph in a folder: skips what is done, resumes what was interrupted, refuses what is stale.
 
 Kill it anywhere and call it again: stages that were committed stay, the others go on or start anew.
 """
@@ -28,7 +28,7 @@ from macpo.engine.run.workers import WorkerPool, Workers
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World
 
-RERUN = "RERUN.json"  # a `--from` that is under way: the same command after a kill goes on instead of starting over
+RERUN = "RERUN.json"  # a `--from` in progress: after a kill the same command resumes it instead of starting over
 
 
 class Runner:

@@ -76,7 +76,7 @@ def run(
 ) -> Path:
     """Run every stage that is not done, then write summary and report; returns the run's folder.
 
-    Raises MacpoError with its exit code; a stopped run goes on with the same call.
+    Raises MacpoError with its exit code; the same call resumes a stopped run.
     """
     world = world or World.current()
     if recipe.compute.threads is not None:

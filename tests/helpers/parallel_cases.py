@@ -30,7 +30,7 @@ class Case:
 
     architecture: str
     targets: Any = None
-    """Of a LoRA; None trains every weight."""
+    """Modules that get a LoRA; None trains every weight."""
     changes: dict[str, Any] = field(default_factory=dict, hash=False)
     dtype: torch.dtype = torch.float32
     """What it computes in."""
