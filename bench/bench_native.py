@@ -122,7 +122,7 @@ def row_kernels() -> Iterator[Pair]:
                     yield Pair(f"logp, d {short} {name}", size, *calls, exact, dtype, before)
                     calls = (
                         called(native.row_dlogits_, own, *known, dtype),
-                        called(rows_torch.row_dlogits_, z, *known, dtype, None),
+                        called(rows_torch.row_dlogits_, z, *known, dtype),
                     )
                     yield Pair(f"d {short} {name}", size, *calls, exact[2:], dtype, before)
 

@@ -132,14 +132,9 @@ def row_partials(
 
 
 def row_logp_dlogits_(
-    z_nv: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`row_logp` and d = d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap) ** 2) * scale in `dtype`.
 
     d takes z's place and layout; 16-bit d (rounded to nearest, ties to even) the front of each of z's rows, so that
@@ -157,22 +152,15 @@ def row_logp_dlogits_(
 
 
 def row_dlogits_(
-    z_nv: Tensor,
-    target_n: Tensor,
-    lse_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-    grad_n: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """d of `row_logp_dlogits_` from a known logsumexp, times grad_n[:, None] (float32) where it is given."""
+    z_nv: Tensor, target_n: Tensor, lse_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
+    dtype: torch.dtype, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """d of `row_logp_dlogits_` from a known logsumexp."""
     z, lanes = _layout(z_nv, dtype)
     d = _in_place(z, dtype) if out is None else _as(out, dtype, lanes)
     _loaded().row_dlogits(
-        _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0, _view(target_n), _view(lse_n), _optional(grad_n),
-        _strided(d), dtype == torch.float16, _threads(z.numel()),
+        _strided(z), lanes, _optional(bias_v), scale, softcap or 0.0, _view(target_n), _view(lse_n), _strided(d),
+        dtype == torch.float16, _threads(z.numel()),
     )  # fmt: skip
     return d.T if lanes else d
 
@@ -222,13 +210,9 @@ def bf16_accumulate_(dweight_vh: Tensor, d_vn: Tensor, hidden_nh: Tensor, *, ove
 
 
 def head_logp(
-    hidden_nh: Tensor,
-    weight_vh: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
+    hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float,
     d_nv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probs and logsumexps of a bfloat16 head's targets, with no logits in memory, and their gradient in `d_nv`.
 
     d logp / d z = factor * d by rows, as `linear_logp/triton_gemm.py` has it. Sums run in one order, whatever n, other
@@ -300,15 +284,9 @@ def fits_slot_attention(q: Tensor) -> bool:
 
 
 def slot_attention(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    lens: Tensor,
-    scale: float,
-    window: int | None,
-    new_k: Tensor | None = None,
-    new_v: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_slots: Tensor, v_slots: Tensor, lens: Tensor, scale: float, window: int | None,
+    new_k: Tensor | None = None, new_v: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One query token a sequence over its slot, float32; see `paged_attention/slots.py`. Last axes are contiguous.
 
     new_k, new_v [B, Hkv, D] are written to each sequence's last token first.

@@ -84,16 +84,15 @@ void row_partials(Strided<const float> z, bool lanes, Floats bias, float scale, 
 }
 
 void row_dlogits(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
-                 View<const int64_t, 1> target, View<const float, 1> lse, Floats grad,
-                 nb::ndarray<nb::ndim<2>, nb::device::cpu> d, bool half, int threads) {
+                 View<const int64_t, 1> target, View<const float, 1> lse, nb::ndarray<nb::ndim<2>, nb::device::cpu> d,
+                 bool half, int threads) {
     const macpo::Products from = products(z, lanes);
     const macpo::Head head = make_head(from, bias, scale, softcap);
     const macpo::Gradient to = gradient(from, d, half);
     check_targets(target, from.rows, from.vocab);
     need(lse.shape(0) == target.shape(0), "lse must be [N]");
-    need(!grad || grad->shape(0) == target.shape(0), "grad must be [N]");
     nb::gil_scoped_release unlocked;
-    macpo::row_dlogits(from, head, target.data(), lse.data(), grad ? grad->data() : nullptr, to, threads);
+    macpo::row_dlogits(from, head, target.data(), lse.data(), to, threads);
 }
 
 void row_logp_dlogits(Strided<const float> z, bool lanes, Floats bias, float scale, float softcap,
@@ -260,8 +259,8 @@ NB_MODULE(_native, m) {
           arg("scale"), arg("softcap"), arg("target").noconvert(), arg("top").noconvert(), arg("rest").noconvert(),
           arg("hit").noconvert(), arg("threads"));
     m.def("row_dlogits", &row_dlogits, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
-          arg("scale"), arg("softcap"), arg("target").noconvert(), arg("lse").noconvert(),
-          arg("grad").noconvert().none(), arg("d").noconvert(), arg("half"), arg("threads"));
+          arg("scale"), arg("softcap"), arg("target").noconvert(), arg("lse").noconvert(), arg("d").noconvert(),
+          arg("half"), arg("threads"));
     m.def("row_logp_dlogits", &row_logp_dlogits, arg("z").noconvert(), arg("lanes"), arg("bias").noconvert().none(),
           arg("scale"), arg("softcap"), arg("target").noconvert(), arg("logp").noconvert(), arg("lse").noconvert(),
           arg("d").noconvert(), arg("half"), arg("threads"));

@@ -46,9 +46,9 @@ MACPO_INLINE float slope(float y, const Head& head) {
 }
 
 // The gradient at the target, which is not minus a probability.
-float hit_gradient(float y, float lse, float factor, const Head& head) {
+float hit_gradient(float y, float lse, const Head& head) {
     const float d = 1.0f - exp_float(y - lse);
-    return (head.softcap > 0.0f ? d * slope(y, head) : d) * factor;
+    return (head.softcap > 0.0f ? d * slope(y, head) : d) * head.scale;
 }
 
 // A maximum and the sum of e^(y - maximum) so far; -inf counts as a shift of 0, so that there is no inf - inf.
@@ -114,10 +114,10 @@ MACPO_CLONES void top_and_sum(const float* y, int64_t count, float* top, double*
 }
 
 // Gradient of a run of tokens of one row, the target's apart.
-MACPO_CLONES void row_piece(const float* y, int64_t count, float lse, float factor, const Head& head, void* out,
-                            int64_t at, Format format) {
+MACPO_CLONES void row_piece(const float* y, int64_t count, float lse, const Head& head, void* out, int64_t at,
+                            Format format) {
     float d[kPiece];
-    const float minus = -factor, softcap = head.softcap;
+    const float minus = -head.scale, softcap = head.softcap;
     if (softcap > 0.0f) {
         for (int64_t i = 0; i < count; ++i) {
             const float t = y[i] / softcap;
@@ -131,7 +131,7 @@ MACPO_CLONES void row_piece(const float* y, int64_t count, float lse, float fact
 
 // As row_piece, for `count` tokens of all rows, where rows are lanes.
 MACPO_CLONES void lane_tokens(const Products& z, const Head& head, int64_t first, int64_t count, const float* lse,
-                              const float* factor, const Gradient& to) {
+                              const Gradient& to) {
     const int64_t rows = z.rows;
     const float scale = head.scale, softcap = head.softcap;
     const bool plain = is_plain(head);
@@ -142,7 +142,7 @@ MACPO_CLONES void lane_tokens(const Products& z, const Head& head, int64_t first
             const int64_t width = rows - row < kWidth ? rows - row : kWidth;
             const float* from = z.data + t * z.stride + row;
             if (plain) {
-                for (int64_t i = 0; i < width; ++i) d[i] = exp_float(from[i] - lse[row + i]) * -factor[row + i];
+                for (int64_t i = 0; i < width; ++i) d[i] = -exp_float(from[i] - lse[row + i]);
             } else {
                 some_lanes(from, bias, width, scale, softcap, y);
                 for (int64_t i = 0; i < width; ++i) d[i] = exp_float(y[i] - lse[row + i]);
@@ -152,7 +152,7 @@ MACPO_CLONES void lane_tokens(const Products& z, const Head& head, int64_t first
                         d[i] *= 1.0f - slope * slope;
                     }
                 }
-                for (int64_t i = 0; i < width; ++i) d[i] *= -factor[row + i];
+                for (int64_t i = 0; i < width; ++i) d[i] *= -scale;
             }
             store(d, width, to.data, t * to.stride + row, to.format);
         }
@@ -219,10 +219,9 @@ Running one_sums(const Products& z, const Head& head, int64_t row, int64_t skip)
 
 double one_lse(const Products& z, const Head& head, int64_t row) { return one_sums(z, head, row, -1).logsumexp(); }
 
-void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t target, float lse, float grad,
-                 const Gradient& d) {
+void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t target, float lse, const Gradient& d) {
     const float* from = z.data + row * z.stride;
-    const float hit = hit_gradient(logit_at(z, head, row, target), lse, head.scale * grad, head);
+    const float hit = hit_gradient(logit_at(z, head, row, target), lse, head);
     float buffer[kPiece];
     for (int64_t i = 0; i < z.vocab; i += kPiece) {
         const int64_t count = std::min(kPiece, z.vocab - i);
@@ -231,7 +230,7 @@ void one_dlogits(const Products& z, const Head& head, int64_t row, int64_t targe
             row_logits(from + i, head.bias ? head.bias + i : nullptr, count, head, buffer);
             y = buffer;
         }
-        row_piece(y, count, lse, head.scale * grad, head, d.data, row * d.stride + i, d.format);
+        row_piece(y, count, lse, head, d.data, row * d.stride + i, d.format);
     }
     store(&hit, 1, d.data, row * d.stride + target, d.format);
 }
@@ -277,17 +276,15 @@ void lanes_logp(const Products& z, const Head& head, const int64_t* target, floa
     for (int64_t row = 0; row < z.rows; ++row) store_logp(z, head, row, target[row], all[row].logsumexp(), logp, lse);
 }
 
-void lanes_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
-                   const Gradient& d, [[maybe_unused]] int threads) {
+void lanes_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const Gradient& d,
+                   [[maybe_unused]] int threads) {
     const int64_t n = z.rows;
-    std::vector<float> hits(static_cast<size_t>(n)), factors(static_cast<size_t>(n));
-    for (int64_t row = 0; row < n; ++row) {
-        factors[row] = head.scale * (grad ? grad[row] : 1.0f);
-        hits[row] = hit_gradient(logit_at(z, head, row, target[row]), lse[row], factors[row], head);
-    }
+    std::vector<float> hits(static_cast<size_t>(n));
+    for (int64_t row = 0; row < n; ++row)
+        hits[row] = hit_gradient(logit_at(z, head, row, target[row]), lse[row], head);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < z.vocab; t += kShort)
-        lane_tokens(z, head, t, std::min(kShort, z.vocab - t), lse, factors.data(), d);
+        lane_tokens(z, head, t, std::min(kShort, z.vocab - t), lse, d);
     for (int64_t row = 0; row < n; ++row) store(&hits[row], 1, d.data, target[row] * d.stride + row, d.format);
 }
 
@@ -318,24 +315,23 @@ void row_partials(const Products& z, const Head& head, const int64_t* target, fl
     for (int64_t row = 0; row < z.rows; ++row) store_sums(row, one_sums(z, head, row, target[row]));
 }
 
-void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
-                 const Gradient& d, int threads) {
-    if (z.lanes) return lanes_dlogits(z, head, target, lse, grad, d, threads);
+void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const Gradient& d,
+                 int threads) {
+    if (z.lanes) return lanes_dlogits(z, head, target, lse, d, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < z.rows; ++row)
-        one_dlogits(z, head, row, target[row], lse[row], grad ? grad[row] : 1.0f, d);
+    for (int64_t row = 0; row < z.rows; ++row) one_dlogits(z, head, row, target[row], lse[row], d);
 }
 
 void row_logp_dlogits(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse,
                       const Gradient& d, int threads) {
     if (z.lanes) {
         lanes_logp(z, head, target, logp, lse, threads);
-        return lanes_dlogits(z, head, target, lse, nullptr, d, threads);
+        return lanes_dlogits(z, head, target, lse, d, threads);
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < z.rows; ++row) {
         store_logp(z, head, row, target[row], one_lse(z, head, row), logp, lse);
-        one_dlogits(z, head, row, target[row], lse[row], 1.0f, d);
+        one_dlogits(z, head, row, target[row], lse[row], d);
     }
 }
 

@@ -34,9 +34,9 @@ void row_logp(const Products& z, const Head& head, const int64_t* target, float*
 void row_partials(const Products& z, const Head& head, const int64_t* target, float* top, float* rest, float* hit,
                   int threads);
 
-// d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap)^2) * scale, times grad [rows] where it is not null.
-void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const float* grad,
-                 const Gradient& d, int threads);
+// d logp / d z = (onehot - softmax(y)) * (1 - (y / softcap)^2) * scale.
+void row_dlogits(const Products& z, const Head& head, const int64_t* target, const float* lse, const Gradient& d,
+                 int threads);
 
 // Both; where rows are contiguous, a row's gradient follows its logsumexp while it is in cache.
 void row_logp_dlogits(const Products& z, const Head& head, const int64_t* target, float* logp, float* lse,

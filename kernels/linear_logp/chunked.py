@@ -51,15 +51,9 @@ def keeps(head: Head, needs: Needs, num_rows: int, chunk_rows: int) -> tuple[boo
 
 
 def backward(
-    head: Head,
-    hidden: Tensor,
-    target: Tensor,
-    lse_n: Tensor,
-    d_nv: Tensor | None,
-    grad_n: Tensor,
-    needs: Needs,
+    head: Head, hidden: Tensor, target: Tensor, lse_n: Tensor, d_nv: Tensor | None, grad_n: Tensor, needs: Needs,
     chunk_rows: int,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Gradients from grad_n [N] = d loss / d logp; d_nv is all rows' d where it was kept."""
     num_rows = hidden.shape[0]
     grads = Gradients(head, hidden, needs, whole=d_nv is not None)

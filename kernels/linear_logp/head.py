@@ -180,7 +180,9 @@ class Head:
         """Log-prob and logsumexp [n]; the epilogue route needs no buffer."""
         if self.route != "epilogue":
             z_nv = self.logits(hidden_nh, buffer)
-            return rows.logp(z_nv, target_n, self.row_bias, self.scale, self.softcap, backend=self.backend)
+            row_logp = rows.kernels(z_nv, self.backend).row_logp
+            logp_n, lse_n = row_logp(z_nv, target_n, self.row_bias, self.scale, self.softcap)
+            return logp_n, lse_n
         if self.backend == "native":
             return native.head_logp(hidden_nh, self.weight_vh, target_n, self.row_bias, self.scale)[:2]
         from macpo.kernels.linear_logp.triton_gemm import gemm_logp
@@ -215,7 +217,7 @@ class Head:
         """`differentiate` of one chunk by way of its logits; d is written to `out_nv` where that is given."""
         scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
         z_nv = self.logits(hidden_nh, buffer)
-        return Gradient(*rows.logp_dlogits_(z_nv, target_n, *scalars, out_nv, backend=self.backend))
+        return Gradient(*rows.kernels(z_nv, self.backend).row_logp_dlogits_(z_nv, target_n, *scalars, out_nv))
 
     def differentiate_again(self, hidden_nh: Tensor, target_n: Tensor, lse_n: Tensor, buffer: Tensor) -> Gradient:
         """The gradient of rows whose logsumexp an earlier pass found; perhaps in the buffer's memory."""
@@ -225,7 +227,8 @@ class Head:
 
     def dlogits_(self, z_nv: Tensor, target_n: Tensor, lse_n: Tensor, out_nv: Tensor | None = None) -> Tensor:
         scalars = self.row_bias, self.scale, self.softcap, self.weight_vh.dtype
-        return rows.dlogits_(z_nv, target_n, lse_n, *scalars, None, out_nv, backend=self.backend)
+        d_nv: Tensor = rows.kernels(z_nv, self.backend).row_dlogits_(z_nv, target_n, lse_n, *scalars, out_nv)
+        return d_nv
 
 
 class Gradients:

@@ -18,20 +18,10 @@ from macpo.kernels.linear_logp.scaling import scale_rows
 
 @torch.library.custom_op("macpo::linear_logp", mutates_args=())
 def linear_logp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    lora_scaling: float,
-    scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    backend: str,
-    needs: Sequence[bool],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, target: Tensor,
+    lora_scaling: float, scale: float, softcap: float | None, chunk_rows: int, backend: str, needs: Sequence[bool],
     route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probs [N], and for the backward: logsumexps [N], d W [N, H], d [N, V] ([V, N] where z is transposed).
 
     Raises:
@@ -61,24 +51,10 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("macpo::linear_logp_backward", mutates_args=())
 def linear_logp_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    dx: Tensor,
-    kept: Tensor,
-    lora_scaling: float,
-    scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    backend: str,
-    needs: Sequence[bool],
-    route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+    target: Tensor, lse: Tensor, dx: Tensor, kept: Tensor, lora_scaling: float, scale: float, softcap: float | None,
+    chunk_rows: int, backend: str, needs: Sequence[bool], route: str = "vendor",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight, bias and the LoRA's factors from grad [N] = d loss / d logp."""
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     wanted = Needs(*needs)

@@ -81,50 +81,24 @@ def linear_logp(
         head_of = shard_head(scaling, logit_scale, softcap, chosen_backend, shard)
         return sharded.linear_logp(head_of, hidden, weight, bias, a, b, target, shard, chunk_rows, needs)
     logp: Tensor = library.linear_logp(
-        hidden,
-        weight,
-        bias,
-        a,
-        b,
-        target,
-        float(scaling),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        chunk_rows,
-        chosen_backend,
-        needs,
-        chosen_route,
-    )[0]
+        hidden, weight, bias, a, b, target, float(scaling), float(logit_scale),
+        None if softcap is None else float(softcap), chunk_rows, chosen_backend, needs, chosen_route,
+    )[0]  # fmt: skip
     return logp
 
 
 def choose(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    lora: LoraLike | None,
-    chunk_rows: int | None,
-    backend: str | None,
-    route: str | None,
-    shard: VocabShard | None,
-) -> tuple[str, list[bool], str, int]:
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, lora: LoraLike | None,
+    chunk_rows: int | None, backend: str | None, route: str | None, shard: VocabShard | None,
+) -> tuple[str, list[bool], str, int]:  # fmt: skip
     """The backend, which of hidden, weight, bias and the LoRA's factors take gradient, the route, rows of a chunk."""
     chosen_backend = backend_of(op, hidden.device.type, backend)
     inputs = hidden, weight, bias, *((None, None) if lora is None else lora[:2])
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     chosen_route = route_of(
-        route,
-        chosen_backend,
-        hidden.device,
-        hidden.dtype,
-        score=not any(needs),
-        lora=lora is not None,
-        softcap=softcap is not None,
-        sharded=shard is not None,
-        contiguous=hidden.stride(1) == weight.stride(1) == 1,
-    )
+        route, chosen_backend, hidden.device, hidden.dtype, score=not any(needs), lora=lora is not None,
+        softcap=softcap is not None, sharded=shard is not None, contiguous=hidden.stride(1) == weight.stride(1) == 1,
+    )  # fmt: skip
     return chosen_backend, needs, chosen_route, rows_of_chunk(chunk_rows, weight, chosen_route, shard)
 
 
@@ -147,15 +121,9 @@ def shard_head(lora_scaling: float, scale: float, softcap: float | None, backend
 
 
 def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    lora: LoraLike | None = None,
-    shard: VocabShard | None = None,
-) -> None:
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None,
+    lora: LoraLike | None = None, shard: VocabShard | None = None,
+) -> None:  # fmt: skip
     """Raise ValueError where the inputs of a head operator do not fit together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"need hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")

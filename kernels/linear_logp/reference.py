@@ -22,15 +22,9 @@ def head_logits(
 
 
 def linear_logp(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:  # fmt: skip
     """hidden [N, H], weight [V, H], target [N] -> [N]; see `op.linear_logp`. Differentiable by autograd."""
     if lora is not None:
         a, b, scaling = lora

@@ -37,42 +37,30 @@ def row_partials(
 
 
 def row_logp_dlogits_(
-    z_nv: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logp_n, lse_n = z_nv.new_empty(z_nv.shape[0]), z_nv.new_empty(z_nv.shape[0])
     d_nv = _d_of(z_nv, dtype) if out is None else out
     for part in _blocks(z_nv):
         y_nv = _logits_(z_nv[part], bias_v, scale, softcap)
         logp_n[part], lse_n[part] = _logp_(y_nv.clone(), target_n[part])
-        _dlogits_(y_nv, target_n[part], lse_n[part], scale, softcap, None)
+        _dlogits_(y_nv, target_n[part], lse_n[part], scale, softcap)
         if d_nv is not z_nv:
             d_nv[part] = y_nv.to(dtype)  # by way of a temporary: source and result share memory
     return logp_n, lse_n, d_nv
 
 
 def row_dlogits_(
-    z_nv: Tensor,
-    target_n: Tensor,
-    lse_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-    grad_n: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:
+    z_nv: Tensor, target_n: Tensor, lse_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
+    dtype: torch.dtype, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Without `out`, float32 and float64 results overwrite z; 16-bit ones are written over the front of each row of
     z, or to a buffer of their own where z is the transposed view."""
     d_nv = _d_of(z_nv, dtype) if out is None else out
     for part in _blocks(z_nv):
         y_nv = _logits_(z_nv[part], bias_v, scale, softcap)
-        _dlogits_(y_nv, target_n[part], lse_n[part], scale, softcap, None if grad_n is None else grad_n[part])
+        _dlogits_(y_nv, target_n[part], lse_n[part], scale, softcap)
         if d_nv is not z_nv:
             d_nv[part] = y_nv.to(dtype)
     return d_nv
@@ -117,17 +105,13 @@ def _partials_(y_nv: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top_n, rest_n, hit_n
 
 
-def _dlogits_(
-    y_nv: Tensor, target_n: Tensor, lse_n: Tensor, scale: float, softcap: float | None, grad_n: Tensor | None
-) -> None:
+def _dlogits_(y_nv: Tensor, target_n: Tensor, lse_n: Tensor, scale: float, softcap: float | None) -> None:
     """(onehot - softmax) through softcap and scale, in place of the logits."""
     factor_nv = None if softcap is None else 1 - (y_nv / softcap).square()
     y_nv.sub_(lse_n[:, None]).exp_().neg_()
     y_nv[torch.arange(y_nv.shape[0], device=y_nv.device), target_n] += 1.0
     if factor_nv is not None:
         y_nv *= factor_nv
-    if grad_n is not None:
-        y_nv *= grad_n[:, None]
     if scale != 1.0:
         y_nv *= scale
 

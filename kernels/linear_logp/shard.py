@@ -155,7 +155,8 @@ class ShardHead(Head):
         return d_nv.scatter_(1, here.token_n[:, None], (own_n * slope_n)[:, None].to(d_nv.dtype))
 
     def _sums(self, z_nv: Tensor, token_n: Tensor) -> Sums:
-        return Sums(*rows.partials(z_nv, token_n, self.row_bias, self.scale, self.softcap, backend=self.backend))
+        partials = rows.kernels(z_nv, self.backend).row_partials
+        return Sums(*partials(z_nv, token_n, self.row_bias, self.scale, self.softcap))
 
 
 HeadOf = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], ShardHead]
@@ -164,17 +165,9 @@ HeadOf = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], ShardHe
 
 @torch.compiler.disable
 def linear_logp(
-    head_of: HeadOf,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    shard: VocabShard,
-    chunk_rows: int,
-    needs: list[bool],
-) -> Tensor:
+    head_of: HeadOf, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+    target: Tensor, shard: VocabShard, chunk_rows: int, needs: list[bool],
+) -> Tensor:  # fmt: skip
     """Log-probs [N]; `op.linear_logp` has checked everything but the targets."""
     library.check_target(target, shard.vocab)
     hidden, lora_a = shard.replicated(hidden), None if lora_a is None else shard.replicated(lora_a)
@@ -185,13 +178,7 @@ def linear_logp(
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        head_of: HeadOf,
-        target: Tensor,
-        chunk_rows: int,
-        needs: list[bool],
-        hidden: Tensor,
-        *weights: Any,
+        ctx: Any, head_of: HeadOf, target: Tensor, chunk_rows: int, needs: list[bool], hidden: Tensor, *weights: Any
     ) -> Tensor:
         logp_n, *kept = chunked.forward(head_of(*weights), hidden, target, chunk_rows, Needs(*needs))
         ctx.head_of, ctx.chunk_rows, ctx.needs = head_of, chunk_rows, needs

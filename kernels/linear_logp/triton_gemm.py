@@ -152,15 +152,9 @@ def gemm_logp_dlogits(
 
 
 def _gemm_logp(
-    hidden_nh: Tensor,
-    weight_vh: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    d_nv: Tensor | None,
-    tma: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
+    d_nv: Tensor | None, tma: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (num_rows, width), vocab, device = hidden_nh.shape, weight_vh.shape[0], hidden_nh.device
     if hidden_nh.dtype not in TRITON_NAMES or hidden_nh.stride(1) != 1 or weight_vh.stride(1) != 1:
         raise ValueError(

@@ -75,14 +75,9 @@ def row_partials(
 
 
 def row_logp_dlogits_(
-    z_nv: Tensor,
-    target_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
+    z_nv: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`row_logp`, and d logp / d z = (onehot - softmax) * d logit / d z in `dtype`; z's memory is consumed.
 
     d overwrites z: float32 entry by entry, 16 bits over the front of each row (row stride twice that of z). Where rows
@@ -97,23 +92,16 @@ def row_logp_dlogits_(
     num_rows, vocab, bias_v = _check(z_nv, bias_v)
     if _splits(num_rows, vocab)[2] > 1:
         logp_n, lse_n = row_logp(z_nv, target_n, bias_v, scale, softcap)
-        return logp_n, lse_n, row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, None, out)
+        return logp_n, lse_n, row_dlogits_(z_nv, target_n, lse_n, bias_v, scale, softcap, dtype, out)
     d_nv = _gradient_memory(z_nv, dtype, out, split=False)
     return *_whole_rows(z_nv, target_n, bias_v, d_nv, scale, softcap), d_nv
 
 
 def row_dlogits_(
-    z_nv: Tensor,
-    target_n: Tensor,
-    lse_n: Tensor,
-    bias_v: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-    grad_n: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """d logp / d z from the logsumexp of `row_logp`, times grad_n [N] where given; memory as in `row_logp_dlogits_`.
+    z_nv: Tensor, target_n: Tensor, lse_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
+    dtype: torch.dtype, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """d logp / d z from the logsumexp of `row_logp`; memory as in `row_logp_dlogits_`.
 
     Raises:
         ValueError: z is not float32 with contiguous columns, or dtype is not float32, bfloat16 or float16.
@@ -123,10 +111,8 @@ def row_dlogits_(
     d_nv = _gradient_memory(z_nv, dtype, out, split=num_splits > 1)
     if num_rows:
         row_dlogits_kernel[(num_rows, num_splits)](
-            z_nv, target_n.contiguous(), bias_v, lse_n.contiguous(),
-            lse_n if grad_n is None else grad_n.to(torch.float32).contiguous(), d_nv, z_nv.stride(0), d_nv.stride(0),
-            vocab, num_tiles, split_tiles, int(grad_n is not None), scale, softcap or 1.0, softcap is not None,
-            **TILE_META,
+            z_nv, target_n.contiguous(), bias_v, lse_n.contiguous(), d_nv, z_nv.stride(0), d_nv.stride(0), vocab,
+            num_tiles, split_tiles, scale, softcap or 1.0, softcap is not None, **TILE_META,
         )  # fmt: skip
     return d_nv
 
@@ -220,7 +206,7 @@ def aot_kernels() -> list[AotKernel]:
             for name in TRITON_NAMES.values():
                 d = {"p_d": f"*{name}", "stride_d": "i64"}
                 kernels.append(_aot(f"row_dlogits/{name}{tags}", row_logp_kernel, {**common, **results, **d}, meta))
-                known = {"p_lse": "*fp32", "p_grad": "*fp32", "split_tiles": "i32", "has_grad": "i32", **d}
+                known = {"p_lse": "*fp32", "split_tiles": "i32", **d}
                 kernels.append(_aot(f"dlogits/{name}{tags}", row_dlogits_kernel, {**common, **known}, meta))
     return kernels + triton_gemm.aot_kernels() + triton_join.aot_kernels() + triton_scale.aot_kernels()
 

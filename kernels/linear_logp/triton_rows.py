@@ -139,10 +139,10 @@ def combine_kernel(p_m, p_rest, p_y, p_logp, p_lse, num_rows, num_parts, BLOCK_N
     tl.store(p_lse + row_n, lse_n, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "split_tiles", "has_grad"])
+@triton.jit(do_not_specialize=["num_tiles", "split_tiles"])
 def row_dlogits_kernel(
-    p_z, p_target, p_bias, p_lse, p_grad, p_d, stride_z, stride_d, vocab, num_tiles, split_tiles, has_grad,
-    scale, softcap, CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    p_z, p_target, p_bias, p_lse, p_d, stride_z, stride_d, vocab, num_tiles, split_tiles, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one split of one row from its logsumexp, in one pass; in place as in `row_logp_kernel`.
 
@@ -151,7 +151,6 @@ def row_dlogits_kernel(
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     target = tl.load(p_target + row).to(tl.int32)
     lse = tl.load(p_lse + row)
-    grad = tl.load(p_grad + row, mask=has_grad != 0, other=1.0)
     begin = split * split_tiles
     end = tl.minimum(begin + split_tiles, num_tiles)
     LINE: tl.constexpr = BLOCK_R * BLOCK_C // 2 if CAPPED else BLOCK_R * BLOCK_C
@@ -162,7 +161,7 @@ def row_dlogits_kernel(
         tl.debug_barrier()
         y_c, slope_c = logit(z_c, scale, softcap, CAPPED)
         p_c = tl.exp(y_c - lse)
-        d_c = tl.where(col_c == target, 1.0 - p_c, -p_c) * (slope_c * grad)
+        d_c = tl.where(col_c == target, 1.0 - p_c, -p_c) * slope_c
         tl.store(p_d + row * stride_d + col_c, narrow(d_c, p_d.dtype.element_ty), mask=m_c)
 
 

@@ -24,17 +24,9 @@ FASTER: dict[tuple[int, str], Route] = {(9, "score"): "epilogue", (9, "loss"): "
 
 @torch.compiler.assume_constant_result
 def route_of(
-    route: str | None,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    score: bool,
-    lora: bool = False,
-    softcap: bool = False,
-    sharded: bool = False,
-    contiguous: bool = True,
-) -> str:
+    route: str | None, backend: str, device: torch.device, dtype: torch.dtype, *, score: bool, lora: bool = False,
+    softcap: bool = False, sharded: bool = False, contiguous: bool = True,
+) -> str:  # fmt: skip
     """Return the route of one call: the one asked for, else the faster one by the table.
 
     Raises:

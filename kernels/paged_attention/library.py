@@ -15,15 +15,9 @@ from macpo.kernels.paged_attention import torch_impl
 
 
 def run_paged_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    scale: float | None,
-    window: int | None,
-    backend: str | None,
-) -> Tensor:
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, scale: float | None,
+    window: int | None, backend: str | None,
+) -> Tensor:  # fmt: skip
     """Run `op.paged_attention` after its checks of shapes."""
     if context_lens.device.type == "cpu" and context_lens.numel():
         low, high = (int(value) for value in context_lens.aminmax())
@@ -59,15 +53,9 @@ def run_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Te
 
 @torch.library.custom_op("macpo::paged_attention", mutates_args=())
 def _paged_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    scale: float | None = None,
-    window: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, scale: float | None = None,
+    window: int | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     return run_paged_attention(q, k_pool, v_pool, block_table, context_lens, scale, window, backend)
 
 

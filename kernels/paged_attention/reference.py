@@ -7,15 +7,9 @@ from torch import Tensor
 
 
 def paged_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float | None = None,
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float | None = None,
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One query token a sequence against its paged keys and values; see `op.paged_attention`."""
     block_tokens, num_kv_heads, head_dim = k_pool.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale

@@ -11,15 +11,9 @@ from torch import Tensor
 
 
 def paged_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float | None = None,
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float | None = None,
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """q [B, Hq, D] -> [B, Hq, D]; see `op.paged_attention`."""
     batch, num_heads, _ = q.shape
     block_tokens, num_kv_heads, head_dim = k_pool.shape[1:]

@@ -192,16 +192,9 @@ def why_not(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> str:
 
 
 def paged_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    splits: int | None = None,
-) -> Tensor:
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float | None = None,
+    window: int | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
     """q [B, Hq, D] -> [B, Hq, D]; see `op.paged_attention`. `splits` overrides the count, for tests.
 
     Raises:

@@ -159,28 +159,15 @@ def pair_loss(head: Head, hidden: Tensor, target: Tensor, pairs: Pairs, needs: N
     plain_s, weighted_s = pairs.sums(logp_n, 0, len(pairs))
     return Result(
         loss=pairs.terms(plain_s, weighted_s, 0, len(pairs))[0].sum(),
-        sft_loss=sft(plain_s[0::2], pairs.lengths_s[0::2]).sum() / pairs.num_pairs,
-        logps=plain_s,
-        rewards=pairs.rewards(weighted_s),
-        grad_n=grad_n,
-        grads=grads,
-        grad_scale=grad_scale,
-    )
+        sft_loss=sft(plain_s[0::2], pairs.lengths_s[0::2]).sum() / pairs.num_pairs, logps=plain_s,
+        rewards=pairs.rewards(weighted_s), grad_n=grad_n, grads=grads, grad_scale=grad_scale,
+    )  # fmt: skip
 
 
 def _long_pair(
-    head: Head,
-    hidden: Tensor,
-    target: Tensor,
-    pairs: Pairs,
-    pair: int,
-    chunk_rows: int,
-    buffer: Tensor,
-    logp_n: Tensor,
-    grad_n: Tensor,
-    grads: Gradients,
-    grad_scale: float,
-) -> None:
+    head: Head, hidden: Tensor, target: Tensor, pairs: Pairs, pair: int, chunk_rows: int, buffer: Tensor,
+    logp_n: Tensor, grad_n: Tensor, grads: Gradients, grad_scale: float,
+) -> None:  # fmt: skip
     """Handle one pair in several chunks: log-probs of all its rows first, then their logits again."""
     rows = pairs.rows(pair, pair + 1)
     lse_n = torch.empty_like(logp_n)

@@ -31,29 +31,11 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 @torch.library.custom_op("macpo::pair_loss", mutates_args=())
 def pair_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    cu_rows: Tensor,
-    ref_logps: Tensor | None,
-    loss: str,
-    beta: float,
-    label_smoothing: float,
-    gamma: float | None,
-    ld_alpha: float | None,
-    sft_weight: float,
-    num_pairs: int,
-    lora_scaling: float,
-    scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    backend: str,
-    needs: Sequence[bool],
-    route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, target: Tensor,
+    cu_rows: Tensor, ref_logps: Tensor | None, loss: str, beta: float, label_smoothing: float, gamma: float | None,
+    ld_alpha: float | None, sft_weight: float, num_pairs: int, lora_scaling: float, scale: float, softcap: float | None,
+    chunk_rows: int, backend: str, needs: Sequence[bool], route: str = "vendor",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `Outputs` and `chunked.Result`.
 
     Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -38,12 +38,7 @@ class PairScores:
 
     def mean(self) -> PairScores:
         """The log-ratios per token."""
-        return PairScores(
-            self.chosen / self.chosen_tokens,
-            self.rejected / self.rejected_tokens,
-            self.chosen_tokens,
-            self.rejected_tokens,
-        )
+        return replace(self, chosen=self.chosen / self.chosen_tokens, rejected=self.rejected / self.rejected_tokens)
 
 
 @dataclass(frozen=True, slots=True)

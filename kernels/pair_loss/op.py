@@ -96,29 +96,11 @@ def pair_loss(
         )
         return _result(*shard_outputs[:4])
     outputs = library.pair_loss(
-        hidden,
-        weight,
-        bias,
-        a,
-        b,
-        target,
-        cu_rows,
-        ref_logps,
-        loss,
-        float(beta),
-        float(label_smoothing),
-        None if gamma is None else float(gamma),
-        None if ld_alpha is None else float(ld_alpha),
-        float(sft_weight),
-        num_pairs or batch,
-        float(scaling),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        chunk_rows,
-        chosen_backend,
-        needs,
-        chosen_route,
-    )
+        hidden, weight, bias, a, b, target, cu_rows, ref_logps, loss, float(beta), float(label_smoothing),
+        None if gamma is None else float(gamma), None if ld_alpha is None else float(ld_alpha), float(sft_weight),
+        num_pairs or batch, float(scaling), float(logit_scale), None if softcap is None else float(softcap), chunk_rows,
+        chosen_backend, needs, chosen_route,
+    )  # fmt: skip
     return _result(*outputs[:4])
 
 

@@ -13,24 +13,11 @@ from macpo.kernels.pair_loss.losses import LOSSES, LossSettings, PairScores
 
 
 def pair_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    cu_rows: Tensor,
-    ref_logps: Tensor | None = None,
-    *,
-    loss: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    gamma: float | None = None,
-    ld_alpha: float | None = None,
-    sft_weight: float = 0.0,
-    num_pairs: int | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    lora: LoraLike | None = None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, target: Tensor, cu_rows: Tensor, ref_logps: Tensor | None = None, *,
+    loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, gamma: float | None = None,
+    ld_alpha: float | None = None, sft_weight: float = 0.0, num_pairs: int | None = None, bias: Tensor | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None, lora: LoraLike | None = None,
+) -> Tensor:  # fmt: skip
     """The scalar loss of `op.pair_loss`, differentiable by autograd; a Python loop over pairs."""
     settings = LossSettings(loss, beta, label_smoothing, gamma, ld_alpha, sft_weight)
     logp = linear_logp(hidden, weight, target, bias=bias, logit_scale=logit_scale, softcap=softcap, lora=lora)

@@ -19,21 +19,10 @@ from macpo.kernels.pair_loss.losses import LossSettings
 
 @torch.compiler.disable
 def pair_loss(
-    head_of: HeadOf,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    cu_rows: Tensor,
-    ref_logps: Tensor | None,
-    settings: LossSettings,
-    num_pairs: int,
-    shard: VocabShard,
-    chunk_rows: int,
-    needs: list[bool],
-) -> library.Outputs:
+    head_of: HeadOf, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+    target: Tensor, cu_rows: Tensor, ref_logps: Tensor | None, settings: LossSettings, num_pairs: int,
+    shard: VocabShard, chunk_rows: int, needs: list[bool],
+) -> library.Outputs:  # fmt: skip
     """See `library.Outputs`; `op.pair_loss` has checked everything but targets and bounds."""
     bounds = chunked.check_bounds(cu_rows, hidden.shape[0])
     check_target(target, shard.vocab)
@@ -49,15 +38,9 @@ def pair_loss(
 class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        head_of: HeadOf,
-        target: Tensor,
-        pairs: chunked.Pairs,
-        chunk_rows: int,
-        needs: list[bool],
-        hidden: Tensor,
-        *weights: Any,
-    ) -> library.Outputs:
+        ctx: Any, head_of: HeadOf, target: Tensor, pairs: chunked.Pairs, chunk_rows: int, needs: list[bool],
+        hidden: Tensor, *weights: Any,
+    ) -> library.Outputs:  # fmt: skip
         out = chunked.pair_loss(head_of(*weights), hidden, target, pairs, Needs(*needs), chunk_rows)
         outputs = library.outputs_of(out, hidden)
         library.keep(ctx, needs, outputs)

@@ -72,12 +72,9 @@ def runs(segments: Segments) -> Runs:
     keys = torch.where(own_c < 0, prefix_start[first_r][run_c] + place_c, first_r[run_c] + own_c)
     device = segments.prefix_start.device
     return Runs(
-        keys.to(device),
-        cu_queries.to(device, torch.int32),
-        cu_keys.to(device, torch.int32),
-        int(lengths_r.max()),
+        keys.to(device), cu_queries.to(device, torch.int32), cu_keys.to(device, torch.int32), int(lengths_r.max()),
         int(keys_r.max()),
-    )
+    )  # fmt: skip
 
 
 def prefix_attention(
@@ -92,16 +89,8 @@ def prefix_attention(
     plan: Runs = segments.cached((q.device, "flash"), lambda: runs(segments.to(q.device)))
     # Indexed with brackets: the gradient of that sums a prompt's copies in a fixed order, index_select's does not.
     out: Any = flash_attn_varlen_func(
-        q,
-        k[plan.keys],
-        v[plan.keys],
-        plan.cu_queries,
-        plan.cu_keys,
-        plan.max_queries,
-        plan.max_keys,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
+        q, k[plan.keys], v[plan.keys], plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
+        softmax_scale=scale, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0),
         deterministic=True,
-    )
+    )  # fmt: skip
     return out

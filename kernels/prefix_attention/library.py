@@ -19,13 +19,9 @@ from macpo.kernels.prefix_attention.segments import Segments
 
 @torch.library.custom_op("macpo::prefix_attention_plan", mutates_args=())
 def make_plan(
-    prefix_start: Tensor,
-    prefix_end: Tensor,
-    segment_start: Tensor,
-    window: int | None,
-    head_dim: int,
+    prefix_start: Tensor, prefix_end: Tensor, segment_start: Tensor, window: int | None, head_dim: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """visible_3t, key_lists, query_lists, int32 (see `plan`): the segments as the kernels for these q, k, v want them.
 
     It does not take q itself, so that torch.compile merges the calls of a model's layers into one (where it also
@@ -79,17 +75,9 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("macpo::prefix_attention_backward", mutates_args=())
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    visible_3t: Tensor,
-    key_lists: Tensor,
-    query_lists: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, visible_3t: Tensor, key_lists: Tensor,
+    query_lists: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv by the Triton kernels."""
     from macpo.kernels.prefix_attention import triton_impl
 
@@ -116,15 +104,9 @@ forward.register_autograd(_differentiate, setup_context=_save)
 
 @torch.library.custom_op("macpo::prefix_attention_torch", mutates_args=())
 def torch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_start: Tensor,
-    prefix_end: Tensor,
-    segment_start: Tensor,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, prefix_start: Tensor, prefix_end: Tensor, segment_start: Tensor,
+    scale: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
     """The torch implementation; differentiable in q, k and v. The groups' borders are found from the segments."""
     segments = _segments(prefix_start, prefix_end, segment_start)
     return torch_impl.prefix_attention(q, k, v, segments, scale=scale, window=window).contiguous()
@@ -137,16 +119,9 @@ def _(q: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("macpo::prefix_attention_torch_backward", mutates_args=())
 def torch_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_start: Tensor,
-    prefix_end: Tensor,
-    segment_start: Tensor,
-    scale: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_start: Tensor, prefix_end: Tensor, segment_start: Tensor,
+    scale: float | None, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of the torch implementation, probabilities recomputed."""
     segments = _segments(prefix_start, prefix_end, segment_start)
     return torch_impl.gradients(do, q, k, v, segments, scale=scale, window=window)

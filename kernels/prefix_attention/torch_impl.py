@@ -56,15 +56,9 @@ def prefix_attention(
 
 
 def gradients(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    *,
-    scale: float | None = None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None,
     window: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, Hq, D], dk and dv [T, Hkv, D] for do [T, Hq, D], without autograd; inside in at least float32.
 
     A compiled graph calls this, because a custom operator cannot differentiate through its own forward.

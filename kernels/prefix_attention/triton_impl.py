@@ -93,18 +93,9 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    visible_3t: Tensor,
-    key_lists: Tensor,
-    query_lists: Tensor,
-    scale: float,
-    tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, visible_3t: Tensor, key_lists: Tensor,
+    query_lists: Tensor, scale: float, tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, Hq, D], dk and dv [T, Hkv, D] from do [T, Hq, D] and what `forward` took and gave.
 
     `query_lists` are `plan.block_lists(..., by_key=True)` with the dkv tile's block sizes.

@@ -52,24 +52,10 @@ def _check_keys(request_keys: Tensor, positions: Tensor) -> None:
 
 @torch.library.custom_op("macpo::sample", mutates_args=())
 def _sample(
-    logits: Tensor,
-    seed: Tensor,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    min_p: Tensor,
-    repetition_penalty: Tensor,
-    seen: Tensor | None,
-    request_keys: Tensor,
-    positions: Tensor,
-    penalised: bool,
-    greedy: bool,
-    any_greedy: bool,
-    top_ks: list[int],
-    any_top_p: bool,
-    any_min_p: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, seed: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor,
+    repetition_penalty: Tensor, seen: Tensor | None, request_keys: Tensor, positions: Tensor, penalised: bool,
+    greedy: bool, any_greedy: bool, top_ks: list[int], any_top_p: bool, any_min_p: bool, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     facts = {
         "penalised": penalised,
         "greedy": greedy,

@@ -62,18 +62,8 @@ def sample(
     if torch.compiler.is_compiling():
         facts = params.facts
         ids, raw, processed = torch.ops.macpo.sample(
-            logits,
-            *params.settings,
-            params.seen,
-            request_keys,
-            positions,
-            facts["penalised"],
-            facts["greedy"],
-            facts["any_greedy"],
-            list(facts["top_ks"]),
-            facts["top_p"],
-            facts["min_p"],
-            backend,
-        )
+            logits, *params.settings, params.seen, request_keys, positions, facts["penalised"], facts["greedy"],
+            facts["any_greedy"], list(facts["top_ks"]), facts["top_p"], facts["min_p"], backend,
+        )  # fmt: skip
         return ids, raw, processed
     return library.run_sample(logits, params, request_keys, positions, backend)

@@ -115,16 +115,9 @@ class SampleParams:
 
     @classmethod
     def of_checked(
-        cls,
-        seed: Tensor,
-        temperature: Tensor,
-        top_p: Tensor,
-        top_k: Tensor,
-        min_p: Tensor,
-        repetition_penalty: Tensor,
-        seen: Tensor | None,
-        facts: dict[str, Any],
-    ) -> SampleParams:
+        cls, seed: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, repetition_penalty: Tensor,
+        seen: Tensor | None, facts: dict[str, Any],
+    ) -> SampleParams:  # fmt: skip
         """Settings and facts of another SampleParams, which has checked them: no value is checked again."""
         made = cls.__new__(cls)
         made.seed, made.temperature, made.top_p, made.top_k = seed, temperature, top_p, top_k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,9 +177,10 @@ def test_gemms_are_counted(backend, trained, chunk_rows, gemms, monkeypatch):
         return lambda *args, **kw: seen.append(name) or fn(*args, **kw)
 
     monkeypatch.setattr(head_module, "product_", spy("logits", head_module.product_))
-    kernels = {name: getattr(rows, name) for name in ("logp", "logp_dlogits_", "dlogits_")}
-    for name, fn in kernels.items():
-        monkeypatch.setattr(rows, name, spy(name, fn))
+    module = rows.kernels(tensors["hidden"], backend)
+    kernels = {name: getattr(module, name) for name in ("row_logp", "row_logp_dlogits_", "row_dlogits_")}
+    spies = SimpleNamespace(**{name: spy(name, fn) for name, fn in kernels.items()})
+    monkeypatch.setattr(rows, "kernels", lambda *_: spies)
     mm, add = torch.mm, head_module.add_product_
     monkeypatch.setattr(torch, "mm", lambda a, b, **kw: (a.shape[1] == 19 and seen.append("dx")) or mm(a, b, **kw))
 

@@ -73,16 +73,13 @@ def test_rows_equal_float64(backend, rows, monkeypatch, num_rows, vocab, head, s
     assert torch.equal(z, kept)
     assert_close(got[0], logp, torch.float32, "logp")
     assert_close(got[1], lse, torch.float32, "lse")
-    grad = torch.linspace(-1, 2, num_rows, device=DEVICE)
     for dtype in (torch.float32, *LOW):
         again, lse_again, fused = rows.row_logp_dlogits_(z.clone(), target, bias, scale, softcap, dtype)
         assert torch.equal(again, got[0]) and torch.equal(lse_again, got[1])
         assert fused.dtype == dtype and fused.shape == z.shape
         assert_close(fused, d, dtype, "fused d")
-        known = rows.row_dlogits_(z.clone(), target, got[1], bias, scale, softcap, dtype, None)
+        known = rows.row_dlogits_(z.clone(), target, got[1], bias, scale, softcap, dtype)
         assert_close(known, d, dtype, "d from lse")
-        scaled = rows.row_dlogits_(z.clone(), target, got[1], bias, scale, softcap, dtype, grad)
-        assert_close(scaled, d * grad[:, None], dtype, "scaled d")
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
@@ -102,7 +99,7 @@ def test_nothing_outside_the_rows_is_read_or_written(backend, rows, monkeypatch,
             assert_close(fused, d, dtype, "fused d")
             inner.copy_(z)
             assert_close(rows.row_logp(inner, target, bias, scale, softcap)[0], logp, torch.float32, "logp")
-            known = rows.row_dlogits_(inner, target, lse, bias, scale, softcap, dtype, None)
+            known = rows.row_dlogits_(inner, target, lse, bias, scale, softcap, dtype)
             assert_close(known, d, dtype, "d from lse")
             in_place = dtype == torch.float32 or few_rows == 0
             assert in_place == (known.untyped_storage().data_ptr() == inner.untyped_storage().data_ptr())
@@ -118,7 +115,7 @@ def test_16_bits_over_their_own_float32_row_lose_nothing(backend, rows, monkeypa
         _, _, low = rows.row_logp_dlogits_(z.clone(), target, None, scale, softcap, dtype)
         assert low.stride() == (2 * z.shape[1], 1)
         assert torch.equal(low, wide.to(dtype))
-        known = rows.row_dlogits_(z.clone(), target, lse, None, scale, softcap, dtype, None)
+        known = rows.row_dlogits_(z.clone(), target, lse, None, scale, softcap, dtype)
         assert_close(known, wide, dtype)
 
 
@@ -146,7 +143,7 @@ def test_peculiar_rows(backend, rows, monkeypatch, split):
     z, target = peculiar_rows()
     logp, lse, d = exact(z, target, None, 1.0, None)
     got, got_lse, fused = rows.row_logp_dlogits_(z.clone(), target, None, 1.0, None, torch.float32)
-    known = rows.row_dlogits_(z.clone(), target, got_lse, None, 1.0, None, torch.float32, None)
+    known = rows.row_dlogits_(z.clone(), target, got_lse, None, 1.0, None, torch.float32)
     assert (got <= 0).all() and (got_lse >= z.max(dim=1).values).all()
     assert got[6] == float("-inf")
     torch.testing.assert_close(got_lse.double(), lse, rtol=TOLERANCE[torch.float32], atol=0)
