@@ -54,12 +54,7 @@ class ModelCache:
         return tuple(self._bases)
 
     def policy(
-        self,
-        ref: PolicyRef,
-        tuning: LoraSettings | FullSettings | None = None,
-        *,
-        seed: int = 0,
-        spread: bool = False,
+        self, ref: PolicyRef, tuning: LoraSettings | FullSettings | None = None, *, seed: int = 0, spread: bool = False
     ) -> PolicyModule:
         """A policy to use (tuning None) or to train.
 

@@ -59,11 +59,7 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
 
 
 def _problem(
-    path: tuple[str, ...],
-    found: list[tuple[_Spot, Mapping[str, Any]]],
-    model: type[BaseModel],
-    root: Node,
-    file: str,
+    path: tuple[str, ...], found: list[tuple[_Spot, Mapping[str, Any]]], model: type[BaseModel], root: Node, file: str
 ) -> Problem:
     spot, detail = found[0]
     where = spot.node.file or file, spot.node.line, ".".join(path)

@@ -63,13 +63,7 @@ class Checkpoint:
 
 
 def save(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    *,
-    world: World,
-    keep: int = KEEP,
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, world: World, keep: int = KEEP
 ) -> Path:
     """Write `folder/step-XXXXXXXX` atomically, then delete all but the newest `keep`; collective.
 

@@ -224,10 +224,7 @@ class _Stage:
                 return stats
             self.optimizer.zero()  # including what a partial backward has accumulated
             self.budget.shrink(
-                f"step {step + 1}",
-                micro.batch,
-                self._names(micro.batch.groups),
-                collective=self.policy.collective,
+                f"step {step + 1}", micro.batch, self._names(micro.batch.groups), collective=self.policy.collective
             )
             failures += 1
 
@@ -371,11 +368,7 @@ class _NoLog:
 
 
 def fingerprint(
-    groups: Sequence[PrefixGroup],
-    settings: OptimSettings,
-    objective: str,
-    seed: int,
-    shapes: Mapping[str, list[int]],
+    groups: Sequence[PrefixGroup], settings: OptimSettings, objective: str, seed: int, shapes: Mapping[str, list[int]]
 ) -> str:
     """SHA-256 of everything that further training depends on, except the checkpoint's own weights."""
     # save interval and spike handling do not change what is trained
