@@ -239,9 +239,8 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             model: Any = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, ImportError) as error:
         why = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"no causal LM can be built from the config ({why})", "use one that transformers knows"
-        ) from None
+        fix = "use one that transformers knows"
+        raise ConfigError(f"no causal LM can be built from the config ({why})", fix) from None
     assert isinstance(model, PreTrainedModel)
     return model
 

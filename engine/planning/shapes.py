@@ -53,9 +53,8 @@ def config_of(model: str) -> PretrainedConfig:
     shape = _SHAPES.get(model.lower())
     if shape is None:
         if not Path(model).expanduser().is_dir() and "/" not in model:
-            raise ConfigError(
-                f"there is no shape and no folder {model!r}", f"name a folder or one of {', '.join(NAMES)}"
-            )
+            fix = f"name a folder or one of {', '.join(NAMES)}"
+            raise ConfigError(f"there is no shape and no folder {model!r}", fix)
         folder = local_folder(model)
         read_json_object(folder / "config.json")
         found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

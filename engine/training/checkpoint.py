@@ -140,11 +140,8 @@ def load_latest(folder: Path, *, world: World, like: Mapping[str, Tensor]) -> Ch
                 _log.warning("skipping checkpoint %s: %s", name, error)
     with agreed(world):
         if reasons and world.is_main:
-            raise IntegrityError(
-                f"no checkpoint verifies ({'; '.join(reasons)})",
-                "restore the folder from a copy, or delete it to train this stage again",
-                file=str(folder),
-            )
+            fix = "restore the folder from a copy, or delete it to train this stage again"
+            raise IntegrityError(f"no checkpoint verifies ({'; '.join(reasons)})", fix, file=folder)
     return None
 
 
@@ -213,9 +210,7 @@ def _commit(temporary: Path, final: Path, keep: int) -> None:
 
 
 def _not_shared(folder: Path, what: str) -> ConfigError:
-    return ConfigError(
-        f"ranks see different checkpoints: {what}", "put the run folder on a shared disk", file=str(folder)
-    )
+    return ConfigError(f"ranks see different checkpoints: {what}", "put the run folder on a shared disk", file=folder)
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -287,11 +282,9 @@ class _Manifest:
         for name in sorted({*wanted, *self.tensors}):
             if wanted.get(name) != self.tensors.get(name):
                 has, needs = (_described(each.get(name)) for each in (self.tensors, wanted))
-                raise ConfigError(
-                    f"the checkpoint belongs to other weights: it has {has} for {name}, the model {needs}",
-                    "delete the folder to train again, or restore what it was started with",
-                    file=str(folder),
-                )
+                problem = f"the checkpoint belongs to other weights: it has {has} for {name}, the model {needs}"
+                fix = "delete the folder to train again, or restore what it was started with"
+                raise ConfigError(problem, fix, file=folder)
 
 
 def _described(entry: Mapping[str, Any] | None) -> str:
@@ -300,11 +293,9 @@ def _described(entry: Mapping[str, Any] | None) -> str:
 
 def _other_schema(folder: Path, schema: object) -> IntegrityError:
     newer = not isinstance(schema, int) or schema > SCHEMA
-    return IntegrityError(
-        f"{folder.name} has checkpoint schema {schema}, this version reads {SCHEMA}",
-        f"{'upgrade' if newer else 'install the older'} macpo, or delete the folder to train again",
-        file=str(folder.parent),
-    )
+    problem = f"{folder.name} has checkpoint schema {schema}, this version reads {SCHEMA}"
+    fix = f"{'upgrade' if newer else 'install the older'} macpo, or delete the folder to train again"
+    return IntegrityError(problem, fix, file=folder.parent)
 
 
 def _load(path: Path, world: World, like: Mapping[str, Tensor]) -> Checkpoint:

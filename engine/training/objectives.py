@@ -90,9 +90,8 @@ class _Preference:
 
     def check(self, groups: Sequence[PrefixGroup]) -> None:
         if self.ref_logps is not None and len(groups) != self.ref_logps.shape[0]:
-            raise DataError(
-                f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", "score the same pairs"
-            )
+            fix = "score the same pairs"
+            raise DataError(f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", fix)
         for index, group in enumerate(groups):
             group.check(f"pair {index}")
             if len(group.responses) != 2:
@@ -147,7 +146,6 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
     if ref_logps is None:
         return _Preference(settings, None)
     if ref_logps.dim() != 2 or ref_logps.shape[1] != 2:
-        raise DataError(
-            f"reference log-probs of shape {list(ref_logps.shape)}", "give one (chosen, rejected) row a pair"
-        )
+        fix = "give one (chosen, rejected) row a pair"
+        raise DataError(f"reference log-probs of shape {list(ref_logps.shape)}", fix)
     return _Preference(settings, ref_logps.detach().to("cpu", torch.float32).contiguous())

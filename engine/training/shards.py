@@ -148,10 +148,8 @@ def share_of(tensors: Mapping[str, Tensor], world: World) -> Share:
             holders[key].append(rank)
     for name, tensor in tensors.items():
         if held[name] != tensor.numel():
-            raise IntegrityError(
-                f"the ranks together hold {held[name]:,} of the {tensor.numel():,} elements of {name}",
-                "save the same tensors on every rank",
-            )
+            problem = f"the ranks together hold {held[name]:,} of the {tensor.numel():,} elements of {name}"
+            raise IntegrityError(problem, "save the same tensors on every rank")
     sizes = {key: box.num_elements * tensors[key[0]].element_size() for key, (box, _) in seen.items()}
     load = [0] * world.size
     mine = {}
@@ -211,7 +209,7 @@ def read_back(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box
             got = bytearray(block.numel())
             num_read = file.readinto(got)
             if num_read != len(got) or not torch.equal(torch.frombuffer(got, dtype=torch.uint8), block):
-                raise IntegrityError("the disk gives back other bytes than were written", "check it", file=str(path))
+                raise IntegrityError("the disk gives back other bytes than were written", "check it", file=path)
             digest.update(got)
         num_bytes = file.tell()
     pieces = {name: [boxes[name].start, boxes[name].shape] for name in sorted(boxes)}
