@@ -278,17 +278,14 @@ class _Manifest:
 
     def check_fits(self, like: Mapping[str, Tensor], folder: Path) -> None:
         """Raise ConfigError, naming a tensor, if the saved tensors differ from `like`."""
-        wanted = {name: {"dtype": code_of(name, t), "shape": list(t.shape)} for name, t in like.items()}
-        for name in sorted({*wanted, *self.tensors}):
-            if wanted.get(name) != self.tensors.get(name):
-                has, needs = (_described(each.get(name)) for each in (self.tensors, wanted))
+        saved = {name: f"{entry['dtype']} {entry['shape']}" for name, entry in self.tensors.items()}
+        wanted = {name: f"{code_of(name, t)} {list(t.shape)}" for name, t in like.items()}
+        for name in sorted({*wanted, *saved}):
+            has, needs = (each.get(name, "nothing") for each in (saved, wanted))
+            if has != needs:
                 problem = f"the checkpoint belongs to other weights: it has {has} for {name}, the model {needs}"
                 fix = "delete the folder to train again, or restore what it was started with"
                 raise ConfigError(problem, fix, file=folder)
-
-
-def _described(entry: Mapping[str, Any] | None) -> str:
-    return "nothing" if entry is None else f"{entry['dtype']} {entry['shape']}"
 
 
 def _other_schema(folder: Path, schema: object) -> IntegrityError:
