@@ -89,16 +89,12 @@ def require_free(path: Path, needed_bytes: int, what: str) -> None:
 
 def fsync_dir(path: Path) -> None:
     """Make renames and new names inside the folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync_file(path, os.O_DIRECTORY)
 
 
-def fsync_file(path: Path) -> None:
+def fsync_file(path: Path, flags: int = 0) -> None:
     """Make the content of a file that other code wrote durable."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(fd)
     finally:

@@ -106,14 +106,9 @@ class _Preference:
 
         def reduce(rows: Tensor, head: Head, batch: PackedBatch) -> tuple[Tensor, Tensor]:
             out = pair_loss(rows, head, batch, ref_logps, num_pairs=total, **options)
-            num_pairs = len(batch.groups)
+            pairs = len(batch.groups)
             per_pair = (out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.rejected_rewards)
-            sums = [
-                *(x.sum() for x in per_pair),
-                out.margin * num_pairs,
-                out.accuracy * num_pairs,
-                out.sft_loss * total,
-            ]
+            sums = [*(x.sum() for x in per_pair), out.margin * pairs, out.accuracy * pairs, out.sft_loss * total]
             return out.loss, torch.stack(sums).detach().float()
 
         return policy(batch, reduce)
@@ -137,12 +132,9 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
         DataError: `ref_logps` has another shape, is missing, or is given for a loss without a reference.
     """
     if (ref_logps is not None) != settings.has_reference:
-        raise DataError(
-            f"the loss {settings.loss!r} "
-            + ("needs" if settings.has_reference else "takes no")
-            + " reference log-probs",
-            "score the pairs with the reference policy for the losses that have one",
-        )
+        needs = "needs" if settings.has_reference else "takes no"
+        fix = "score the pairs with the reference policy for the losses that have one"
+        raise DataError(f"the loss {settings.loss!r} {needs} reference log-probs", fix)
     if ref_logps is None:
         return _Preference(settings, None)
     if ref_logps.dim() != 2 or ref_logps.shape[1] != 2:
