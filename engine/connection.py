@@ -117,9 +117,8 @@ class Connection:
         if code in (401, 403):
             return ConfigError(f"{self.base_url} refuses the key (HTTP {code})", f"check {self.api_key_env}")
         said = self._said(error) if code in (400, 404, 422) else ""
-        return PeerError(
-            f"{self.base_url} answers HTTP {code}{said and ': '}{said}", "check base_url and the model's name"
-        )
+        fix = "check base_url and the model's name"
+        return PeerError(f"{self.base_url} answers HTTP {code}{said and ': '}{said}", fix)
 
     def _said(self, error: Any) -> str:
         """The server's own message in one line, or empty."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,15 @@ class MacpoError(Exception):
 
     code = 1
 
+    def __init_subclass__(cls, code: int | None = None) -> None:
+        cls.code = cls.code if code is None else code
+
     def __init__(
         self,
         message: str = "",
         fix: str = "",
         *,
-        file: str = "",
+        file: str | Path = "",
         line: int | None = None,
         field: str = "",
         problems: Sequence[Problem] | None = None,
@@ -59,49 +63,33 @@ def _rebuild(kind: type[MacpoError], problems: tuple[Problem, ...]) -> MacpoErro
     return kind(problems=problems)
 
 
-class ConfigError(MacpoError):
+class ConfigError(MacpoError, code=2):
     """The recipe or the command line is wrong."""
 
-    code = 2
 
-
-class DataError(MacpoError):
+class DataError(MacpoError, code=3):
     """An input row or file cannot be used."""
 
-    code = 3
 
-
-class ResourceError(MacpoError):
+class ResourceError(MacpoError, code=4):
     """Not enough disk or memory."""
 
-    code = 4
 
-
-class IntegrityError(MacpoError):
+class IntegrityError(MacpoError, code=5):
     """Something written earlier no longer verifies."""
 
-    code = 5
 
-
-class NumericsError(MacpoError):
+class NumericsError(MacpoError, code=6):
     """A loss or gradient is not finite."""
 
-    code = 6
 
-
-class Again(ResourceError):
+class Again(ResourceError, code=76):
     """This attempt cannot continue, but the next one can: a launcher restarts the job at once."""
 
-    code = 76
 
-
-class PeerError(MacpoError):
+class PeerError(MacpoError, code=7):
     """Another process of the job failed or hangs."""
 
-    code = 7
 
-
-class Stopped(MacpoError):
+class Stopped(MacpoError, code=75):
     """Stopped on request; the same command resumes."""
-
-    code = 75

@@ -45,11 +45,8 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None, needed_b
         needs = f", {needed_bytes:,} bytes needed" if needed_bytes is not None else ""
         free = free_bytes(Path(where)) if where else None
         has = f", {free:,} bytes free" if free is not None else ""
-        return ResourceError(
-            f"no space to write it ({error.strerror}){needs}{has}",
-            "free space or raise the quota, then run the same command again",
-            file=where,
-        )
+        fix = "free space or raise the quota, then run the same command again"
+        return ResourceError(f"no space to write it ({error.strerror}){needs}{has}", fix, file=where)
     if error.errno in _GONE_MEMORY:
         return ResourceError(error.strerror or str(error), "close other programs or lower compute.jobs", file=where)
     if error.errno in _DENIED:
@@ -86,25 +83,18 @@ def require_free(path: Path, needed_bytes: int, what: str) -> None:
     """Raise ResourceError (4) with both numbers if `needed_bytes` do not fit on the file system of `path`."""
     free = free_bytes(path)
     if free is not None and free < needed_bytes:
-        raise ResourceError(
-            f"{what} needs {needed_bytes:,} bytes, {free:,} bytes free",
-            "free space or choose another folder",
-            file=str(path),
-        )
+        fix = "free space or choose another folder"
+        raise ResourceError(f"{what} needs {needed_bytes:,} bytes, {free:,} bytes free", fix, file=path)
 
 
 def fsync_dir(path: Path) -> None:
     """Make renames and new names inside the folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync_file(path, os.O_DIRECTORY)
 
 
-def fsync_file(path: Path) -> None:
+def fsync_file(path: Path, flags: int = 0) -> None:
     """Make the content of a file that other code wrote durable."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(fd)
     finally:
@@ -160,11 +150,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"invalid JSON at column {error.colno}: {error.msg}", "repair the file", file=str(path), line=error.lineno
-        ) from None
+        problem = f"invalid JSON at column {error.colno}: {error.msg}"
+        raise DataError(problem, "repair the file", file=path, line=error.lineno) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=str(path)) from None
+        raise DataError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=path) from None
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
@@ -200,9 +189,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
             try:
                 line = next(lines, b"")
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise DataError(
-                    f"damaged gzip: {error}", "fetch or pack it again", file=name, line=number + 1
-                ) from None
+                fix = "fetch or pack it again"
+                raise DataError(f"damaged gzip: {error}", fix, file=name, line=number + 1) from None
             if not line:
                 return
             number += 1
@@ -224,9 +212,8 @@ def _parse_line(raw: bytes, name: str, number: int, start: int) -> dict[str, Any
         raise fail(f"invalid UTF-8 at byte {offset} of the file", "save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         if not raw.endswith(b"\n"):
-            raise fail(
-                f"the last line is truncated at column {len(text) + 1}", "fetch the file again or delete that line"
-            ) from None
+            why = f"the last line is truncated at column {len(text) + 1}"
+            raise fail(why, "fetch the file again or delete that line") from None
         raise fail(f"invalid JSON at column {error.colno}: {error.msg}", "write one JSON object a line") from None
     except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits, absurd nesting
         raise fail(f"unusable JSON: {str(error)[:100]}", "write finite numbers and plain objects") from None
@@ -269,18 +256,16 @@ def _dumps(value: Any, name: str, line: int | None, indent: int | None = None) -
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError as error:
-        raise NumericsError(
-            f"a value is not a finite number ({error})", "find the step that made it", file=name, line=line
-        ) from None
+        fix = "find the step that made it"
+        raise NumericsError(f"a value is not a finite number ({error})", fix, file=name, line=line) from None
 
 
 def _utf8(text: str, name: str, line: int | None = None) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"lone surrogate U+{ord(text[error.start]):04X} in the text", "remove it", file=name, line=line
-        ) from None
+        problem = f"lone surrogate U+{ord(text[error.start]):04X} in the text"
+        raise DataError(problem, "remove it", file=name, line=line) from None
 
 
 class Appender:
@@ -366,11 +351,8 @@ def probe_writable(folder: str | os.PathLike[str]) -> None:
     except OSError as error:
         if error.errno in _FULL:
             raise explain(error, folder, 3072) from error
-        raise ConfigError(
-            f"cannot write into the output folder: {error.strerror}",
-            "choose a folder that can be written",
-            file=str(folder),
-        ) from error
+        fix = "choose a folder that can be written"
+        raise ConfigError(f"cannot write into the output folder: {error.strerror}", fix, file=folder) from error
 
 
 def remove_parts(folder: Path) -> None:
@@ -386,7 +368,7 @@ def remove_tree(path: Path, inside: Path) -> None:
     if path.parent.resolve() / path.name == inside.resolve() or not path.parent.resolve().is_relative_to(
         inside.resolve()
     ):
-        raise IntegrityError(f"refuses to delete outside {inside}", "delete it by hand", file=str(path))
+        raise IntegrityError(f"refuses to delete outside {inside}", "delete it by hand", file=path)
     with explained(path):
         if path.is_symlink() or path.is_file():
             path.unlink()

@@ -123,9 +123,7 @@ def _hand_out(
 def _halves(micro: MicroBatch, groups: Sequence[PrefixGroup], together: bool) -> list[MicroBatch]:
     tokens = micro.batch.num_tokens
     if together or len(micro.batch.groups) == 1:
-        raise ResourceError(
-            f"a forward of {tokens} tokens does not fit in memory",
-            "lower compute.score_tokens" if len(micro.batch.groups) > 1 else "lower context_tokens or share the model",
-        )
+        fix = "lower compute.score_tokens" if len(micro.batch.groups) > 1 else "lower context_tokens or share the model"
+        raise ResourceError(f"a forward of {tokens} tokens does not fit in memory", fix)
     free_memory()
     return [MicroBatch(batch) for batch in pack(groups, max_tokens=tokens // 2, indices=micro.batch.groups)]

@@ -36,7 +36,7 @@ def runner(config: Path) -> Callable[..., None]:
     kind = written or "macpo"
     if kind not in found:
         said, fix = f"no package runs recipes of kind {kind!r}", f"use {' or '.join(sorted(found))}"
-        raise ConfigError(said, fix, file=str(config), line=line, field="recipe")
+        raise ConfigError(said, fix, file=config, line=line, field="recipe")
     return found[kind].load()
 
 

@@ -74,11 +74,8 @@ class Chat:
         self.template = template_text(tokenizer, template)
         self._eos_text = eos_token if eos_token is not None else tokenizer.eos_token
         if self._eos_text is None:
-            raise ConfigError(
-                "the tokenizer has no EOS token, so no answer could ever end",
-                "set eos_token to the text of a token that ends an answer",
-                field="eos_token",
-            )
+            fix = "set eos_token to the text of a token that ends an answer"
+            raise ConfigError("the tokenizer has no EOS token, so no answer could ever end", fix, field="eos_token")
         if template == "chatml":
             for marker in ("<|im_start|>", "<|im_end|>"):
                 self._single_id(marker, "template", "use a template of plain text such as vicuna, or add the token")
@@ -143,11 +140,8 @@ class Chat:
         if long_prompt == "drop":
             return None
         if long_prompt == "error":
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, {max_prompt_tokens} fit: {messages[-1]['content'][:60]!r}",
-                "raise context_tokens, or set long_prompt to truncate or drop",
-                field="prompt",
-            )
+            problem = f"the prompt has {len(prompt)} tokens, {max_prompt_tokens} fit: {messages[-1]['content'][:60]!r}"
+            raise DataError(problem, "raise context_tokens, or set long_prompt to truncate or drop", field="prompt")
         kept_bos = prompt[:1] if prompt[0] == self.bos_id else []
         return kept_bos + prompt[len(prompt) - (max_prompt_tokens - len(kept_bos)) :]
 
@@ -242,15 +236,12 @@ class Chat:
                 date_string=_DATE,
             )
         except Exception as problem:  # templates raise whatever they like; the person gets the template's own words
-            raise DataError(
-                f"the chat template refuses this dialogue: {one_line(problem)}",
-                "change the dialogue's roles, or set template to vicuna, chatml, plain or a jinja file",
-                field="template",
-            ) from problem
+            why = f"the chat template refuses this dialogue: {one_line(problem)}"
+            fix = "change the dialogue's roles, or set template to vicuna, chatml, plain or a jinja file"
+            raise DataError(why, fix, field="template") from problem
         if len(text) > MAX_RENDERED_CHARS + 4 * sum(len(m["content"]) for m in messages):
-            raise ConfigError(
-                f"the chat template wrote {len(text)} characters", "use another template", field="template"
-            )
+            fix = "use another template"
+            raise ConfigError(f"the chat template wrote {len(text)} characters", fix, field="template")
         return str(text)
 
     def _probe(self) -> str:
@@ -259,9 +250,8 @@ class Chat:
             return within(PROBE_SECONDS, lambda: self._render([{"role": "user", "content": _PROBE}]))
         except (DataError, TimeoutError) as problem:
             said = problem.problems[0].message if isinstance(problem, DataError) else "the chat template does not end"
-            raise ConfigError(
-                said, "set template to vicuna, chatml, plain or a jinja file", field="template"
-            ) from problem
+            fix = "set template to vicuna, chatml, plain or a jinja file"
+            raise ConfigError(said, fix, field="template") from problem
 
     def _probe_answer(self) -> tuple[str, int | None]:
         """(white space between generation prefix and response, id of the special token that ends the turn)."""
@@ -326,11 +316,8 @@ class Chat:
             return self._encode(text)
         if self.special_text == "error":
             found = self._control_re.search(text)
-            raise DataError(
-                f"the text spells the special token {found.group() if found else text[:40]!r}",
-                "remove it from the data, or set special_text to plain",
-                field="special_text",
-            )
+            problem = f"the text spells the special token {found.group() if found else text[:40]!r}"
+            raise DataError(problem, "remove it from the data, or set special_text to plain", field="special_text")
         ids = self._encode(text, as_data=True)
         if self._control_ids.isdisjoint(ids):
             return ids
@@ -344,11 +331,8 @@ class Chat:
                 part = [i for bit in cut for i in self._encode(bit, as_data=True)]
             ids += part
         if not self._control_ids.isdisjoint(ids):
-            raise DataError(
-                f"the tokenizer makes a special token of ordinary text: {text[:60]!r}",
-                "remove it from the data, or use another tokenizer",
-                field="special_text",
-            )
+            problem = f"the tokenizer makes a special token of ordinary text: {text[:60]!r}"
+            raise DataError(problem, "remove it from the data, or use another tokenizer", field="special_text")
         return ids
 
     def _cut(self, text: str) -> list[str]:
@@ -394,6 +378,5 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         fix = "check the path; without a network download the model first and give its folder"
         if "trust_remote_code" in str(problem):
             fix = "use a model without code of its own, or set trust_remote_code if you trust its authors"
-        raise ConfigError(
-            f"no tokenizer loads from {str(path)!r}: {one_line(problem)}", fix, field="model"
-        ) from problem
+        why = f"no tokenizer loads from {str(path)!r}: {one_line(problem)}"
+        raise ConfigError(why, fix, field="model") from problem

@@ -132,5 +132,5 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
         try:
             records.append(kind.from_json(row))
         except (KeyError, TypeError) as error:
-            raise DataError(f"not a {kind.__name__} record ({error})", file=str(path), line=line) from None
+            raise DataError(f"not a {kind.__name__} record ({error})", file=path, line=line) from None
     return records

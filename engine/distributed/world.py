@@ -120,10 +120,8 @@ def _peer_errors(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch's distributed errors derive from it
         why = " ".join(str(error).split())[:200]
-        raise PeerError(
-            f"another rank failed or hangs, noticed in {what} ({why})",
-            "look at the first failing rank's message, then run the same command again",
-        ) from error
+        fix = "look at the first failing rank's message, then run the same command again"
+        raise PeerError(f"another rank failed or hangs, noticed in {what} ({why})", fix) from error
 
 
 def init_from_env(timeout_s: float = 1800.0) -> World:

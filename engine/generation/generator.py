@@ -232,9 +232,8 @@ class Generator:
             return False
         why = pool_why_not(self._cache_shapes(), self.block_tokens, self.model.device)
         if why and self.cache == "pool":
-            raise ConfigError(
-                f"the block pool does not take {why}", "leave cache to its default", field="generator.cache"
-            )
+            fix = "leave cache to its default"
+            raise ConfigError(f"the block pool does not take {why}", fix, field="generator.cache")
         if why:
             self._warn_once(f"keys and values are kept in slots, which is slower: the block pool does not take {why}")
         return not why

@@ -18,9 +18,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
         outer = getattr(model, "model", None)
     base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     if not isinstance(base, PreTrainedModel):
-        raise ConfigError(
-            f"cannot generate with a {type(model).__name__}", "give a Hugging Face causal LM or peft model"
-        )
+        fix = "give a Hugging Face causal LM or peft model"
+        raise ConfigError(f"cannot generate with a {type(model).__name__}", fix)
     return outer, base
 
 

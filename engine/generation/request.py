@@ -124,9 +124,8 @@ def check_requests(
         if not length:
             data.append(Problem("the prompt is empty", "give at least one token (BOS)", field=name))
         elif min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
-            data.append(
-                Problem(f"a token id is outside the model's [0, {vocabulary})", "use the model's tokenizer", field=name)
-            )
+            text = f"a token id is outside the model's [0, {vocabulary})"
+            data.append(Problem(text, "use the model's tokenizer", field=name))
         elif context_tokens is not None and length >= context_tokens:
             text = f"the prompt has {length} tokens, the model's context {context_tokens}"
             data.append(Problem(text, "shorten the prompt", field=name))

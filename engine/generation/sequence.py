@@ -63,10 +63,8 @@ class ActiveSequence:
     def finish(self, tokenizer: Any) -> Sample:
         """Returns the sample, cut before a stop text."""
         if not all(map(math.isfinite, (*self.raw_logps, self.end[1] if self.end else 0.0))):
-            raise NumericsError(
-                f"the model's logits for request {self.request.id} are not finite",
-                "check the weights, or generate in float32",
-            )
+            fix = "check the weights, or generate in float32"
+            raise NumericsError(f"the model's logits for request {self.request.id} are not finite", fix)
         keep, text, end = len(self.tokens), None, self.end or (None, None)
         if tokenizer is not None:
             text = decode(tokenizer, self.tokens)

@@ -119,9 +119,8 @@ class ServedGenerator:
             text = f"a {server} server is asked by text, and there is no tokenizer to write it"
             config.add(Problem(text, "give the served model's tokenizer, or use api: chat", field="served.api"))
         if any(request.adapter is not None for request in requests):
-            config.add(
-                Problem("an adapter is named", "a server's adapters are models: give that name", field="adapters")
-            )
+            fix = "a server's adapters are models: give that name"
+            config.add(Problem("an adapter is named", fix, field="adapters"))
         if config:
             raise shortened(ConfigError, sorted(config, key=str))
         data: list[Problem] = []
@@ -170,13 +169,10 @@ class ServedGenerator:
     async def _one(self, client: Any, request: Request, sample: int) -> Sample:
         chat = self.settings.api == "chat"
         create = client.chat.completions.create if chat else client.completions.create
-        problem: Exception
         try:
             return self._sample(await create(**self.body(request, sample)), request)
-        except Unavailable as error:
-            problem = error
         except Exception as error:
-            problem = self.connection.explained(error)
+            problem: Exception = error if isinstance(error, Unavailable) else self.connection.explained(error)
         if isinstance(problem, Unavailable):
             fix = "see that the server runs, then run the same command again: finished waves are kept"
             problem = PeerError(f"{self.settings.base_url}: {problem}", fix)
@@ -227,11 +223,9 @@ class ServedGenerator:
             raise Unavailable(f"the reply is no finished text (finish_reason {reason!r})")
         read = getattr(usage, "prompt_tokens", None)
         if read and request.prompt_ids and read != len(request.prompt_ids):
-            raise ConfigError(
-                f"the server reads request {request.id} as {read} tokens, the agent's tokenizer and template make "
-                f"{len(request.prompt_ids)}",
-                "give the agent the served model's tokenizer (`model`) and template",
-            )
+            ours = f"the agent's tokenizer and template make {len(request.prompt_ids)}"
+            fix = "give the agent the served model's tokenizer (`model`) and template"
+            raise ConfigError(f"the server reads request {request.id} as {read} tokens, {ours}", fix)
         ids = getattr(choice, "token_ids", None)
         if reason == "content_filter":
             text, ids = "", None

@@ -86,9 +86,8 @@ def _split_linear(name: str, module: nn.Module, kind: str, team: World) -> None:
     by_outputs = kind in ("colwise", "colwise_gather_output")
     whole = base.out_features if by_outputs else base.in_features
     if whole % team.size and kind != "colwise_gather_output":
-        raise ConfigError(
-            f"{name} has width {whole}, which {team.size} ranks do not divide", "use fewer ranks", field=FIELD
-        )
+        fix = "use fewer ranks"
+        raise ConfigError(f"{name} has width {whole}, which {team.size} ranks do not divide", fix, field=FIELD)
     dim = 0 if by_outputs else 1
     for layer in [base, *(b if by_outputs else a)]:
         layer.weight = _parameter(_part(layer.weight, dim, team))

@@ -82,10 +82,8 @@ def generate_waves(
         raise ConfigError(f"got {wave_requests}", "wave_requests must be at least 1", field="wave_requests")
     world, team = world or World.current(), generator.team
     if world.size % team.size:
-        raise ConfigError(
-            f"{world.size} ranks do not divide into tensor-parallel groups of {team.size}",
-            "give the world that the model is split in",
-        )
+        fix = "give the world that the model is split in"
+        raise ConfigError(f"{world.size} ranks do not divide into tensor-parallel groups of {team.size}", fix)
     asked = team.any_of(should_stop or (lambda: False))
     samples = tuple(range(params.n))
     all_requests = [
@@ -139,9 +137,7 @@ def read_wave(path: Path, digest: str) -> list[ResponseRecord] | None:
 def _committed(path: Path, digest: str) -> list[ResponseRecord]:
     rows = read_wave(path, digest)
     if rows is None:
-        raise IntegrityError(
-            "a wave that was just written does not verify", "check the disk, run again", file=str(path)
-        )
+        raise IntegrityError("a wave that was just written does not verify", "check the disk, run again", file=path)
     return rows
 
 

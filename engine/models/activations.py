@@ -43,11 +43,9 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """
     found = list(_outermost(model))
     if not found:
-        raise ConfigError(
-            f"{type(model).__name__} has no blocks that can be sharded, checkpointed or compiled one by one",
-            "use compute.parallel with sharding replicate and the rest off, or another architecture",
-            field="compute.parallel",
-        )
+        problem = f"{type(model).__name__} has no blocks that can be sharded, checkpointed or compiled one by one"
+        fix = "use compute.parallel with sharding replicate and the rest off, or another architecture"
+        raise ConfigError(problem, fix, field="compute.parallel")
     return found
 
 

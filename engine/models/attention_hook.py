@@ -74,16 +74,12 @@ def _hook(
 ) -> tuple[Tensor, None]:
     """The registered function; raises ConfigError for options that it would otherwise silently ignore."""
     if attention_context is None:
-        raise ConfigError(
-            "the macpo attention hook is active but the forward got no attention_context",
-            "pass attention_context=..., or leave the attention_hook block before calling the model directly",
-        )
+        fix = "pass attention_context=..., or leave the attention_hook block before calling the model directly"
+        raise ConfigError("the macpo attention hook is active but the forward got no attention_context", fix)
     refused = [name for name, bad in _unsupported(module, attention_mask, dropout, kwargs) if bad]
     if refused:
-        raise ConfigError(
-            f"{type(module).__name__} asks for {', '.join(refused)}, which packed attention does not implement",
-            "use a model without it",
-        )
+        problem = f"{type(module).__name__} asks for {', '.join(refused)}, which packed attention does not implement"
+        raise ConfigError(problem, "use a model without it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_context.attend(module, query, key, value, scale, sliding_window), None
 
@@ -136,10 +132,8 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
         return
     own = {id(config): (config, config._attn_implementation) for config in _configs(model)}
     if not model._can_set_attn_implementation():
-        raise ConfigError(
-            f"{type(model).__name__} does not use transformers' attention interface",
-            "use an architecture that supports attn_implementation='sdpa' in transformers 5",
-        )
+        fix = "use an architecture that supports attn_implementation='sdpa' in transformers 5"
+        raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", fix)
     model.set_attn_implementation(HOOK_NAME)
     try:
         yield

@@ -148,10 +148,7 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         windowed = {w: n + other.attended_in(w) for w, n in self.windowed}
         return Counts(
-            self.tokens + other.tokens,
-            self.rows + other.rows,
-            self.attended + other.attended,
-            tuple(windowed.items()),
+            self.tokens + other.tokens, self.rows + other.rows, self.attended + other.attended, tuple(windowed.items())
         )
 
 
@@ -187,12 +184,7 @@ def forward_flops(shape: ModelShape, counts: Counts) -> float:
 
 
 def model_flops(
-    shape: ModelShape,
-    counts: Counts,
-    *,
-    tuning: Tuning,
-    rank: int = 0,
-    targets: Targets = "all-linear",
+    shape: ModelShape, counts: Counts, *, tuning: Tuning, rank: int = 0, targets: Targets = "all-linear"
 ) -> float:
     """FLOP that one training step over `counts` mathematically requires: the numerator of MFU.
 
@@ -247,9 +239,8 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             model: Any = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, ImportError) as error:
         why = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"no causal LM can be built from the config ({why})", "use one that transformers knows"
-        ) from None
+        fix = "use one that transformers knows"
+        raise ConfigError(f"no causal LM can be built from the config ({why})", fix) from None
     assert isinstance(model, PreTrainedModel)
     return model
 

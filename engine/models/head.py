@@ -34,6 +34,11 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def rest(self) -> dict[str, Any]:
+        """All but the weight, by the names of the operators' arguments."""
+        return {name: value for name, value in self._asdict().items() if name != "weight"}
+
 
 def head_of(model: PreTrainedModel) -> Head:
     """The model's output layer with the scale and softcap that its architecture's config names.
@@ -89,15 +94,7 @@ def whole(weight: Tensor) -> Tensor:
 
 def response_logps(rows: Tensor, head: Head, batch: PackedBatch) -> Tensor:
     """Log-prob of each of the batch's response tokens, [N] float32, from the hidden states `rows` [N, H] before it."""
-    return linear_logp(
-        rows,
-        head.weight,
-        batch.target.to(rows.device),
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        shard=head.shard,
-    )
+    return linear_logp(rows, head.weight, batch.target.to(rows.device), **head.rest)
 
 
 def pair_loss(
@@ -110,18 +107,8 @@ def pair_loss(
         ref_logps: [2B] log-probs of the sequences under the reference, in the order c0, r0, c1, r1, ...
         options: the loss and its settings, and `num_pairs`, as the operator takes them.
     """
-    return fused_pair_loss(
-        rows,
-        head.weight,
-        batch.target.to(rows.device),
-        batch.cu_rows,
-        None if ref_logps is None else ref_logps.to(rows.device),
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        shard=head.shard,
-        **options,
-    )
+    target, ref_logps = batch.target.to(rows.device), None if ref_logps is None else ref_logps.to(rows.device)
+    return fused_pair_loss(rows, head.weight, target, batch.cu_rows, ref_logps, **head.rest, **options)
 
 
 class _Alias(torch.autograd.Function):

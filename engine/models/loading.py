@@ -69,14 +69,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_JSON_BYTES:
-            raise ConfigError("not a regular file of reasonable size", "get a fresh copy", file=str(path))
+            raise ConfigError("not a regular file of reasonable size", "get a fresh copy", file=path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("the file is missing", "name a complete Hugging Face folder", file=str(path)) from None
+        raise ConfigError("the file is missing", "name a complete Hugging Face folder", file=path) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot be read as JSON ({error})", "get a fresh copy", file=str(path)) from error
+        raise ConfigError(f"cannot be read as JSON ({error})", "get a fresh copy", file=path) from error
     if not isinstance(value, dict):
-        raise ConfigError("is not a JSON object", "get a fresh copy", file=str(path))
+        raise ConfigError("is not a JSON object", "get a fresh copy", file=path)
     return value
 
 
@@ -94,17 +94,16 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     if index.exists():
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=str(index))
+            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=index)
         names = sorted(set(weight_map.values()))
     elif (folder / f"{stem}.safetensors").exists():
         names = [f"{stem}.safetensors"]
     else:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
         if pickled:
-            raise ConfigError(
-                f"holds only pickled weights ({pickled[0]}), which can run code when loaded", _CONVERT, file=str(folder)
-            )
-        raise ConfigError(f"holds no {stem}.safetensors", "name a complete Hugging Face folder", file=str(folder))
+            problem = f"holds only pickled weights ({pickled[0]}), which can run code when loaded"
+            raise ConfigError(problem, _CONVERT, file=folder)
+        raise ConfigError(f"holds no {stem}.safetensors", "name a complete Hugging Face folder", file=folder)
     files = [_checked(folder, name) for name in names]
     for file in files:
         header(file)
@@ -114,17 +113,15 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
 def _checked(folder: Path, name: str) -> Path:
     path = folder / name
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-        raise ConfigError(
-            f"the index names {name!r}, which is not a plain file name", "get a fresh copy", file=str(folder)
-        )
+        raise ConfigError(f"the index names {name!r}, which is not a plain file name", "get a fresh copy", file=folder)
     # the Hub's cache links snapshots/REVISION/file to blobs/HASH of the same repository; nothing else may leave
     root = folder.parent.parent if folder.parent.name == "snapshots" else folder
     try:
         target = path.resolve(strict=True)
     except OSError:
-        raise ConfigError(f"{name} is missing", "get a fresh copy", file=str(folder)) from None
+        raise ConfigError(f"{name} is missing", "get a fresh copy", file=folder) from None
     if not target.is_relative_to(root.resolve()) or not stat.S_ISREG(target.stat().st_mode):
-        raise ConfigError(f"{name} is not a regular file inside the folder", "get a fresh copy", file=str(folder))
+        raise ConfigError(f"{name} is not a regular file inside the folder", "get a fresh copy", file=folder)
     return path
 
 
@@ -139,15 +136,15 @@ def header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise IntegrityError(f"header of {length} bytes in a file of {size} bytes", fix, file=str(file))
+            raise IntegrityError(f"header of {length} bytes in a file of {size} bytes", fix, file=file)
         try:
             entries = json.loads(stream.read(length))
             entries.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-            raise IntegrityError(f"damaged header ({error})", fix, file=str(file)) from error
+            raise IntegrityError(f"damaged header ({error})", fix, file=file) from error
     if end != size - 8 - length:
-        raise IntegrityError(f"the file should have {end + 8 + length} bytes but has {size}", fix, file=str(file))
+        raise IntegrityError(f"the file should have {end + 8 + length} bytes but has {size}", fix, file=file)
     return entries
 
 
@@ -169,9 +166,8 @@ def fingerprint_model(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if isinstance(path, Path) or not _HUB_ID.fullmatch(path):
-            raise ConfigError(
-                f"there is no model folder {str(path)!r}", "check the path; a Hub id looks like owner/name"
-            )
+            fix = "check the path; a Hub id looks like owner/name"
+            raise ConfigError(f"there is no model folder {str(path)!r}", fix)
         return f"hub:{path}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
@@ -237,15 +233,12 @@ def load_causal_lm(
         why = " ".join(str(error).split())[:300]
         remote = "auto_map" in config and not trust_remote_code
         fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
-        raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=str(path)) from error
+        raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=path) from error
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if lost:
-        raise ConfigError(
-            f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}",
-            "use weights that belong to this config.json",
-            file=str(path),
-        )
+        problem = f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}"
+        raise ConfigError(problem, "use weights that belong to this config.json", file=path)
     ready: PreTrainedModel = (model if options else model.to(device)).eval()
     for module in ready.modules() if options else ():
         layer: Any = module
@@ -259,11 +252,9 @@ def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Keywords of `from_pretrained` for NF4 (arXiv 2305.14314), stored as bfloat16, which FSDP2 can shard."""
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"quantization nf4 needs {' and '.join(missing)}, which is not installed",
-            "pip install 'macpo[quant]', or set quantization to none",
-            field="tuning.quantization",
-        )
+        problem = f"quantization nf4 needs {' and '.join(missing)}, which is not installed"
+        fix = "pip install 'macpo[quant]', or set quantization to none"
+        raise ConfigError(problem, fix, field="tuning.quantization")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -76,11 +76,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"the adapter's config is not understood ({error})", "use peft's layout", file=str(path)
-        ) from error
+        fix = "use peft's layout"
+        raise ConfigError(f"the adapter's config is not understood ({error})", fix, file=path) from error
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"a {config.peft_type} adapter", "only LoRA adapters are supported", file=str(path))
+        raise ConfigError(f"a {config.peft_type} adapter", "only LoRA adapters are supported", file=path)
     config.lora_dropout = 0.0
     config.init_lora_weights = True  # the weights come from the file; other values may read or change the base
     config.inference_mode = False
@@ -89,22 +88,17 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise IntegrityError(f"cannot be read ({error})", "get a fresh copy", file=str(file)) from error
+        raise IntegrityError(f"cannot be read ({error})", "get a fresh copy", file=file) from error
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))
-        raise ConfigError(
-            f"{len(odd)} adapter weights do not match the base model, first {odd[0]}",
-            "load it on the base model that it was trained on",
-            file=str(path),
-        )
+        fix = "load it on the base model that it was trained on"
+        raise ConfigError(f"{len(odd)} adapter weights do not match the base model, first {odd[0]}", fix, file=path)
     try:
         set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"the adapter does not fit the base model ({why})", "use its own base", file=str(path)
-        ) from error
+        raise ConfigError(f"the adapter does not fit the base model ({why})", "use its own base", file=path) from error
     return wrapped
 
 
@@ -116,11 +110,9 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         linears = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ConfigError(
-            f"LoRA cannot target {config.target_modules} ({' '.join(str(error).split())[:160]})",
-            f"choose from {', '.join(linears)}, or all-linear",
-            field="target_modules",
-        ) from error
+        problem = f"LoRA cannot target {config.target_modules} ({' '.join(str(error).split())[:160]})"
+        fix = f"choose from {', '.join(linears)}, or all-linear"
+        raise ConfigError(problem, fix, field="target_modules") from error
     assert isinstance(wrapped, PeftModel)
     return wrapped.eval()
 
@@ -130,11 +122,8 @@ def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> N
     config: Any = wrapped.peft_config[_ADAPTER]
     got, asked = (config.r, float(config.lora_alpha)), (settings.rank, float(settings.alpha))
     if got != asked:
-        raise ConfigError(
-            f"the adapter has rank {got[0]} and alpha {got[1]:g}, the settings say {asked[0]} and {asked[1]:g}",
-            "set rank and alpha as the adapter has them",
-            file=path,
-        )
+        problem = f"the adapter has rank {got[0]} and alpha {got[1]:g}, the settings say {asked[0]} and {asked[1]:g}"
+        raise ConfigError(problem, "set rank and alpha as the adapter has them", file=path)
     if not isinstance(settings.target_modules, str):
         have = {name.split(".")[-1] for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
         if have != {name.split(".")[-1] for name in settings.target_modules}:

@@ -54,12 +54,7 @@ class ModelCache:
         return tuple(self._bases)
 
     def policy(
-        self,
-        ref: PolicyRef,
-        tuning: LoraSettings | FullSettings | None = None,
-        *,
-        seed: int = 0,
-        spread: bool = False,
+        self, ref: PolicyRef, tuning: LoraSettings | FullSettings | None = None, *, seed: int = 0, spread: bool = False
     ) -> PolicyModule:
         """A policy to use (tuning None) or to train.
 
@@ -137,10 +132,8 @@ class ModelCache:
         if self.budget_bytes is None:
             return
         if needed > self.budget_bytes:
-            raise ResourceError(
-                f"base model {name!r} needs {needed / 1e9:.2f} GB, the budget is {self.budget_bytes / 1e9:.2f} GB",
-                "raise compute.memory_gb or use a smaller model or dtype",
-            )
+            problem = f"base model {name!r} needs {needed / 1e9:.2f} GB, the budget is {self.budget_bytes / 1e9:.2f} GB"
+            raise ResourceError(problem, "raise compute.memory_gb or use a smaller model or dtype")
         dropped = False
         while self._bases and needed + sum(size for _, _, size in self._bases.values()) > self.budget_bytes:
             self._bases.popitem(last=False)

@@ -93,11 +93,9 @@ def mesh(settings: ParallelSettings, world: World, device: torch.device) -> Devi
     """
     tensor = settings.tensor
     if world.size % tensor:
-        raise ConfigError(
-            f"{world.size} ranks cannot be split into groups of {tensor}",
-            "choose a number of ranks that compute.parallel.tensor divides",
-            field="compute.parallel.tensor",
-        )
+        problem = f"{world.size} ranks cannot be split into groups of {tensor}"
+        fix = "choose a number of ranks that compute.parallel.tensor divides"
+        raise ConfigError(problem, fix, field="compute.parallel.tensor")
     data = world.size // tensor
     if not spreads(settings, world):
         return None
@@ -105,11 +103,9 @@ def mesh(settings: ParallelSettings, world: World, device: torch.device) -> Devi
     if settings.sharding == "hybrid":
         shard = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size))) // tensor)
         if data % shard:
-            raise ConfigError(
-                f"{data} data-parallel ranks cannot be split into nodes of {shard}",
-                "start the same number of ranks on every node",
-                field="compute.parallel.sharding",
-            )
+            problem = f"{data} data-parallel ranks cannot be split into nodes of {shard}"
+            fix = "start the same number of ranks on every node"
+            raise ConfigError(problem, fix, field="compute.parallel.sharding")
     return _mesh(data // shard, shard, tensor, device)
 
 

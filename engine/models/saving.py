@@ -115,11 +115,9 @@ def compare(expected: Tensor, got: Tensor, dtype: torch.dtype, folder: Path) -> 
     error = (got - expected).abs().max().item()
     limit = MAX_LOGIT_ERROR[dtype] * max(1.0, expected.abs().max().item())
     if not error <= limit:
-        raise IntegrityError(
-            f"the exported model's logits differ by {error:.2e} (allowed {limit:.0e} in {dtype})",
-            "export again; in float32 (compute.dtype) or without --merge rounding is least",
-            file=str(folder),
-        )
+        problem = f"the exported model's logits differ by {error:.2e} (allowed {limit:.0e} in {dtype})"
+        fix = "export again; in float32 (compute.dtype) or without --merge rounding is least"
+        raise IntegrityError(problem, fix, file=folder)
 
 
 MAX_FILE_BYTES = 5_000_000_000  # limit for one file of saved weights

@@ -50,11 +50,8 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
     """
     plan = getattr(model.base_model.config, "base_model_tp_plan", None)
     if not plan:
-        raise ConfigError(
-            f"{type(model).__name__} has no plan for tensor parallelism",
-            "set compute.parallel.tensor to 1",
-            field=FIELD,
-        )
+        fix = "set compute.parallel.tensor to 1"
+        raise ConfigError(f"{type(model).__name__} has no plan for tensor parallelism", fix, field=FIELD)
     for name, count in head_counts(model).items():
         if count % ranks:
             raise ConfigError(f"{name} is {count}, which {ranks} ranks do not divide", "use fewer ranks", field=FIELD)
@@ -62,11 +59,8 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
     embedding = model.get_input_embeddings()  # which transformers 5.17 adds to the plan where the head is tied to it
     layers = [(name, module, plan[key]) for name, module, key in named if key in plan and module is not embedding]
     for kind in (kind for _, _, kind in layers if kind not in _STYLES):  # experts, packed weights
-        raise ConfigError(
-            f"{type(model).__name__} asks for tensor parallelism of the kind {kind}, which is not implemented",
-            "set compute.parallel.tensor to 1 and shard the model",
-            field=FIELD,
-        )
+        problem = f"{type(model).__name__} asks for tensor parallelism of the kind {kind}, which is not implemented"
+        raise ConfigError(problem, "set compute.parallel.tensor to 1 and shard the model", field=FIELD)
     return layers
 
 
@@ -89,9 +83,8 @@ def linear_parts(name: str, module: nn.Module) -> tuple[nn.Linear, list[nn.Linea
         base, factors = module.get_base_layer(), [list(module.lora_A.values()), list(module.lora_B.values())]
     for layer in (base, *factors[0], *factors[1]):
         if type(layer) is not nn.Linear:
-            raise ConfigError(
-                f"{name} is a {type(layer).__name__}, which cannot be split", "use plain layers", field=FIELD
-            )
+            fix = "use plain layers"
+            raise ConfigError(f"{name} is a {type(layer).__name__}, which cannot be split", fix, field=FIELD)
     a, b = factors
     return base, a, b  # type: ignore[return-value]
 
@@ -127,7 +120,6 @@ def _split(name: str, module: nn.Module, kind: str, ranks: DeviceMesh) -> None:
     for layer in (base, *(b if kind in _SPLITS_OUTPUTS else a)):
         size = layer.out_features if kind in _SPLITS_OUTPUTS else layer.in_features
         if size % ranks.size() and kind in ("colwise", "rowwise"):
-            raise ConfigError(
-                f"{name} has width {size}, which {ranks.size()} ranks do not divide", "use fewer ranks", field=FIELD
-            )
+            fix = "use fewer ranks"
+            raise ConfigError(f"{name} has width {size}, which {ranks.size()} ranks do not divide", fix, field=FIELD)
         parallelize_module(layer, ranks, style, src_data_rank=None)

@@ -63,11 +63,7 @@ class Measured:
 
 
 def calibrate(
-    setup: Setup,
-    machine: Machine,
-    *,
-    repeats: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
+    setup: Setup, machine: Machine, *, repeats: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> Machine:
     """Scale `machine` by a calibration step with `setup`'s device, dtype and tuning, on one rank of this machine."""
     config = calibration_config(setup.device)

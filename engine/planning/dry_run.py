@@ -165,6 +165,15 @@ class Part:
     forward: tuple[Operator, ...] = field(repr=False)
     backward: tuple[Operator, ...] = field(repr=False)
 
+    def __sub__(self, other: Part) -> Part:
+        """What is left without `other`; of its calls each is removed once."""
+        rest = list(self.forward), list(self.backward)
+        for mine, removed in zip(rest, (other.forward, other.backward), strict=True):
+            for operator in removed:
+                if operator in mine:
+                    mine.remove(operator)
+        return Part(self.saved - other.saved, self.kept - other.kept, *map(tuple, rest))
+
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
@@ -208,23 +217,13 @@ def dry_run(
         ConfigError: transformers knows no causal LM for the config, or it lacks the LoRA's targets.
     """
     given = _Given(tokens, rows, dtype, tuning, attention, fused_lora)
-    one, two = (_run(config, n, given) for n in (1, 2))
-    block = Part(
-        saved=two.saved - one.saved,
-        kept=two.kept - one.kept,
-        forward=_difference(two.forward, one.forward),
-        backward=_difference(two.backward, one.backward),
-    )
-    ends = Part(
-        saved=one.saved - block.saved,
-        kept=one.kept - block.kept,
-        forward=_difference(one.forward, block.forward),
-        backward=_difference(one.backward, block.backward),
-    )
+    (one, *_), (two, *sizes) = (_run(config, n, given) for n in (1, 2))
+    block = two - one
+    ends = one - block
     outside = ends.saved
     if isinstance(tuning, LoraSettings):
-        outside = _run(config, 1, given, whole_first=True).saved - block.saved
-    return DryRun(block, ends, outside, two.block_input, two.forward_scratch, two.backward_scratch)
+        outside = _run(config, 1, given, whole_first=True)[0].saved - block.saved
+    return DryRun(block, ends, outside, *sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,19 +238,13 @@ class _Given:
     fused_lora: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    saved: int
-    kept: int
-    forward: tuple[Operator, ...]
-    backward: tuple[Operator, ...]
-    block_input: int
-    forward_scratch: int
-    backward_scratch: int
+def _run(
+    config: PretrainedConfig, num_layers: int, given: _Given, *, whole_first: bool = False
+) -> tuple[Part, int, int, int]:
+    """Run one model: (the whole model, the last three fields of `DryRun`).
 
-
-def _run(config: PretrainedConfig, num_layers: int, given: _Given, *, whole_first: bool = False) -> _Measured:
-    """Run one model; with `whole_first` the first block's input takes gradient, so it saves what every block does."""
+    With `whole_first` the first block's input takes gradient, so it saves what every block does.
+    """
     tuning, dtype = given.tuning, given.dtype
     model = meta_model(with_layers(config, num_layers))
     nn.Module.to(model, dtype).eval().requires_grad_(False)
@@ -289,7 +282,8 @@ def _run(config: PretrainedConfig, num_layers: int, given: _Given, *, whole_firs
             recorder.peak = recorder.live
             out.backward(torch.empty_like(out))
             backward_scratch = recorder.peak - saved
-    return _Measured(saved, kept, forward, tuple(recorder.operators), block_input, forward_scratch, backward_scratch)
+    whole = Part(saved, kept, forward, tuple(recorder.operators))
+    return whole, block_input, forward_scratch, backward_scratch
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
@@ -302,12 +296,3 @@ def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
         if hasattr(small, name):
             setattr(small, name, value)
     return small
-
-
-def _difference(more: tuple[Operator, ...], less: tuple[Operator, ...]) -> tuple[Operator, ...]:
-    """`more` with each call of `less` removed once."""
-    rest = list(more)
-    for operator in less:
-        if operator in rest:
-            rest.remove(operator)
-    return tuple(rest)

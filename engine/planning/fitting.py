@@ -90,13 +90,8 @@ class Option:
 def option(config: PretrainedConfig, setup: Setup, machine: Machine, room: float, work: Workload) -> Option:
     """Memory and time of one setup. Raises ConfigError if the setup is impossible."""
     rows = work.rows(setup.data_ranks)
-    return Option(
-        setup,
-        memory(config, setup, rows[0], len(rows)),
-        step_time(config, setup, machine, rows),
-        checkpoint_bytes(config, setup),
-        room,
-    )
+    needed, time = memory(config, setup, rows[0], len(rows)), step_time(config, setup, machine, rows)
+    return Option(setup, needed, time, checkpoint_bytes(config, setup), room)
 
 
 def options(
@@ -153,10 +148,8 @@ def _setups(config: PretrainedConfig, gpus: int, tuning: LoraSettings | FullSett
             continue
         if sharding != "replicate" and gpus == tensor:  # nothing is left to shard over
             continue
-        parallel = ParallelSettings.model_validate(
-            {"sharding": sharding, "tensor": tensor, "checkpointing": checkpointing}
-        )
-        yield Setup(tuned, parallel, torch.bfloat16, "cuda", gpus, node)
+        values = {"sharding": sharding, "tensor": tensor, "checkpointing": checkpointing}
+        yield Setup(tuned, ParallelSettings.model_validate(values), torch.bfloat16, "cuda", gpus, node)
 
 
 def _splits(config: PretrainedConfig, tensor: int) -> bool:

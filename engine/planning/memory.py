@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -270,10 +270,8 @@ def head_bytes(shape: ModelShape, num_rows: int, setup: Setup, *, chunk_rows: in
         return rows + logits, 0.0
     weight = float(vocab * shape.hidden)
     rounded = 0 if itemsize == 4 else weight * itemsize
-    # each chunk's g h is rounded and added to dW
-    return rows + max(
-        logits + weight * wide + chunk * shape.hidden * itemsize, weight * wide + rounded
-    ), weight * itemsize
+    added = logits + weight * wide + chunk * shape.hidden * itemsize  # each chunk's g h is rounded and added to dW
+    return rows + max(added, weight * wide + rounded), weight * itemsize
 
 
 def tensor_config(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
@@ -302,38 +300,32 @@ def row_run(config: PretrainedConfig, setup: Setup, row: Row) -> DryRun:
     """The dry run of a packed row with the device's attention; cached, because many setups share it."""
     quantized = isinstance(setup.tuning, LoraSettings) and setup.tuning.quantization != "none"
     tuning = setup.tuning.model_copy(update={"quantization": "none"}) if quantized else setup.tuning
-    key = config.to_json_string(use_diff=False)
+    keyed = _Keyed(config.to_json_string(use_diff=False), config)
     lengths = tuple((prompt, tuple(responses)) for prompt, responses in row)
-    return _row_run(key, _Kept(config), setup.dtype, tuning, setup.fused_lora, setup.device, lengths)
+    return _row_run(keyed, setup.dtype, tuning, setup.fused_lora, setup.device, lengths)
 
 
-class _Kept:
-    """A config that equals any other, because its JSON is already part of the cache key."""
+@dataclass(frozen=True, slots=True)
+class _Keyed:
+    """A config as a cache key: configs of the same JSON are equal."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kept)
-
-    def __hash__(self) -> int:
-        return 0
+    json: str
+    config: PretrainedConfig = field(compare=False)
 
 
 @lru_cache(maxsize=64)
 def _row_run(
-    key: str,
-    kept: _Kept,
+    keyed: _Keyed,
     dtype: torch.dtype,
     tuning: LoraSettings | FullSettings,
     fused_lora: bool,
     device: str,
     row: tuple[tuple[int, tuple[int, ...]], ...],
 ) -> DryRun:
-    shape, counts = ModelShape.of(kept.config), counts_of_lengths(row)
-    attention = attention_cost(shape, row, dtype, device)
+    config, counts = keyed.config, counts_of_lengths(row)
+    attention = attention_cost(ModelShape.of(config), row, dtype, device)
     ways: dict[str, Any] = {"tuning": tuning, "fused_lora": fused_lora}
-    return dry_run(kept.config, counts.tokens, counts.rows, dtype=dtype, attention=attention, **ways)
+    return dry_run(config, counts.tokens, counts.rows, dtype=dtype, attention=attention, **ways)
 
 
 def attention_cost(shape: ModelShape, row: Row, dtype: torch.dtype, device: str) -> AttentionCost:

@@ -18,19 +18,19 @@ from macpo.engine.models.loading import local_folder, read_json_object
 class _Shape(NamedTuple):
     kind: str
     page: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-    tied: bool = False
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
     head_dim: int | None = None
-    positions: int = 8192
+    max_position_embeddings: int = 8192
 
 
 _SHAPES = {
-    "llama-2-7b": _Shape("llama", "meta-llama/Llama-2-7b-hf", 4096, 32, 32, 32, 11008, 32000, positions=4096),
+    "llama-2-7b": _Shape("llama", "meta-llama/Llama-2-7b-hf", 4096, 32, 32, 32, 11008, 32000, False, None, 4096),
     "llama-3-8b": _Shape("llama", "meta-llama/Meta-Llama-3-8B", 4096, 32, 32, 8, 14336, 128256),
     "llama-3-70b": _Shape("llama", "meta-llama/Meta-Llama-3-70B", 8192, 80, 64, 8, 28672, 128256),
     "llama-3.2-1b": _Shape("llama", "meta-llama/Llama-3.2-1B", 2048, 16, 32, 8, 8192, 128256, True, 64),
@@ -53,25 +53,15 @@ def config_of(model: str) -> PretrainedConfig:
     shape = _SHAPES.get(model.lower())
     if shape is None:
         if not Path(model).expanduser().is_dir() and "/" not in model:
-            raise ConfigError(
-                f"there is no shape and no folder {model!r}", f"name a folder or one of {', '.join(NAMES)}"
-            )
+            fix = f"name a folder or one of {', '.join(NAMES)}"
+            raise ConfigError(f"there is no shape and no folder {model!r}", fix)
         folder = local_folder(model)
         read_json_object(folder / "config.json")
         found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         return found
-    sizes: dict[str, Any] = {
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.intermediate,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-        "max_position_embeddings": shape.positions,
-    }
-    if shape.head_dim is not None:
-        sizes["head_dim"] = shape.head_dim
+    sizes: dict[str, Any] = shape._asdict()
+    for name in ("kind", "page", *(["head_dim"] if shape.head_dim is None else [])):
+        del sizes[name]
     if shape.kind == "mistral":
         sizes["sliding_window"] = None
     return AutoConfig.for_model(shape.kind, **sizes)

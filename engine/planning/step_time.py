@@ -148,14 +148,8 @@ def _row_time(
         recomputed = forward + one_pass
     elif setup.parallel.checkpointing == "selective":
         recomputed = layers * machine.run([o for o in run.block.forward if not o.product]) + one_pass
-    compute = blocks + attention + recomputed
-    return (
-        blocks,
-        attention,
-        _head(shape, counts, setup, machine),
-        recomputed,
-        _waiting(shape, setup, machine, counts, compute, run.block.saved),
-    )
+    waiting = _waiting(shape, setup, machine, counts, blocks + attention + recomputed, run.block.saved)
+    return blocks, attention, _head(shape, counts, setup, machine), recomputed, waiting
 
 
 def _head(shape: ModelShape, counts: Counts, setup: Setup, machine: Machine) -> float:

@@ -59,11 +59,7 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
 
 
 def _problem(
-    path: tuple[str, ...],
-    found: list[tuple[_Spot, Mapping[str, Any]]],
-    model: type[BaseModel],
-    root: Node,
-    file: str,
+    path: tuple[str, ...], found: list[tuple[_Spot, Mapping[str, Any]]], model: type[BaseModel], root: Node, file: str
 ) -> Problem:
     spot, detail = found[0]
     where = spot.node.file or file, spot.node.line, ".".join(path)
@@ -143,7 +139,7 @@ def _locate(loc: tuple[int | str, ...], root: Node, model: type[BaseModel]) -> _
             spot.in_union = True
             continue
         kind = members[0] if members else None
-        if kind is None and not _has(spot.node, part):
+        if kind is None and _inside(spot.node, part) is None:
             continue  # a label inside a type that this walk does not know
         if get_origin(kind) is dict and part == "[key]":
             continue
@@ -153,19 +149,15 @@ def _locate(loc: tuple[int | str, ...], root: Node, model: type[BaseModel]) -> _
 
 
 def _down(spot: _Spot, part: int | str) -> _Spot:
-    node = spot.node
-    if isinstance(node.value, dict) and str(part) in node.value:
-        node = node.value[str(part)]
-    elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
-        node = node.value[part]
+    node = _inside(spot.node, part) or spot.node
     kind = _child(spot.kind, part)
     return _Spot((*spot.path, str(part)), kind, spot.kind, node, spot.in_union, spot.bad or node.bad)
 
 
-def _has(node: Node, part: int | str) -> bool:
+def _inside(node: Node, part: int | str) -> Node | None:
     if isinstance(node.value, list):
-        return isinstance(part, int) and part < len(node.value)
-    return isinstance(node.value, dict) and str(part) in node.value
+        return node.value[part] if isinstance(part, int) and part < len(node.value) else None
+    return node.value.get(str(part)) if isinstance(node.value, dict) else None
 
 
 def _members(kind: Any) -> list[Any]:

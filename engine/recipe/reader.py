@@ -40,9 +40,7 @@ def load(
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=str(path), line=line
-        ) from None
+        raise ConfigError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=path, line=line) from None
     return loads(text, model, overrides, file=str(path), defaults=defaults)
 
 

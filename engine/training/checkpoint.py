@@ -63,13 +63,7 @@ class Checkpoint:
 
 
 def save(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    *,
-    world: World,
-    keep: int = KEEP,
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, world: World, keep: int = KEEP
 ) -> Path:
     """Write `folder/step-XXXXXXXX` atomically, then delete all but the newest `keep`; collective.
 
@@ -146,11 +140,8 @@ def load_latest(folder: Path, *, world: World, like: Mapping[str, Tensor]) -> Ch
                 _log.warning("skipping checkpoint %s: %s", name, error)
     with agreed(world):
         if reasons and world.is_main:
-            raise IntegrityError(
-                f"no checkpoint verifies ({'; '.join(reasons)})",
-                "restore the folder from a copy, or delete it to train this stage again",
-                file=str(folder),
-            )
+            fix = "restore the folder from a copy, or delete it to train this stage again"
+            raise IntegrityError(f"no checkpoint verifies ({'; '.join(reasons)})", fix, file=folder)
     return None
 
 
@@ -219,9 +210,7 @@ def _commit(temporary: Path, final: Path, keep: int) -> None:
 
 
 def _not_shared(folder: Path, what: str) -> ConfigError:
-    return ConfigError(
-        f"ranks see different checkpoints: {what}", "put the run folder on a shared disk", file=str(folder)
-    )
+    return ConfigError(f"ranks see different checkpoints: {what}", "put the run folder on a shared disk", file=folder)
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -289,28 +278,21 @@ class _Manifest:
 
     def check_fits(self, like: Mapping[str, Tensor], folder: Path) -> None:
         """Raise ConfigError, naming a tensor, if the saved tensors differ from `like`."""
-        wanted = {name: {"dtype": code_of(name, t), "shape": list(t.shape)} for name, t in like.items()}
-        for name in sorted({*wanted, *self.tensors}):
-            if wanted.get(name) != self.tensors.get(name):
-                has, needs = (_described(each.get(name)) for each in (self.tensors, wanted))
-                raise ConfigError(
-                    f"the checkpoint belongs to other weights: it has {has} for {name}, the model {needs}",
-                    "delete the folder to train again, or restore what it was started with",
-                    file=str(folder),
-                )
-
-
-def _described(entry: Mapping[str, Any] | None) -> str:
-    return "nothing" if entry is None else f"{entry['dtype']} {entry['shape']}"
+        saved = {name: f"{entry['dtype']} {entry['shape']}" for name, entry in self.tensors.items()}
+        wanted = {name: f"{code_of(name, t)} {list(t.shape)}" for name, t in like.items()}
+        for name in sorted({*wanted, *saved}):
+            has, needs = (each.get(name, "nothing") for each in (saved, wanted))
+            if has != needs:
+                problem = f"the checkpoint belongs to other weights: it has {has} for {name}, the model {needs}"
+                fix = "delete the folder to train again, or restore what it was started with"
+                raise ConfigError(problem, fix, file=folder)
 
 
 def _other_schema(folder: Path, schema: object) -> IntegrityError:
     newer = not isinstance(schema, int) or schema > SCHEMA
-    return IntegrityError(
-        f"{folder.name} has checkpoint schema {schema}, this version reads {SCHEMA}",
-        f"{'upgrade' if newer else 'install the older'} macpo, or delete the folder to train again",
-        file=str(folder.parent),
-    )
+    problem = f"{folder.name} has checkpoint schema {schema}, this version reads {SCHEMA}"
+    fix = f"{'upgrade' if newer else 'install the older'} macpo, or delete the folder to train again"
+    return IntegrityError(problem, fix, file=folder.parent)
 
 
 def _load(path: Path, world: World, like: Mapping[str, Tensor]) -> Checkpoint:

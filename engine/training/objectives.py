@@ -90,9 +90,8 @@ class _Preference:
 
     def check(self, groups: Sequence[PrefixGroup]) -> None:
         if self.ref_logps is not None and len(groups) != self.ref_logps.shape[0]:
-            raise DataError(
-                f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", "score the same pairs"
-            )
+            fix = "score the same pairs"
+            raise DataError(f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", fix)
         for index, group in enumerate(groups):
             group.check(f"pair {index}")
             if len(group.responses) != 2:
@@ -107,14 +106,9 @@ class _Preference:
 
         def reduce(rows: Tensor, head: Head, batch: PackedBatch) -> tuple[Tensor, Tensor]:
             out = pair_loss(rows, head, batch, ref_logps, num_pairs=total, **options)
-            num_pairs = len(batch.groups)
+            pairs = len(batch.groups)
             per_pair = (out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.rejected_rewards)
-            sums = [
-                *(x.sum() for x in per_pair),
-                out.margin * num_pairs,
-                out.accuracy * num_pairs,
-                out.sft_loss * total,
-            ]
+            sums = [*(x.sum() for x in per_pair), out.margin * pairs, out.accuracy * pairs, out.sft_loss * total]
             return out.loss, torch.stack(sums).detach().float()
 
         return policy(batch, reduce)
@@ -138,16 +132,12 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
         DataError: `ref_logps` has another shape, is missing, or is given for a loss without a reference.
     """
     if (ref_logps is not None) != settings.has_reference:
-        raise DataError(
-            f"the loss {settings.loss!r} "
-            + ("needs" if settings.has_reference else "takes no")
-            + " reference log-probs",
-            "score the pairs with the reference policy for the losses that have one",
-        )
+        needs = "needs" if settings.has_reference else "takes no"
+        fix = "score the pairs with the reference policy for the losses that have one"
+        raise DataError(f"the loss {settings.loss!r} {needs} reference log-probs", fix)
     if ref_logps is None:
         return _Preference(settings, None)
     if ref_logps.dim() != 2 or ref_logps.shape[1] != 2:
-        raise DataError(
-            f"reference log-probs of shape {list(ref_logps.shape)}", "give one (chosen, rejected) row a pair"
-        )
+        fix = "give one (chosen, rejected) row a pair"
+        raise DataError(f"reference log-probs of shape {list(ref_logps.shape)}", fix)
     return _Preference(settings, ref_logps.detach().to("cpu", torch.float32).contiguous())

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from macpo.engine.config import OptimSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import IntegrityError
+from macpo.engine.training.shards import part_of
 
 
 def learning_rate(settings: OptimSettings, step: int, num_steps: int) -> float:
@@ -115,7 +116,7 @@ class Optimizer:
             out[f"weight.{name}"] = parameter.detach()
             out[f"step.{name}"] = state["step"]
             for moment in ("exp_avg", "exp_avg_sq"):
-                out[f"{moment}.{name}"] = _like(state[moment].detach(), parameter)
+                out[f"{moment}.{name}"] = part_of(parameter, state[moment].detach())
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -159,14 +160,6 @@ def _split_axes(parameter: nn.Parameter) -> tuple[dist.ProcessGroup, ...]:
         return ()
     mesh = parameter.device_mesh
     return tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if not p.is_replicate())
-
-
-def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The DTensor that this rank's shard is part of."""
-    if not isinstance(parameter, DTensor):
-        return local
-    spec = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(local, *spec, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:

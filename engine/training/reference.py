@@ -111,10 +111,8 @@ def cached(
     parts = compute()
     if not parts.isfinite().all():
         bad = sorted({index // 2 for index in (~parts.isfinite()).flatten().nonzero().flatten().tolist()})
-        raise NumericsError(
-            f"{len(bad)} reference log-probs are not finite, first that of response {bad[0]}",
-            "look at that answer and at the reference model's weights",
-        )
+        fix = "look at that answer and at the reference model's weights"
+        raise NumericsError(f"{len(bad)} reference log-probs are not finite, first that of response {bad[0]}", fix)
     on_main(world, lambda: _write(path, key, parts))
     return parts
 

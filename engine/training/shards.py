@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
@@ -76,6 +75,14 @@ def code_of(name: str, tensor: Tensor) -> str:
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part, detached: the tensor itself, or a DTensor's shard."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def part_of(like: Tensor, local: Tensor) -> Tensor:
+    """This rank's part as the DTensor that it is part of, placed like `like`; as it is if that is a plain tensor."""
+    if not isinstance(like, DTensor):
+        return local
+    spec = like.device_mesh, like.placements
+    return DTensor.from_local(local, *spec, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def box_of(name: str, tensor: Tensor) -> Box:
@@ -148,10 +155,8 @@ def share_of(tensors: Mapping[str, Tensor], world: World) -> Share:
             holders[key].append(rank)
     for name, tensor in tensors.items():
         if held[name] != tensor.numel():
-            raise IntegrityError(
-                f"the ranks together hold {held[name]:,} of the {tensor.numel():,} elements of {name}",
-                "save the same tensors on every rank",
-            )
+            problem = f"the ranks together hold {held[name]:,} of the {tensor.numel():,} elements of {name}"
+            raise IntegrityError(problem, "save the same tensors on every rank")
     sizes = {key: box.num_elements * tensors[key[0]].element_size() for key, (box, _) in seen.items()}
     load = [0] * world.size
     mine = {}
@@ -211,7 +216,7 @@ def read_back(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box
             got = bytearray(block.numel())
             num_read = file.readinto(got)
             if num_read != len(got) or not torch.equal(torch.frombuffer(got, dtype=torch.uint8), block):
-                raise IntegrityError("the disk gives back other bytes than were written", "check it", file=str(path))
+                raise IntegrityError("the disk gives back other bytes than were written", "check it", file=path)
             digest.update(got)
         num_bytes = file.tell()
     pieces = {name: [boxes[name].start, boxes[name].shape] for name in sorted(boxes)}
@@ -275,11 +280,7 @@ class Reader:
                 done += part.num_elements
         if done != box.num_elements:
             raise Incomplete(f"{name} has {done:,} of {box.num_elements:,} elements")
-        if not isinstance(like, DTensor):
-            return out
-        mesh: DeviceMesh = like.device_mesh
-        placements: Sequence[Placement] = like.placements
-        return DTensor.from_local(out, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+        return part_of(like, out)
 
     def _read(self, file: str, name: str, held: Box, part: Box, dtype: torch.dtype) -> Tensor:
         if file not in self._open:

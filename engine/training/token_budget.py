@@ -47,11 +47,8 @@ class TokenBudget:
         if collective:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._note, {"microbatch_tokens": self.tokens})
-            raise Again(
-                f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory",
-                f"run the same command again: it goes on with micro-batches of at most {self.tokens} tokens",
-                file=file,
-            )
+            fix = f"run the same command again: it goes on with micro-batches of at most {self.tokens} tokens"
+            raise Again(f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory", fix, file=file)
 
     def agree(self, where: str) -> None:
         """Take the smallest budget of any rank on all ranks from now on; collective."""

@@ -95,19 +95,10 @@ class _WandB:
         import wandb
 
         settings = wandb.Settings(
-            console="off",
-            silent=True,
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-            save_code=False,
-            host="macpo",
-            username="macpo",
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-        )
+            console="off", silent=True, host="macpo", username="macpo",
+            disable_code=True, disable_git=True, disable_job_creation=True, save_code=False,
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+        )  # fmt: skip
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             group=run.group,

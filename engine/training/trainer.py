@@ -157,21 +157,17 @@ class _Stage:
             yield
         except PeerError as error:
             (problem,) = error.problems
-            raise PeerError(f"step {step + 1}: {problem.message}", problem.fix, file=str(self.workdir)) from error
+            raise PeerError(f"step {step + 1}: {problem.message}", problem.fix, file=self.workdir) from error
         except (RuntimeError, MemoryError) as error:
             if is_lost_peer(error):
                 why = " ".join(str(error).split())[:200]
-                raise PeerError(
-                    f"step {step + 1}: another rank failed or hangs, noticed in the model ({why})",
-                    "look at the first failing rank's message, then run the same command again",
-                    file=str(self.workdir),
-                ) from error
+                what = f"step {step + 1}: another rank failed or hangs, noticed in the model ({why})"
+                fix = "look at the first failing rank's message, then run the same command again"
+                raise PeerError(what, fix, file=self.workdir) from error
             if is_out_of_memory(error):  # not in a micro-batch: `_accumulate` handles those
-                raise ResourceError(
-                    f"step {step + 1}: no memory for gradients or optimizer states ({' '.join(str(error).split())})",
-                    "train with LoRA, or spread the weights (compute.parallel.sharding: shard)",
-                    file=str(self.workdir),
-                ) from error
+                what = f"step {step + 1}: no memory for gradients or optimizer states ({' '.join(str(error).split())})"
+                fix = "train with LoRA, or spread the weights (compute.parallel.sharding: shard)"
+                raise ResourceError(what, fix, file=self.workdir) from error
             raise
 
     def _step(
@@ -224,10 +220,7 @@ class _Stage:
                 return stats
             self.optimizer.zero()  # including what a partial backward has accumulated
             self.budget.shrink(
-                f"step {step + 1}",
-                micro.batch,
-                self._names(micro.batch.groups),
-                collective=self.policy.collective,
+                f"step {step + 1}", micro.batch, self._names(micro.batch.groups), collective=self.policy.collective
             )
             failures += 1
 
@@ -263,10 +256,9 @@ class _Stage:
                 self.optimizer.zero()
                 if self.saved_step != step:
                     self._save(step, log)
-                raise self._numerics(
-                    f"{what}; groups of the step: {self._names(indices)}; last checkpoint: the one of step {step}",
-                    "look at these rows, lower learning_rate, or set on_spike to warn; the weights were not updated",
-                )
+                problem = f"{what}; groups of the step: {self._names(indices)}; last checkpoint: the one of step {step}"
+                fix = "look at these rows, lower learning_rate, or set on_spike to warn; the weights were not updated"
+                raise self._numerics(problem, fix)
             if self.world.is_main:
                 print(f"warning: {what}; groups of the step: {self._names(indices)}", file=sys.stderr)
         self.guard.see(loss)
@@ -289,7 +281,7 @@ class _Stage:
 
     def _numerics(self, message: str, fix: str) -> NumericsError:
         """An error to raise on every rank, reported by one."""
-        return NumericsError(message, fix, file=str(self.workdir), relayed=not self.world.is_main)
+        return NumericsError(message, fix, file=self.workdir, relayed=not self.world.is_main)
 
     def _finite(self, batch: PackedBatch) -> bool:
         loss, _ = self.objective(self.policy, batch, 1)
@@ -331,11 +323,8 @@ class _Stage:
         if found is None:
             return 0
         if found.state["fingerprint"] != self.fingerprint:
-            raise ConfigError(
-                "the checkpoint belongs to other data, settings, seed or weights",
-                "delete the folder to train again, or restore what it was started with",
-                file=str(folder),
-            )
+            fix = "delete the folder to train again, or restore what it was started with"
+            raise ConfigError("the checkpoint belongs to other data, settings, seed or weights", fix, file=folder)
         if found.layout != checkpoint.layout_of(found.tensors, self.world) and self.world.is_main:
             print(
                 f"note: resuming a checkpoint of {found.layout} with "
@@ -371,11 +360,7 @@ class _NoLog:
 
 
 def fingerprint(
-    groups: Sequence[PrefixGroup],
-    settings: OptimSettings,
-    objective: str,
-    seed: int,
-    shapes: Mapping[str, list[int]],
+    groups: Sequence[PrefixGroup], settings: OptimSettings, objective: str, seed: int, shapes: Mapping[str, list[int]]
 ) -> str:
     """SHA-256 of everything that further training depends on, except the checkpoint's own weights."""
     # save interval and spike handling do not change what is trained
