@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bench.harness.device import gemm
-from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.measure import Case, Peer, Unavailable, head_ceiling
 from bench.harness.options import Spec, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.requests import GenerationRequest, load
@@ -127,9 +126,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         {},
         check=partial(greedy_gap, model, requests, dtype),
         flop=forward_flops(size, counts),
-        ceiling=gemm(step, model.get_output_embeddings().weight),
-        ceiling_name="vendor GEMM, head of one decode step",
-        ceiling_work=2.0 * step.shape[0] * shape.hidden * shape.vocab,
+        **head_ceiling(step, model.get_output_embeddings().weight, ", head of one decode step"),
         traced=False,
         items=useful,
         floor_ms=floor.total_ms,
@@ -238,19 +235,14 @@ def greedy_gap(
     if any(len(answer) != r.new_tokens for answer, r in zip(answers, requests, strict=True)):
         return float("inf")
     worst = 0.0
-    for prompt, answer in zip((r.prompt_ids for r in requests), answers, strict=True):
-        ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-        keep = torch.arange(len(prompt) - 1, ids.shape[1], device=model.device)
+    for r, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([r.prompt_ids + answer[:-1]], device=model.device)
+        keep = torch.arange(len(r.prompt_ids) - 1, ids.shape[1], device=model.device)
         logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float()
         chosen = logits.gather(1, torch.tensor(answer, device=model.device)[:, None])
         worst = max(worst, float((logits.max(dim=1, keepdim=True).values - chosen).max()))
     return 0.0 if worst <= TIE[dtype] else float("inf")
 
 
-def main() -> None:
-    assert __doc__
-    run_bench("generation", specs, __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    run_bench("generation", specs, __doc__ or "")

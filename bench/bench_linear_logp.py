@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness.device import gemm
-from bench.harness.measure import Case, Peer
+from bench.harness.measure import SHORT, Case, Peer, head_ceiling
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.heads import HeadInputs, describe, head_inputs, reference_gradients, reference_logp
@@ -61,8 +59,7 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
 
 
 def case_name(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, mode: str) -> str:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    return f"N{rows} H{size} V{vocab} {short} {kind} {mode}"
+    return f"N{rows} H{size} V{vocab} {SHORT[dtype]} {kind} {mode}"
 
 
 def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, mode: str, device: torch.device) -> Case:
@@ -95,9 +92,7 @@ def make_case(rows: int, size: int, vocab: int, dtype: torch.dtype, kind: str, m
         peers,
         reference,
         flop=UNITS[mode] * unit,
-        ceiling=gemm(inputs.hidden, inputs.weight),
-        ceiling_name="vendor GEMM, one head",
-        ceiling_work=unit,
+        **head_ceiling(inputs.hidden, inputs.weight, ", one head"),
         unit_work=unit,
     )
 
@@ -135,9 +130,7 @@ def build_sum(inputs: HeadInputs, factory: Callable[[], heads.SumFn]) -> Run:
     return run
 
 
-def test_linear_logp(benchmark: Any, spec: Spec, peer_name: str) -> None:
-    bench_one(benchmark, spec, peer_name)
-
+test_linear_logp = bench_one
 
 if __name__ == "__main__":
     run_bench("linear_logp", specs, __doc__ or "")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.harness.device import default_device, provenance
+from bench.harness.measure import SHORT
 from macpo.engine.generation.slots.packed_linear import onednn_pack, onednn_product
 from macpo.kernels import SampleParams, native
 from macpo.kernels.linear_logp import rows_torch
@@ -114,17 +115,16 @@ def row_kernels() -> Iterator[Pair]:
                 calls = called(native.row_logp, own, *head), called(rows_torch.row_logp, z, *head)
                 yield Pair(f"logp {name}", size, *calls, exact[:2], before=before)
                 for dtype in EXACT:
-                    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
                     calls = (
                         called(native.row_logp_dlogits_, own, *head, dtype),
                         called(rows_torch.row_logp_dlogits_, z, *head, dtype),
                     )
-                    yield Pair(f"logp, d {short} {name}", size, *calls, exact, dtype, before)
+                    yield Pair(f"logp, d {SHORT[dtype]} {name}", size, *calls, exact, dtype, before)
                     calls = (
                         called(native.row_dlogits_, own, *known, dtype),
                         called(rows_torch.row_dlogits_, z, *known, dtype),
                     )
-                    yield Pair(f"d {short} {name}", size, *calls, exact[2:], dtype, before)
+                    yield Pair(f"d {SHORT[dtype]} {name}", size, *calls, exact[2:], dtype, before)
 
 
 def float32_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -195,13 +195,8 @@ def decode() -> Iterator[Pair]:
         for heads, kv_heads, size, shortest, longest in CACHES:
             slot_tokens = -(-longest // 32) * 32
             q = seeded(batch, heads, size)
-            caches = [
-                (
-                    seeded(batch, kv_heads, slot_tokens, size, seed=i),
-                    seeded(batch, kv_heads, slot_tokens, size, seed=-i),
-                )
-                for i in range(1, LAYERS + 1)
-            ]
+            cache = partial(seeded, batch, kv_heads, slot_tokens, size)
+            caches = [(cache(seed=i), cache(seed=-i)) for i in range(1, LAYERS + 1)]
             lens = shortest + torch.arange(batch) * 37 % (longest - shortest + 1)
             mask = slot_mask(lens, torch.arange(int(lens.max())), None, torch.float32, kv_heads)
             double = slot_mask(lens, torch.arange(int(lens.max())), None, torch.float64, kv_heads)

@@ -11,14 +11,13 @@ over contiguous keys, and `slot_attention`, which generation uses on CPUs.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness.device import copy
-from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.measure import SHORT, Case, Peer, copy_ceiling, imported, needs_cuda
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from macpo.kernels import paged_attention
@@ -43,9 +42,8 @@ class Shape(NamedTuple):
     block_tokens: int
 
     def case_name(self, dtype: torch.dtype) -> str:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
         heads = f"heads{self.heads}/{self.kv_heads} d{self.head_dim}"
-        return f"B{self.batch} context{self.context} {heads} block{self.block_tokens} {short}"
+        return f"B{self.batch} context{self.context} {heads} block{self.block_tokens} {SHORT[dtype]}"
 
 
 SHAPES: dict[str, tuple[torch.dtype, list[Shape]]] = {
@@ -75,16 +73,10 @@ def make_case(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     q = torch.randn(batch, heads, size, device=device).to(dtype)
     lens, table = lens.to(device), table.to(device)
     inputs = (q, *pools, table, lens)
-    expected = torch.cat(
-        [
-            reference.paged_attention(q[b : b + 1].double(), *few, lens[b : b + 1])
-            for b in range(batch)
-            for few in [_row_pools(pools, table[b])]
-        ]
-    )
+    rows = zip(q.double().split(1), table, lens.split(1), strict=True)
+    expected = torch.cat([reference.paged_attention(q1, *_row_pools(pools, row), n1) for q1, row, n1 in rows])
     read = int(lens.sum()) * kv_heads * size * 2 * q.element_size()
     num_bytes = float(read + 2 * q.nbytes)
-    moved = max(int(num_bytes), 2**28 if device.type == "cuda" else 2**25)
     peers = [
         Peer(OURS, lambda: lambda: {"out": paged_attention(*inputs)}),
         Peer(OURS_TORCH, lambda: lambda: {"out": paged_attention(*inputs, backend="torch")}),
@@ -104,9 +96,7 @@ def make_case(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
         {"out": expected},
         num_bytes=num_bytes,
         graph=True,
-        ceiling=copy(moved, device),
-        ceiling_name=f"copy of {moved / 2**20:.0f} MB",
-        ceiling_work=float(moved),
+        **copy_ceiling(num_bytes, 2**25, device),
     )
 
 
@@ -146,54 +136,33 @@ def build_slots(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: 
 
 
 def build_varlen(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
-    if q.device.type != "cuda":
-        raise Unavailable("its kernels are for CUDA tensors")
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise Unavailable(f"this torch has no varlen_attn: {error}") from error
+    needs_cuda(q.device)
+    varlen_attn = imported("torch.nn.attention.varlen", "varlen_attn", "this torch has no varlen_attn")
     cu_q = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
-    longest = table.shape[1] * k_pool.shape[1]
-    return lambda: {
-        "out": varlen_attn(
-            *(q, k_pool, v_pool, cu_q, None, 1, longest), enable_gqa=True, seqused_k=lens, block_table=table
-        )
-    }
+    inputs = (q, k_pool, v_pool, cu_q, None, 1, table.shape[1] * k_pool.shape[1])
+    return lambda: {"out": varlen_attn(*inputs, enable_gqa=True, seqused_k=lens, block_table=table)}
 
 
 def build_flash(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError as error:
-        raise Unavailable(f"flash-attn does not import: {error}") from error
-    return lambda: {
-        "out": flash_attn_with_kvcache(q[:, None], k_pool, v_pool, cache_seqlens=lens, block_table=table)[:, 0]
-    }
+    flash = imported("flash_attn", "flash_attn_with_kvcache", "flash-attn does not import")
+    return lambda: {"out": flash(q[:, None], k_pool, v_pool, cache_seqlens=lens, block_table=table)[:, 0]}
 
 
 def build_flashinfer(q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, lens: Tensor) -> Run:
-    try:
-        import flashinfer
-    except ImportError as error:
-        raise Unavailable(f"flashinfer does not import: {error}") from error
+    wrapper_of = imported("flashinfer", "BatchDecodeWithPagedKVCacheWrapper", "flashinfer does not import")
     block_tokens, kv_heads, size = k_pool.shape[1:]
     used = (lens + block_tokens - 1) // block_tokens
     indptr = F.pad(used.cumsum(0), (1, 0)).int()
     real = torch.arange(table.shape[1], device=q.device) < used[:, None]
     last = (lens - (used - 1) * block_tokens).int()
     workspace = torch.empty(2**27, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-    wrapper.plan(
-        *(indptr, table[real], last, q.shape[1], kv_heads, size, block_tokens),
-        q_data_type=q.dtype,
-        kv_data_type=q.dtype,
-    )
+    wrapper = wrapper_of(workspace, "NHD")
+    sizes = (q.shape[1], kv_heads, size, block_tokens)
+    wrapper.plan(indptr, table[real], last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
     return lambda: {"out": wrapper.run(q, (k_pool, v_pool))}
 
 
-def test_paged_attention(benchmark: Any, spec: Spec, peer_name: str) -> None:
-    bench_one(benchmark, spec, peer_name)
-
+test_paged_attention = bench_one
 
 if __name__ == "__main__":
     run_bench("paged_attention", specs, __doc__ or "")

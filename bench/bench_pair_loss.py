@@ -14,13 +14,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness.device import gemm
-from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.measure import SHORT, Case, Peer, head_ceiling, imported
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.heads import BETA, HeadInputs, describe, dpo, head_inputs, pair_reference, reference_logp
@@ -78,10 +76,9 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
 
 
 def case_name(shape: Shape, dtype: torch.dtype, kind: str, trained: bool) -> str:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     prompt = f" prompt{shape.prompt}" if shape.prompt else ""
     head = "trainable" if trained else "frozen"
-    return f"N{shape.rows} H{shape.hidden} V{shape.vocab} {short} {kind} {head}{prompt}"
+    return f"N{shape.rows} H{shape.hidden} V{shape.vocab} {SHORT[dtype]} {kind} {head}{prompt}"
 
 
 def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device: torch.device) -> Case:
@@ -118,9 +115,7 @@ def make_case(shape: Shape, dtype: torch.dtype, kind: str, trained: bool, device
         peers,
         reference,
         flop=units * unit,
-        ceiling=gemm(inputs.hidden, inputs.weight),
-        ceiling_name="vendor GEMM, one head",
-        ceiling_work=unit,
+        **head_ceiling(inputs.hidden, inputs.weight, ", one head"),
         unit_work=unit,
     )
 
@@ -174,11 +169,8 @@ def padded(inputs: HeadInputs, rows: Tensor, prompt: int, fill: float) -> Tensor
 
 
 def build_liger(inputs: HeadInputs, prompt: int, use_ref: bool) -> Run:
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise Unavailable(f"Liger does not import: {error}") from error
-    loss_of: Any = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=use_ref, compiled=True)
+    fused = imported("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "Liger does not import")
+    loss_of = fused(beta=BETA, use_ref_model=use_ref, compiled=True)
     hidden = padded(inputs, inputs.hidden, prompt, 0.5).requires_grad_()
     ref_hidden = padded(inputs, inputs.ref_hidden, prompt, 0.5)
     target = padded(inputs, inputs.target, prompt, -100)
@@ -200,9 +192,7 @@ def unpad(inputs: HeadInputs, prompt: int, outputs: Outputs) -> Outputs:
     return {**outputs, "dhidden": packed}
 
 
-def test_pair_loss(benchmark: Any, spec: Spec, peer_name: str) -> None:
-    bench_one(benchmark, spec, peer_name)
-
+test_pair_loss = bench_one
 
 if __name__ == "__main__":
     run_bench("pair_loss", specs, __doc__ or "")

@@ -14,25 +14,16 @@ import functools
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness.device import gemm
-from bench.harness.measure import Case, Peer, Unavailable
+from bench.harness.measure import SHORT, Case, Peer, Unavailable, head_ceiling, imported, needs_cuda
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
-from bench.inputs.attention import (
-    AttentionInputs,
-    Group,
-    Padded,
-    Varlen,
-    attention_inputs,
-    attention_reference,
-    hh_like,
-)
+from bench.inputs.attention import AttentionInputs, Group, Padded, Varlen, attention_inputs, exact_attention, hh_like
 from macpo.kernels import prefix_attention
 
 OURS = "macpo prefix_attention"
@@ -54,8 +45,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
     def case_name(self, mode: str) -> str:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-        return f"{self.name} heads{self.heads}/{self.kv_heads} d{self.head_dim} {short} {mode}"
+        return f"{self.name} heads{self.heads}/{self.kv_heads} d{self.head_dim} {SHORT[self.dtype]} {mode}"
 
 
 SHAPES: dict[str, list[Shape]] = {
@@ -85,7 +75,7 @@ def make_case(shape: Shape, mode: str, device: torch.device) -> Case:
     name, groups, heads, kv_heads, size, dtype = shape
     inputs = attention_inputs(groups, heads, kv_heads, size, dtype, device)
     backward = mode != "forward"
-    reference = attention_reference(inputs, backward)
+    reference = exact_attention(inputs, backward)
     pads = Padded.of(groups, device)
     for x in (inputs.q, inputs.k, inputs.v):
         x.requires_grad_(backward)
@@ -119,9 +109,7 @@ def make_case(shape: Shape, mode: str, device: torch.device) -> Case:
         peers,
         reference,
         flop=(14.0 if backward else 4.0) * size * heads * inputs.visible_pairs,
-        ceiling=gemm(square, square),
-        ceiling_name=f"vendor GEMM {side} x {side} x {side}",
-        ceiling_work=2.0 * side**3,
+        **head_ceiling(square, square, f" {side} x {side} x {side}"),
     )
 
 
@@ -185,50 +173,30 @@ def unpad(pads: Padded, tokens: int, outputs: Outputs) -> Outputs:
 
 
 def torch_varlen() -> Callable[..., Tensor]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise Unavailable(f"this torch has no varlen_attn: {error}") from error
-
+    varlen_attn = imported("torch.nn.attention.varlen", "varlen_attn", "this torch has no varlen_attn")
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
-        return varlen_attn(
-            *(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k), window_size=(-1, 0), **grouped
-        )
-
-    return attend
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def flash_varlen() -> Callable[..., Tensor]:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise Unavailable(f"flash-attn does not import: {error}") from error
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
-        return flash_attn_varlen_func(*(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k), causal=True)
-
-    return attend
+    return partial(imported("flash_attn", "flash_attn_varlen_func", "flash-attn does not import"), causal=True)
 
 
 def build_varlen(inputs: AttentionInputs, factory: Callable[[], Callable[..., Tensor]]) -> Run:
-    if inputs.q.device.type != "cuda":
-        raise Unavailable("its kernels are for CUDA tensors")
+    needs_cuda(inputs.q.device)
     attend = factory()
     layout = Varlen.of(inputs.groups, inputs.q.device)
+    runs = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     leaves = (inputs.q, inputs.k, inputs.v)
 
     def run() -> Outputs:
         k, v = (x.index_select(0, layout.keys) for x in leaves[1:])
-        return finish(attend(inputs.q, k, v, layout), leaves, inputs.grad)
+        return finish(attend(inputs.q, k, v, *runs), leaves, inputs.grad)
 
     return run
 
 
-def test_prefix_attention(benchmark: Any, spec: Spec, peer_name: str) -> None:
-    bench_one(benchmark, spec, peer_name)
-
+test_prefix_attention = bench_one
 
 if __name__ == "__main__":
     run_bench("prefix_attention", specs, __doc__ or "")

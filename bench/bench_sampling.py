@@ -14,13 +14,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness.device import copy
-from bench.harness.measure import Case, Peer, Unavailable, relative_errors
+from bench.harness.measure import Case, Peer, copy_ceiling, imported, relative_errors
 from bench.harness.options import Spec, bench_one, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.heads import head_inputs
@@ -65,18 +63,16 @@ def make_case(batch: int, vocab: int, name: str, device: torch.device) -> Case:
     keys = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=1)
     inputs = (logits, params, keys, index)
     num_bytes = float(logits.nbytes)
-    moved = max(int(num_bytes), 2**28 if device.type == "cuda" else 2**21)
     peers = [
         Peer(OURS, partial(build_ours, inputs, None)),
         Peer(OURS_TORCH, partial(build_ours, inputs, "torch")),
         Peer(REFERENCE, lambda: lambda: named(reference.sample(*inputs))),
         Peer(HF, partial(build_hf, logits, setting), partial(hf_view, logits, setting)),
-        Peer(PLAIN, partial(build_plain, logits, setting)),
+        # It has no filters.
+        *([Peer(PLAIN, partial(build_plain, logits, setting))] if setting.keys() == {"temperature"} else []),
         Peer(COMPILED, partial(build_compiled, logits, setting)),
         Peer(FLASHINFER, partial(build_flashinfer, logits, setting)),
     ]
-    if setting.keys() != {"temperature"}:  # this one has no filters
-        peers = [peer for peer in peers if peer.name != PLAIN]
     return Case(
         f"B{batch} V{vocab} {name}",
         {"batch": batch, "vocab": vocab, **setting},
@@ -87,9 +83,7 @@ def make_case(batch: int, vocab: int, name: str, device: torch.device) -> Case:
         check=Check(logits, params),
         num_bytes=num_bytes,
         graph=True,
-        ceiling=copy(moved, device),
-        ceiling_name=f"copy of {moved / 2**20:.0f} MB",
-        ceiling_work=float(moved),
+        **copy_ceiling(num_bytes, 2**21, device),
     )
 
 
@@ -100,9 +94,8 @@ class Check:
         """Compute the reference's kept set; at a nucleus' edge one rounding more or less is allowed."""
         self.logits = logits
         scores, keep = reference.scores_and_support(logits.double(), params)
-        params_wider = SampleParams(
-            *(params.seed, params.temperature, (params.top_p + 1e-5).clamp(max=1.0), params.top_k, params.min_p)
-        )
+        wider_p = (params.top_p + 1e-5).clamp(max=1.0)
+        params_wider = SampleParams(params.seed, params.temperature, wider_p, params.top_k, params.min_p)
         self.allowed = keep | reference.scores_and_support(logits, params_wider)[1]
         self.processed = scores.double().masked_fill(~keep, float("-inf")).log_softmax(-1)
         self.raw = logits.double().log_softmax(-1)
@@ -111,13 +104,11 @@ class Check:
         ids = outputs["ids"].long()[:, None]
         if not bool(self.allowed.gather(1, ids).all()):
             return float("inf")
-        expected = {}
-        if "probs" in outputs:
-            expected["probs"] = self.processed.exp()
-        for name, table in (("raw", self.raw), ("processed", self.processed)):
-            if name in outputs:
-                expected[name] = table.gather(1, ids).squeeze(1)
-        return max(relative_errors(outputs, expected).values(), default=0.0)
+        tables = {"raw": self.raw, "processed": self.processed}
+        expected = {name: table.gather(1, ids).squeeze(1) for name, table in tables.items()}
+        expected["probs"] = self.processed.exp()
+        known = {name: values for name, values in expected.items() if name in outputs}
+        return max(relative_errors(outputs, known).values(), default=0.0)
 
 
 def named(drawn: tuple[Tensor, Tensor, Tensor]) -> Outputs:
@@ -130,21 +121,15 @@ def build_ours(inputs: tuple[Tensor, SampleParams, Tensor, Tensor], backend: str
 
 def _processors(setting: dict[str, float]) -> Callable[[Tensor], Tensor]:
     """Return Hugging Face's filters in the order that `generate` applies them."""
-    from transformers import LogitsProcessorList
-    from transformers.generation.logits_process import (
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from transformers.generation import logits_process as hf
 
-    chain = LogitsProcessorList([TemperatureLogitsWarper(float(setting["temperature"]))])
-    if "top_k" in setting:
-        chain.append(TopKLogitsWarper(int(setting["top_k"])))
-    if "top_p" in setting:
-        chain.append(TopPLogitsWarper(setting["top_p"]))
-    if "min_p" in setting:
-        chain.append(MinPLogitsWarper(setting["min_p"]))
+    warpers = {
+        "temperature": hf.TemperatureLogitsWarper,
+        "top_k": hf.TopKLogitsWarper,
+        "top_p": hf.TopPLogitsWarper,
+        "min_p": hf.MinPLogitsWarper,
+    }
+    chain = hf.LogitsProcessorList(warper(setting[name]) for name, warper in warpers.items() if name in setting)
     no_ids = torch.zeros(1, 0, dtype=torch.int64)
     return lambda logits: chain(no_ids, logits)
 
@@ -186,18 +171,13 @@ def _compiled() -> Callable[..., Tensor]:
 def build_compiled(logits: Tensor, setting: dict[str, float]) -> Run:
     draw = _compiled()
     noise = torch.empty_like(logits)
-    arguments = (
-        *(float(setting["temperature"]), int(setting.get("top_k", 0))),
-        *(float(setting.get("top_p", 1.0)), float(setting.get("min_p", 0.0))),
-    )
+    defaults: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    arguments = (defaults | setting).values()
     return lambda: {"ids": draw(logits, noise.exponential_(), *arguments)}
 
 
 def build_flashinfer(logits: Tensor, setting: dict[str, float]) -> Run:
-    try:
-        from flashinfer import sampling
-    except ImportError as error:
-        raise Unavailable(f"flashinfer does not import: {error}") from error
+    sampling = imported("flashinfer", "sampling", "flashinfer does not import")
 
     def run() -> Outputs:
         scores = logits / setting["temperature"]
@@ -216,9 +196,7 @@ def build_flashinfer(logits: Tensor, setting: dict[str, float]) -> Run:
     return run
 
 
-def test_sampling(benchmark: Any, spec: Spec, peer_name: str) -> None:
-    bench_one(benchmark, spec, peer_name)
-
+test_sampling = bench_one
 
 if __name__ == "__main__":
     run_bench("sampling", specs, __doc__ or "")

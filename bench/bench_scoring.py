@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from bench import bench_generation
 from bench.bench_generation import Shape, make_model
-from bench.harness.device import gemm
-from bench.harness.measure import Case, Peer
+from bench.harness.measure import Case, Peer, head_ceiling
 from bench.harness.options import Spec, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.requests import load
@@ -72,7 +71,6 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     lengths = [(len(group.prompt_ids), [len(response) for response in group.responses]) for group in groups]
     counts = counts_of_lengths(lengths)
     rows = torch.randn(1024, shape.hidden, dtype=dtype, device=device)
-    weight = model.get_output_embeddings().weight
     return Case(
         f"{name} {shape.requests} K={CANDIDATES}",
         {**vars(shape), "tokens": counts.tokens, "rows": counts.rows},
@@ -84,9 +82,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         ],
         {"logps": exact(model, groups)},
         flop=forward_flops(size, counts),
-        ceiling=gemm(rows, weight),
-        ceiling_name="vendor GEMM, head of 1,024 rows",
-        ceiling_work=2.0 * rows.shape[0] * shape.hidden * shape.vocab,
+        **head_ceiling(rows, model.get_output_embeddings().weight, ", head of 1,024 rows"),
         items=sum(len(p) + sum(r) for p, r in ((g.prompt_ids, map(len, g.responses)) for g in groups)),
     )
 
@@ -153,10 +149,5 @@ def exact(model: PreTrainedModel, groups: Sequence[PrefixGroup]) -> Tensor:
     return torch.stack(sums).double().cpu()
 
 
-def main() -> None:
-    assert __doc__
-    run_bench("scoring", specs, __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    run_bench("scoring", specs, __doc__ or "")

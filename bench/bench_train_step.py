@@ -24,14 +24,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig
 
-from bench.harness.device import default_device, device_name, device_slug, gemm, provenance, synchronise
-from bench.harness.measure import RESULTS, Unavailable, finite
+from bench.harness.device import default_device, device_name, device_slug, gemm, provenance
+from bench.harness.measure import RESULTS, finite, reason_of
+from bench.harness.timing import stretch
 from bench.inputs.pairs import HH, PairData, load_pairs
 from bench.peers.trainers import BEST, DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, cpu_peak
 from macpo.engine.models.flops import ModelShape, counts_of, forward_flops, model_flops
@@ -169,15 +171,7 @@ class Ceiling:
 
     def flop_per_s(self) -> float:
         """Return the best of three stretches of calls, which other work on the device disturbs least."""
-        taken = []
-        for _ in range(3):
-            synchronise(self.device)
-            start = time.perf_counter()
-            for _ in range(STRETCH):
-                self.run()
-            synchronise(self.device)
-            taken.append(time.perf_counter() - start)
-        return self.flop * STRETCH / min(taken)
+        return self.flop / min(stretch(self.run, STRETCH, self.device) for _ in range(3))
 
 
 def run_case(
@@ -191,9 +185,7 @@ def run_case(
     running = [rival for rival in case.rivals if results[rival.name].status == "ok"]
     shape, ceiling = ModelShape.of(setup.config), Ceiling(setup)
     rank = LORA.rank if case.tuning == "lora" else 0
-    tokens: list[int] = []
-    flops: list[float] = []
-    speeds: list[float] = []
+    tokens, flops, speeds = [], [], []
     reference = dict.fromkeys(results, 0.0)
     for number in range(1, rounds + 1):
         if number > 1 and time.monotonic() > end:
@@ -247,8 +239,7 @@ def check(case: Case, setup: Setup) -> dict[str, Result]:
         except Exception as error:
             if rival is OURS:
                 raise
-            text = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
-            result.status, result.reason = "absent", " ".join(text.split())[:200]
+            result.status, result.reason = "absent", reason_of(error)
             continue
         ours = ours or outcome
         result.first_loss = outcome.losses[0]
@@ -256,8 +247,7 @@ def check(case: Case, setup: Setup) -> dict[str, Result]:
         if result.reason:
             result.status = "wrong"
         elif setup.device.type == "cpu":
-            size = case.pairs_per_step
-            last = work.by_length[-size:]  # the longest pairs of the round
+            last = work.by_length[-case.pairs_per_step :]  # the longest pairs of the round
             result.peak_bytes = cpu_peak(rival, setup, Work(last, last))
     return results
 
@@ -339,17 +329,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             print(json.dumps(data.describe()), flush=True)
         share = (end - time.monotonic()) / (len(cases) - number)
         print(case.name, flush=True)
-        entry = run_case(case, data, args.device, args.rounds, time.monotonic() + share, _say)
+        entry = run_case(case, data, args.device, args.rounds, time.monotonic() + share, partial(print, flush=True))
         entries.append({**entry, "data": data.describe()})
         body = {"bench": "train_step", **provenance(args.device), "cases": entries}
         path.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print("\n".join(table(entry)), flush=True)
     print(f"written: {path}", flush=True)
     return path
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -196,13 +196,14 @@ def environment(cache: str) -> dict[str, str]:
     }
 
 
-def show(row: Row, width: int, print_line: Callable[[str], object]) -> None:
+def show(row: Row, width: int) -> None:
     verdict = "ok" if not row.problem else "FAIL: " + " ".join(row.problem.split())[:160]
     spills = f"{row.spill_store_bytes}/{row.spill_load_bytes}"
     wgmma = "yes" if row.wgmma else "no"
-    print_line(
+    print(
         f"{row.name:{width}}  sm_{row.target:<4}{row.registers:>5}{row.shared_bytes:>9}{spills:>12}{wgmma:>7}"
-        f"{row.seconds:>7.1f}  {verdict}"
+        f"{row.seconds:>7.1f}  {verdict}",
+        flush=True,
     )
 
 
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for row in rows_of(jobs, args.jobs):
         rows.append(row)
-        show(row, width, lambda line: print(line, flush=True))
+        show(row, width)
     failed = [row for row in rows if row.problem]
     forgotten = [] if args.module else unlisted()
     for name in forgotten:

@@ -82,17 +82,9 @@ def jobs(part: str, shapes: str) -> list[Job]:
     if part == "train":
         cases = ("Llama-3-8B lora bf16", "Llama-3-1B lora bf16", "Llama-3-1B full bf16")
         chosen = cases if shapes == "gpu" else ("tiny lora fp32",)
-        return [
-            Job(
-                f"train_{slug(case)}",
-                170,
-                (
-                    *("-m", "bench.bench_train_step", "--shapes", shapes, "--rounds", "2", "--seconds", "120"),
-                    *("--only", case, "--json-dir", "{folder}"),
-                ),
-            )
-            for case in chosen
-        ]
+        options = ("-m", "bench.bench_train_step", "--shapes", shapes, "--rounds", "2", "--seconds", "120")
+        options += ("--json-dir", "{folder}", "--only")
+        return [Job(f"train_{slug(case)}", 170, (*options, case)) for case in chosen]
     text, exact = "V128256 bf16 text", ("N4096 H4096", "N8192 H4096", "N4096 H2048")
     losses = [
         bench(f"pair_loss_{slug(key)}_{head}", "pair_loss", f"{key} {text} {head}", peers, 60, shapes)

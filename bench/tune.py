@@ -22,13 +22,14 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.harness.device import copy, gemm, provenance
 from bench.harness.measure import finite
-from bench.harness.timing import Outputs, captured
+from bench.harness.timing import captured
 from bench.inputs.attention import AttentionInputs, attention_inputs, hh_like
 
 DEVICE = torch.device("cuda")
@@ -57,26 +58,9 @@ def trials(parts: Sequence[str]) -> list[Trial]:
     return [trial for part in parts for trial in made[part]()]
 
 
-@contextlib.contextmanager
-def patched(module: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
 def under(module: Any, values: dict[str, Any], run: Callable[[], Any]) -> Callable[[], Any]:
     """Return `run` with a module's constants replaced."""
-
-    def call() -> Any:
-        with patched(module, **values):
-            return run()
-
-    return call
+    return mock.patch.multiple(module, **values)(run)
 
 
 # --- prefix attention ------------------------------------------------------------------------------------------------
@@ -146,14 +130,11 @@ DECODE = [
 
 def decode() -> Iterator[Trial]:
     for batch, context in DECODE_CASES:
+        case, moved = f"B{batch} context {context}", batch * context * 8 * 128 * 2 * 2
         for config in DECODE:
             make = partial(_decode, batch, context, config)
-            num_bytes = float(batch * context * 8 * 128 * 2 * 2)
-            yield Trial("decode", f"B{batch} context {context}", str(config), make, num_bytes=num_bytes)
-        moved = batch * context * 8 * 128 * 2 * 2
-        yield Trial(
-            "decode", f"B{batch} context {context}", "copy", partial(copy, moved, DEVICE), 0.0, float(moved), False
-        )
+            yield Trial("decode", case, str(config), make, num_bytes=float(moved))
+        yield Trial("decode", case, "copy", partial(copy, moved, DEVICE), 0.0, float(moved), False)
 
 
 def _decode(batch: int, context: int, config: tuple[int, int, int, int]) -> Callable[[], Any]:
@@ -311,12 +292,7 @@ def chosen_of(parts: Sequence[str], only: str, ours: bool = True) -> list[Trial]
 
 def milliseconds(run: Callable[[], Any]) -> float:
     """Return the median time of a call inside a CUDA graph."""
-
-    def call() -> Outputs:
-        run()
-        return {}
-
-    replay = captured(call)
+    replay = captured(run)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def stretch(calls: int) -> float:

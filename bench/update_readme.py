@@ -19,16 +19,11 @@ from macpo.engine.files import atomic_write  # noqa: E402
 START, END = "<!-- demo result: bench/update_readme.py -->", "<!-- end of demo result -->"
 
 
-def section(claims: str) -> str:
-    """Return the README's result section around the text of claims.txt."""
-    return f"{START}\n```\n{claims.rstrip()}\n```\n{END}"
-
-
 def replaced(readme: str, claims: str) -> str:
-    """Return the README with a new result section."""
+    """Return the README with a new result section around the text of claims.txt."""
     before, _, rest = readme.partition(START)
     _, _, after = rest.partition(END)
-    return before + section(claims) + after
+    return f"{before}{START}\n```\n{claims.rstrip()}\n```\n{END}{after}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,15 +14,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch's profiler is loaded
 
 import torch
+from torch import Tensor
 
 from bench.harness import memory
-from bench.harness.device import device_slug, provenance, synchronise
+from bench.harness.device import copy, device_slug, gemm, provenance, synchronise
 from bench.harness.timing import Outputs, Run, calls_for, in_graph, rounds_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -34,10 +36,30 @@ LOGPS, EXACT_LOGPS = ("logp", "logps"), 1e-5
 EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 INEXACT_FACTOR = 10
 CEILING_NOTE = "the ceiling"
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""Dtypes in the names of cases."""
 
 
 class Unavailable(Exception):
     """A peer cannot take part here; the message says why."""
+
+
+def reason_of(error: Exception) -> str:
+    text = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:200]
+
+
+def imported(module: str, name: str, problem: str) -> Any:
+    """Return what a peer needs from a module; Unavailable with `problem` and the reason where it does not import."""
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"{problem}: {error}") from error
+
+
+def needs_cuda(device: torch.device, what: str = "kernels") -> None:
+    if device.type != "cuda":
+        raise Unavailable(f"its {what} are for CUDA tensors")
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,19 @@ class Result:
         return max(self.errors.values(), default=0.0)
 
 
+def head_ceiling(hidden: Tensor, weight: Tensor, name: str) -> dict[str, Any]:
+    """Return the fields of a case whose ceiling is the vendor's hidden @ weight'."""
+    work = 2.0 * hidden.shape[0] * weight.numel()
+    return {"ceiling": gemm(hidden, weight), "ceiling_name": f"vendor GEMM{name}", "ceiling_work": work}
+
+
+def copy_ceiling(num_bytes: float, least_on_cpu: int, device: torch.device) -> dict[str, Any]:
+    """Return the fields of a case whose ceiling is a copy of as many bytes, but of enough to be timed."""
+    moved = max(int(num_bytes), 2**28 if device.type == "cuda" else least_on_cpu)
+    name = f"copy of {moved / 2**20:.0f} MB"
+    return {"ceiling": copy(moved, device), "ceiling_name": name, "ceiling_work": float(moved)}
+
+
 def relative_errors(outputs: Outputs, reference: Outputs) -> dict[str, float]:
     """Return ||output - reference|| / ||reference|| of each; infinite if missing, misshapen or not finite."""
     errors = {}
@@ -159,9 +194,7 @@ def prepare(case: Case, peer: Peer) -> tuple[Result, Run | None]:
         synchronise(case.device)
         result = judge(case, peer, outputs)
     except Exception as error:  # a peer may fail in any way; the table says how
-        text = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
-        reason = " ".join(text.split())[:200]
-        return Result(peer.name, "absent", reason=reason, note=peer.note), None
+        return Result(peer.name, "absent", reason=reason_of(error), note=peer.note), None
     return result, None if result.status == "wrong" else run
 
 
@@ -304,35 +337,28 @@ of ceiling: work per second / that of the ceiling, recomputed work not counted
 extra MB: most memory held at once beyond inputs and returned tensors; error: relative, against float64; *: inexact"""
 
 
+def entry(case: Case, results: Sequence[Result]) -> dict[str, Any]:
+    """Return what a result file holds of a case."""
+    return {
+        "name": case.name,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "ceiling": case.ceiling_name,
+        "flop": case.flop,
+        "bytes": case.num_bytes,
+        "floor_ms": case.floor_ms,
+        "floor": case.floor_name,
+        "results": [finite(asdict(result)) for result in results],
+    }
+
+
 def save(
-    bench: str,
-    cases: Sequence[tuple[Case, list[Result]]],
-    skipped: Sequence[str],
-    device: torch.device,
-    folder: Path | None,
+    bench: str, cases: Sequence[dict[str, Any]], skipped: Sequence[str], device: torch.device, folder: Path | None
 ) -> Path:
     """Write bench/results/<device>/<bench>.json (or in `folder`) and return its path; `skipped` names cases not run."""
     path = (folder or RESULTS / device_slug(device)) / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {
-        "bench": bench,
-        **provenance(device),
-        "skipped": list(skipped),
-        "cases": [
-            {
-                "name": case.name,
-                "shape": case.shape,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "ceiling": case.ceiling_name,
-                "flop": case.flop,
-                "bytes": case.num_bytes,
-                "floor_ms": case.floor_ms,
-                "floor": case.floor_name,
-                "results": [finite(asdict(result)) for result in results],
-            }
-            for case, results in cases
-        ],
-    }
+    body = {"bench": bench, **provenance(device), "skipped": list(skipped), "cases": list(cases)}
     path.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 

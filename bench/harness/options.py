@@ -7,14 +7,13 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from bench.harness.device import default_device, device_name
-from bench.harness.measure import LEGEND, Case, Result, measure, prepare, save, table
+from bench.harness.device import default_device, device_name, synchronise
+from bench.harness.measure import LEGEND, Case, entry, measure, prepare, save, table
 
 SHAPES = ("small", "issue", "gpu")
 
@@ -57,7 +56,7 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
     if not todo:
         parser.error(f"no case fits --only {args.only!r}")
     print(f"{bench}: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)
-    done: list[tuple[Case, list[Result]]] = []
+    done: list[dict[str, Any]] = []
     end = time.monotonic() + args.seconds
     skipped = []
     for number, spec in enumerate(todo):
@@ -73,11 +72,8 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
         made = end - time.monotonic()  # what its reference took is spent
         results = measure(case, args.repeats, left / (len(todo) - number) - (left - made), check_s=made / 4)
         print("\n".join(table(case, results)), flush=True)
-        # Only what is written stays: the case's tensors go.
-        bare = Case(case.name, case.shape, case.dtype, case.device, (), {}, flop=case.flop, num_bytes=case.num_bytes)
-        bare.ceiling_name, bare.floor_ms, bare.floor_name = case.ceiling_name, case.floor_ms, case.floor_name
-        done.append((bare, results))
-        del case
+        done.append(entry(case, results))
+        del case  # its tensors go
         gc.collect()
         save(bench, done, [spec.name for spec in todo[number + 1 :]], args.device, args.json_dir)  # if it is stopped
     path = save(bench, done, skipped, args.device, args.json_dir)
@@ -108,10 +104,4 @@ def bench_one(benchmark: Any, spec: Spec, peer_name: str) -> None:
             pytest.fail(verdict)
         pytest.skip(verdict)
     benchmark.extra_info.update(case=spec.name, shape=case.shape, errors=result.errors, status=result.status)
-    benchmark.pedantic(partial(_waited, run, case.device), warmup_rounds=1, rounds=5)
-
-
-def _waited(run: Callable[[], object], device: torch.device) -> None:
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    benchmark.pedantic(lambda: (run(), synchronise(case.device)), warmup_rounds=1, rounds=5)

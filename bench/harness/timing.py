@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bench.harness.device import synchronise
 
 Outputs: TypeAlias = Mapping[str, Tensor]
 Run: TypeAlias = Callable[[], Outputs]
+T = TypeVar("T")
 
 # A timed stretch is at least this long; shorter calls are repeated. On a GPU the first call of a stretch waits for
 # Python's launches (.8 ms for a loss, by the times of two sizes), the others are launched while it runs, as in a
@@ -29,13 +30,20 @@ def calls_for(run: Run, device: torch.device, seconds: float) -> int:
     """Return how often a timed stretch calls `run`, which took about `seconds`."""
     if seconds > 10 * MIN_SECONDS[device.type]:
         return 1
-    start = time.perf_counter()
-    run()
+    return max(1, int(MIN_SECONDS[device.type] / max(stretch(run, 1, device), 1e-7)))
+
+
+def stretch(run: Run, num_calls: int, device: torch.device) -> float:
+    """Return the seconds per call of several calls between two waits for the device."""
     synchronise(device)
-    return max(1, int(MIN_SECONDS[device.type] / max(time.perf_counter() - start, 1e-7)))
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        run()
+    synchronise(device)
+    return (time.perf_counter() - start) / num_calls
 
 
-def captured(run: Run) -> Run:
+def captured(run: Callable[[], T]) -> Callable[[], T]:
     """Return `run` as the replay of a CUDA graph; raises what the capture raises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -47,7 +55,7 @@ def captured(run: Run) -> Run:
     with torch.cuda.graph(graph):
         outputs = run()
 
-    def replay() -> Outputs:
+    def replay() -> T:
         graph.replay()
         return outputs
 
@@ -85,10 +93,5 @@ def rounds_of(
             names = [name for name in names if min(taken[name]) < SLOW * min(taken[ours])]
         turn = number % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
-            synchronise(device)
-            start = time.perf_counter()
-            for _ in range(num_calls[name]):
-                runs[name]()
-            synchronise(device)
-            taken[name].append((time.perf_counter() - start) / num_calls[name])
+            taken[name].append(stretch(runs[name], num_calls[name], device))
     return taken

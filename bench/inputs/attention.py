@@ -56,7 +56,7 @@ def attention_inputs(
     return AttentionInputs(q, k, v, grad, groups, Segments.from_lengths(groups).to(device))
 
 
-def attention_reference(inputs: AttentionInputs, backward: bool) -> dict[str, Tensor]:
+def exact_attention(inputs: AttentionInputs, backward: bool) -> dict[str, Tensor]:
     """Compute output and gradients in float64, by group and key head, so that the masks stay small."""
     ratio = inputs.q.shape[1] // inputs.k.shape[1]
     found = {
@@ -68,10 +68,7 @@ def attention_reference(inputs: AttentionInputs, backward: bool) -> dict[str, Te
         stop = start + prompt + sum(responses)
         segments = Segments.from_lengths([(prompt, responses)]).to(inputs.q.device)
         for head in range(inputs.q.shape[1]):
-            at, kv = (
-                (slice(start, stop), slice(head, head + 1)),
-                (slice(start, stop), slice(head // ratio, head // ratio + 1)),
-            )
+            at, kv = ((slice(start, stop), slice(h, h + 1)) for h in (head, head // ratio))
             q, k, v = (x.detach().double().requires_grad_(backward) for x in (inputs.q[at], inputs.k[kv], inputs.v[kv]))
             out = reference.prefix_attention(q, k, v, segments)
             found["out"][at] = out.detach()
@@ -136,19 +133,14 @@ class Varlen:
 
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device) -> Varlen:
-        keys, queries, lengths = [], [], []
-        start = 0
+        keys, queries = [], []
+        at = 0
         for prompt, responses in groups:
-            before = torch.arange(start, start + prompt)
-            keys.append(before)
-            queries.append(prompt)
-            lengths.append(prompt)
-            at = start + prompt
-            for length in responses:
+            before = torch.arange(at, at + prompt)
+            for length in (0, *responses):
                 keys.append(torch.cat([before, torch.arange(at, at + length)]))
-                queries.append(length)
-                lengths.append(prompt + length)
-                at += length
-            start = at
+                queries.append(length or prompt)
+                at += length or prompt
+        lengths = [len(row) for row in keys]
         cu_q, cu_k = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).int().to(device) for n in (queries, lengths))
         return cls(torch.cat(keys).to(device), cu_q, cu_k, max(queries), max(lengths))

@@ -9,7 +9,6 @@ Attention's own products, norms, sampling and launches count as nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.harness.device import copy, synchronise
-from bench.harness.timing import Outputs, Run, calls_for, in_graph
+from bench.harness.device import copy
+from bench.harness.timing import Outputs, Run, calls_for, in_graph, stretch
 from bench.inputs.requests import GenerationRequest
 from macpo.engine.generation.pool.capacity import bucket_of
 from macpo.engine.generation.slots.packed_linear import packed_dtypes, packed_product
@@ -106,12 +105,4 @@ def seconds_of(run: Run, device: torch.device) -> float:
     if device.type == "cuda":
         run, _ = in_graph(run)
     num_calls = calls_for(run, device, 0.0)
-    taken = []
-    for _ in range(REPEATS):
-        synchronise(device)
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            run()
-        synchronise(device)
-        taken.append((time.perf_counter() - start) / num_calls)
-    return min(taken)
+    return min(stretch(run, num_calls, device) for _ in range(REPEATS))

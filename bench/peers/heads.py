@@ -10,30 +10,22 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bench.harness.measure import Unavailable
-from macpo.kernels import linear_logp
+from bench.harness.measure import Unavailable, imported, needs_cuda
 
 LogpFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 TRL_VOCAB_CHUNK = 32768  # what TRL's trainers pass
-
-
-def ours() -> LogpFn:
-    return linear_logp
 
 
 def _eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Compute the head as models do: logits in the inputs' dtype, log-softmax in float32."""
     logits_nv = (hidden @ weight.T).float()
     return logits_nv.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
-
-
-def eager() -> LogpFn:
-    return _eager
 
 
 class _Float32Logits(torch.autograd.Function):
@@ -77,61 +69,28 @@ def compiled() -> LogpFn:
 
 def trl() -> LogpFn:
     """Return TRL's fused head, vocabulary in chunks, without statistics."""
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except ImportError as error:
-        raise Unavailable(f"TRL's fused head does not import: {error}") from error
-
-    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        logp: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, TRL_VOCAB_CHUNK, None, 1.0, ())[
-            0
-        ]
-        return logp
-
-    return run
+    apply = imported("trl.kernels", "ChunkedLogProbFunction", "TRL's fused head does not import").apply
+    options = (1.0, TRL_VOCAB_CHUNK, None, 1.0, ())
+    return lambda hidden, weight, target: apply(hidden, weight, None, target, *options)[0]
 
 
 def _cce(device: torch.device, **options: Any) -> LogpFn:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable(f"cut-cross-entropy does not import: {error}") from error
-    if device.type != "cuda" and options["impl"] == "cce":
-        raise Unavailable("its Triton kernels are for CUDA tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cce = imported("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy does not import")
+    if options["impl"] == "cce":
+        needs_cuda(device, "Triton kernels")
+    return lambda hidden, weight, target: -cce(hidden, weight, target, reduction="none", **options)
+
+
+def _liger_flce(device: torch.device, reduction: str) -> LogpFn:
+    """Liger's Triton fused linear cross entropy; float32 weight gradient."""
+    name = "LigerFusedLinearCrossEntropyFunction"
+    apply = imported("liger_kernel.ops.fused_linear_cross_entropy", name, "Liger does not import").apply
+    needs_cuda(device, "Triton kernels")
 
     def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -linear_cross_entropy(hidden, weight, target, reduction="none", **options)
-
-    return run
-
-
-def cce_filtered(device: torch.device) -> LogpFn:
-    return _cce(device, impl="cce", filter_eps="high")
-
-
-def cce_exact(device: torch.device) -> LogpFn:
-    return _cce(device, impl="cce", filter_eps=None)
-
-
-def cce_torch(device: torch.device) -> LogpFn:
-    return _cce(device, impl="torch_compile")
-
-
-def liger_flce(device: torch.device) -> LogpFn:
-    """Liger's Triton fused linear cross entropy, per token; float32 weight gradient."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError as error:
-        raise Unavailable(f"Liger does not import: {error}") from error
-    if device.type != "cuda":
-        raise Unavailable("its Triton kernels are for CUDA tensors")
-
-    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        out = LigerFusedLinearCrossEntropyFunction.apply(
-            hidden, weight, target, None, None, -100, 0.0, 0.0, "none", None, False, torch.float32
-        )
+        out = apply(hidden, weight, target, None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)
         return -(out[0] if isinstance(out, tuple) else out)
 
     return run
@@ -139,15 +98,24 @@ def liger_flce(device: torch.device) -> LogpFn:
 
 def liger_scaled() -> LogpFn:
     """Liger's fused scaled cross entropy: CuTe kernels on sm_90, 512-row chunks of torch elsewhere."""
-    try:
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
-    except ImportError as error:
-        raise Unavailable(f"Liger does not import: {error}") from error
+    name = "LigerFusedLinearScaledCrossEntropyFunction"
+    apply = imported("liger_kernel.ops.fused_linear_scaled_cross_entropy", name, "Liger does not import").apply
+    return lambda hidden, weight, target: -apply(hidden, weight, target)
 
-    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
 
-    return run
+def per_token(device: torch.device) -> dict[str, Callable[[], LogpFn]]:
+    """Return the peers, without ours, that give a log-prob and take a gradient per token, by name."""
+    return {
+        "torch eager": lambda: _eager,
+        "torch eager, float32 logits": partial(float32_logits, device),
+        "torch.compile": compiled,
+        "TRL fused head": trl,
+        "Liger FLCE (per token)": partial(_liger_flce, device, "none"),
+        "Liger scaled CE": liger_scaled,
+        "cut-cross-entropy (exact)": partial(_cce, device, impl="cce", filter_eps=None),
+        "cut-cross-entropy (filtered)": partial(_cce, device, impl="cce", filter_eps="high"),
+        "cut-cross-entropy (torch_compile)": partial(_cce, device, impl="torch_compile"),
+    }
 
 
 # --- peers whose gradient can only be that of the sum ----------------------------------------------------------------
@@ -157,66 +125,23 @@ SumFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # -> sum of log-p
 
 def torch_chunked_sum() -> SumFn:
     """torch's own F.linear_cross_entropy in chunks (its gradient is formed in the forward)."""
-    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+    loss: Any = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if loss is None:
         raise Unavailable("this torch has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
-
-    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -torch.nn.functional.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options)
-
-    return run
+    return lambda hidden, weight, target: -loss(hidden, weight, target, reduction="sum", options=options)
 
 
 def quack_sum(device: torch.device) -> SumFn:
-    if device.type != "cuda":
-        raise Unavailable("its CuTe kernels are for CUDA tensors")
-    try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable(f"quack does not import: {error}") from error
-
-    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -chunked_linear_cross_entropy(hidden, weight, target, reduction="sum")
-
-    return run
-
-
-def liger_flce_sum(device: torch.device) -> SumFn:
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError as error:
-        raise Unavailable(f"Liger does not import: {error}") from error
-    if device.type != "cuda":
-        raise Unavailable("its Triton kernels are for CUDA tensors")
-
-    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        out = LigerFusedLinearCrossEntropyFunction.apply(
-            hidden, weight, target, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
-        )
-        return -(out[0] if isinstance(out, tuple) else out)
-
-    return run
-
-
-def per_token(device: torch.device) -> dict[str, Callable[[], LogpFn]]:
-    """Return the peers, without ours, that give a log-prob and take a gradient per token, by name."""
-    return {
-        "torch eager": eager,
-        "torch eager, float32 logits": functools.partial(float32_logits, device),
-        "torch.compile": compiled,
-        "TRL fused head": trl,
-        "Liger FLCE (per token)": functools.partial(liger_flce, device),
-        "Liger scaled CE": liger_scaled,
-        "cut-cross-entropy (exact)": functools.partial(cce_exact, device),
-        "cut-cross-entropy (filtered)": functools.partial(cce_filtered, device),
-        "cut-cross-entropy (torch_compile)": functools.partial(cce_torch, device),
-    }
+    needs_cuda(device, "CuTe kernels")
+    loss = imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy", "quack does not import")
+    return lambda hidden, weight, target: -loss(hidden, weight, target, reduction="sum")
 
 
 def of_sum(device: torch.device) -> dict[str, Callable[[], SumFn]]:
     """Return the peers that give a summed loss only."""
     return {
         "torch F.linear_cross_entropy (sum only)": torch_chunked_sum,
-        "Liger FLCE (sum only)": functools.partial(liger_flce_sum, device),
-        "quack (sum only)": functools.partial(quack_sum, device),
+        "Liger FLCE (sum only)": partial(_liger_flce, device, "sum"),
+        "quack (sum only)": partial(quack_sum, device),
     }
