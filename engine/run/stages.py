@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,7 +40,7 @@ class StageInputs(BaseModel):
         return found
 
 
-class StageWork(BaseModel):
+class StageWork(BaseModel, ABC):
     """What a stage does; a subclass per kind of stage, whose fields are its settings.
 
     The key hashes the settings and the content of the inputs. Left out are fields with `exclude=True`, which say where
@@ -63,9 +64,9 @@ class StageWork(BaseModel):
         }
         return self.model_dump(mode="json", include=kept)
 
+    @abstractmethod
     def run(self, ctx: StageContext) -> None:
-        """Writes the outputs into `ctx.dir`. Every rank calls it."""
-        raise NotImplementedError
+        """Write the outputs into `ctx.dir`. Every rank calls it."""
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,11 @@ class LearningStage(PolicyStage):
         ids: list[str],
         objective: Callable[[Callable[[], PolicyModule]], Objective],
     ) -> None:
-        """Args:
-        ids: of the groups' prompts.
-        objective: what is minimised, made before training; its argument gives the policy about to be trained.
+        """Train on the groups and save the result.
+
+        Args:
+            ids: the ids of the groups' prompts.
+            objective: makes what is minimised; its argument gives the policy about to be trained.
         """
         ctx = policy.ctx
         module = functools.cache(lambda: policy.load(self.tuning, seed=self.seed))  # another reference goes before it

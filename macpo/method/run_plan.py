@@ -118,7 +118,7 @@ class Builder:
             trust_remote_code=recipe.trust_remote_code,
         )
         weights = self.fingerprints(agent.model or (agent.positive if agent.init is None else None), ready)
-        return PolicySource(agent=about, dtype=self.compute.dtype, weights=weights, ready=ready)
+        return PolicySource(agent=about, dtype=self.compute.dtype, weights=weights, ready=ready or None)
 
     def fingerprints(self, *paths: str | None) -> dict[str, str]:
         """Identity of each model folder or Hub id that is named."""

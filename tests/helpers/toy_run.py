@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class Toy(StageWork):
         self.write(ctx)
         _event(ctx, "end")
 
-    def write(self, ctx: StageContext) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, ctx: StageContext) -> None: ...
 
     def rows(self, ctx: StageContext) -> list[dict[str, Any]]:
         """The rows of all inputs, in the order of their aliases."""

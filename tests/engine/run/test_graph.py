@@ -12,11 +12,18 @@ from pydantic import Field, ValidationError
 from toy_run import From, Join, MakeData, Toy, Transform
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.run.context import StageContext
 from macpo.engine.run.keys import canonical, changes, key_of
 from macpo.engine.run.stages import Graph, Stage, StageWork
 
 
-class Anything(StageWork):
+class Idle(StageWork):
+    name = "idle"
+
+    def run(self, ctx: StageContext) -> None: ...
+
+
+class Anything(Idle):
     name = "anything"
     x: Any
 
@@ -53,7 +60,7 @@ def test_identity_depends_on_kind_settings_and_inputs_only() -> None:
 def test_a_default_is_not_in_the_key_nor_is_where_a_stage_runs() -> None:
     """So a kind can gain a setting, and a run can move to another machine, without making finished stages stale."""
 
-    class Placed(StageWork):
+    class Placed(Idle):
         name = "placed"
         seed: int
         maybe: int | None
