@@ -45,7 +45,7 @@ def derived_seed(seed: int, agent: str, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{agent}/{purpose}".encode()).digest()[:4], "big") >> 1
 
 
-class AnyRecipe(Protocol):
+class RecipeLike(Protocol):
     """What the stages of every kind of recipe are built from."""
 
     @property
@@ -69,7 +69,7 @@ class Builder:
 
     data: StageName
 
-    def __init__(self, recipe: AnyRecipe, plan: Plan, arm: str = "") -> None:
+    def __init__(self, recipe: RecipeLike, plan: Plan, arm: str = "") -> None:
         self.plan, self.arm = plan, arm
         self._shared = recipe
         self.compute = recipe.compute
