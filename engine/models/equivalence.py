@@ -53,13 +53,13 @@ def verify(base: PreTrainedModel) -> None:
     """
     if getattr(base, _VERIFIED, False):
         return
+    window = expected_window(base)
+    head = head_of(base)  # outside of `refusals`, because its errors have remedies of their own
     with refusals(base):
-        window = expected_window(base)
         group = probe_group(base)
         (batch,) = pack([group], max_tokens=64)
         batch = batch.to(base.device)
         recorder = _Recorder(batch.segments)
-        head = head_of(base)
         with attention_hook(base):
             out = base.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, attention_context=recorder

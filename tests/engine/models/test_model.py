@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, model_of, separate_logps, some_groups
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -330,6 +330,12 @@ def test_an_adapter_for_another_model_or_pickled_is_refused(llama: Path, tmp_pat
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(ConfigError, match="only pickled weights"):
         cache.policy(PolicyRef(str(llama), str(tmp_path / "a")))
+
+
+def test_an_adapter_on_the_head_that_is_not_plain_lora_is_refused_with_its_remedy() -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match=r"not plain LoRA\. Fix: leave lm_head out of target_modules"):
+        PolicyModule(get_peft_model(model_of("llama"), config))
 
 
 def test_more_tokens_than_embedding_rows_are_refused(llama: Path) -> None:
