@@ -12,7 +12,6 @@ from macpo.engine.generation.slots.attention import DecodeAttention, PrefillAtte
 from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.equivalence import (
-    FIX,
     check_logits,
     check_windows,
     expected_window,
@@ -20,6 +19,7 @@ from macpo.engine.models.equivalence import (
     refusals,
     separate_logits,
 )
+from macpo.engine.models.support import FIX
 
 
 def verified_cache_shapes(model: PreTrainedModel) -> dict[int, CacheShape]:

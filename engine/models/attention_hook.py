@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
 from macpo.engine.errors import ConfigError
@@ -81,7 +82,10 @@ def _hook(
         problem = f"{type(module).__name__} asks for {', '.join(refused)}, which packed attention does not implement"
         raise ConfigError(problem, "use a model without it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention_context.attend(module, query, key, value, scale, sliding_window), None
+    size, value_size = query.shape[-1], value.shape[-1]
+    if size != value_size:  # latent attention (DeepSeek): zeros add nothing to a dot product, and give zeros out
+        query, key, value = (pad(x, (0, max(size, value_size) - x.shape[-1])) for x in (query, key, value))
+    return attention_context.attend(module, query, key, value, scale, sliding_window)[..., :value_size], None
 
 
 def _unsupported(

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from macpo.engine.config import Quantization
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import explained
+from macpo.engine.models.support import read_config, refuse_unsupported
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -210,11 +212,14 @@ def load_causal_lm(
         trust_remote_code: run the model's own Python; only the user can turn it on, never the files.
 
     Raises:
-        ConfigError: not found, pickled, unknown architecture, weights that do not fit the config, or no bitsandbytes.
+        ConfigError: not found, pickled, unknown or unsupported architecture, weights that do not fit the config, or no
+            bitsandbytes.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
     config = read_json_object(folder / "config.json")
+    if config.get("model_type") in CONFIG_MAPPING:  # others fail below, or are the model's own code
+        refuse_unsupported(read_config(folder))
     weight_files(folder)
     options = _in_4_bits(as_dtype(dtype), torch.device(device)) if quantization == "nf4" else {}
     try:

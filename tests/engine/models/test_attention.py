@@ -105,7 +105,7 @@ BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
         ("gemma2", SIZES | {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2Attention asks for attention softcap"),
         ("gpt_oss", GPT_OSS, "sinks"),
         ("mamba", MAMBA, "MambaForCausalLM has layers of type linear_attention"),
-        ("bloom", BLOOM, "BloomForCausalLM does not use transformers' attention interface"),
+        ("bloom", BLOOM, "BloomForCausalLM adds ALiBi's biases"),
         ("llama4_text", LLAMA4, "chunked_attention"),
     ],
 )

@@ -1,0 +1,85 @@
+"""Which models the engine takes, told from their configuration alone, before any weight is loaded.
+
+Packed shared-prefix rows need an attention that asks, token by token, which other tokens a query sees. What keeps
+another memory of the row (recurrent, convolutional, chunked or bidirectional layers) would mix the responses that share
+a prompt; it is refused here by name. What a configuration cannot tell, the probe of `equivalence.py` finds at first
+use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from macpo.engine.errors import ConfigError
+
+FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
+_PACKED_LAYERS = {"full_attention", "sliding_attention"}
+# What neither layer types nor classes say; tests/project/test_compatibility_page.py compares the list with the probe.
+_KNOWN = {
+    "bloom": "adds ALiBi's biases to its attention",
+    "doge": "attends under a mask that it makes from its keys and values",
+    "modernbert-decoder": "has a prediction head between its last hidden state and its output layer",
+    "nemotron": "does not hand the forward's keywords to its attention",
+    "stablelm": "does not hand the forward's keywords to its attention",
+}
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ConfigError: config.json is missing or not understood.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # configurations validate themselves in many ways; all mean that this one is no good
+        why = " ".join(str(error).split())[:300]
+        problem = f"config.json cannot be read as a model's configuration ({why})"
+        raise ConfigError(problem, "use a causal LM that transformers knows", file=folder) from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """Refuse a model that cannot be trained, scored or generated with; a function of the configuration alone.
+
+    Raises:
+        ConfigError: naming the model's class, or its type where it has none, and the reason.
+    """
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None and getattr(config, "auto_map", None):
+        return  # the model's own code, which only the probe can judge
+    reason = _reason(config, kind)
+    if reason:
+        name = config.model_type if kind is None else kind.__name__
+        raise ConfigError(f"{name} {reason}", FIX)
+
+
+def _reason(config: PreTrainedConfig, kind: Any) -> str:
+    """Why a model of class `kind` (None: transformers has none) is refused; empty if it is not."""
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder, whose prompt does not share a row with the responses"
+    if kind is None:
+        return "is no causal language model in transformers"
+    text = config.get_text_config()
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return "attends in both directions (is_decoder is false)"
+    if getattr(text, "use_bidirectional_attention", False) is True:
+        return "attends in both directions (use_bidirectional_attention)"
+    layers = getattr(text, "layer_types", None)
+    odd = sorted(set(layers or ()) - _PACKED_LAYERS)
+    if odd:
+        return f"has layers of type {', '.join(odd)}, which cannot share a prompt"
+    if not layers and kind._is_stateful:
+        return "is recurrent: its state runs through the whole row, across responses that share a prompt"
+    if text.model_type in _KNOWN:
+        return _KNOWN[text.model_type]
+    if any(getattr(part, "alibi", False) for part in (text, getattr(text, "attn_config", None))):
+        return _KNOWN["bloom"]
+    if not kind._can_set_attn_implementation():
+        return "does not use transformers' attention interface"
+    return ""
