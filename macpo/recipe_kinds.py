@@ -69,8 +69,8 @@ def plan_of(recipe: AnyRecipe, *, must_exist: bool = True) -> Plan:
 
     `must_exist`: whether data and models have to be here; without them finished stages count as made from them.
     """
-    build = build_plan if isinstance(recipe, Recipe) else standalone.build_plan
-    return build(recipe, Identities(must_exist=must_exist))  # type: ignore[operator]
+    identities = Identities(must_exist=must_exist)
+    return build_plan(recipe, identities) if isinstance(recipe, Recipe) else standalone.build_plan(recipe, identities)
 
 
 def build_graph(config: Mapping[str, Any]) -> Graph:
