@@ -155,9 +155,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from macpo.commands import plan, plan_model
     from macpo.commands.estimates import hardware_of
-    from macpo.config import Recipe
+    from macpo.commands.preflight import preflight
     from macpo.engine.errors import ConfigError
-    from macpo.recipe_kinds import load
+    from macpo.recipe_kinds import load, plan_of
 
     if arguments.recipe is None:
         print(plan_model.show(arguments))
@@ -168,12 +168,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    if isinstance(recipe, Recipe):
-        print(plan.show(recipe, hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
-    elif arguments.gpu or arguments.gpus or arguments.calibrate:
-        raise ConfigError("--gpu, --gpus and --calibrate are for recipes of the method", "plan with --model instead")
-    else:
-        print(plan.show_standalone(recipe))
+    planned = plan_model.gpu_of(arguments.gpu) if arguments.gpu else None
+    preflight(recipe, plan_of(recipe, must_exist=False), ranks=arguments.gpus or 1, gpu=planned)
+    print(plan.show(recipe, hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
 
 
 def _run(arguments: argparse.Namespace) -> None:

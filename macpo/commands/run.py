@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from macpo import __version__
-from macpo.commands.estimates import disk_needed
+from macpo.commands.preflight import preflight
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
-from macpo.engine.files import atomic_write, require_free, write_json
+from macpo.engine.files import atomic_write, write_json
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
@@ -86,10 +86,8 @@ def run(
     plan = plan_of(recipe, must_exist=False)
     finished = from_stage is None and on_main(world, lambda: is_finished(recipe, plan))
     if not finished:  # a finished run needs neither its data nor its models
-        plan = plan_of(recipe)
-        needed = disk_needed(recipe, plan) if isinstance(recipe, Recipe) else None
-        if needed is not None and world.is_main:
-            require_free(run_dir, needed, "the run (estimated)")
+        on_main(world, lambda: preflight(recipe, plan, ranks=world.size))
+        plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
     runner.began = lambda: atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
     runner.run()
