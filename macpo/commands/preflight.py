@@ -34,6 +34,7 @@ from macpo.engine.models.head import head_of
 from macpo.engine.models.loading import check_vocab, local_folder, read_json_object, weight_files
 from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
+from macpo.engine.planning.shapes import read_config
 from macpo.method.identities import template_text
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe
@@ -246,6 +247,8 @@ def _tokens(model: Model, place: Place) -> None:
         return
     recipe, agent = place.recipe, model.agent
     folder = local_folder(model.path, trust_remote_code=recipe.trust_remote_code)
+    if not recipe.trust_remote_code:
+        read_config(folder)  # which tokenizers are loaded by; what is wrong with it is said once
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
     template = template_text(agent.template or recipe.template)
     Chat(tokenizer, template, special_text=recipe.data.special_text, eos_token=agent.eos_token)
