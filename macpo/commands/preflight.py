@@ -257,6 +257,18 @@ def _tokens(model: Model, place: Place) -> None:
         check_vocab(skeleton, tokenizer)
 
 
+def _reference_tokens(model: Model, place: Place) -> None:
+    """A reference model reads the policy's own tokens; those of a model that the run makes are not known yet."""
+    own = model.agent.model or model.agent.positive
+    if not model.field.endswith("reference_model") or not own:
+        return
+    trust = place.recipe.trust_remote_code
+    vocabularies = [load_tokenizer(path, trust_remote_code=trust).get_vocab() for path in (own, model.path)]
+    if vocabularies[0] != vocabularies[1]:
+        problem, fix = f"{model.path!r} has another vocabulary than the policy", "name a model with the same tokenizer"
+        raise ConfigError(problem, fix)
+
+
 def _targets(model: Model, place: Place) -> None:
     """The names that a new adapter shall sit on are the model's."""
     tuning, agent = model.agent.tuning, model.agent
@@ -307,6 +319,7 @@ OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
     _architecture,
     _context,
     _tokens,
+    _reference_tokens,
     _targets,
     _memory,
     _tensor,

@@ -175,6 +175,16 @@ def test_all_problems_at_once_each_with_its_setting(
     assert len(message.splitlines()) == 5, message
 
 
+def test_a_reference_model_with_other_tokens(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_base(tmp_path / "other", tokenizer="bpe")
+    (tmp_path / "r.yaml").write_text(dump(recipe_of("preference", base, tmp_path / "out")))
+    said = "training.reference_model: "
+    message = refused(
+        tmp_path / "r.yaml", tmp_path / "out", capsys, 2, said, "--set", f"training.reference_model={other}"
+    )
+    assert "has another vocabulary than the policy" in message
+
+
 @pytest.mark.parametrize("kind", ["demo", "preference", "sft"])
 def test_a_plan_for_gpus_that_are_not_here(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`device: cuda` is judged by the GPUs that are named."""
