@@ -137,7 +137,7 @@ def test_host_memory_helps_where_nothing_else_does() -> None:
     [
         ["--model", "llama-3-8b", "--gpus", "16"],
         ["--model", "llama-3.2-1b", "--gpus", "1", "--tuning", "full"],
-        ["--table"],
+        ["--table", "--pairs", "8"],  # one pair a rank: few rows to run dry
     ],
 )
 def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +145,7 @@ def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixt
     arguments.command(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    if options_ == ["--table"]:
+    if "--table" in options_:
         rows = [line.split() for line in lines if " lora " in line or " full " in line]
         assert [(row[0], row[1], row[2]) for row in rows] == [
             (model, tuning, nodes) for model in ("llama-3-70b", "llama-3-8b") for tuning in ("lora", "full")
