@@ -8,10 +8,9 @@ use.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from macpo.engine.errors import ConfigError
@@ -26,22 +25,6 @@ _KNOWN = {
     "nemotron": "does not hand the forward's keywords to its attention",
     "stablelm": "does not hand the forward's keywords to its attention",
 }
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a model folder.
-
-    Raises:
-        ConfigError: config.json is missing or not understood.
-    """
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # configurations validate themselves in many ways; all mean that this one is no good
-        why = " ".join(str(error).split())[:300]
-        problem = f"config.json cannot be read as a model's configuration ({why})"
-        raise ConfigError(problem, "use a causal LM that transformers knows", file=folder) from error
-    assert isinstance(config, PreTrainedConfig)
-    return config
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
@@ -83,3 +66,13 @@ def _reason(config: PreTrainedConfig, kind: Any) -> str:
     if not kind._can_set_attn_implementation():
         return "does not use transformers' attention interface"
     return ""
+
+
+def router_loss_coefficient(config: PreTrainedConfig) -> float:
+    """The factor of the load-balancing loss that training adds; 0 unless the configuration asks for that loss."""
+    text: Any = config.get_text_config()
+    if not getattr(text, "output_router_logits", False):
+        return 0.0
+    dbrx = getattr(getattr(text, "ffn_config", None), "moe_loss_weight", None)
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return float(next((c for c in (*(getattr(text, name, None) for name in names), dbrx) if c is not None), 0.0))

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import meta_model
-from macpo.engine.models.loading import header, local_folder, read_json_object, weight_files
-from macpo.engine.planning.shapes import read_config
+from macpo.engine.models.loading import header, local_folder, read_config, read_json_object, weight_files
 
 FIX = "use weights that belong to this config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -31,10 +31,9 @@ from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of, memory_budget
 from macpo.engine.models.equivalence import expected_window
 from macpo.engine.models.head import head_of
-from macpo.engine.models.loading import check_vocab, local_folder, read_json_object, weight_files
+from macpo.engine.models.loading import check_vocab, local_folder, read_config, read_json_object, weight_files
 from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
-from macpo.engine.planning.shapes import read_config
 from macpo.method.identities import template_text
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe
