@@ -98,12 +98,15 @@ def config_of(family: Family) -> PreTrainedConfig:
 def _has(config: PreTrainedConfig, name: str) -> bool:
     try:
         return hasattr(config, name)
-    except ValueError:  # an attribute that differs by layer
+    except (ValueError, RuntimeError):  # an attribute that differs by layer
         return False
 
 
 def model_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """A float32 model in eval mode with random weights whose predictions are far from uniform."""
+    """A float32 model in eval mode with random weights whose predictions are far from uniform.
+
+    Buffers that are saved with the weights (DeepSeek's correction of the router) are random too.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # the usual 0.02 would hide errors of attention behind near-zero scores
@@ -112,4 +115,8 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
                 parameter.normal_(0.0, 0.12)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model

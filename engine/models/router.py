@@ -19,10 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.support import router_loss_coefficient
-
-OFF = 'set "output_router_logits": false in the model\'s config.json to train without it'
-
+from macpo.engine.models.support import ROUTER_OFF, router_loss_coefficient
 
 @dataclass(frozen=True, slots=True)
 class Router:
@@ -46,7 +43,7 @@ def router_of(model: PreTrainedModel) -> Router | None:
         return None
     sizes = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
     if not all(isinstance(size, int) for size in sizes):
-        raise ConfigError(f"{type(model).__name__} has a load-balancing loss that is not known here", OFF)
+        raise ConfigError(f"{type(model).__name__} has a load-balancing loss that is not known here", ROUTER_OFF)
     return Router(coefficient, *sizes)
 
 
@@ -62,7 +59,7 @@ def router_logits(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
     def keep(_: Any, __: Any, out: Any) -> None:
         logits = getattr(out, "router_logits", None)
         if not logits:
-            raise ConfigError(f"{type(model).__name__} does not return the logits of its router", OFF)
+            raise ConfigError(f"{type(model).__name__} does not return the logits of its router", ROUTER_OFF)
         found.append(logits)
 
     handle = model.base_model.register_forward_hook(keep)
@@ -73,7 +70,7 @@ def router_logits(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
 
 
 def balance(logits: Sequence[Tensor], group_of: Tensor, num_groups: int, router: Router) -> Tensor:
-    """The load-balancing loss of each group: [G] float32, 1 where the experts are used alike.
+    """The load-balancing loss of each group: [G] float32, num_chosen where the experts are used alike.
 
     E times the sum over experts of (share of the group's choices that fell on it, times num_chosen) and its mean
     probability, both over the group's tokens and all layers; the gradient flows through the probabilities alone. Equal

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from macpo.engine.errors import ConfigError
 
 FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
+ROUTER_OFF = 'set "output_router_logits": false in the model\'s config.json to train without it'
 _PACKED_LAYERS = {"full_attention", "sliding_attention"}
 # What neither layer types nor classes say; tests/project/test_compatibility_page.py compares the list with the probe.
 _KNOWN = {
@@ -34,8 +35,6 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         ConfigError: naming the model's class, or its type where it has none, and the reason.
     """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None and getattr(config, "auto_map", None):
-        return  # the model's own code, which only the probe can judge
     reason = _reason(config, kind)
     if reason:
         name = config.model_type if kind is None else kind.__name__
@@ -46,23 +45,23 @@ def _reason(config: PreTrainedConfig, kind: Any) -> str:
     """Why a model of class `kind` (None: transformers has none) is refused; empty if it is not."""
     if config.is_encoder_decoder:
         return "is an encoder-decoder, whose prompt does not share a row with the responses"
-    if kind is None:
-        return "is no causal language model in transformers"
     text = config.get_text_config()
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return "attends in both directions (is_decoder is false)"
-    if getattr(text, "use_bidirectional_attention", False) is True:
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "attends in both directions (use_bidirectional_attention)"
     layers = getattr(text, "layer_types", None)
     odd = sorted(set(layers or ()) - _PACKED_LAYERS)
     if odd:
         return f"has layers of type {', '.join(odd)}, which cannot share a prompt"
+    if any(getattr(part, "alibi", False) for part in (text, getattr(text, "attn_config", None))):
+        return _KNOWN["bloom"]
+    if kind is None:  # a model's own code, which only the probe can judge
+        return "" if getattr(config, "auto_map", None) else "is no causal language model in transformers"
     if not layers and kind._is_stateful:
         return "is recurrent: its state runs through the whole row, across responses that share a prompt"
     if text.model_type in _KNOWN:
         return _KNOWN[text.model_type]
-    if any(getattr(part, "alibi", False) for part in (text, getattr(text, "attn_config", None))):
-        return _KNOWN["bloom"]
     if not kind._can_set_attn_implementation():
         return "does not use transformers' attention interface"
     return ""

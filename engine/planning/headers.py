@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.loading import header, local_folder, read_config, read_json_object, weight_files
+from macpo.engine.models.support import refuse_unsupported
 
 FIX = "use weights that belong to this config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -44,8 +45,8 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
     """Look at a model's folder or Hub id as `load_causal_lm` would, without loading a weight.
 
     Raises:
-        ConfigError: not found, no config, weights pickled or missing, an architecture that transformers does not know,
-            or weights that do not fit the config.
+        ConfigError: not found, no config, weights pickled or missing, an architecture that transformers does not know
+            or that cannot share prompts, or weights that do not fit the config.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
@@ -69,6 +70,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
 
 def _skeleton(folder: Path) -> PreTrainedModel:
     config = read_config(folder)
+    refuse_unsupported(config)
     try:
         return meta_model(config)
     except ConfigError as error:

@@ -12,7 +12,8 @@ from torch import Tensor
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.models.router import OFF, Router, balance, router_logits, router_of
+from macpo.engine.models.router import Router, balance, router_logits, router_of
+from macpo.engine.models.support import ROUTER_OFF
 from macpo.engine.training.objectives import Objective
 
 
@@ -61,5 +62,5 @@ def balanced(objective: Objective, policy: PolicyModule, groups: Sequence[Prefix
     if router is None:
         return objective
     if policy.data is not None:
-        raise ConfigError("the load-balancing loss has not been tested with compute.parallel.tensor", OFF)
+        raise ConfigError("the load-balancing loss has not been tested with compute.parallel.tensor", ROUTER_OFF)
     return _Balanced(objective, router, groups)

@@ -32,6 +32,7 @@ from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of, mem
 from macpo.engine.models.equivalence import expected_window
 from macpo.engine.models.head import head_of
 from macpo.engine.models.loading import check_vocab, local_folder, read_config, read_json_object, weight_files
+from macpo.engine.models.support import ROUTER_OFF, router_loss_coefficient
 from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
 from macpo.method.identities import template_text
@@ -313,6 +314,16 @@ def _tensor(model: Model, place: Place) -> None:
         tensor_config(skeleton.config, tensor)
 
 
+def _router(model: Model, place: Place) -> None:
+    """A load-balancing loss needs logits that transformers collects by hooks, through which nothing compiles."""
+    if not place.recipe.compute.parallel.compile or not model.is_loaded:
+        return
+    skeleton = place.folder(model.path).model
+    if skeleton is not None and router_loss_coefficient(skeleton.config):
+        problem = "the load-balancing loss of a mixture of experts cannot be compiled"
+        raise ConfigError(problem, f"turn compute.parallel.compile off, or {ROUTER_OFF}")
+
+
 OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
     _weights,
     _architecture,
@@ -322,6 +333,7 @@ OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
     _targets,
     _memory,
     _tensor,
+    _router,
 )
 """Checks of each model that the recipe names; what the run makes itself is not among them."""
 

@@ -9,9 +9,9 @@ from architectures import SIZES, model_of
 from transformers import AutoConfig
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.loading import load_causal_lm
+from macpo.engine.models.loading import load_causal_lm, read_config
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.models.support import read_config, refuse_unsupported
+from macpo.engine.models.support import refuse_unsupported
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,16 @@ def test_a_folder_is_refused_before_its_weights_are_looked_for(
 
 def test_a_config_that_is_none_is_refused_by_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "many"}')
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read as a model's configuration"):
+    with pytest.raises(ConfigError, match="the config is not one of a model that can be built"):
         read_config(tmp_path)
+
+
+def test_a_model_with_its_own_code_is_refused_for_what_its_configuration_says() -> None:
+    config = AutoConfig.for_model("vit", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    refuse_unsupported(config)  # the probe judges it at its first use
+    config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(ConfigError, match="layers of type chunked_attention"):
+        refuse_unsupported(config)
 
 
 def test_a_window_as_long_as_the_context_need_not_reach_the_attention() -> None:
