@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-
-import transformers
 
 from bench.compatibility.measure import COLUMNS, Row
 
@@ -13,8 +12,9 @@ PATH = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 _VERSION = "Measured with transformers "
 _TEXT = """# Model families
 
-Which causal-LM families of transformers work, as `python -m bench.compatibility` found by running each; a test runs
-each again and compares its row. {version}{number}.
+Which causal-LM families of transformers work, as `python -m bench.compatibility` found by running each;
+`python -m bench.compatibility --check` runs all of them again and names the rows that differ, and the tests do so for
+some of each kind. {version}{number}.
 
 A row is a tiny random model (2 layers, hidden size 32, 64 token ids, a sliding window of 6 tokens where the family has
 one) in float32 on a CPU, compared with plain transformers in eager attention, a forward for each sequence:
@@ -27,12 +27,17 @@ one) in float32 on a CPU, compared with plain transformers in eager attention, a
 What is refused says why, in `macpo check` already where the configuration tells (`engine/models/support.py`), else at
 the model's first use, when a probe compares the engine's own paths with the model's (`engine/models/equivalence.py`):
 the same probe looks at a family that is not in this table. Families that work here are not all tested with real
-weights, in 16 bits, under tensor parallelism or with CUDA kernels.
+weights, in 16 bits, under tensor parallelism or with CUDA kernels. What a model adds to its loss in training, or draws
+at random there, is in [training.md](training.md#what-a-model-adds-in-training).
 
 {table}
 
-Mixtures of experts whose `config.json` has `output_router_logits: true` train with their load-balancing loss; dropout
-and router jitter are off in training. Both are explained in [training.md](training.md#what-a-model-adds-in-training).
+## Real weights
+
+The same on three pairs of English text with the weights of these folders, read in float32
+(`python -m bench.compatibility --real FOLDER ...` adds a row for each):
+
+{real}
 """
 
 
@@ -43,16 +48,32 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
-def text(rows: Sequence[Row]) -> str:
-    """The whole page."""
-    head = ["model type", "class", *COLUMNS]
-    table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(line, rows)]
-    return _TEXT.format(version=_VERSION, number=transformers.__version__, table="\n".join(table))
+def table(lines: Iterable[str], first: str) -> str:
+    """Lines under a heading whose first column is `first`."""
+    head = [first, "class", *COLUMNS]
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
 
 
-def committed() -> tuple[str, dict[str, str]]:
-    """The version of transformers that the page was made with, and its lines by family."""
+def text(version: str, lines: Iterable[str], real: Iterable[str]) -> str:
+    """The whole page, made with this version of transformers."""
+    return _TEXT.format(version=_VERSION, number=version, table=table(lines, "model type"), real=table(real, "folder"))
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the committed page holds: lines by their first cell."""
+
+    version: str
+    """Of transformers, that it was made with."""
+    families: dict[str, str]
+    real: dict[str, str]
+
+
+def committed() -> Page:
+    """The page as it is."""
     page = PATH.read_text(encoding="utf-8")
-    version = page.partition(_VERSION)[2].partition(".\n")[0]
-    lines = [each for each in page.splitlines() if each.startswith("| `")]
-    return version, {each.split("`")[1]: each for each in lines}
+    first, _, second = page.partition("## Real weights")
+    rows = (
+        {each.split("`")[1]: each for each in part.splitlines() if each.startswith("| `")} for part in (first, second)
+    )
+    return Page(page.partition(_VERSION)[2].partition(".\n")[0], *rows)

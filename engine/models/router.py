@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.support import ROUTER_OFF, router_loss_coefficient
 
+
 @dataclass(frozen=True, slots=True)
 class Router:
     """What the load-balancing loss of a model depends on besides its router's logits."""
@@ -41,10 +42,10 @@ def router_of(model: PreTrainedModel) -> Router | None:
     coefficient = router_loss_coefficient(model.config)
     if not coefficient:
         return None
-    sizes = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
-    if not all(isinstance(size, int) for size in sizes):
+    num_experts, num_chosen = (getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    if not isinstance(num_experts, int) or not isinstance(num_chosen, int):
         raise ConfigError(f"{type(model).__name__} has a load-balancing loss that is not known here", ROUTER_OFF)
-    return Router(coefficient, *sizes)
+    return Router(coefficient, num_experts, num_chosen)
 
 
 @contextmanager

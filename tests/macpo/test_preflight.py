@@ -146,9 +146,7 @@ def test_settings_that_cannot_be_run(
     refused(tmp_path / "r.yaml", tmp_path / "out", capsys, code, said, *words)
 
 
-def test_a_load_balancing_loss_is_not_compiled(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_load_balancing_loss_is_not_compiled(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers collects the router's logits by hooks that torch.compile cannot follow."""
     mixture = model_of("mixtral", num_key_value_heads=2, num_local_experts=2, output_router_logits=True, vocab_size=300)
     folder = shutil.copytree(base, tmp_path / "model")

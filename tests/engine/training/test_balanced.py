@@ -1,9 +1,10 @@
-"""The load-balancing loss of mixtures of experts is trained where the configuration asks for it, however it is split."""
+"""The load-balancing loss of mixtures of experts is trained where the configuration asks for it, in whatever parts."""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def test_a_document_is_trained_as_transformers_trains_it(name: str) -> None:
     wanted = {name: p.grad for name, p in policy.base.named_parameters() if p.grad is not None}
     assert got.keys() == wanted.keys()
     for weight, gradient in wanted.items():
-        torch.testing.assert_close(got[weight], gradient, rtol=1e-3, atol=2e-4, msg=lambda text, w=weight: f"{w}: {text}")
+        torch.testing.assert_close(
+            got[weight], gradient, rtol=1e-3, atol=2e-4, msg=lambda text, w=weight: f"{w}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -75,7 +78,7 @@ def test_each_pair_has_the_loss_of_its_own_tokens(name: str) -> None:
     got = balance(found[0], group_of, len(PAIRS), router)
     theirs = sys.modules[type(policy.base).__module__].load_balancing_loss_func
     sizes = (router.num_experts, router.num_chosen)
-    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         torch.testing.assert_close(got[index], theirs(tuple(logits[start:end] for logits in found[0]), *sizes))
 
 
