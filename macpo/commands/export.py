@@ -8,13 +8,13 @@ from pathlib import Path
 from macpo.commands.model_card import Exported, model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
-from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import logits_of, publish
 from macpo.engine.run.folder import folder_of
-from macpo.method.run_plan import Plan
+from macpo.method.policies import chat_of
+from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
 
 
@@ -40,17 +40,17 @@ def export(
     if settings.init is not None and is_adapter:
         base_name = os.path.relpath(ref.base, out.parent / "x")
     pool = model_cache(recipe.compute, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
+    chat = chat_of(Builder(recipe, Plan()).stage_agent(settings), ref.base)
     original = pool.policy(ref)
-    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
+    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
     publish(
         pool.policy(ref, FullSettings()) if merge else original,
         out,
         base=ref.base,
         base_name=base_name,
-        tokenizer=tokenizer,
+        chat=chat,
         card=card,
-        expected=logits_of(original, len(tokenizer)),
+        expected=logits_of(original, len(chat.tokenizer)),
     )
     return out
 

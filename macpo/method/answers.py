@@ -86,7 +86,7 @@ class GeneratingStage(PolicyStage):
                 *_carried(row),
             )
             for row in rows
-            if (text := row["text"].strip())
+            if (text := row["text"]).strip()
         ]
         counts = {"dropped_long_prompt": len(distinct) - len(requests), "empty": len(rows) - len(responses)}
         counts["resampled"] = sum(row["attempt"] > 0 for row in rows)
@@ -109,7 +109,7 @@ class GeneratingStage(PolicyStage):
         """
         if chat is None:
             return []
-        ids = limited_prompt(policy, prompt.messages)
+        ids = limited_prompt(policy, prompt)
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):
             raise DataError(
