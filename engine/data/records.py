@@ -22,7 +22,7 @@ from macpo.engine.files import read_jsonl, write_jsonl
 class Prompt:
     """A dialogue that ends before the assistant's response; `id` is the hash of its content.
 
-    `origin` is the (file, line) of the user's data that it was read from, for messages about it. Records on disk keep the
+    `origin` is the (file, line) of the data that it was read from, for messages about it. Records on disk keep the
     line alone, because where the data lie changes nothing.
     """
 
