@@ -166,7 +166,8 @@ def save_policy(
             chat.hf_tokenizer().save_pretrained(out_dir)
             settings = policy.base.generation_config
             ending = {"eos_token_id": list(chat.stop_ids)}
-            text = json.dumps((settings.to_diff_dict() if settings else {}) | ending, indent=2)
+            kept = {k: v for k, v in (settings.to_diff_dict() if settings else {}).items() if not k.startswith("_")}
+            text = json.dumps(kept | ending, indent=2)
             (out_dir / "generation_config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -60,6 +60,23 @@ def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
             yield from _marked(chat, prompt, answers, Builder(recipe, Plan()).stage_agent(agent))
 
 
+def check_templates(recipe: AnyRecipe) -> None:
+    """Encode the first rows of the data as every agent will that has a tokenizer by now.
+
+    Raises:
+        TemplateRefusal: an agent's template does not write a row as it would be trained on; it names file and line.
+    """
+    agents = [agent for agent in recipe.agents if agent.has_tokenizer and agent.init is None]
+    if not agents:
+        return
+    found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
+    for agent in agents:
+        about = Builder(recipe, Plan()).stage_agent(agent)
+        chat = agent_chat(agent, recipe, {}, {})
+        for prompt, answers in found.sample:
+            encoded(chat, about, prompt, list(answers.values()))
+
+
 def _of_method(recipe: Recipe) -> _Found:
     teachers = {teacher.name: teacher.data for teacher in recipe.teachers}
     sources = read_sources(recipe.data, teachers, recipe.seed)

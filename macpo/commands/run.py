@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 
 from macpo import __version__
+from macpo.commands.check import check_templates
 from macpo.commands.estimates import disk_needed
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
+from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import atomic_write, require_free, write_json
+from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
@@ -86,6 +89,8 @@ def run(
     needed = disk_needed(recipe, plan) if isinstance(recipe, Recipe) else None
     if needed is not None and world.is_main:
         require_free(run_dir, needed, "the run (estimated)")
+    if RunFolder(run_dir).committed("data") is None:
+        on_main(world, lambda: check_templates(recipe))
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
     runner.began = lambda: atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
     runner.run()
