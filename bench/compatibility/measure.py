@@ -13,12 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from bench.compatibility.families import VOCAB, Family, config_of, model_of
 from macpo.engine.config import PreferenceSettings
+from macpo.engine.data.chat import Chat
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation import Generator, SamplingParams
@@ -71,7 +71,8 @@ def measure(family: Family, folder: Path) -> Row:
     with quiet_transformers():
         model_of(config).save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({f"w{k}": k for k in range(VOCAB)}, unk_token="w0"))
-    return _run(family.name, Case(folder / "model", folder, GROUPS, PreTrainedTokenizerFast(tokenizer_object=words)))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2")
+    return _run(family.name, Case(folder / "model", folder, GROUPS, Chat(tokenizer, "vicuna")))
 
 
 def measure_real(model: Path, folder: Path) -> Row:
@@ -81,7 +82,7 @@ def measure_real(model: Path, folder: Path) -> Row:
         PrefixGroup(tokenizer(prompt)["input_ids"], [tokenizer(f" {text}")["input_ids"] for text in responses])
         for prompt, *responses in TEXTS
     ]
-    return _run(model.name, Case(model, folder, groups, tokenizer))
+    return _run(model.name, Case(model, folder, groups, Chat(tokenizer)))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Case:
     model: Path
     folder: Path
     groups: list[PrefixGroup]
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
 
 
 def _run(name: str, case: Case) -> Row:
@@ -183,7 +184,7 @@ def _generates(policy: PolicyModule, plain: PreTrainedModel, case: Case) -> str:
 def _exports(policy: PolicyModule, _: PreTrainedModel, case: Case) -> str:
     """The folder that `macpo export` writes, loaded by plain transformers, against the trained policy."""
     out = case.folder / "out"
-    publish(policy, out, base=str(case.model), base_name="tiny", tokenizer=case.tokenizer, card="")
+    publish(policy, out, base=str(case.model), base_name="tiny", chat=case.chat, card="")
     with quiet_transformers():
         again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=torch.float32).eval()
     ids = torch.tensor([case.groups[0].prompt_ids])
