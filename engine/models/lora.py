@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     TaskType,
     get_peft_model,
@@ -25,21 +25,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from macpo.engine.config import LoraSettings
+from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.models.loading import local_folder, read_json_object, weight_files
+from macpo.engine.models.adapter_rules import base_copies, check_copies, check_layers, read_config
+from macpo.engine.models.loading import header, local_folder, weight_files
+from macpo.engine.models.text_path import outside_pattern, outside_text
 
 _ADAPTER = "default"
 
 
 def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> PeftModel:
-    """Wrap a model with a fresh adapter: B = 0, A uniform as in peft (Kaiming with a = sqrt 5), drawn by `seed`.
+    """Wrap a model with a fresh adapter on its text path: B = 0, A uniform as in peft (Kaiming with a = sqrt 5).
 
-    Each matrix's numbers depend on the seed and its own name only, never on device or module order.
+    Each matrix's numbers depend on `seed` and its own name only, never on device or module order.
 
     Raises:
-        ConfigError: no linear module has a target's name.
+        ConfigError: no linear module has a target's name, or another kind of module has.
     """
     targets = settings.target_modules
     alpha: Any = int(settings.alpha) if settings.alpha.is_integer() else settings.alpha  # an int where readers want one
@@ -49,6 +52,7 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         target_modules=targets if isinstance(targets, str) else list(targets),
         lora_dropout=0.0,
         bias="none",
+        exclude_modules=outside_pattern(model),
         task_type=TaskType.CAUSAL_LM,
     )
     wrapped = _wrap(model, config)
@@ -67,39 +71,52 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """Wrap a model with the adapter of a folder or Hub id; its dropout is set to 0.
 
     Raises:
-        ConfigError: not a LoRA adapter, pickled, or for another architecture.
+        ConfigError: not an adapter that is used exactly (see `adapter_rules`), pickled, or of another base.
         IntegrityError: damaged or incomplete weights.
     """
     folder = local_folder(path, kind="adapter")
-    read_json_object(folder / "adapter_config.json")
-    (file,) = weight_files(folder, "adapter_model")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        fix = "use peft's layout"
-        raise ConfigError(f"the adapter's config is not understood ({error})", fix, file=path) from error
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"a {config.peft_type} adapter", "only LoRA adapters are supported", file=path)
-    config.lora_dropout = 0.0
-    config.init_lora_weights = True  # the weights come from the file; other values may read or change the base
-    config.inference_mode = False
+    config = read_config(folder)
     config.base_model_name_or_path = model.name_or_path  # where the base came from here; peft warns of any other name
+    (file,) = weight_files(folder, "adapter_model")
     wrapped = _wrap(model, config)
+    copies = base_copies(wrapped, _shapes(file), _own_weights(wrapped), folder)
     try:
         tensors = load_file(file)
     except SafetensorError as error:
         raise IntegrityError(f"cannot be read ({error})", "get a fresh copy", file=file) from error
-    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))
-        fix = "load it on the base model that it was trained on"
-        raise ConfigError(f"{len(odd)} adapter weights do not match the base model, first {odd[0]}", fix, file=path)
-    try:
-        set_peft_model_state_dict(wrapped, tensors)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the adapter does not fit the base model ({why})", "use its own base", file=path) from error
+    check_copies(tensors, copies, folder)
+    set_peft_model_state_dict(wrapped, {name: tensor for name, tensor in tensors.items() if name not in copies})
     return wrapped
+
+
+def check_adapter(model: PreTrainedModel, path: str | Path, tuning: LoraSettings | FullSettings | None = None) -> None:
+    """Check an adapter for a model by its config and the names and shapes of its weights alone.
+
+    Args:
+        model: the base, which may be on the meta device; it is wrapped in place.
+        tuning: how training goes on from the adapter; None where it is only used.
+
+    Raises:
+        ConfigError: as `load_adapter`; or training cannot go on from it under these settings.
+    """
+    folder = local_folder(path, kind="adapter")
+    (file,) = weight_files(folder, "adapter_model")
+    wrapped = _wrap(model, read_config(folder))
+    base_copies(wrapped, _shapes(file), _own_weights(wrapped), folder)
+    if isinstance(tuning, LoraSettings):
+        check_same_shape(wrapped, tuning, str(path))
+    elif tuning is not None:
+        check_mergeable(wrapped, str(path))
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    return {name: entry["shape"] for name, entry in header(file).items()}
+
+
+def _own_weights(wrapped: PeftModel) -> dict[str, Tensor]:
+    """The adapter's own weights by their names in a file."""
+    found: dict[str, Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return found
 
 
 def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -114,7 +131,38 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         fix = f"choose from {', '.join(linears)}, or all-linear"
         raise ConfigError(problem, fix, field="target_modules") from error
     assert isinstance(wrapped, PeftModel)
+    check_layers(wrapped)
     return wrapped.eval()
+
+
+def merged(wrapped: PeftModel, path: str | Path) -> PreTrainedModel:
+    """The base with its adapter merged in, as one model; the wrapper and its base are used up.
+
+    An output layer that shares the embedding's weight gets one of its own where an adapter sits on it, because the
+    embedding stays as it is.
+
+    Raises:
+        ConfigError: the adapter cannot be merged.
+    """
+    check_mergeable(wrapped, path)
+    head: Any = wrapped.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLayer):
+        layer: Any = head.get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # peft unties the config, as it should
+        model: PreTrainedModel = wrapped.merge_and_unload()
+    return model
+
+
+def check_mergeable(wrapped: PeftModel, path: str | Path) -> None:
+    """Raise ConfigError if the adapter has biases that a layer of the base has no place for."""
+    for name, module in wrapped.get_base_model().named_modules():
+        biased = isinstance(module, LoraLayer) and module.lora_bias.get(_ADAPTER)
+        if biased and getattr(module.get_base_layer(), "bias", None) is None:
+            problem = f"the adapter's bias (lora_bias) cannot be merged into {name}, which has none"
+            fix = "use it as an adapter: `tuning: {type: lora}`, export without --merge"
+            raise ConfigError(problem, fix, file=path)
 
 
 def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> None:
@@ -124,14 +172,26 @@ def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> N
     if got != asked:
         problem = f"the adapter has rank {got[0]} and alpha {got[1]:g}, the settings say {asked[0]} and {asked[1]:g}"
         raise ConfigError(problem, "set rank and alpha as the adapter has them", file=path)
-    if not isinstance(settings.target_modules, str):
-        have = {name.split(".")[-1] for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
-        if have != {name.split(".")[-1] for name in settings.target_modules}:
-            raise ConfigError(
-                f"the adapter sits on {', '.join(sorted(have))}, the settings say {', '.join(settings.target_modules)}",
-                "set target_modules as the adapter has them",
-                file=path,
-            )
+    base = wrapped.get_base_model()
+    have = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    asked_for = settings.target_modules
+    want = _linears(base) if isinstance(asked_for, str) else {name.split(".")[-1] for name in asked_for}
+    if have != want:
+        says = asked_for if isinstance(asked_for, str) else ", ".join(asked_for)
+        raise ConfigError(
+            f"the adapter sits on {', '.join(sorted(have))}, the settings say {says}",
+            "set target_modules as the adapter has them",
+            file=path,
+        )
+
+
+def _linears(base: PreTrainedModel) -> set[str]:
+    """The names that `all-linear` stands for: those of every linear layer on the text path but the output layer."""
+    outside, head = outside_text(base), base.get_output_embeddings()
+    within = {id(module) for name in outside for module in base.get_submodule(name).modules()} | {id(head)}
+    layers = [(name, m) for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D, LoraLayer))]
+    layers = [(name, m) for name, m in layers if not re.search(r"\.(base_layer|lora_[AB])\b", name)]
+    return {name.split(".")[-1] for name, module in layers if id(module) not in within}
 
 
 def save_adapter(
