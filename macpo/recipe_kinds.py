@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
 from macpo.engine.run.stages import Graph
 from macpo.iteration import build_plan
+from macpo.method.ready_policies import Named, check_policies
 from macpo.method.run_plan import Plan
 from macpo.standalone import graph as standalone
 from macpo.standalone.config import PreferenceRecipe, SftRecipe, Standalone
@@ -41,6 +42,32 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 def plan_of(recipe: AnyRecipe) -> Plan:
     """The stages of a recipe of any kind."""
     return build_plan(recipe) if isinstance(recipe, Recipe) else standalone.build_plan(recipe)
+
+
+def check_models(recipe: AnyRecipe) -> None:
+    """Check every model and adapter that the recipe names, from configs and headers alone, before any work.
+
+    Raises:
+        ConfigError: all that cannot be used as the recipe says, each with its field.
+    """
+    if isinstance(recipe, Recipe):
+        agents: list[Named] = []
+        for arm in (recipe, *map(recipe.arm, recipe.ablations)):
+            agents += [named for named in _named(arm) if named not in agents]
+    else:
+        reference = recipe.training.reference_model if isinstance(recipe, PreferenceRecipe) else None
+        (agent,) = recipe.agents
+        agents = [
+            Named(agent, positive="adapter", reference="training.reference_model", reference_model=reference),
+        ]
+    check_policies(agents, trust_remote_code=recipe.trust_remote_code)
+
+
+def _named(recipe: Recipe) -> Iterator[Named]:
+    roles = [(f"teachers.{k}", agent, "teacher_training") for k, agent in enumerate(recipe.teachers)]
+    for where, agent, role in (*roles, ("student", recipe.student, "student_training")):
+        preference = getattr(recipe, role).preference
+        yield Named.under(where, agent, f"{role}.preference", preference.reference_model)
 
 
 def build_graph(config: Mapping[str, Any]) -> Graph:

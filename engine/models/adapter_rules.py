@@ -43,12 +43,12 @@ _REPEATABLE_INITS = {"pissa", "olora", "mica"}
 _EXACT_INITS = {"true", "false", "gaussian", "orthogonal", "eva"}
 """Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …) train on another
 base than the one on disk, or with another forward."""
-_FREE = frozenset("""
+_FREE = """
     auto_mapping base_model_name_or_path revision inference_mode r target_modules exclude_modules
     lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform layers_pattern rank_pattern alpha_pattern
     megatron_core loftq_config eva_config corda_config lora_ga_config use_dora qalora_group_size runtime_config
     lora_bias peft_version peft_type task_type init_lora_weights
-""".split())  # fmt: skip
+"""
 """Fields of LoraConfig that may have any value: they hold here as in peft, or say nothing of the weights."""
 _REFUSED = {
     "bias": ("trains biases of the base (bias: {value})", MERGE),
@@ -83,8 +83,9 @@ def read_config(folder: Path) -> LoraConfig:
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         problem = f"the adapter was trained for {values['task_type']}, not for a causal LM (task_type)"
         raise ConfigError(problem, "use an adapter of a causal LM", file=folder)
+    free = set(_FREE.split())
     for name, value in values.items():
-        if name not in _FREE and value not in (None, False, [], {}, "none"):
+        if name not in free and value not in (None, False, [], {}, "none"):
             problem, fix = _REFUSED.get(name, ("has an option that is not supported ({name})", MERGE))
             raise ConfigError(f"the adapter {problem.format(name=name, value=value)}", fix, file=folder)
     known = {name: value for name, value in values.items() if name in LoraConfig.__dataclass_fields__}

@@ -122,8 +122,9 @@ def _own_weights(wrapped: PeftModel) -> dict[str, Tensor]:
 def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            # peft asks transformers for an attribute that was renamed; nothing that a user could act on
+            # peft asks transformers for an attribute that was renamed, and warns of tied layers, which `merged` unties
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         linears = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})

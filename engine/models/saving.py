@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
@@ -40,7 +40,9 @@ def publish(
 ) -> None:
     """Write the policy to the new folder `out`; collective.
 
-    The folder appears only if plain transformers (and peft) load it again and compute the same logits.
+    The folder appears only if plain transformers (and peft) load it again and compute the same logits. Nothing that is
+    there already is touched: the files are made in a new folder beside `out`, named after it, which a killed export
+    leaves and the next one to the same `out` makes again.
 
     Args:
         policy: on one rank or spread over all; an adapter is written in peft's layout, else Hugging Face's.
@@ -50,30 +52,80 @@ def publish(
         expected: logits to compare with ([NUM_TOKENS - 1, V], `logits_of`); default the policy's own.
 
     Raises:
-        ConfigError (2): `out` exists. ResourceError (4): the disk is full. IntegrityError (5): the logits differ.
+        ConfigError (2): `out` or the new folder's name exists. ResourceError (4): the disk is full.
+        IntegrityError (5): the logits differ.
     """
-    world, tmp = World.current(), out.with_name(out.name + ".tmp")
+    world, work = World.current(), out.with_name(f".{out.name}.{_WORK}")
     with agreed(world), explained(out):
         if getattr(policy.base.config, "quantization_config", None) is not None:
             raise ConfigError("a policy on a 4-bit base cannot be compared", "load it without quantization first")
         if world.is_main:
-            if out.exists():
+            if os.path.lexists(out):
                 raise ConfigError(f"{out} exists", "name a new folder")
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-    if expected is None:
-        expected = logits_of(policy, len(tokenizer))
-    save_policy(policy, tmp, base_name=base_name, tokenizer=tokenizer)
-    with agreed(world), explained(out):
+            _claim(work)
+    try:
+        if expected is None:
+            expected = logits_of(policy, len(tokenizer))
+        save_policy(policy, work / _FOLDER, base_name=base_name, tokenizer=tokenizer)
+        with agreed(world), explained(out):
+            if world.is_main:
+                _finish(policy, work, out, base=base, expected=expected, num_ids=len(tokenizer), card=card)
+    except BaseException:
         if world.is_main:
-            dtype = policy.compute_dtype
-            compare(expected, logits_of(reloaded(tmp, base, dtype), len(tokenizer)), dtype, tmp)
-            atomic_write(tmp / "README.md", card)
-            for path in tmp.iterdir():
-                fsync_file(path)
-            fsync_dir(tmp)
-            os.rename(tmp, out)
-            fsync_dir(out.parent)
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _finish(
+    policy: PolicyModule, work: Path, out: Path, *, base: str, expected: Tensor, num_ids: int, card: str
+) -> None:
+    """Read back what was written, compare it, add the card and give it its name."""
+    folder, compute = work / _FOLDER, policy.compute_dtype
+    dtypes = {compute, *(parameter.dtype for parameter in written(policy))}
+    got = logits_of(reloaded(folder, base, compute), num_ids)
+    compare(expected, got, max(dtypes & MAX_LOGIT_ERROR.keys(), key=MAX_LOGIT_ERROR.__getitem__), folder)
+    atomic_write(folder / "README.md", card)
+    for path in folder.iterdir():
+        fsync_file(path)
+    fsync_dir(folder)
+    os.rename(folder, out)
+    fsync_dir(out.parent)
+    shutil.rmtree(work)
+
+
+_WORK = "macpo-export"  # ending of the folder that an export is made in
+_OURS = "made-by-macpo-export"
+_FOLDER = "folder"
+
+
+def _claim(work: Path) -> None:
+    """Make the folder that an export is made in, anew where a killed export left it.
+
+    Raises:
+        ConfigError: there is something of that name that no export made.
+    """
+    if os.path.lexists(work):
+        if work.is_symlink() or not (work / _OURS).is_file():
+            raise ConfigError(f"{work} exists and is not of an export", "move it, or choose another --out")
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    (work / _OURS).touch()
+
+
+def written(policy: PolicyModule) -> list[nn.Parameter]:
+    """The parameters that `save_policy` writes: an adapter's own, else all."""
+    adapter = isinstance(policy.model, PeftModel)
+    return [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
+
+
+def cast(policy: PolicyModule, dtype: torch.dtype) -> None:
+    """Round the weights that `save_policy` writes to `dtype`, in place, but for those that their class keeps in
+    float32."""
+    kept = set(getattr(policy.base, "_keep_in_fp32_modules_strict", None) or ())
+    exempt = {id(p) for name, p in policy.model.named_parameters() if kept.intersection(name.split("."))}
+    for parameter in written(policy):
+        if parameter.is_floating_point() and id(parameter) not in exempt:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
@@ -146,9 +198,7 @@ def save_policy(
     """
     world = World.current()
     state = _whole_state(policy) if policy.collective else None
-    adapter = isinstance(policy.model, PeftModel)
-    written = [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
-    needed = sum(p.numel() * p.element_size() for p in written)
+    needed = sum(p.numel() * p.element_size() for p in written(policy))
     with agreed(world if policy.collective else None), explained(out_dir, needed):
         if not world.is_main:
             return

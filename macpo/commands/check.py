@@ -13,7 +13,7 @@ from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.method.prompt_sets import read_sources
-from macpo.recipe_kinds import AnyRecipe
+from macpo.recipe_kinds import AnyRecipe, check_models
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
@@ -33,6 +33,7 @@ class _Found:
 
 def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
     """Lines of text; raises MacpoError (2 or 3) for what `run` would stumble over."""
+    check_models(recipe)
     found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
     yield "data: " + ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
     for name, count in found.counts.items():

@@ -8,13 +8,14 @@ from macpo.commands.estimates import Hardware, estimate, hardware_of
 from macpo.config import Recipe
 from macpo.engine.files import free_bytes
 from macpo.engine.models.compute import memory_budget
-from macpo.recipe_kinds import plan_of
+from macpo.recipe_kinds import check_models, plan_of
 from macpo.standalone.config import NAME, Standalone
 from macpo.standalone.records import read_sets
 
 
 def show_standalone(recipe: Standalone) -> str:
     """The stages as text, with exact numbers of rows and steps; no model is loaded."""
+    check_models(recipe)
     sets = read_sets(recipe.data, recipe.seed)
     steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
     notes = {
@@ -30,6 +31,7 @@ def show_standalone(recipe: Standalone) -> str:
 
 def show(recipe: Recipe, hardware: Hardware | None = None) -> str:
     """The plan as text; raises ResourceError through the callers' checks when the disk cannot hold it."""
+    check_models(recipe)
     plan = plan_of(recipe)
     hardware = hardware or hardware_of(recipe)
     rows = estimate(recipe, plan, hardware)

@@ -20,7 +20,7 @@ from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.method.run_plan import Plan
-from macpo.recipe_kinds import AnyRecipe, load, plan_of
+from macpo.recipe_kinds import AnyRecipe, check_models, load, plan_of
 from macpo.report.findings import table
 from macpo.report.page import write_report
 from macpo.report.run_reader import RunReader
@@ -82,6 +82,11 @@ def run(
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     plan = plan_of(recipe)
+    try:
+        check_models(recipe)
+    except MacpoError as error:
+        error.relayed = not world.is_main  # every rank finds it, one says it
+        raise
     run_dir = Path(recipe.output)
     needed = disk_needed(recipe, plan) if isinstance(recipe, Recipe) else None
     if needed is not None and world.is_main:
