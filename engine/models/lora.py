@@ -131,6 +131,9 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         problem = f"LoRA cannot target {config.target_modules} ({' '.join(str(error).split())[:160]})"
         fix = f"choose from {', '.join(linears)}, or all-linear"
         raise ConfigError(problem, fix, field="target_modules") from error
+    except (TypeError, KeyError, AttributeError, re.error) as error:
+        why = " ".join(str(error).split())[:160]
+        raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout") from error
     assert isinstance(wrapped, PeftModel)
     check_layers(wrapped)
     return wrapped.eval()
