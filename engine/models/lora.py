@@ -56,6 +56,12 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         task_type=TaskType.CAUSAL_LM,
     )
     wrapped = _wrap(model, config)
+    adapted = [name for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
+    lost = [
+        t for t in ([] if isinstance(targets, str) else targets) if not any(f".{n}".endswith(f".{t}") for n in adapted)
+    ]
+    if lost:
+        raise _cannot_target(wrapped.get_base_model(), ", ".join(lost), "the model has no such module")
     for name, module in wrapped.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
             weight: Any = module.lora_A[_ADAPTER].weight
@@ -127,16 +133,21 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
-        linears = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        problem = f"LoRA cannot target {config.target_modules} ({' '.join(str(error).split())[:160]})"
-        fix = f"choose from {', '.join(linears)}, or all-linear"
-        raise ConfigError(problem, fix, field="target_modules") from error
+        why = " ".join(str(error).split())[:160]
+        raise _cannot_target(model, str(config.target_modules), why) from error
     except (TypeError, KeyError, AttributeError, re.error) as error:
         why = " ".join(str(error).split())[:160]
         raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout") from error
     assert isinstance(wrapped, PeftModel)
     check_layers(wrapped)
     return wrapped.eval()
+
+
+def _cannot_target(model: PreTrainedModel, targets: str, why: str) -> ConfigError:
+    names = ", ".join(sorted(_linears(model)))
+    return ConfigError(
+        f"LoRA cannot target {targets} ({why})", f"choose from {names}, or all-linear", field="target_modules"
+    )
 
 
 def merged(wrapped: PeftModel, path: str | Path) -> PreTrainedModel:
