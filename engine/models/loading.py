@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import stat
 from collections import Counter
@@ -171,23 +170,17 @@ def num_parameters(files: Iterable[Path]) -> int:
     return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
 
 
-_STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most numbers of a model folder have on disk; float32 if none is a plain floating-point one."""
+    """The dtype that most numbers of a model folder have on disk; float32 if none has one that models compute in."""
     counts: Counter[torch.dtype] = Counter()
     for file in weight_files(folder):
         for entry in header(file).values():
             if entry["dtype"] in _STORED:
                 counts[_STORED[entry["dtype"]]] += math.prod(entry["shape"])
     return counts.most_common(1)[0][0] if counts else torch.float32
-
-
-def anywhere(path: str | Path) -> str:
-    """A model's name that means the same in every working directory: a folder's absolute path, or the Hub id."""
-    folder = Path(path).expanduser()
-    return os.path.abspath(folder) if folder.is_dir() else str(path)
 
 
 def fingerprint_model(path: str | Path) -> str:

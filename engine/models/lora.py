@@ -55,13 +55,13 @@ def new_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         exclude_modules=outside_pattern(model),
         task_type=TaskType.CAUSAL_LM,
     )
-    wrapped = _wrap(model, config)
-    adapted = [name for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
-    lost = [
-        t for t in ([] if isinstance(targets, str) else targets) if not any(f".{n}".endswith(f".{t}") for n in adapted)
-    ]
+    outside = re.compile(config.exclude_modules) if isinstance(config.exclude_modules, str) else None
+    names = [f".{name}" for name, _ in model.named_modules() if outside is None or not outside.fullmatch(name)]
+    named = [] if isinstance(targets, str) else targets
+    lost = [target for target in named if not any(name.endswith(f".{target}") for name in names)]
     if lost:
-        raise _cannot_target(wrapped.get_base_model(), ", ".join(lost), "the model has no such module")
+        raise _cannot_target(model, ", ".join(lost))
+    wrapped = _wrap(model, config)
     for name, module in wrapped.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
             weight: Any = module.lora_A[_ADAPTER].weight
@@ -143,11 +143,10 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return wrapped.eval()
 
 
-def _cannot_target(model: PreTrainedModel, targets: str, why: str) -> ConfigError:
-    names = ", ".join(sorted(_linears(model)))
-    return ConfigError(
-        f"LoRA cannot target {targets} ({why})", f"choose from {names}, or all-linear", field="target_modules"
-    )
+def _cannot_target(model: PreTrainedModel, targets: str, why: str = "") -> ConfigError:
+    problem = f"LoRA cannot target {targets}" + (f" ({why})" if why else "")
+    fix = f"choose from {', '.join(sorted(_linears(model)))}, or all-linear"
+    return ConfigError(problem, fix, field="target_modules")
 
 
 def merged(wrapped: PeftModel, path: str | Path) -> PreTrainedModel:

@@ -16,11 +16,11 @@ from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free
+from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free, sha256
 from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.head import Head, whole
-from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers
+from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers, weight_files
 from macpo.engine.models.policy import PolicyModule
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -55,14 +55,12 @@ def publish(
         ConfigError (2): `out` or the new folder's name exists. ResourceError (4): the disk is full.
         IntegrityError (5): the logits differ.
     """
-    world, work = World.current(), out.with_name(f".{out.name}.{_WORK}")
+    world, work = World.current(), _work(out)
     with agreed(world), explained(out):
         if getattr(policy.base.config, "quantization_config", None) is not None:
             raise ConfigError("a policy on a 4-bit base cannot be compared", "load it without quantization first")
         if world.is_main:
-            if os.path.lexists(out):
-                raise ConfigError(f"{out} exists", "name a new folder")
-            _claim(work)
+            _claim(out)
     try:
         if expected is None:
             expected = logits_of(policy, len(tokenizer))
@@ -80,10 +78,15 @@ def _finish(
     policy: PolicyModule, work: Path, out: Path, *, base: str, expected: Tensor, num_ids: int, card: str
 ) -> None:
     """Read back what was written, compare it, add the card and give it its name."""
-    folder, compute = work / _FOLDER, policy.compute_dtype
+    compute = policy.compute_dtype
     dtypes = {compute, *(parameter.dtype for parameter in written(policy))}
-    got = logits_of(reloaded(folder, base, compute), num_ids)
-    compare(expected, got, max(dtypes & MAX_LOGIT_ERROR.keys(), key=MAX_LOGIT_ERROR.__getitem__), folder)
+    got = logits_of(reloaded(work / _FOLDER, base, compute), num_ids)
+    compare(expected, got, max(dtypes & MAX_LOGIT_ERROR.keys(), key=MAX_LOGIT_ERROR.__getitem__), work / _FOLDER)
+    _give_name(work, out, card)
+
+
+def _give_name(work: Path, out: Path, card: str) -> None:
+    folder = work / _FOLDER
     atomic_write(folder / "README.md", card)
     for path in folder.iterdir():
         fsync_file(path)
@@ -98,18 +101,26 @@ _OURS = "made-by-macpo-export"
 _FOLDER = "folder"
 
 
-def _claim(work: Path) -> None:
-    """Make the folder that an export is made in, anew where a killed export left it.
+def _claim(out: Path) -> Path:
+    """Make the folder that an export to `out` is made in, anew where a killed export left it.
 
     Raises:
-        ConfigError: there is something of that name that no export made.
+        ConfigError: there is an `out`, or something of the new folder's name that no export made.
     """
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists", "name a new folder")
+    work = _work(out)
     if os.path.lexists(work):
         if work.is_symlink() or not (work / _OURS).is_file():
             raise ConfigError(f"{work} exists and is not of an export", "move it, or choose another --out")
         shutil.rmtree(work)
     work.mkdir(parents=True)
     (work / _OURS).touch()
+    return work
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(f".{out.name}.{_WORK}")
 
 
 def written(policy: PolicyModule) -> list[nn.Parameter]:
@@ -126,6 +137,32 @@ def cast(policy: PolicyModule, dtype: torch.dtype) -> None:
     for parameter in written(policy):
         if parameter.is_floating_point() and id(parameter) not in exempt:
             parameter.data = parameter.data.to(dtype)
+
+
+def publish_copy(folder: Path, out: Path, *, card: str) -> None:
+    """Copy a saved adapter with its tokenizer to the new folder `out`, where the base to compare logits on is missing.
+
+    The folder appears only if every file has the SHA-256 of the one it was copied from.
+
+    Args:
+        card: text of README.md.
+
+    Raises:
+        ConfigError (2): no adapter in `folder`, or `out` exists. IntegrityError (5): a copy differs.
+    """
+    weight_files(folder, "adapter_model")
+    with explained(out):
+        work = _claim(out)
+        try:
+            (work / _FOLDER).mkdir()
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
+                copy = Path(shutil.copyfile(path, work / _FOLDER / path.name))
+                if sha256(path) != sha256(copy):
+                    raise IntegrityError("the copy differs from the file", "export again", file=copy)
+            _give_name(work, out, card)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 @torch.no_grad()

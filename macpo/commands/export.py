@@ -14,10 +14,11 @@ from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import device_of, memory_budget, model_cache
-from macpo.engine.models.loading import anywhere, as_dtype, local_folder, stored_dtype
+from macpo.engine.models.loading import as_dtype, local_folder, stored_dtype
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyRef
-from macpo.engine.models.saving import cast, logits_of, publish
+from macpo.engine.models.saving import cast, logits_of, publish, publish_copy
+from macpo.engine.paths import absolute_or_hub
 from macpo.engine.run.folder import folder_of
 from macpo.method.policies import policy_ref
 from macpo.method.run_plan import Plan
@@ -42,32 +43,39 @@ class Choice:
 def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple[Path, str | None]:
     """Write a policy to `out`, which is there only once it was loaded again and gave the same logits.
 
+    Neither data nor models of other agents are read. An adapter whose base model is not here is copied as the run saved
+    it, and compared with that file by file.
+
     Returns:
         (`out`, the base that an exported adapter names: an absolute path or a Hub id; None of a whole model).
 
     Raises:
-        ConfigError (2): no such agent, iteration or policy, or `out` exists.
+        ConfigError (2): no such agent, iteration or policy, `out` exists, or the base to merge into is not here.
         IntegrityError (5): what was read back differs.
     """
-    out = Path(os.path.abspath(out.expanduser()))
+    run_dir, out = Path(os.path.abspath(run_dir)), Path(os.path.abspath(out.expanduser()))
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists", "name a new folder", field="--out")
     agent = choice.agent or recipe.agents[-1].name
     settings = agent_settings(recipe, agent)
     if settings.served is not None:
         raise ConfigError(f"{agent} is served: its weights are not here", "export another agent", field="--agent")
-    chosen = choose(run_dir, plan_of(recipe), settings, replace(choice, agent=agent))
+    chosen = choose(run_dir, plan_of(recipe, must_exist=False), settings, replace(choice, agent=agent))
     ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not choice.merge
+    loads_on = absolute_or_hub(ref.base) if is_adapter else None
     base_name = settings.model or f"base-{settings.name}"
-    tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
     card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
+    if ref.adapter is not None and _is_missing(ref.base):
+        _without_base(ref, choice)
+        publish_copy(Path(ref.adapter), out, card=card)
+        return out, loads_on
+    tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
     models = _models(recipe, ref, merge=choice.merge)
     original = models.policy(ref)
     expected = logits_of(original, len(tokenizer))
     policy = models.policy(ref, FullSettings()) if choice.merge else original
     if choice.dtype is not None or not is_adapter:
         cast(policy, as_dtype(choice.dtype) if choice.dtype is not None else _base_dtype(chosen, recipe))
-    loads_on = anywhere(ref.base) if is_adapter else None
     publish(
         policy,
         out,
@@ -78,6 +86,21 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
         expected=expected,
     )
     return out, loads_on
+
+
+def _is_missing(path: str) -> bool:
+    return Path(path).is_absolute() and not Path(path).is_dir()
+
+
+def _without_base(ref: PolicyRef, choice: Choice) -> None:
+    """Raise ConfigError for what an adapter without its base cannot become; else say that it is only copied."""
+    if choice.merge:
+        fix = "put the model back, or export the adapter without --merge"
+        raise ConfigError(f"the model {ref.base} is not here", fix, field="--merge")
+    if choice.dtype is not None:
+        problem = f"the base model {ref.base} is not here, and what is written in another dtype is compared on it"
+        raise ConfigError(problem, "put the model back, or export without --dtype", field="--dtype")
+    print(f"the base model {ref.base} is not here: the adapter is copied, its logits are not compared")
 
 
 def _models(recipe: AnyRecipe, ref: PolicyRef, *, merge: bool) -> ModelCache:
@@ -129,4 +152,6 @@ def choose(run_dir: Path, plan: Plan, settings: AgentSettings, choice: Choice) -
         stage, ready, at, evaluated_by = point.policy, settings.positive, iteration, point.evaluation
     base = settings.model or settings.positive or str(folder_of(run_dir, f"base-{settings.name}") / "model")
     path = str(folder_of(run_dir, stage) / "policy") if stage is not None else str(ready or base)
+    if _is_missing(path):
+        raise ConfigError(f"the model {path} is not here", "put the model back", field="--agent")
     return Exported(policy_ref(base, path), settings, agent, policy, at, stage, evaluated_by, base)

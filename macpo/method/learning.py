@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 from macpo.engine.config import LoraSettings, OptimSettings, PreferenceSettings, Tuning
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
-from macpo.engine.models.loading import anywhere
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
 from macpo.engine.planning.fitting import Workload
@@ -63,7 +62,7 @@ class LearningStage(PolicyStage):
             progress=ctx.name,
             trackers=Trackers(self.compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
         )
-        base_name, tokenizer = anywhere(str(self.agent.model)), policy.chat.tokenizer
+        base_name, tokenizer = str(self.agent.model), policy.chat.tokenizer
         save_policy(module(), ctx.dir / "policy", base_name=base_name, tokenizer=tokenizer)
         if ctx.world.is_main:
             shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)

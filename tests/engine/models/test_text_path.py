@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, SIZES, model_of, separate_logps, some_groups
+from forks import ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -96,11 +97,15 @@ def test_full_training_leaves_the_rest_as_it_was(wrapper: Path, tmp_path: Path) 
 
 def test_full_training_in_16_bits_keeps_float32_weights(wrapper: Path) -> None:
     """Weights that do not train beside weights that do make no adapter of it."""
-    policy = ModelCache(dtype="bfloat16").policy(PolicyRef(str(wrapper)), FullSettings())
-    policy = parallelize(policy, ParallelSettings(), World.current())
-    (batch,) = pack(some_groups(num_responses=1, count=1), max_tokens=100)
-    assert policy(batch, lambda rows, head, batch: rows).dtype == torch.bfloat16
-    assert {parameter.dtype for parameter in policy.trainable_parameters().values()} == {torch.float32}
+
+    def body(world: World) -> None:
+        policy = ModelCache(dtype="bfloat16").policy(PolicyRef(str(wrapper)), FullSettings())
+        policy = parallelize(policy, ParallelSettings(), world)
+        (batch,) = pack(some_groups(num_responses=1, count=1), max_tokens=100)
+        assert policy(batch, lambda rows, head, batch: rows).dtype == torch.bfloat16
+        assert {parameter.dtype for parameter in policy.trainable_parameters().values()} == {torch.float32}
+
+    assert ranks(1, body) == [0]  # a process of its own: it makes a mesh
 
 
 def test_a_plain_model_is_text_throughout() -> None:

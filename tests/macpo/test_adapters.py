@@ -13,13 +13,13 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM
 
 from macpo.commands.check import check
-from macpo.commands.plan import show, show_standalone
+from macpo.commands.preflight import preflight
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import read_json
 from macpo.method.policies import policy_ref
-from macpo.recipe_kinds import AnyRecipe, check_models
+from macpo.recipe_kinds import AnyRecipe, plan_of
 
 LORA = {"type": "lora", "rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -42,6 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "one layer" / "adapter_config.json"
     file.write_text(file.read_text().replace('"layers_to_transform": [\n    0\n  ]', '"layers_to_transform": null'))
     return folder
+
+
+def check_models(recipe: AnyRecipe) -> None:
+    preflight(recipe, plan_of(recipe, must_exist=False))
 
 
 def said_by(command: Callable[[], object]) -> str:
@@ -84,7 +88,7 @@ def test_a_standalone_recipe_is_refused_by_every_command(
         tree["training"] = {"reference_model": str(models / changes["reference"])}
     recipe = recipe_of(kind, models / changes.get("model", "base"), tmp_path / "run", **tree)
     assert recipe.recipe != "macpo"
-    for command in (lambda: list(check(recipe)), lambda: show_standalone(recipe), lambda: run(recipe)):
+    for command in (lambda: list(check(recipe)), lambda: check_models(recipe), lambda: run(recipe)):
         message = said_by(command)
         assert said in message and "Fix: " in message and "\n" not in message
     assert not (tmp_path / "run").exists()
@@ -95,7 +99,7 @@ def test_a_recipe_of_the_method_names_all_its_problems_at_once(models: Path, tmp
         models, tmp_path / "run", positive=str(models / "bias"), negative=str(models / "ia3"), train=False
     )
     recipe = recipe.model_copy(update={"ablations": {"arm": {"student.positive": str(models / "pissa")}}})
-    for command in (lambda: list(check(recipe)), lambda: show(recipe), lambda: run(recipe)):
+    for command in (lambda: list(check(recipe)), lambda: check_models(recipe), lambda: run(recipe)):
         lines = said_by(command).splitlines()
         assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
         assert "student.positive: the adapter trains biases" in lines[0]
@@ -116,7 +120,6 @@ def test_what_is_fine_passes(models: Path, tmp_path: Path) -> None:
     recipes: list[AnyRecipe] = [
         of_method(models, tmp_path, positive=plain, negative=plain),
         of_method(models, tmp_path, positive=plain, tuning={"type": "full"}),
-        of_method(models, tmp_path, model=str(tmp_path / "not here")),
         recipe_of("sft", models / "base", tmp_path, adapter=plain, tuning=LORA),
         recipe_of("sft", None, tmp_path),
         tiny(tmp_path),
