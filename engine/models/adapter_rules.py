@@ -106,7 +106,7 @@ def check_layers(wrapped: PeftModel) -> None:
     if config.target_parameters:  # peft puts adapters of separate experts on stacked ones
         experts = ", ".join(sorted(config.target_parameters))
         raise ConfigError(f"the adapter sits on stacked experts ({experts})", MERGE, field="target_modules")
-    base = wrapped.get_base_model()
+    base: Any = wrapped.get_base_model()
     untie = _UNTIE if base.config.get_text_config().tie_word_embeddings else ""
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
@@ -136,7 +136,7 @@ def base_copies(
     Raises:
         ConfigError: another vocabulary than the base's, or weights that do not belong to the base.
     """
-    base = dict(wrapped.get_base_model().named_parameters(remove_duplicate=False))
+    base: dict[str, Tensor] = dict(wrapped.get_base_model().named_parameters(remove_duplicate=False))
     copies = {name: base[name.removeprefix(PREFIX)] for name in shapes if name.removeprefix(PREFIX) in base}
     for name, weight in copies.items():
         if list(weight.shape) != list(shapes[name]):

@@ -77,7 +77,7 @@ def linear_head(layer: nn.Module) -> Head:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not is_plain(layer):
         raise ConfigError("the adapter on the output layer is not plain LoRA", "leave lm_head out of target_modules")
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     shard = vocab_shard(base.weight)
     rows = whole if shard is None else own_rows
     weight = rows(base.weight)

@@ -159,7 +159,8 @@ def merged(wrapped: PeftModel, path: str | Path) -> PreTrainedModel:
         ConfigError: the adapter cannot be merged.
     """
     check_mergeable(wrapped, path)
-    head: Any = wrapped.get_base_model().get_output_embeddings()
+    base: Any = wrapped.get_base_model()
+    head = base.get_output_embeddings()
     if isinstance(head, LoraLayer):
         layer: Any = head.get_base_layer()
         layer.weight = nn.Parameter(layer.weight.detach().clone())
@@ -186,7 +187,7 @@ def check_same_shape(wrapped: PeftModel, settings: LoraSettings, path: str) -> N
     if got != asked:
         problem = f"the adapter has rank {got[0]} and alpha {got[1]:g}, the settings say {asked[0]} and {asked[1]:g}"
         raise ConfigError(problem, "set rank and alpha as the adapter has them", file=path)
-    base = wrapped.get_base_model()
+    base: Any = wrapped.get_base_model()
     have = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     asked_for = settings.target_modules
     want = _linears(base) if isinstance(asked_for, str) else {name.split(".")[-1] for name in asked_for}

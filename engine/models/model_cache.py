@@ -85,7 +85,7 @@ class ModelCache:
             if tuning is None:
                 return PolicyModule(wrapped.requires_grad_(False), **kind)
             lora.check_same_shape(wrapped, tuning, ref.adapter)
-            freeze_outside_text(wrapped.get_base_model())
+            freeze_outside_text(twin)
             return PolicyModule(wrapped, **kind)
         return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed), **kind)
 
