@@ -75,6 +75,7 @@ def linear_head(layer: nn.Module) -> Head:
         rows = whole if shard is None else own_rows
         return Head(rows(layer.weight), None if layer.bias is None else rows(layer.bias), shard)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
+    adapters: tuple[Any, Any] = (layer.lora_A, layer.lora_B)
     if not is_plain(layer):
         raise ConfigError("the adapter on the output layer is not plain LoRA", "leave lm_head out of target_modules")
     base: Any = layer.get_base_layer()
@@ -83,8 +84,8 @@ def linear_head(layer: nn.Module) -> Head:
     weight = rows(base.weight)
     if not layer.disable_adapters and not layer.merged:
         for name in names:
-            a = whole(layer.lora_A[name].weight)  # every rank holds A and adds its rows' share to A's gradient
-            delta = rows(layer.lora_B[name].weight) @ (a if shard is None else shard.replicated(a))
+            a = whole(adapters[0][name].weight)  # every rank holds A and adds its rows' share to A's gradient
+            delta = rows(adapters[1][name].weight) @ (a if shard is None else shard.replicated(a))
             weight = weight + (delta * layer.scaling[name]).to(weight.dtype)
     return Head(weight, None if base.bias is None else rows(base.bias), shard)
 

@@ -11,7 +11,7 @@ import torch
 from macpo.commands.model_card import Exported, model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
-from macpo.engine.data.chat import load_tokenizer
+from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import device_of, memory_budget, model_cache
 from macpo.engine.models.loading import as_dtype, local_folder, stored_dtype
@@ -20,8 +20,10 @@ from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import cast, logits_of, publish, publish_copy
 from macpo.engine.paths import absolute_or_hub
 from macpo.engine.run.folder import folder_of
-from macpo.method.policies import policy_ref
-from macpo.method.run_plan import Plan
+from macpo.engine.run.keys import is_unknown
+from macpo.method.identities import Identities
+from macpo.method.policies import StageAgent, chat_of, policy_ref
+from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
 
 
@@ -64,15 +66,23 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
     ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not choice.merge
     loads_on = absolute_or_hub(ref.base) if is_adapter else None
     base_name = settings.model or f"base-{settings.name}"
-    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
+    reading = Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(settings)
     if ref.adapter is not None and _is_missing(ref.base):
         _without_base(ref, choice)
-        publish_copy(Path(ref.adapter), out, card=card)
+        chat = _saved_chat(reading, ref)
+        card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
+        publish_copy(local_folder(ref.adapter, kind="adapter"), out, card=card)
         return out, loads_on
-    tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
+    of_base = chosen.trained_by is None and not _is_missing(chosen.base)  # a policy of others' may have no tokenizer
+    at = chosen.base if of_base else ref.base
+    chat = _saved_chat(reading, ref) if is_unknown(reading.template) else chat_of(reading, at)
+    if chat is None:
+        name = settings.template or recipe.template
+        raise ConfigError(f"the template {name} is not here", "put it back", field="template")
+    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
     models = _models(recipe, ref, merge=choice.merge)
     original = models.policy(ref)
-    expected = logits_of(original, len(tokenizer))
+    expected = logits_of(original, len(chat.tokenizer))
     policy = models.policy(ref, FullSettings()) if choice.merge else original
     if choice.dtype is not None or not is_adapter:
         cast(policy, as_dtype(choice.dtype) if choice.dtype is not None else _base_dtype(chosen, recipe))
@@ -81,7 +91,7 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
         out,
         base=ref.base,
         base_name=loads_on or base_name,
-        tokenizer=tokenizer,
+        chat=chat,
         card=card,
         expected=expected,
     )
@@ -119,6 +129,14 @@ def _base_dtype(chosen: Exported, recipe: AnyRecipe) -> torch.dtype:
     except ConfigError:
         folder = local_folder(chosen.ref.base, trust_remote_code=recipe.trust_remote_code)
     return stored_dtype(folder)
+
+
+def _saved_chat(reading: StageAgent, ref: PolicyRef) -> Chat | None:
+    """Tokenizer and template as they lie beside a trained policy; None where they do not."""
+    folder = Path(ref.adapter or ref.base)
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return chat_of(reading.model_copy(update={"template": "auto"}), str(folder))
 
 
 def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:
