@@ -3,7 +3,7 @@
 peft writes some forty kinds of adapters, and LoRA itself has over thirty options. Some change weights that the base
 shares with other policies, some were trained on a base that their initialisation had rewritten, some need a forward of
 their own. `read_config` allows what is computed exactly and names the rest, from adapter_config.json alone;
-`check_layers` and `base_copies` judge the layers and the weights.
+`check_layers` and `base_copies` judge the layers and the weights; `check_forward` a peft model that is given as such.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from macpo.engine.errors import ConfigError
@@ -162,3 +163,21 @@ def check_copies(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor], fi
         if not (own.to(base.dtype).equal(base) or base.to(own.dtype).equal(own)):
             where = name.removeprefix(PREFIX).replace(".base_layer", "")
             raise ConfigError(f"the adapter holds a changed copy of the base's {where}", MERGE, file=file)
+
+
+def check_forward(model: nn.Module) -> None:
+    """Raise ConfigError for a peft model whose adapter is not all inside the layers of its base.
+
+    Packed rows and decoding go through the base itself: what peft's wrapper adds to its forward would be left out.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name, config in model.peft_config.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning:
+            raise ConfigError(f"adapter {name!r} is {kind}: its virtual tokens are not supported", "use LoRA")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ConfigError(f"adapter {name!r} is an activated LoRA, which reads the padded ids", "use plain LoRA")
+        own_forward = getattr(type(model.base_model), "forward", None) is not BaseTuner.forward
+        if own_forward and kind != "ADALORA":  # AdaLoRA's only adds a term to the model's own loss
+            raise ConfigError(f"adapter {name!r} is {kind}: its own forward is not supported", "use LoRA")

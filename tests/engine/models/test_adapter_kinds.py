@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import VOCAB, model_of, separate_logps, some_groups
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KINDS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
+from macpo.engine.generation import Generator
 from macpo.engine.models import lora
 from macpo.engine.models.adapter_rules import MERGE
 from macpo.engine.models.flops import meta_model
@@ -360,3 +361,19 @@ def test_an_adapter_is_no_whole_model(bases: dict[bool, Path], tmp_path: Path) -
     written(bases[False], LoraConfig(**PLAIN), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"an adapter .* where a whole model is needed"):
         load_causal_lm(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PROMPT_TUNING: its virtual tokens"),
+        (LoraConfig(**PLAIN, alora_invocation_tokens=[4]), "an activated LoRA"),
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"), "its own forward"),
+    ],
+)
+def test_what_peft_adds_outside_the_layers_is_refused(config: PeftConfig, said: str) -> None:
+    """Scoring and decoding go through the base, which knows nothing of it."""
+    model = get_peft_model(model_of("llama", num_hidden_layers=1), config)
+    for use in (PolicyModule, Generator):
+        with pytest.raises(ConfigError, match=said):
+            use(model)
