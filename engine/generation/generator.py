@@ -34,9 +34,9 @@ from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.generation.slots.packed_linear import packed_linears
 from macpo.engine.generation.slots.runner import SlotRunner
 from macpo.engine.generation.vocabulary import Vocabulary
-from macpo.engine.models.adapter_rules import check_forward
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows
+from macpo.engine.models.tuning.adapter_rules import check_forward
 from macpo.engine.progress import Count, counted
 
 _log = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.models.adapter_rules import check_forward
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.equivalence import verify
 from macpo.engine.models.head import Head, aliased, head_of, response_logps, whole
-from macpo.engine.models.lora_linear import use_fused_lora
+from macpo.engine.models.tuning.adapter_rules import check_forward
+from macpo.engine.models.tuning.lora_linear import use_fused_lora
 
 T_ = TypeVar("T_")
 KEPT_GRADIENT_BYTES = 2 << 30

@@ -18,11 +18,11 @@ from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free, sha256
-from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.head import Head, whole
 from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers, weight_files
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits that counts as equal, by the dtype of the computation; relative above 1."""

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from macpo.config import AgentSettings
 from macpo.engine.config import LoraSettings, Tuning
 from macpo.engine.errors import ConfigError
-from macpo.engine.models import lora
-from macpo.engine.models.adapter_rules import read_config
 from macpo.engine.models.loading import local_folder, refuse_adapter, weight_files
+from macpo.engine.models.tuning import lora
+from macpo.engine.models.tuning.adapter_rules import read_config
 from macpo.method.learning import LearningStage
 from macpo.method.run_plan import Plan
 

@@ -23,7 +23,7 @@ from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
-from macpo.engine.models.text_path import outside_text
+from macpo.engine.models.tuning.text_path import outside_text
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.optim import Optimizer

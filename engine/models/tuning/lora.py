@@ -29,9 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.models.adapter_rules import base_copies, check_copies, check_layers, read_config
 from macpo.engine.models.loading import header, local_folder, weight_files
-from macpo.engine.models.text_path import outside_pattern, outside_text
+from macpo.engine.models.tuning.adapter_rules import base_copies, check_copies, check_layers, read_config
+from macpo.engine.models.tuning.text_path import outside_pattern, outside_text
 
 _ADAPTER = "default"
 
