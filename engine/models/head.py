@@ -45,8 +45,12 @@ def head_of(model: PreTrainedModel) -> Head:
     """The model's output layer with the scale and softcap that its architecture's config names.
 
     Raises:
-        ConfigError: an output layer that is not linear, or an adapter on it that is not plain LoRA.
+        ConfigError: an output layer that is not linear, an adapter on it that is not plain LoRA, or a class that does
+            not tell its output layer from what lies below.
     """
+    if model.base_model is model:
+        problem = f"{type(model).__name__} does not name the model below its output layer (base_model_prefix)"
+        raise ConfigError(problem, "use the family's text-only model, or one such as Llama, Qwen, Mistral or Gemma 3")
     config = model.config.get_text_config()
     factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
     divisor = getattr(config, "logits_scaling", None)

@@ -14,15 +14,29 @@ from transformers import PreTrainedModel
 
 def outside_text(model: PreTrainedModel) -> list[str]:
     """Names of the outermost modules with weights that text does not go through; empty for a plain language model."""
-    if model.config.get_text_config() is model.config:
-        return []
+    modules = dict(model.named_modules())
+    weights = {name: {id(parameter) for parameter in module.parameters()} for name, module in modules.items()}
     used = {id(parameter) for part in _text_parts(model) for parameter in part.parameters()}
     found: list[str] = []
-    for name, module in model.named_modules():
-        weights = [id(parameter) for parameter in module.parameters()]
-        if weights and used.isdisjoint(weights) and not any(name.startswith(f"{outer}.") for outer in found):
+    for name in modules:
+        other = weights[name] and (used.isdisjoint(weights[name]) or _is_tower(modules[name], model))
+        if other and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
-    return found
+    return list(dict.fromkeys(_widest(name, weights, model) for name in found))
+
+
+def _is_tower(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether it is a model of another kind inside, such as an image encoder, which has a config of its own kind."""
+    own = {type(model.config), type(model.config.get_text_config())}
+    return isinstance(module, PreTrainedModel) and type(module.config) not in own
+
+
+def _widest(name: str, weights: dict[str, set[int]], model: PreTrainedModel) -> str:
+    """The outermost module around one that text does not go through, such as an encoder with its projection."""
+    ends = {id(p) for part in _ends(model) for p in part.parameters()}
+    while (outer := name.rpartition(".")[0]) and weights[outer].isdisjoint(ends):
+        name = outer
+    return name
 
 
 def outside_pattern(model: PreTrainedModel) -> str | None:
@@ -38,5 +52,12 @@ def freeze_outside_text(model: PreTrainedModel) -> None:
 
 
 def _text_parts(model: PreTrainedModel) -> list[nn.Module]:
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    """What text goes through; where the config has no part for text alone, that is the whole model."""
+    if model.config.get_text_config() is model.config:
+        return [model]
+    return [part for part in (model.get_decoder(), *_ends(model)) if isinstance(part, nn.Module)]
+
+
+def _ends(model: PreTrainedModel) -> list[nn.Module]:
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
     return [part for part in parts if isinstance(part, nn.Module)]

@@ -17,7 +17,8 @@ from macpo.engine.config import FullSettings, LoraSettings, OptimSettings, Paral
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.flops import ModelShape
+from macpo.engine.models.flops import ModelShape, meta_model
+from macpo.engine.models.head import head_of
 from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
@@ -106,6 +107,18 @@ def test_full_training_in_16_bits_keeps_float32_weights(wrapper: Path) -> None:
         assert {parameter.dtype for parameter in policy.trainable_parameters().values()} == {torch.float32}
 
     assert ranks(1, body) == [0]  # a process of its own: it makes a mesh
+
+
+def test_encoders_inside_a_model_without_a_config_for_text_alone() -> None:
+    """Phi-4-multimodal keeps its encoders and their projections beside the token embedding."""
+    model = meta_model(AutoConfig.for_model("phi4_multimodal", num_hidden_layers=1))
+    assert outside_text(model) == ["model.embed_tokens_extend"]
+
+
+def test_a_class_that_does_not_name_its_inner_model_is_refused() -> None:
+    model = meta_model(AutoConfig.for_model("mllama", text_config=SIZES | {"cross_attention_layers": [1]}))
+    with pytest.raises(ConfigError, match="MllamaForCausalLM does not name the model below its output layer"):
+        head_of(model)
 
 
 def test_a_plain_model_is_text_throughout() -> None:
