@@ -25,6 +25,13 @@ def outside_text(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(_widest(name, weights, model) for name in found))
 
 
+def only_text(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without what text does not go through, which is taken out in place: to count, not to compute with."""
+    for name in outside_text(model):
+        model.set_submodule(name, nn.Identity())
+    return model
+
+
 def _is_tower(module: nn.Module, model: PreTrainedModel) -> bool:
     """Whether it is a model of another kind inside, such as an image encoder, which has a config of its own kind."""
     own = {type(model.config), type(model.config.get_text_config())}

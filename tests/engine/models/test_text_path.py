@@ -112,7 +112,10 @@ def test_full_training_in_16_bits_keeps_float32_weights(wrapper: Path) -> None:
 def test_encoders_inside_a_model_without_a_config_for_text_alone() -> None:
     """Phi-4-multimodal keeps its encoders and their projections beside the token embedding."""
     model = meta_model(AutoConfig.for_model("phi4_multimodal", num_hidden_layers=1))
+    outside = model.get_submodule("model.embed_tokens_extend")
     assert outside_text(model) == ["model.embed_tokens_extend"]
+    num_outside, num_all = (sum(p.numel() for p in part.parameters()) for part in (outside, model))
+    assert ModelShape.of(model.config).num_parameters == num_all - num_outside
 
 
 def test_a_class_that_does_not_name_its_inner_model_is_refused() -> None:
