@@ -101,12 +101,12 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def check_layers(wrapped: PeftModel) -> None:
+def check_layers(wrapped: PeftModel, file: str | Path = "") -> None:
     """Raise ConfigError if an adapter sits on something else than a linear layer, or oddly on the output layer."""
     config: Any = wrapped.active_peft_config
     if config.target_parameters:  # peft puts adapters of separate experts on stacked ones
         experts = ", ".join(sorted(config.target_parameters))
-        raise ConfigError(f"the adapter sits on stacked experts ({experts})", MERGE, field="target_modules")
+        raise ConfigError(f"the adapter sits on stacked experts ({experts})", MERGE, file=file, field="target_modules")
     base: Any = wrapped.get_base_model()
     untie = _UNTIE if base.config.get_text_config().tie_word_embeddings else ""
     head = base.get_output_embeddings()
@@ -120,7 +120,7 @@ def check_layers(wrapped: PeftModel) -> None:
         else:
             continue
         fix = f"leave {name.rpartition('.')[2]} out of target_modules; where it is trained already, {untie}{MERGE}"
-        raise ConfigError(f"the adapter sits on {odd}", fix, field="target_modules")
+        raise ConfigError(f"the adapter sits on {odd}", fix, file=file, field="target_modules")
 
 
 def base_copies(

@@ -84,7 +84,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     config = read_config(folder)
     config.base_model_name_or_path = model.name_or_path  # where the base came from here; peft warns of any other name
     (file,) = weight_files(folder, "adapter_model")
-    wrapped = _wrap(model, config)
+    wrapped = _wrap(model, config, folder)
     copies = base_copies(wrapped, _shapes(file), _own_weights(wrapped), folder)
     try:
         tensors = load_file(file)
@@ -107,7 +107,7 @@ def check_adapter(model: PreTrainedModel, path: str | Path, tuning: LoraSettings
     """
     folder = local_folder(path, kind="adapter")
     (file,) = weight_files(folder, "adapter_model")
-    wrapped = _wrap(model, read_config(folder))
+    wrapped = _wrap(model, read_config(folder), folder)
     base_copies(wrapped, _shapes(file), _own_weights(wrapped), folder)
     if isinstance(tuning, LoraSettings):
         check_same_shape(wrapped, tuning, str(path))
@@ -125,7 +125,7 @@ def _own_weights(wrapped: PeftModel) -> dict[str, Tensor]:
     return found
 
 
-def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def _wrap(model: PreTrainedModel, config: LoraConfig, file: str | Path = "") -> PeftModel:
     try:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute that was renamed, and warns of tied layers, which `merged` unties
@@ -137,9 +137,9 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise _cannot_target(model, str(config.target_modules), why) from error
     except (TypeError, KeyError, AttributeError, re.error) as error:
         why = " ".join(str(error).split())[:160]
-        raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout") from error
+        raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout", file=file) from error
     assert isinstance(wrapped, PeftModel)
-    check_layers(wrapped)
+    check_layers(wrapped, file)
     return wrapped.eval()
 
 

@@ -54,6 +54,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "eva": {"init_lora_weights": "eva"},
     "drawn": {"init_lora_weights": False},
 }
+ALIKE = ("excluded", "regex", "dropout", "gaussian", "orthogonal", "eva", "drawn")
+"""Those that differ from `plain` in how they were made alone: training goes on from them as from it."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias all": ({"bias": "all"}, r"trains biases of the base \(bias: all\)"),
     "bias lora_only": ({"bias": "lora_only"}, r"trains biases of the base \(bias: lora_only\)"),
@@ -200,6 +202,8 @@ def test_what_is_used_is_used_exactly(bases: dict[bool, Path], tmp_path: Path, n
     with torch.no_grad():
         assert got == pytest.approx(torch.cat(separate_logps(theirs, groups)).tolist(), rel=1e-5, abs=1e-5)
 
+    if name in ALIKE:
+        return
     targets = ("q_proj", "lm_head") if name == "head" else ("q_proj", "v_proj")
     lora.check_adapter(meta_model(theirs.config), tmp_path / "a", LoraSettings(rank=2, alpha=4, target_modules=targets))
     training = pool.policy(tmp_path / "a", LoraSettings(rank=2, alpha=4, target_modules=targets))

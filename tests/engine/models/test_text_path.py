@@ -129,9 +129,9 @@ def test_a_plain_model_is_text_throughout() -> None:
         assert outside_text(model_of(name)) == []
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mistral3"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "mistral3"])
 def test_an_image_text_model_without_a_causal_lm_is_refused(tmp_path: Path, name: str) -> None:
-    vision = {"llava": "clip_vision_model", "mistral3": "pixtral"}.get(name)
+    vision = {"mistral3": "pixtral"}.get(name)
     text = SIZES | {"num_key_value_heads": 2} | ({"model_type": "mistral"} if vision else {})
     inner = (
         VISION | {"model_type": vision} if vision else {"embed_dim": 16, "hidden_size": 32, "depth": 1, "num_heads": 2}
