@@ -202,6 +202,7 @@ def test_what_is_used_is_used_exactly(bases: dict[bool, Path], tmp_path: Path, n
     with torch.no_grad():
         assert got == pytest.approx(torch.cat(separate_logps(theirs, groups)).tolist(), rel=1e-5, abs=1e-5)
 
+    pool.assert_unchanged()
     if name in ALIKE:
         return
     targets = ("q_proj", "lm_head") if name == "head" else ("q_proj", "v_proj")
