@@ -23,6 +23,7 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.activations import blocks_of
 from macpo.engine.models.loading import quiet_transformers
+from macpo.engine.models.tuning.text_path import only_text
 
 Tuning = Literal["lora", "full"]
 Targets = Sequence[str] | Literal["all-linear"]
@@ -252,7 +253,7 @@ def _shape(model_type: str, config_json: str) -> ModelShape:
     differs = ("expert", "moe", "block_type", "per_layer_config")
     alike = not any(word in key for key in config.to_dict() for word in differs)
     model = meta_model(_first_block(config) if alike else config)
-    blocks = list(blocks_of(model))
+    blocks = list(blocks_of(only_text(model)))
     head: Any = model.get_output_embeddings()
     tied = bool(config.tie_word_embeddings)
     vocab, hidden = head.weight.shape

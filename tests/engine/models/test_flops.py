@@ -16,8 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
-from macpo.engine.models import lora
 from macpo.engine.models.flops import Counts, ModelShape, counts_of, forward_flops, model_flops
+from macpo.engine.models.tuning import lora
 from macpo.engine.planning.memory import tensor_config
 from macpo.kernels.prefix_attention.segments import visible
 
