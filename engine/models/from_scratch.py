@@ -7,6 +7,7 @@ token and whose one response is the rest.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from macpo.engine.data.records import Example, Message, Prompt
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.models.loading import quiet_transformers
+from macpo.engine.unpacking import unpacked
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -151,9 +153,9 @@ def _jsonl_texts(name: str) -> Iterator[str]:
 def _read_text(name: str) -> str:
     try:
         with explained(name), open(name, "rb") as plain:
-            raw = gzip.GzipFile(fileobj=plain).read() if name.endswith(".gz") else plain.read()
+            raw = unpacked(plain).read()
         return raw.decode("utf-8-sig")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"damaged gzip: {error}", "fetch or pack it again", file=name) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1

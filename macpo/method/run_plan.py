@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,6 +44,11 @@ class Plan:
 def derived_seed(seed: int, agent: str, purpose: str) -> int:
     """A 31-bit seed that is a function of its arguments alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{agent}/{purpose}".encode()).digest()[:4], "big") >> 1
+
+
+def pretrains(agents: Iterable[AgentSettings]) -> bool:
+    """Whether the run pretrains an agent on what the data leaves over."""
+    return any(agent.init is not None and agent.init.corpus == "data" for agent in agents)
 
 
 class RecipeLike(Protocol):

@@ -30,16 +30,6 @@ class HeldOutSettings(SourceSettings):
     """Distinct prompts to train on; default all that are not held out."""
     test_prompts: PositiveInt = 200
     """Distinct prompts to evaluate on; never trained on."""
-    test_split: str | None = None
-    """Published split to evaluate on, instead of a part of `split`; its prompts are left out of training."""
-    test_path: str | None = None
-    """File, folder or Hub id to evaluate on, in the same layout; its prompts are left out of training."""
-
-    @model_validator(mode="after")
-    def _one_test_set(self) -> Self:
-        if self.test_path is not None and self.test_split is not None:
-            raise ValueError("test_split is for `path`; test_path is a data set of its own")
-        return self
 
 
 class PairData(HeldOutSettings):
