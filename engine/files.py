@@ -214,7 +214,7 @@ def _parse_line(raw: bytes, name: str, number: int, start: int) -> dict[str, Any
 
     try:
         text = raw.decode()
-        row = json.loads(text, parse_constant=_no_constant)
+        row = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         offset = start + error.start
         raise fail(f"invalid UTF-8 at byte {offset} of the file", "save the file as UTF-8") from None
@@ -241,6 +241,8 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # made once: `json.loads` would make one a line
+
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
 
@@ -260,9 +262,13 @@ def _lone_surrogate(raw: bytes) -> int | None:
     return high
 
 
+_STRICT: Mapping[str, bool] = {"ensure_ascii": False, "allow_nan": False}
+_ENCODER = json.JSONEncoder(**_STRICT)  # made once: `json.dumps` would make one a row
+
+
 def _dumps(value: Any, name: str, line: int | None, indent: int | None = None) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+        return _ENCODER.encode(value) if indent is None else json.dumps(value, **_STRICT, indent=indent)
     except ValueError as error:
         fix = "find the step that made it"
         raise NumericsError(f"a value is not a finite number ({error})", fix, file=name, line=line) from None

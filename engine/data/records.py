@@ -16,6 +16,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_jsonl, write_jsonl
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)  # made once: `json.dumps` would make one a call
 Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -31,8 +32,7 @@ class Prompt:
         """A prompt from chat messages, or from a string that becomes one user turn."""
         turns: Iterable[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         kept = tuple({"role": m["role"], "content": m["content"]} for m in turns)
-        text = json.dumps(kept, ensure_ascii=False, sort_keys=True)
-        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], kept)
+        return cls(hashlib.sha256(_ENCODER.encode(kept).encode()).hexdigest()[:16], kept)
 
     def to_json(self) -> dict[str, Any]:
         return {"prompt_id": self.id, "prompt": list(self.messages)}

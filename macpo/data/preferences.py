@@ -217,9 +217,12 @@ def _why_dropped(sides: _Sides) -> str:
 
 def alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
     """Whether two dialogues are the same but for outer white space."""
-    return len(one) == len(other) and all(
-        {**a, "content": a["content"].strip()} == {**b, "content": b["content"].strip()}
-        for a, b in zip(one, other, strict=True)
+    return one == other or (
+        len(one) == len(other)
+        and all(
+            {**a, "content": a["content"].strip()} == {**b, "content": b["content"].strip()}
+            for a, b in zip(one, other, strict=True)
+        )
     )
 
 
@@ -257,7 +260,7 @@ def checked_text(row: Row, field: str, value: Any) -> str:
     if not isinstance(value, str):
         row.fail(field, f"not text but {type(value).__name__}: {value!r:.60}")
     try:
-        value.encode()
+        _ = value.isascii() or value.encode()
     except UnicodeEncodeError as error:
         row.fail(field, f"lone surrogate U+{ord(value[error.start]):04X}", "remove or pair it")
     return value
@@ -354,8 +357,7 @@ def prompt_of(row: Row) -> list[Message]:
 
 def _is_hh(text: str) -> bool:
     """Whether a prompt is an HH dialogue that ends before its response."""
-    text = text.strip()
-    return text.startswith("Human:") and text.endswith(_LAST)
+    return text.lstrip()[:6] == "Human:" and text.rstrip().endswith(_LAST)
 
 
 def messages_of(row: Row, field: str) -> list[Message]:

@@ -63,11 +63,13 @@ class Repeats:
 
     def add(self, record: Pair | Example) -> None:
         """Take the next record."""
-        answers = [record.answer] if isinstance(record, Example) else [record.chosen, record.rejected]
-        parts = [hashlib.blake2b(answer.encode(), digest_size=_DIGEST_BYTES).digest() for answer in answers]
-        flipped = parts[0] > parts[-1]
-        whole = b"".join([record.prompt.id.encode(), *(reversed(parts) if flipped else parts)])
-        self._digests += hashlib.blake2b(whole, digest_size=_DIGEST_BYTES).digest()
+        if isinstance(record, Example):
+            low, high, flipped = "", record.answer, False
+        else:
+            flipped = record.chosen > record.rejected
+            low, high = (record.rejected, record.chosen) if flipped else (record.chosen, record.rejected)
+        text = f"{record.prompt.id}{len(low)} {low}{high}"
+        self._digests += hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
         self._flipped.append(flipped)
 
     def found(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -85,9 +85,8 @@ class Source:
                         problem = f"data.columns names it for {ours!r}, but it is missing"
                         row.fail(theirs, problem, "correct data.columns")
                 row.fields = row.fields | {ours: row.fields[theirs] for ours, theirs in self.columns.items()}
-            for name in TEXT_FIELDS:
-                value = row.fields.get(name)
-                if isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{"):
+            for name, value in row.fields.items():
+                if name in TEXT_FIELDS and isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{"):
                     _read_messages(row, name, value)
             yield row
 

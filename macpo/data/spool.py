@@ -5,28 +5,30 @@
     pairs = whole(spool)
     pairs[5], pairs.where(5), len(pairs)        # a pair, (file, line), number of pairs
 
-Only numbers stay in memory, about 60 bytes a record. Up to SPOOL_BYTES of text do too; more goes to the folder that the
-environment variable TMPDIR names.
+Only numbers stay in memory, about 60 bytes a record. The text goes to the folder that the environment variable TMPDIR
+names; the file has no name there and is gone when the records are, also after a kill.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import weakref
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macpo.engine.data.records import Example, Pair, Prompt
-from macpo.engine.files import explained
+from macpo.engine.data.records import Example, Message, Pair, Prompt
+from macpo.engine.files import explain, explained
 
-SPOOL_BYTES = 64 * 2**20
-"""Text that is kept in memory."""
+_BUFFER_BYTES = 2**20
+_PLAIN = {"role", "content"}
+_ENCODER = json.JSONEncoder()  # made once: `json.dumps` would look for it at every call
 
 T = TypeVar("T")
 R = TypeVar("R", Pair, Example)
@@ -64,13 +66,16 @@ class View(Sequence[T]):
 
 
 class Spool(Generic[R]):
-    """Records in a temporary file, in the order in which they were added."""
+    """Prompts with one or two human responses in a temporary file, in the order in which they were added."""
 
     def __init__(self, kind: type[R]) -> None:
+        """`kind`: Example for one response each, Pair for two, chosen and rejected."""
         self._kind: Any = kind
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES, prefix="macpo-")  # noqa: SIM115 - as long as self
+        self._parts = 2 if kind is Example else 3  # the prompt's messages as JSON, and each response
+        with explained(tempfile.gettempdir()):
+            self._file = tempfile.TemporaryFile(prefix="macpo-", buffering=0)  # noqa: SIM115 - lives as long as self
         weakref.finalize(self, self._file.close)
-        self._at_end = True
+        self._unwritten = bytearray()
         self._ends, self._ids = array("Q", [0]), array("Q")
         self._files: list[str] = []
         self._file_of, self._lines = array("I"), array("Q")
@@ -81,31 +86,50 @@ class Spool(Generic[R]):
 
     def add(self, record: R, file: str = "", line: int = 0) -> None:
         """Append a record that comes from this file and line. Raises ResourceError where the disk is full."""
-        raw = json.dumps(record.to_json(), ensure_ascii=False).encode()
-        with explained(tempfile.gettempdir()):
-            if not self._at_end:  # a seek writes what is buffered
-                self._file.seek(self._ends[-1])
-                self._at_end = True
-            self._file.write(raw)
-        self._ends.append(self._ends[-1] + len(raw))
-        self._ids.append(id_number(record.prompt))
+        prompt = record.prompt
+        answers = (record.answer,) if isinstance(record, Example) else (record.chosen, record.rejected)
+        end = self._ends[-1]
+        for text in (_spelled(prompt.messages), *answers):
+            raw = text.encode()
+            self._unwritten += raw
+            end += len(raw)
+            self._ends.append(end)
+        if len(self._unwritten) > _BUFFER_BYTES:
+            self._write()
+        self._ids.append(int(prompt.id, 16))
         if not self._files or self._files[-1] != file:
             self._files.append(file)
         self._file_of.append(len(self._files) - 1)
         self._lines.append(line)
-        for prompt in beginnings(record.prompt):
-            self._begins.append(id_number(prompt))
-            self._begin_of.append(len(self) - 1)
+        if len(prompt.messages) > 1:
+            for shorter in beginnings(prompt):
+                self._begins.append(int(shorter.id, 16))
+                self._begin_of.append(len(self) - 1)
 
     def at(self, index: int) -> R:
         """Return the record that was added at this place."""
-        start, end = self._ends[index], self._ends[index + 1]
-        with explained(tempfile.gettempdir()):
-            self._file.seek(start)
-            self._at_end = False
-            raw = self._file.read(end - start)
-        record: R = self._kind.from_json(json.loads(raw))
+        if self._unwritten:
+            self._write()
+        first = index * self._parts
+        start, *ends = self._ends[first : first + self._parts + 1]
+        try:
+            raw = os.pread(self._file.fileno(), ends[-1] - start, start)
+        except OSError as error:
+            raise explain(error, tempfile.gettempdir()) from error
+        texts, at = [], 0
+        for end in ends:
+            texts.append(raw[at : end - start].decode())
+            at = end - start
+        prompt = Prompt(f"{self._ids[index]:016x}", _messages(texts[0]))
+        record: R = self._kind(prompt, *texts[1:])
         return record
+
+    def _write(self) -> None:
+        with explained(tempfile.gettempdir()):
+            view = memoryview(self._unwritten)
+            while view:
+                view = view[self._file.write(view) :]
+        self._unwritten = bytearray()
 
     @property
     def ids(self) -> Ids:
@@ -131,6 +155,9 @@ class Records(View[R], Generic[R]):
     def __len__(self) -> int:
         return len(self._indices)
 
+    def __iter__(self) -> Iterator[R]:
+        return map(self._spool.at, self._indices.tolist())
+
     def at(self, index: int) -> R:
         return self._spool.at(int(self._indices[index]))
 
@@ -152,12 +179,15 @@ class Records(View[R], Generic[R]):
         return Records(self._spool, self._indices[indices])
 
 
-def spooled(records: Iterable[R], kind: type[R]) -> Records[R]:
-    """Return records that come from no file."""
+def spooled(records: Sequence[R], kind: type[R]) -> Records[R]:
+    """Return records that come from no file. Raises ValueError for those that are not human answers and no more."""
     spool: Spool[R] = Spool(kind)
     for record in records:
         spool.add(record)
-    return whole(spool)
+    kept = whole(spool)
+    if kept != records:
+        raise ValueError("a spool holds prompts and human responses alone")
+    return kept
 
 
 def whole(spool: Spool[R]) -> Records[R]:
@@ -165,8 +195,18 @@ def whole(spool: Spool[R]) -> Records[R]:
     return Records(spool, np.arange(len(spool), dtype=np.int64))
 
 
-def id_number(prompt: Prompt) -> int:
-    return int(prompt.id, 16)
+def _spelled(messages: tuple[Message, ...]) -> str:
+    """Return messages as one text: JSON, or for the commonest prompt, one text of the user's, a mark and the text."""
+    if len(messages) == 1 and messages[0].keys() == _PLAIN and messages[0]["role"] == "user":
+        return "u" + messages[0]["content"]
+    return _ENCODER.encode(messages)
+
+
+def _messages(text: str) -> tuple[Message, ...]:
+    """Return the messages that a text spells."""
+    if text[0] == "u":
+        return ({"role": "user", "content": text[1:]},)
+    return tuple(json.loads(text))
 
 
 def beginnings(prompt: Prompt) -> Iterator[Prompt]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-TEXT_FIELDS = ("prompt", "chosen", "rejected", "response", "completion", "messages", "conversations")
+TEXT_FIELDS = {"prompt", "chosen", "rejected", "response", "completion", "messages", "conversations"}
 """Fields that hold messages in some layouts."""
 _LOOKS_LIKE = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 
