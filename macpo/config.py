@@ -29,7 +29,7 @@ from macpo.engine.errors import ConfigError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
-_OF_TOKENS = ("long_prompt", "special_text")
+_OF_TOKENS = ("long_prompt", "special_text", "refused")
 """Settings of the data block that are about tokens, not about rows."""
 
 
@@ -65,6 +65,8 @@ class SourceSettings(Settings):
     HH-RLHF and PKU-SafeRLHF, whose published files hold some, and is an error in the others."""
     contradictions: Literal["keep", "drop"] = "keep"
     """Pairs of one prompt that prefer the same two answers both ways: kept, or all dropped; counted either way."""
+    refused: Literal["error", "drop"] = "error"
+    """Rows that an agent's chat template refuses: an error, or dropped and counted wherever that agent reads them."""
     long_prompt: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
     special_text: Literal["plain", "error"] = "plain"

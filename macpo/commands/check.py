@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from macpo.commands.check_rows import Rows, encode_rows
 from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
@@ -13,6 +15,7 @@ from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.method.prompt_sets import read_sources
+from macpo.method.refusals import refuses
 from macpo.recipe_kinds import AnyRecipe
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
@@ -27,31 +30,41 @@ class _Found:
 
     sizes: dict[str, int]
     counts: dict[str, int]
-    documents: dict[str, list[Example]]
+    documents: Mapping[str, Sequence[Example]]
     sample: list[tuple[Prompt, Answers]]
+    pairs: dict[str, Rows]
+    """What agents learn from, by the agent's name."""
+    shared: dict[str, tuple[Rows, bool]]
+    """What every agent reads, and whether its answers are read too."""
 
 
 def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
     """Lines of text; raises MacpoError (2 or 3) for what `run` would stumble over."""
+    began = time.monotonic()
     found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
-    yield "data: " + ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
+    sizes = ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
+    yield f"data: {sizes} (read in {time.monotonic() - began:.1f} s)"
     for name, count in found.counts.items():
         if count:
             yield f"data: {count:,} {name.replace('_', ' ')}"
     chats: dict[str, Chat] = {}
+    encoded: set[tuple[str, int]] = set()
     shown: dict[str, str] = {}  # digest of tokenizer and template -> the agent whose tokens were shown
     for agent in recipe.agents:
         if not agent.has_tokenizer:
             yield from ("", f"{agent.name}: {agent.source}, under the server's own template; prompts are not cut")
             continue
         chat = agent_chat(agent, recipe, found.documents, chats)
+        rows = list(_encoded(agent, chat, recipe, found, encoded))
+        sample = [item for item in found.sample if recipe.data.refused == "error" or not refuses(chat, item[0])]
         yield ""
-        yield from _about(agent, chat, recipe, found.sample)
+        yield from _about(agent, chat, recipe, sample)
+        yield from rows
         if chat.digest in shown:
             yield f"  examples: the same tokens as {shown[chat.digest]}'s"
             continue
         shown[chat.digest] = agent.name
-        for prompt, answers in found.sample[:examples]:
+        for prompt, answers in sample[:examples]:
             yield from _marked(chat, prompt, answers, recipe)
 
 
@@ -61,14 +74,31 @@ def _of_method(recipe: Recipe) -> _Found:
     sizes = {f"{name}'s human pairs": len(pairs) for name, pairs in sources.teachers.items()}
     sizes |= {"student prompts": len(sources.student), "test prompts": len(sources.test)}
     first = next(iter(sources.teachers.values()))[:NUM_MEASURED]
-    return _Found(sizes, sources.counts, sources.documents, [_answers(pair) for pair in first])
+    shared: dict[str, tuple[Rows, bool]] = {
+        "student prompts": (sources.student, recipe.evaluation.ceiling),
+        "test prompts": (sources.test, True),
+    }
+    sample = [_answers(pair) for pair in first]
+    return _Found(sizes, sources.counts, sources.documents, sample, dict(sources.teachers), shared)
 
 
 def _of_standalone(recipe: Standalone) -> _Found:
     sets = read_sets(recipe.data, recipe.seed)
     sizes = {"to train on": len(sets.train), "held out": len(sets.test)}
     sample = [_answers(record) for record in sets.train[:NUM_MEASURED]]
-    return _Found(sizes, sets.counts, {"student": sets.documents}, sample)
+    shared = {"to train on": (sets.train, True), "held out": (sets.test, True)}
+    return _Found(sizes, sets.counts, {"student": sets.documents}, sample, {}, shared)
+
+
+def _encoded(
+    agent: AgentSettings, chat: Chat, recipe: AnyRecipe, found: _Found, done: set[tuple[str, int]]
+) -> Iterator[str]:
+    """Encode all rows that an agent reads, but those that one with the same tokens has read."""
+    sets = {"its human pairs": (found.pairs[agent.name], True)} if agent.name in found.pairs else {}
+    for what, (rows, answers) in (sets | found.shared).items():
+        if (chat.digest, id(rows)) not in done:
+            done.add((chat.digest, id(rows)))
+            yield encode_rows(chat, rows, recipe, what, answers=answers)
 
 
 def _answers(record: Pair | Example) -> tuple[Prompt, Answers]:
@@ -79,7 +109,7 @@ def _answers(record: Pair | Example) -> tuple[Prompt, Answers]:
 
 
 def agent_chat(
-    agent: AgentSettings, recipe: AnyRecipe, sources: dict[str, list[Example]], made: dict[str, Chat]
+    agent: AgentSettings, recipe: AnyRecipe, sources: Mapping[str, Sequence[Example]], made: dict[str, Chat]
 ) -> Chat:
     """The agent's tokenizer and template; a tokenizer that the run will train is trained here on the same documents."""
     template = agent.template or recipe.template
@@ -99,7 +129,7 @@ def agent_chat(
     return made[key]
 
 
-def _used(documents: list[Example], init: InitSettings) -> list[Example]:
+def _used(documents: Sequence[Example], init: InitSettings) -> Sequence[Example]:
     return documents[: init.pretrain.max_documents]
 
 

@@ -109,7 +109,7 @@ class GeneratingStage(PolicyStage):
         """
         if chat is None:
             return []
-        ids = limited_prompt(policy, prompt.messages)
+        ids = limited_prompt(policy, prompt)
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):
             raise DataError(

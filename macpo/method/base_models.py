@@ -29,6 +29,7 @@ from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
 from macpo.method.costs import PRETRAIN_DOCUMENT_TOKENS, Cost, MethodStage, RunSize, TrainingCost
+from macpo.method.refusals import refuses
 
 DOCUMENTS = "documents.jsonl"
 """What the sets of prompts leave over, for every agent that is pretrained on it; the demo world has a file a role."""
@@ -52,6 +53,7 @@ class PretrainBase(MethodStage):
     """Whose documents."""
     template: str
     special_text: str
+    refused: str = "error"
     seed: int
     inputs: DataInputs
     compute: ComputeSettings = Field(exclude=True)
@@ -71,6 +73,8 @@ class PretrainBase(MethodStage):
             )
         tokenizer = train_tokenizer(documents, init, self.template)
         chat = Chat(tokenizer, self.template, special_text=self.special_text)
+        if self.refused == "drop":
+            documents = [d for d in documents if not d.prompt.messages or not refuses(chat, d.prompt)]
         model = build_model(init, tokenizer, self.seed)
         result = train(
             PolicyModule(model),

@@ -40,6 +40,8 @@ class StageAgent(BaseModel):
     max_prompt_tokens: int
     long_prompt: Literal["truncate", "drop", "error"]
     trust_remote_code: bool
+    refused: Literal["error", "drop"] = "error"
+    """What becomes of a row that the template refuses; keys leave the default out."""
 
 
 class PolicySource(BaseModel):
@@ -80,6 +82,8 @@ class PolicyStage(MethodStage):
         policy: dict[str, Any] = found.pop("policy")
         if self.policy.ready is None:
             del policy["ready"]
+        if self.agent.refused == "error":
+            del policy["agent"]["refused"]
         return policy | found
 
     @property

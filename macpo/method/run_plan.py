@@ -92,6 +92,7 @@ class Builder:
             role=self.role(agent),
             template=self.template(agent),
             special_text=self._shared.data.special_text,
+            refused=self._shared.data.refused,
             seed=self.seed(agent, "base"),
             inputs=DataInputs(data=self.data),
             compute=self.compute,
@@ -121,6 +122,7 @@ class Builder:
             context_tokens=recipe.context_tokens,
             max_prompt_tokens=recipe.max_prompt_tokens,
             long_prompt=recipe.data.long_prompt,
+            refused=recipe.data.refused,
             trust_remote_code=recipe.trust_remote_code,
         )
         weights = self.fingerprints(agent.model or (agent.positive if agent.init is None else None), ready)
