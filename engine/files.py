@@ -262,13 +262,14 @@ def _lone_surrogate(raw: bytes) -> int | None:
     return high
 
 
-_STRICT: Mapping[str, bool] = {"ensure_ascii": False, "allow_nan": False}
-_ENCODER = json.JSONEncoder(**_STRICT)  # made once: `json.dumps` would make one a row
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # made once: `json.dumps` would make one a row
 
 
 def _dumps(value: Any, name: str, line: int | None, indent: int | None = None) -> str:
     try:
-        return _ENCODER.encode(value) if indent is None else json.dumps(value, **_STRICT, indent=indent)
+        if indent is None:
+            return _ENCODER.encode(value)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError as error:
         fix = "find the step that made it"
         raise NumericsError(f"a value is not a finite number ({error})", fix, file=name, line=line) from None

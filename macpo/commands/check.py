@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macpo.commands.check_rows import Rows, encode_rows
+from macpo.commands.preflight import preflight
 from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
@@ -16,7 +17,7 @@ from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.method.prompt_sets import read_sources
 from macpo.method.refusals import refuses
-from macpo.recipe_kinds import AnyRecipe
+from macpo.recipe_kinds import AnyRecipe, plan_of
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
@@ -34,12 +35,13 @@ class _Found:
     sample: list[tuple[Prompt, Answers]]
     pairs: dict[str, Rows]
     """What agents learn from, by the agent's name."""
-    shared: dict[str, tuple[Rows, bool]]
+    shared: Mapping[str, tuple[Rows, bool]]
     """What every agent reads, and whether its answers are read too."""
 
 
 def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
-    """Lines of text; raises MacpoError (2 or 3) for what `run` would stumble over."""
+    """Lines of text; raises MacpoError (2 to 5) for what `run` would stumble over."""
+    preflight(recipe, plan_of(recipe, must_exist=False))
     began = time.monotonic()
     found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
     sizes = ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())

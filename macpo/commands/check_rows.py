@@ -15,7 +15,7 @@ from macpo.engine.progress import RowProgress
 from macpo.method.refusals import about, is_refusal
 from macpo.recipe_kinds import AnyRecipe
 
-Rows = Sequence[Pair] | Sequence[Example]
+Rows = Sequence[Pair | Example]
 _SHOWN_ROWS = 100
 
 

@@ -36,7 +36,7 @@ class Prompts(Generic[R]):
         rank[order] = np.arange(len(order))
         rank_of = rank[group_of]
         by_prompt = np.argsort(rank_of, kind="stable")
-        self._records = records
+        self._records: Records[R] = records
         self._ends = np.searchsorted(rank_of[by_prompt], np.arange(len(order) + 1))
         self._indices: Indices = by_prompt[: self._ends[-1]]
         self.ids: Ids = ids[order]

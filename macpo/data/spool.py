@@ -87,7 +87,7 @@ class Spool(Generic[R]):
     def add(self, record: R, file: str = "", line: int = 0) -> None:
         """Append a record that comes from this file and line. Raises ResourceError where the disk is full."""
         prompt = record.prompt
-        answers = (record.answer,) if isinstance(record, Example) else (record.chosen, record.rejected)
+        answers: tuple[str, ...] = (record.answer,) if isinstance(record, Example) else (record.chosen, record.rejected)
         end = self._ends[-1]
         for text in (_spelled(prompt.messages), *answers):
             raw = text.encode()
@@ -150,7 +150,8 @@ class Records(View[R], Generic[R]):
     """Some of the records of a spool, in an order of their own."""
 
     def __init__(self, spool: Spool[R], indices: Indices) -> None:
-        self._spool, self._indices = spool, indices
+        self._spool: Spool[R] = spool
+        self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)

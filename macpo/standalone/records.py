@@ -17,7 +17,7 @@ from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext
 from macpo.method.base_models import DOCUMENTS
-from macpo.method.costs import MethodStage
+from macpo.method.costs import MethodStage, RunSize
 from macpo.method.data_sets import (
     Documents,
     count_dropped,
@@ -48,8 +48,8 @@ def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=1)
         side = "rejected" if data.format == "rejected" else "chosen"
-        train, test = (_of_kind(pairs, data, side) for pairs in (made.student, made.test))
-        return Sets(train, test, made.documents["student"], {})
+        shown, tests = (_of_kind(pairs, data, side) for pairs in (made.student, made.test))
+        return Sets(shown, tests, made.documents["student"], {})
     records, counts = _load(data)
     if (source := held_out_source(data)) is None:
         prompts = Prompts(records, seed)
@@ -96,6 +96,9 @@ class SplitRecords(MethodStage):
     @field_serializer("data")
     def _key_of_data(self, data: PairData | ExampleData) -> dict[str, Any]:
         return data.key()
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.row_bytes * (run.student_prompts + run.test_prompts + self.pretrains * run.documents)
 
     def run(self, ctx: StageContext) -> None:
         sets = read_sets(self.data, self.seed)
