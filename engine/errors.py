@@ -71,6 +71,10 @@ class DataError(MacpoError, code=3):
     """An input row or file cannot be used."""
 
 
+class TemplateRefusal(DataError):
+    """A chat template does not write a dialogue, or would not write it as it is trained on."""
+
+
 class ResourceError(MacpoError, code=4):
     """Not enough disk or memory."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from macpo.engine.config import ServedSettings
 from macpo.engine.connection import Connection, Unavailable
-from macpo.engine.data.records import Message
+from macpo.engine.data.messages import Message
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.params import SamplingParams, one_each

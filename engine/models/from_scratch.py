@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat
+from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.data.records import Example, Message, Prompt
+from macpo.engine.data.records import Example, Prompt, named
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.models.loading import quiet_transformers
@@ -94,18 +95,21 @@ def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int, l
     A longer document continues in further groups, each beginning with the last token of the one before, so that every
     token but a document's first is predicted exactly once. Documents of one token are left out.
     With learn = "answers" a dialogue becomes its prompt and one response, so that only the response is predicted.
-    Raises ConfigError for max_tokens below 2, DataError if nothing is left.
+    Raises ConfigError for max_tokens below 2, DataError for a dialogue that cannot be encoded, or if nothing is left.
     """
     if max_tokens < 2:
         raise ConfigError(f"got {max_tokens}", "allow at least 2 tokens", field="init.context")
     groups = []
     for document in documents:
-        if learn == "answers" and document.prompt.messages:
-            answer = [(document.answer, document.finished)]
-            group = chat.group(document.prompt.messages, answer, max_tokens=max_tokens)
-            groups += [group] if group is not None else []
-            continue
-        ids = chat.document_ids(document.prompt.messages, document.answer, document.finished)
+        messages = document.prompt.messages
+        try:
+            if learn == "answers" and messages:
+                group = chat.group(messages, [(document.reply, document.finished)], max_tokens=max_tokens)
+                groups += [group] if group is not None else []
+                continue
+            ids = chat.document_ids(messages, document.reply, document.finished)
+        except DataError as error:
+            raise named(error, document.prompt) from None
         for start in range(0, len(ids) - 1, max_tokens - 1):
             groups.append(PrefixGroup(ids[start : start + 1], [ids[start + 1 : start + max_tokens]]))
     if not groups:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
-from macpo.data.spool import Records
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, Pair
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.engine.progress import RowProgress
-from macpo.method.refusals import about, is_refusal
-from macpo.recipe_kinds import AnyRecipe
+from macpo.method.encoding import cuts, encoded, is_cut, limited_prompt, pair_responses
+from macpo.method.policies import StageAgent
 
 Rows = Sequence[Pair | Example]
+Reading = Literal["prompts", "answers", "pairs"]
+"""What a run reads of rows: the prompts alone, the answers one by one, or pairs, which must differ as tokens."""
 _SHOWN_ROWS = 100
 
 
-def encode_rows(chat: Chat, rows: Rows, recipe: AnyRecipe, what: str, *, answers: bool = True) -> str:
-    """Encode all rows as the run will, and say what becomes of them; `answers`: whether these are read too.
+def encode_rows(chat: Chat, agent: StageAgent, rows: Rows, what: str, reading: Reading) -> str:
+    """Encode all rows as the run will, and say what becomes of them.
 
     Raises DataError, with the row's file, line and prompt, for one that the run would stop at, or if none is left.
     """
@@ -32,46 +33,37 @@ def encode_rows(chat: Chat, rows: Rows, recipe: AnyRecipe, what: str, *, answers
             if index % _SHOWN_ROWS == 0:
                 progress.update(index)
             try:
-                kept += _encode(chat, row, recipe, counts, answers)
-            except DataError as error:
-                if recipe.data.refused == "error" or not is_refusal(error):
-                    raise about(error, row.prompt, *(rows.where(index) if isinstance(rows, Records) else ())) from error
+                kept += _encode(chat, agent, row, reading, counts)
+            except TemplateRefusal:
+                if agent.refused == "error":
+                    raise
                 counts["refused by the template and dropped"] += 1
     finally:
         progress.close()
-    found = ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none is cut or dropped"
+    found = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none is cut or dropped"
     if rows and not kept:
         fix = "raise context_tokens, set data.long_prompt to truncate, or use another template"
         raise DataError(f"none of {len(rows):,} rows ({what}) is left: {found}", fix, field="data")
     return f"  all {len(rows):,} rows, {what}: {found} ({time.monotonic() - began:.1f} s)"
 
 
-def _encode(chat: Chat, row: Pair | Example, recipe: AnyRecipe, counts: Counter[str], answers: bool) -> bool:
+def _encode(chat: Chat, agent: StageAgent, row: Pair | Example, reading: Reading, counts: Counter[str]) -> bool:
     """Count what happens to one row; return whether it is kept."""
-    limit, policy, messages = recipe.max_prompt_tokens, recipe.data.long_prompt, row.prompt.messages
-    prompt = chat.limited_prompt_ids(messages, limit, long_prompt=policy)
+    prompt = limited_prompt(chat, agent, row.prompt)
     if prompt is None:
         counts["prompts too long and dropped"] += 1
         return False
-    if len(prompt) == limit and len(chat.prompt_ids(messages)) > limit:
+    if len(prompt) == agent.max_prompt_tokens and len(chat.prompt_ids(row.prompt.messages)) > len(prompt):
         counts["prompts cut"] += 1
-    if not answers:
+    if reading == "prompts":
         return True
-    sides: dict[str, Any] = (
-        {"": row.answer} if isinstance(row, Example) else {"chosen ": row.chosen, "rejected ": row.rejected}
-    )
-    group = chat.group(
-        messages,
-        [(text, True) for text in sides.values()],
-        max_tokens=recipe.context_tokens,
-        max_prompt_tokens=limit,
-        long_prompt=policy,
-    )
-    assert group is not None
-    room = recipe.context_tokens - len(group.prompt_ids)
-    for (side, text), ids in zip(sides.items(), group.responses, strict=True):
-        if len(ids) >= room and len(chat.answer_ids(text)) > room:
-            counts[f"{side}answers cut"] += 1
-    if len(sides) == 2 and list(group.responses[0]) == list(group.responses[1]):
-        counts["pairs identical as tokens"] += 1
-    return True
+    responses = [(row.reply, row.finished)] if isinstance(row, Example) else pair_responses(row)
+    group = encoded(chat, agent, row.prompt, responses)
+    assert group is not None  # its prompt is not
+    if isinstance(row, Example):
+        counts["answers cut"] += is_cut(chat, group, 0, row.finished)
+        return True
+    counts.update(f"{name.removeprefix('cut_')} answers cut" for name in cuts(chat, group, row))
+    twins = reading == "pairs" and list(group.responses[0]) == list(group.responses[1])
+    counts["pairs identical as tokens and dropped"] += twins
+    return not twins

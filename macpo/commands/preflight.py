@@ -24,7 +24,7 @@ from macpo.config import AgentSettings, Recipe
 from macpo.data.folders import data_files
 from macpo.data.rows import Source, is_local
 from macpo.engine.config import LoraSettings
-from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError, MacpoError, Problem, ResourceError
 from macpo.engine.files import require_free
 from macpo.engine.hardware import Gpu
@@ -37,7 +37,8 @@ from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
 from macpo.engine.planning.shapes import read_config
 from macpo.method.identities import template_text
-from macpo.method.run_plan import Plan
+from macpo.method.policies import chat_with
+from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe
 
 
@@ -250,8 +251,7 @@ def _tokens(model: Model, place: Place) -> None:
     if not recipe.trust_remote_code:
         read_config(folder)  # which tokenizers are loaded by; what is wrong with it is said once
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-    template = template_text(agent.template or recipe.template)
-    Chat(tokenizer, template, special_text=recipe.data.special_text, eos_token=agent.eos_token)
+    chat_with(Builder(recipe, Plan()).stage_agent(agent), tokenizer)
     skeleton = place.folder(model.path).model if model.is_loaded else None
     if skeleton is not None:
         check_vocab(skeleton, tokenizer)

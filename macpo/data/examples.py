@@ -6,12 +6,12 @@ Formats, told apart by the keys of the first row:
 
     messages   {"messages": chat messages that end with the assistant's}
     response   {"prompt", "response"} or {"prompt", "completion"}: text, or lists of chat messages
-    alpaca     {"instruction", "input", "output": text}, also with "system" and "history"
-    sharegpt   {"conversations": [{"from", "value"}, …]}, also with "system"
-    chosen     any layout of preference pairs (macpo/data/preferences.py): the better response
+    alpaca     {"instruction", "input", "output": text}, also with "history"
+    sharegpt   {"conversations": [{"from", "value"}, …]}
+    chosen     any layout of preference pairs (macpo/data/pair_layouts.py): the better response
     rejected   the same, the worse response
 
-The last response of a dialogue is learnt; what comes before it is the prompt.
+Each also with "system" and "tools". The last response of a dialogue is learnt; what comes before it is the prompt.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from macpo.data.columns import check_read
-from macpo.data.preferences import (
-    PAIR_COLUMNS,
-    SIDES,
+from macpo.data.dialogues import (
     alpaca_prompt,
     answer_of,
-    load_preferences,
+    last_message,
     messages_of,
+    prompt_before_answer,
     prompt_of,
     sharegpt_messages,
-    with_system,
 )
+from macpo.data.pair_layouts import COLUMNS as PAIR_COLUMNS
+from macpo.data.pair_layouts import SIDES
+from macpo.data.preferences import load_preferences
 from macpo.data.prompts import Repeats
 from macpo.data.rows import EmptyText, Row, Source
 from macpo.data.spool import Records, Spool, whole
-from macpo.engine.data.records import Example, Message, Prompt
+from macpo.engine.data.messages import Message, parts_of
+from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, DataError
 
 log = logging.getLogger("macpo.data")
@@ -77,24 +78,23 @@ def load_examples(
     spool, repeats = Spool(Example), Repeats()
     if format in SIDES:
         pairs, counts = load_preferences(source, preference=preference, empty=empty, contradictions=contradictions)
-        for index, pair in enumerate(pairs):
-            spool.add(Example(pair.prompt, getattr(pair, format)), *pairs.where(index))
+        for pair in pairs:
+            spool.add(pair.example(format))
         return whole(spool), counts
     check_read(source.columns, format, _READS[format])
     found = Counter(rows=0)
     for row in rows:
         found["rows"] += 1
         try:
-            prompt, answer = FORMATS[format](row)
+            before, answer = FORMATS[format](row)
+            prompt = prompt_before_answer(row, before)
         except EmptyText:
             if empty != "drop":
                 raise
             found["empty_dropped"] += 1
             continue
-        if not prompt or prompt[-1]["role"] != "user":
-            row.fail("prompt", "what precedes the answer does not end with the user's message", "reorder the dialogue")
-        example = Example(Prompt.of(with_system(row, prompt)), answer)
-        spool.add(example, row.file, row.line)
+        example = Example(prompt, answer["content"], parts=parts_of(answer))
+        spool.add(example)
         repeats.add(example)
     examples = whole(spool)
     if not examples:
@@ -132,49 +132,40 @@ def _detect(row: Row) -> str:
     row.missing(missing[0], problem, *missing[1:])
 
 
-def _last(row: Row, field: str, messages: list[Message]) -> tuple[list[Message], str]:
-    *before, answer = messages
-    if answer["role"] != "assistant":
-        row.fail(field, f"the last message is from {answer['role']!r}, not the assistant", "end with the answer")
-    return before, answer_of(row, field, answer["content"])
-
-
-def _messages(row: Row) -> tuple[list[Message], str]:
+def _messages(row: Row) -> tuple[list[Message], Message]:
     if not isinstance(row.fields.get("messages"), list):
         row.fail("messages", "not a list of chat messages")
-    return _last(row, "messages", messages_of(row, "messages"))
+    return last_message(row, "messages", messages_of(row, "messages"))
 
 
-def _response(row: Row) -> tuple[list[Message], str]:
-    field = "response" if row.fields.get("response") is not None else "completion"
-    if row.fields.get(field) is None:
-        field = "response" if "response" in row.fields else "completion"
-    value: Any = row.fields.get(field)
-    if not isinstance(value, list):
+def _response(row: Row) -> tuple[list[Message], Message]:
+    field = next((name for name in ("response", "completion") if row.fields.get(name) is not None), None)
+    field = field or ("response" if "response" in row.fields else "completion")
+    if not isinstance(row.fields.get(field), list | dict):
         return prompt_of(row), answer_of(row, field)
-    between, answer = _last(row, field, messages_of(row, field))
+    between, answer = last_message(row, field, messages_of(row, field))
     return prompt_of(row) + between, answer
 
 
-def _alpaca(row: Row) -> tuple[list[Message], str]:
+def _alpaca(row: Row) -> tuple[list[Message], Message]:
     return alpaca_prompt(row), answer_of(row, "output")
 
 
-def _sharegpt(row: Row) -> tuple[list[Message], str]:
-    return _last(row, "conversations", sharegpt_messages(row))
+def _sharegpt(row: Row) -> tuple[list[Message], Message]:
+    return last_message(row, "conversations", sharegpt_messages(row))
 
 
-FORMATS: dict[str, Callable[[Row], tuple[list[Message], str]]] = {
+FORMATS: dict[str, Callable[[Row], tuple[list[Message], Message]]] = {
     "messages": _messages,
     "response": _response,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
 }
 _READS = {
-    "messages": ("messages", "system"),
-    "response": ("prompt", "response", "completion", "system"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system"),
+    "messages": ("messages", "system", "tools"),
+    "response": ("prompt", "response", "completion", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
 }
 COLUMNS = ["messages", "prompt", "response", "completion", "instruction", "input", "output", "system", "history"]
-COLUMNS += ["conversations"]
+COLUMNS += ["conversations", "tools"]

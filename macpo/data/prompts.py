@@ -6,6 +6,7 @@ Records are held by number (macpo/data/spool.py), so a million of them need litt
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Generic
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macpo.data.spool import Ids, Indices, R, Records
+from macpo.engine.data.messages import Message
 from macpo.engine.data.records import Example, Pair
 
 _DIGEST_BYTES = 16
@@ -64,10 +66,11 @@ class Repeats:
     def add(self, record: Pair | Example) -> None:
         """Take the next record."""
         if isinstance(record, Example):
-            low, high, flipped = "", record.answer, False
+            low, high, flipped = "", _text(record.answer, record.parts), False
         else:
-            flipped = record.chosen > record.rejected
-            low, high = (record.rejected, record.chosen) if flipped else (record.chosen, record.rejected)
+            chosen, rejected = _text(record.chosen, record.chosen_parts), _text(record.rejected, record.rejected_parts)
+            flipped = chosen > rejected
+            low, high = (rejected, chosen) if flipped else (chosen, rejected)
         text = f"{record.prompt.id}{len(low)} {low}{high}"
         self._digests += hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
         self._flipped.append(flipped)
@@ -86,6 +89,11 @@ class Repeats:
         repeated, contradicted = np.empty(len(order), np.bool_), np.empty(len(order), np.bool_)
         repeated[order], contradicted[order] = ~new, both[set_of]
         return repeated, contradicted
+
+
+def _text(answer: str, parts: Message | None) -> str:
+    """Return a response as one text."""
+    return answer if parts is None else json.dumps(parts, sort_keys=True)
 
 
 def ids_of(parts: Sequence[Records[R]]) -> Ids:

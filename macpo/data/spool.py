@@ -1,9 +1,9 @@
 """Records that need not fit in memory: written once to a temporary file, read back one at a time.
 
     spool = Spool(Pair)
-    spool.add(pair, "rows.jsonl", 7)
+    spool.add(pair)
     pairs = whole(spool)
-    pairs[5], pairs.where(5), len(pairs)        # a pair, (file, line), number of pairs
+    pairs[5], pairs[5].prompt.origin, len(pairs)        # a pair, (file, line), number of pairs
 
 Only numbers stay in memory, about 60 bytes a record. The text goes to the folder that the environment variable TMPDIR
 names; the file has no name there and is gone when the records are, also after a kill.
@@ -18,12 +18,14 @@ import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macpo.engine.data.records import Example, Message, Pair, Prompt
+from macpo.engine.data.messages import Message
+from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.files import explain, explained
 
 _BUFFER_BYTES = 2**20
@@ -71,7 +73,8 @@ class Spool(Generic[R]):
     def __init__(self, kind: type[R]) -> None:
         """`kind`: Example for one response each, Pair for two, chosen and rejected."""
         self._kind: Any = kind
-        self._parts = 2 if kind is Example else 3  # the prompt's messages as JSON, and each response
+        self._names = ("parts",) if kind is Example else ("chosen_parts", "rejected_parts")
+        self._parts = 1 + len(self._names)  # the prompt's messages, and each response
         with explained(tempfile.gettempdir()):
             self._file = tempfile.TemporaryFile(prefix="macpo-", buffering=0)  # noqa: SIM115 - lives as long as self
         weakref.finalize(self, self._file.close)
@@ -84,10 +87,18 @@ class Spool(Generic[R]):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def add(self, record: R, file: str = "", line: int = 0) -> None:
-        """Append a record that comes from this file and line. Raises ResourceError where the disk is full."""
+    def add(self, record: R) -> None:
+        """Append a record. Raises ResourceError where the disk is full."""
         prompt = record.prompt
-        answers: tuple[str, ...] = (record.answer,) if isinstance(record, Example) else (record.chosen, record.rejected)
+        answers: tuple[str, ...]
+        if isinstance(record, Example):
+            answers = (_spelled_answer(record.answer, record.parts),)
+        else:
+            pair: Pair = record
+            answers = (
+                _spelled_answer(pair.chosen, pair.chosen_parts),
+                _spelled_answer(pair.rejected, pair.rejected_parts),
+            )
         end = self._ends[-1]
         for text in (_spelled(prompt.messages), *answers):
             raw = text.encode()
@@ -97,6 +108,7 @@ class Spool(Generic[R]):
         if len(self._unwritten) > _BUFFER_BYTES:
             self._write()
         self._ids.append(int(prompt.id, 16))
+        file, line = prompt.origin or ("", 0)
         if not self._files or self._files[-1] != file:
             self._files.append(file)
         self._file_of.append(len(self._files) - 1)
@@ -120,8 +132,12 @@ class Spool(Generic[R]):
         for end in ends:
             texts.append(raw[at : end - start].decode())
             at = end - start
-        prompt = Prompt(f"{self._ids[index]:016x}", _messages(texts[0]))
-        record: R = self._kind(prompt, *texts[1:])
+        file, line = self._files[self._file_of[index]], self._lines[index]
+        prompt = Prompt(f"{self._ids[index]:016x}", _messages(texts[0]), (file, line) if line else None)
+        answers, parts = zip(*map(_answer, texts[1:]), strict=True)
+        record: R = self._kind(prompt, *answers)
+        if any(parts):
+            record = replace(record, **dict(zip(self._names, parts, strict=True)))
         return record
 
     def _write(self) -> None:
@@ -135,10 +151,6 @@ class Spool(Generic[R]):
     def ids(self) -> Ids:
         """The prompts' ids as numbers, one a record."""
         return np.frombuffer(self._ids.tobytes(), np.uint64)
-
-    def where(self, index: int) -> tuple[str, int]:
-        """Return file and line of a record's row; ("", 0) for a record that comes from none."""
-        return self._files[self._file_of[index]], self._lines[index]
 
     def beginning_with(self, ids: Ids) -> Indices:
         """Return the records whose prompt, a dialogue, begins with one of these prompts and goes on."""
@@ -166,10 +178,6 @@ class Records(View[R], Generic[R]):
     def ids(self) -> Ids:
         """The prompts' ids as numbers, one a record."""
         return self._spool.ids[self._indices]
-
-    def where(self, index: int) -> tuple[str, int]:
-        """Return file and line of a record's row; ("", 0) for a record that comes from none."""
-        return self._spool.where(int(self._indices[index]))
 
     def beginning_with(self, ids: Ids) -> int:
         """Count the records whose prompt, a dialogue, begins with one of these prompts and goes on."""
@@ -210,8 +218,21 @@ def _messages(text: str) -> tuple[Message, ...]:
     return tuple(json.loads(text))
 
 
+def _spelled_answer(text: str, parts: Message | None) -> str:
+    """Return a response as one text: a mark and the text, or JSON of the text and its whole message."""
+    return f"t{text}" if parts is None else _ENCODER.encode([text, parts])
+
+
+def _answer(text: str) -> tuple[str, Message | None]:
+    """Return the response that a text spells, and its whole message if it has further parts."""
+    if text[0] == "t":
+        return text[1:], None
+    answer, parts = json.loads(text)
+    return answer, parts
+
+
 def beginnings(prompt: Prompt) -> Iterator[Prompt]:
     """Yield the shorter dialogues with which a prompt begins and that are prompts themselves."""
     for end in range(1, len(prompt.messages)):
-        if prompt.messages[end - 1]["role"] == "user":
+        if prompt.messages[end - 1]["role"] in ("user", "tool"):
             yield Prompt.of(prompt.messages[:end])

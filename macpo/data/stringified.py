@@ -12,7 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 TEXT_FIELDS = {"prompt", "chosen", "rejected", "response", "completion", "messages", "conversations"}
-"""Fields that hold messages in some layouts."""
+TEXT_FIELDS |= {"instruction", "output", "response_0", "response_1"}
+"""Fields that hold messages in some layouts, or text that is trained on."""
 _LOOKS_LIKE = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 
 

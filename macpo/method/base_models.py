@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from macpo.engine.config import ComputeSettings, FullSettings, InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, read_records
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, TemplateRefusal
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import (
     build_model,
@@ -29,7 +31,6 @@ from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
 from macpo.method.costs import PRETRAIN_DOCUMENT_TOKENS, Cost, MethodStage, RunSize, TrainingCost
-from macpo.method.refusals import refuses
 
 DOCUMENTS = "documents.jsonl"
 """What the sets of prompts leave over, for every agent that is pretrained on it; the demo world has a file a role."""
@@ -53,6 +54,8 @@ class PretrainBase(MethodStage):
     """Whose documents."""
     template: str
     special_text: str
+    template_arguments: dict[str, Any] = Field({})
+    template_date: datetime.date | None = None
     refused: str = "error"
     seed: int
     inputs: DataInputs
@@ -72,9 +75,17 @@ class PretrainBase(MethodStage):
                 field=f"{self.role}.init.corpus",
             )
         tokenizer = train_tokenizer(documents, init, self.template)
-        chat = Chat(tokenizer, self.template, special_text=self.special_text)
+        chat = Chat(
+            tokenizer,
+            self.template,
+            special_text=self.special_text,
+            arguments=self.template_arguments,
+            date=self.template_date,
+        )
         if self.refused == "drop":
-            documents = [d for d in documents if not d.prompt.messages or not refuses(chat, d.prompt)]
+            kept = [document for document in documents if not _refuses(chat, document)]
+            ctx.note(dropped_refused=len(documents) - len(kept))
+            documents = kept
         model = build_model(init, tokenizer, self.seed)
         result = train(
             PolicyModule(model),
@@ -109,6 +120,15 @@ class PretrainBase(MethodStage):
         settings = self.init.pretrain
         step = Workload(settings.batch, 1, PRETRAIN_DOCUMENT_TOKENS - 1, settings.microbatch_tokens, answers=1)
         return TrainingCost(llama_shape(self.init), FullSettings(), step, self.cost(run).tokens)
+
+
+def _refuses(chat: Chat, document: Example) -> bool:
+    """Whether the template refuses a dialogue; text that is none needs no template."""
+    try:
+        chat.document_ids(document.prompt.messages, document.reply, document.finished)
+    except TemplateRefusal:
+        return True
+    return False
 
 
 def _left_over(data: Path, role: str) -> list[Example]:

@@ -78,7 +78,7 @@ def _load(data: PairData | ExampleData, source: Source | None = None) -> tuple[R
 
 
 def _of_kind(pairs: list[Pair], data: PairData | ExampleData, side: str) -> list[Pair] | list[Example]:
-    return pairs if isinstance(data, PairData) else [Example(pair.prompt, getattr(pair, side)) for pair in pairs]
+    return pairs if isinstance(data, PairData) else [pair.example(side) for pair in pairs]
 
 
 class SplitRecords(MethodStage):
