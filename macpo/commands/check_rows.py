@@ -40,7 +40,7 @@ def encode_rows(chat: Chat, agent: StageAgent, rows: Rows, what: str, reading: R
                 counts["refused by the template and dropped"] += 1
     finally:
         progress.close()
-    found = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none is cut or dropped"
+    found = ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none is cut or dropped"
     if rows and not kept:
         fix = "raise context_tokens, set data.long_prompt to truncate, or use another template"
         raise DataError(f"none of {len(rows):,} rows ({what}) is left: {found}", fix, field="data")
@@ -61,9 +61,10 @@ def _encode(chat: Chat, agent: StageAgent, row: Pair | Example, reading: Reading
     group = encoded(chat, agent, row.prompt, responses)
     assert group is not None  # its prompt is not
     if isinstance(row, Example):
-        counts["answers cut"] += is_cut(chat, group, 0, row.finished)
+        counts.update(["answers cut"] * is_cut(chat, group, 0, row.finished))
         return True
     counts.update(f"{name.removeprefix('cut_')} answers cut" for name in cuts(chat, group, row))
-    twins = reading == "pairs" and list(group.responses[0]) == list(group.responses[1])
-    counts["pairs identical as tokens and dropped"] += twins
-    return not twins
+    if reading == "pairs" and group.responses[0] == group.responses[1]:
+        counts["pairs identical as tokens and dropped"] += 1
+        return False
+    return True

@@ -92,8 +92,8 @@ def test_rows_are_read_as_what_they_mean(rows: Rows, settings: dict[str, Any], w
         ([{"prompt": "q", **A}, {"prompt": None, **A}], {}, r"rows.jsonl:2: prompt: null"),
         (
             [{"prompt": "q", **A, "x": "s"}],
-            {"columns": {"instruction": "x"}},
-            "data.columns: 'instruction' .*is not read",
+            {"columns": {"history": "x"}},
+            "data.columns: 'history' .*is not read",
         ),
         ([{"prompt": "q", **A}], {"columns": {"system": "sys"}}, "sys: data.columns names it for 'system'"),
         (
