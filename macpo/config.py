@@ -189,7 +189,7 @@ class AgentSettings(Settings):
                 text = "model is missing: api: completions sends the tokens that the agent's template makes"
                 raise ValueError(f"{text} Fix: name the served model's folder or Hub id, or use api: chat")
             for name in ("template", "template_arguments", "eos_token"):
-                if getattr(self, name) is not None:
+                if getattr(self, name) not in (None, {}):
                     raise ValueError(
                         f"{name} is not read: under api: chat the server uses its own Fix: leave {name} out"
                     )

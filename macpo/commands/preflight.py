@@ -188,6 +188,11 @@ def _servers(place: Place) -> None:
         if key is not None and not os.environ.get(key, "").strip():
             problem = f"the environment variable {key} is not set"
             raise ConfigError(problem, "export it with the key", field=f"{where}served.api_key_env")
+        arguments = place.recipe.template_arguments if agent.template_arguments is None else agent.template_arguments
+        if agent.served is not None and agent.served.api == "chat" and arguments:
+            problem = f"{', '.join(arguments)}: under api: chat the server uses its own template, without arguments"
+            fix = "use api: completions, or give this agent template_arguments: {} and set them in the server"
+            raise ConfigError(problem, fix, field=f"{where}template_arguments")
 
 
 OF_RECIPE: tuple[Callable[[Place], None], ...] = (
