@@ -1,9 +1,10 @@
 """Rows per second and memory of reading, splitting and writing preference rows, and of `macpo check` on all of them.
 
-    python -m bench.bench_loader [--rows 200000] [--file ROWS.jsonl] [--check]
+    python -m bench.bench_loader [--rows 200000] [--file ROWS.jsonl] [--check] [--json-dir DIR]
 
 Makes a JSON Lines file of about 1.2 kB a row, a quarter of the rows with a dialogue as prompt, in a temporary folder,
 or reads the file that is named. Speed counts the process' own time; memory is what the resident size grows by at most.
+Writes bench/results/<device>/loader.json, or into the folder that is named.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.harness import memory
+from bench.harness.measure import save
 from macpo.commands.check import check
 from macpo.data.preferences import load_preferences, split
 from macpo.engine.data.records import write_records
@@ -41,8 +43,8 @@ def write_rows(path: Path, num_rows: int, seed: int = 0) -> None:
             file.write(json.dumps({"prompt": prompt, "chosen": text[300:620], "rejected": text[620:]}) + "\n")
 
 
-def measured(label: str, run: Callable[[], int]) -> None:
-    """Run once and print the speed, for the number of rows that the run returns, and the memory."""
+def measured(label: str, run: Callable[[], int]) -> dict[str, Any]:
+    """Run once; print and return the speed, for the number of rows that the run returns, and the memory."""
     took: list[float] = []
     rows: list[int] = []
 
@@ -53,7 +55,9 @@ def measured(label: str, run: Callable[[], int]) -> None:
         return {}
 
     extra = memory.measure(call, torch.device("cpu"), traced=False).extra
-    print(f"{label:24} {rows[0]:9,} rows {rows[0] / max(took[0], 1e-9):10,.0f} rows/s {extra / 2**20:8,.0f} MiB")
+    speed = rows[0] / max(took[0], 1e-9)
+    print(f"{label:24} {rows[0]:9,} rows {speed:10,.0f} rows/s {extra / 2**20:8,.0f} MiB")
+    return {"name": label, "rows": rows[0], "rows_per_s": speed, "extra_bytes": extra}
 
 
 def load_split_write(path: Path, out: Path) -> int:
@@ -86,15 +90,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--file", type=Path, help="rows that are there already")
     parser.add_argument("--check", action="store_true", help="also `macpo check`, which encodes every row")
+    parser.add_argument("--json-dir", type=Path)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="macpo-bench-") as folder:
         path = given.file or Path(folder) / "rows.jsonl"
         if given.file is None:
             write_rows(path, given.rows)
         print(f"{path.stat().st_size / 2**20:,.0f} MiB of JSON Lines; the memory is beyond the interpreter's")
-        measured("load, split, write", lambda: load_split_write(path, Path(folder)))
+        cases = [measured("load, split, write", lambda: load_split_write(path, Path(folder)))]
         if given.check:
-            measured("check", lambda: check_all(path, Path(folder), given.rows))
+            cases.append(measured("check", lambda: check_all(path, Path(folder), given.rows)))
+    save("loader", cases, [], torch.device("cpu"), given.json_dir)
 
 
 if __name__ == "__main__":

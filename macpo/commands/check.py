@@ -169,7 +169,8 @@ def agent_chat(
 
 
 def _used(documents: Sequence[Example], init: InitSettings) -> Sequence[Example]:
-    return documents[: init.pretrain.max_documents]
+    limit = init.pretrain.max_documents
+    return documents if limit is None else documents[:limit]  # a slice would hold them all in memory
 
 
 def _any_config(folder: Path) -> Path:

@@ -72,8 +72,10 @@ def prompt_before_answer(row: Row, messages: Sequence[Message]) -> Prompt:
         row.fail("prompt", problem, fix)
     if not any(message["content"].strip() for message in messages if message["role"] == "user"):
         row.fail("prompt", "the prompt is empty or white space", _EMPTY_FIX, EmptyText)
-    tools = _part(row, "tools", tools_of, row.fields.get("tools"))
-    return Prompt.of(with_tools(_with_system(row, messages), tools), origin=(row.file, row.line))
+    messages = _with_system(row, messages)
+    if row.fields.get("tools") is not None:
+        messages = with_tools(messages, _part(row, "tools", tools_of, row.fields["tools"]))
+    return Prompt.of(messages, origin=(row.file, row.line))
 
 
 def _with_system(row: Row, messages: Sequence[Message]) -> Sequence[Message]:
@@ -89,8 +91,8 @@ def _with_system(row: Row, messages: Sequence[Message]) -> Sequence[Message]:
 
 def alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
     """Whether two dialogues are the same but for outer white space."""
-    if len(one) != len(other):
-        return False
+    if one is other or len(one) != len(other):
+        return one is other
     return all(a == b or _stripped(a) == _stripped(b) for a, b in zip(one, other, strict=True))
 
 

@@ -6,6 +6,7 @@ import codecs
 import json
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO, Any, NoReturn
 
 from macpo.data.columns import KNOWN_COLUMNS
@@ -174,7 +175,10 @@ class _Document:
         if len(self._text) > MAX_LINE_BYTES:
             problem = f"a value is longer than {MAX_LINE_BYTES:,} bytes"
             raise DataError(problem, "give the rows as JSON Lines", file=self._name, line=self._line)
-        raw = self._stream.read(max(_CHUNK_BYTES, len(self._text)))
+        try:
+            raw = self._stream.read(max(_CHUNK_BYTES, len(self._text)))
+        except DataError as error:  # the packed file holds too much
+            raise DataError(problems=[replace(error.problems[0], line=self._line)]) from None
         held = len(self._decoder.getstate()[0])
         try:
             self._text += self._decoder.decode(raw, not raw)

@@ -10,7 +10,8 @@ import contextlib
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,7 +103,7 @@ def _lines(stream: IO[bytes], file: Path) -> Iterator[str]:
     """Yield the lines of a CSV file with their ends, each of bounded length; a byte order mark is left out."""
     blank = 0
     number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    while line := _read(lambda: stream.readline(MAX_LINE_BYTES + 1), number + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
             problem = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
@@ -115,6 +116,14 @@ def _lines(stream: IO[bytes], file: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             problem = f"invalid UTF-8 at byte {error.start} of the line"
             raise DataError(problem, "save the file as UTF-8", file=file, line=number) from None
+
+
+def _read(read: Callable[[], bytes], line: int) -> bytes:
+    """Read on; what is wrong with the packed file is said of this line."""
+    try:
+        return read()
+    except DataError as error:
+        raise DataError(problems=[replace(error.problems[0], line=line)]) from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields]]:

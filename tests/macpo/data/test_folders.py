@@ -128,6 +128,8 @@ ROW = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
     ("name", "text", "problem"),
     [
         ("rows.jsonl.gz", ROW + " " * 60_000 + "\n", r"rows.jsonl.gz:\d+: the packed file holds more"),
+        ("rows.csv.gz", "prompt,chosen\n" + "a,b\n" * 15_000, r"rows.csv.gz:\d+: the packed file holds more"),
+        ("rows.json.gz", "[" + "\n" * 60_000, r"rows.json.gz:\d+: the packed file holds more"),
         ("rows.jsonl", ROW + "\n" * 1100, r"rows.jsonl:\d+: 1,001 blank lines in succession"),
         (
             "rows.jsonl",
