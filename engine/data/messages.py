@@ -87,7 +87,7 @@ def split_tools(messages: Sequence[Message]) -> tuple[list[Message], list[dict[s
 
 def parts_of(message: Message) -> Message | None:
     """An assistant's message if it holds more than its text, else None."""
-    return message if any(name in message for name in PARTS) else None
+    return message if len(message) > 2 and any(name in message for name in PARTS) else None
 
 
 def _text(content: Any, given: Mapping[str, Any]) -> str:

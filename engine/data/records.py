@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
@@ -18,6 +18,18 @@ from macpo.engine.errors import DataError
 from macpo.engine.files import read_jsonl, write_jsonl
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)  # made once: `json.dumps` would make one a call
+_quoted = json.encoder.encode_basestring
+
+
+def messages_text(messages: Sequence[Message]) -> str:
+    """The messages as JSON with sorted keys, as `json.dumps` writes it; the commonest ones in a fifth of the time."""
+    texts = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if len(message) > 2 or type(role) is not str or type(content) is not str:
+            return _ENCODER.encode(messages)
+        texts.append(f'{{"content": {_quoted(content)}, "role": {_quoted(role)}}}')
+    return f"[{', '.join(texts)}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,7 @@ class Prompt:
         """A prompt from chat messages with all their parts, or from a string that becomes one user turn."""
         turns: Iterable[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         kept = tuple(dict(m) for m in turns)
-        return cls(hashlib.sha256(_ENCODER.encode(kept).encode()).hexdigest()[:16], kept, origin)
+        return cls(hashlib.sha256(messages_text(kept).encode()).hexdigest()[:16], kept, origin)
 
     def to_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"prompt_id": self.id, "prompt": list(self.messages)}
@@ -146,9 +158,11 @@ class Pair:
         return Example(self.prompt, getattr(self, side), parts=getattr(self, f"{side}_parts"))
 
     def to_json(self) -> dict[str, Any]:
-        rest = {name: getattr(self, name) for name in self.__slots__ if name != "prompt"}
-        rest = {name: value for name, value in rest.items() if value is not None or name not in _PARTS}
-        return {**self.prompt.to_json(), **rest}
+        row = self.prompt.to_json()
+        for name in self.__slots__:
+            if name != "prompt" and (name not in _PARTS or getattr(self, name) is not None):
+                row[name] = getattr(self, name)
+        return row
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macpo.engine.data.messages import Message
-from macpo.engine.data.records import Example, Pair, Prompt
+from macpo.engine.data.records import Example, Pair, Prompt, messages_text
 from macpo.engine.files import explain, explained
 
 _BUFFER_BYTES = 2**20
@@ -208,7 +208,7 @@ def _spelled(messages: tuple[Message, ...]) -> str:
     """Return messages as one text: JSON, or for the commonest prompt, one text of the user's, a mark and the text."""
     if len(messages) == 1 and messages[0].keys() == _PLAIN and messages[0]["role"] == "user":
         return "u" + messages[0]["content"]
-    return _ENCODER.encode(messages)
+    return messages_text(messages)
 
 
 def _messages(text: str) -> tuple[Message, ...]:

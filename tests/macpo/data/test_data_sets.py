@@ -123,6 +123,13 @@ def test_records_come_back_from_disk_as_they_were() -> None:
     assert list(whole(spool)) == [pairs[1].example("chosen")]
 
 
+@pytest.mark.parametrize("extra", [{}, {"name": "é"}])
+def test_a_prompts_id_is_the_hash_of_its_json(extra: dict[str, str]) -> None:
+    messages = [{"role": role, "content": '"\\\n\u2028\x1f\x7f/é\U0001f600', **extra} for role in ("user", "system")]
+    text = json.dumps(messages, ensure_ascii=False, sort_keys=True)
+    assert Prompt.of(messages).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def test_the_order_of_prompts_is_the_hash_of_seed_and_prompt() -> None:
     pairs = [Pair(Prompt.of(f"q{i % 40}"), f"good {i}", "bad") for i in range(100)]
     prompts = Prompts(spooled(pairs, Pair), seed=3)
