@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from macpo.engine.errors import ConfigError
-from macpo.kernels import Segments, prefix_attention
+from macpo.kernels import AttentionForm, Segments, prefix_attention
 
 HOOK_NAME = "macpo"
 
@@ -31,15 +31,14 @@ HOOK_NAME = "macpo"
 class AttentionContext(Protocol):
     """How the tokens of one forward attend; passed to the model as `attention_context=`."""
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         """Attention of one layer.
 
         Args:
             module: the layer's attention module; `module.layer_idx` is its index.
             q: [B, Hq, T, D], rotated.
             k, v: [B, Hkv, T, D] of the same T new tokens, rotated; a cache keeps them itself.
-            scale: factor of the dot products.
-            window: a query sees keys at most `window - 1` positions back; None is unlimited.
+            form: the layer's scale, sliding window, softcap and sinks.
 
         Returns:
             [B, T, Hq, D].
@@ -53,11 +52,11 @@ class PackedAttention:
 
     segments: Segments
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         if q.shape[0] != 1:
             raise ValueError(f"packed attention takes one row of tokens, got {q.shape[0]}")
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
+        return prefix_attention(q, k, v, self.segments, **form._asdict())[None]
 
 
 def _hook(

@@ -179,11 +179,11 @@ class _MixedPrecisionAttention:
 
     segments: Segments
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         dtype = _autocast_dtype(q.device) or q.dtype
         with no_autocast(q):
             packed = PackedAttention(self.segments.to(q.device))
-            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), scale, window)
+            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), form)
 
 
 def _check_adapters(model: PreTrainedModel | PeftModel) -> None:

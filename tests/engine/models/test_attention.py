@@ -15,6 +15,7 @@ from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import HOOK_NAME, PackedAttention, attention_hook, is_active
 from macpo.engine.models.policy import PolicyModule
+from macpo.kernels import AttentionForm
 
 
 def packed_logps(model: Any, base: PreTrainedModel, groups: list[PrefixGroup]) -> Tensor:
@@ -53,8 +54,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int | None, float]] = []
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        self.calls.append((module.layer_idx, window, scale))
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
+        self.calls.append((module.layer_idx, form.window, form.scale))
         assert q.shape[0] == k.shape[0] == 2
         return q.transpose(1, 2)
 
