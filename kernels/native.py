@@ -299,9 +299,8 @@ def slot_attention(
     elements = 2 * q.shape[0] * k_slots.shape[1] * k_slots.shape[2] * q.shape[2]
     _loaded().slot_attention(
         _strided(q), _strided(k_slots), _strided(v_slots), _view(lens), scale, window or 0, softcap or 0.0,
-        _optional(sinks),
-        None if new_k is None else _strided(new_k), None if new_v is None else _strided(new_v), _view(out),
-        _threads(elements),
+        _optional(sinks), None if new_k is None else _strided(new_k), None if new_v is None else _strided(new_v),
+        _view(out), _threads(elements),
     )  # fmt: skip
     return out
 

@@ -171,8 +171,8 @@ void panel_product(Strided<const float> x, View<const float, 1> panels, Floats b
 void slot_attention(Heads q,
                     nb::ndarray<float, nb::ndim<4>, nb::device::cpu> k,
                     nb::ndarray<float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
-                    int64_t window, float softcap, Floats sinks, std::optional<Heads> new_k, std::optional<Heads> new_v, View<float, 3> out,
-                    int threads) {
+                    int64_t window, float softcap, Floats sinks, std::optional<Heads> new_k, std::optional<Heads> new_v,
+                    View<float, 3> out, int threads) {
     const int64_t rows = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), size = q.shape(2);
     need(macpo::kMinHead <= size && size <= macpo::kMaxHead, "head size out of range");
     need(kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of the key-value heads");
@@ -280,8 +280,7 @@ NB_MODULE(_native, m) {
     m.def("has_slot_attention", &macpo::has_slot_attention);
     m.def("slot_attention", &slot_attention, arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
           arg("lens").noconvert(), arg("scale"), arg("window"), arg("softcap"), arg("sinks").noconvert().none(),
-          arg("new_k").noconvert().none(),
-          arg("new_v").noconvert().none(), arg("out").noconvert(), arg("threads"));
+          arg("new_k").noconvert().none(), arg("new_v").noconvert().none(), arg("out").noconvert(), arg("threads"));
     m.def("sample", &sample, arg("logits").noconvert(), arg("seed").noconvert(), arg("temperature").noconvert(),
           arg("top_p").noconvert(), arg("top_k").noconvert(), arg("min_p").noconvert(), arg("penalty").noconvert(),
           arg("seen").noconvert().none(), arg("request_keys").noconvert(), arg("positions").noconvert(),

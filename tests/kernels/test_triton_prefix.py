@@ -39,22 +39,32 @@ def framed(x, margin=3):
     return buffer[margin:-margin]
 
 
-def run(fn, tensors, segments, **options):
-    """Output and the gradients of q, k, v."""
+def run(fn, tensors, segments, sinks=None, **options):
+    """Output and the gradients of q, k, v and of sinks where they are given."""
     *inputs, grad = tensors
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = fn(*leaves, segments, **options)
+    if sinks is not None:
+        options["sinks"] = sinks.detach().requires_grad_()
+        leaves.append(options["sinks"])
+    out = fn(*leaves[:3], segments, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def expect(tensors, segments, **options):
-    return run(reference.prefix_attention, [x.double() for x in tensors], segments, **options)
+def expect(tensors, segments, sinks=None, **options):
+    sinks = None if sinks is None else sinks.double()
+    return run(reference.prefix_attention, [x.double() for x in tensors], segments, sinks, **options)
+
+
+def sinks_of(heads):
+    """One above, one below what scores are, and between."""
+    return torch.tensor([3.0, -2.0, 0.5, 1.25], device=DEVICE)[:heads]
 
 
 def check(actual, expected, dtype, grad, tolerance=None):
     # 16-bit: probabilities and their gradients are rounded once more than the table's two roundings.
     tolerance = tolerance or TOLERANCE[dtype] * (1 if dtype == torch.float32 else 2)
-    for name, value, wanted in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
+    names = ("o", "dq", "dk", "dv", "dsinks")[: len(expected)]
+    for name, value, wanted in zip(names, actual, expected, strict=True):
         assert value.shape == wanted.shape
         # dq and dk are differences of numbers of do's size, which vanish where a token sees itself alone.
         size = max(wanted.norm().item(), grad.double().norm().item())
@@ -62,7 +72,7 @@ def check(actual, expected, dtype, grad, tolerance=None):
         assert error <= tolerance, f"{name}: {error:.1e} above {tolerance:.0e}"
 
 
-def small(tensors, segments, *, scale=0.3, window=None, block_q=16, block_k=16):
+def small(tensors, segments, *, scale=0.3, window=None, softcap=None, sinks=None, block_q=16, block_k=16):
     """Forward and backward with tiny blocks, so that few tokens fill many."""
     from macpo.kernels.prefix_attention import triton_impl
 
@@ -72,9 +82,10 @@ def small(tensors, segments, *, scale=0.3, window=None, block_q=16, block_k=16):
     visible_3t = plan.visible_keys(*integers, window)
     key_lists, query_lists = (plan.block_lists(visible_3t, block_q, block_k, by_key=by_key) for by_key in (False, True))
     q, k, v, grad = tensors
-    o, lse = triton_impl.forward(q, k, v, visible_3t, key_lists, scale, tiles)
-    grads = triton_impl.backward(grad, q, k, v, o, lse, visible_3t, key_lists, query_lists, scale, tiles)
-    return [o, *grads]
+    form = (scale, tiles, softcap, sinks)
+    o, lse = triton_impl.forward(q, k, v, visible_3t, key_lists, *form)
+    grads = triton_impl.backward(grad, q, k, v, o, lse, visible_3t, key_lists, query_lists, *form)
+    return [o, *grads[: 3 if sinks is None else 4]]
 
 
 @needs_triton
