@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_COMMON_VARIANTS = (("/softcap", 256), ("/sinks", 64))  # head sizes of Gemma 2 and gpt-oss
+
 
 class AttentionForm(NamedTuple):
     """How a layer makes weights of dot products; the keywords of the attention operators."""
@@ -75,3 +77,8 @@ def with_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 def sink_gradient(delta_ht: Tensor, lse_ht: Tensor, sinks: Tensor) -> Tensor:
     """Gradient of the sinks [H] from delta = rowsum(dout * out) and lse, which includes them, both [H, T]."""
     return -((sinks[:, None] - lse_ht).exp() * delta_ht).sum(1)
+
+
+def is_rare(variant: str, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether few models need this variant ("", "/softcap", "/sinks" or both) of a Triton kernel (`AotKernel.rare`)."""
+    return bool(variant) and (dtype != torch.bfloat16 or (variant, head_dim) not in _COMMON_VARIANTS)

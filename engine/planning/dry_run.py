@@ -27,9 +27,9 @@ from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.models import lora
 from macpo.engine.models.activations import PRODUCTS
 from macpo.engine.models.attention_hook import attention_hook
-from macpo.kernels import AttentionForm
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.lora_linear import LORA_LINEAR, products, use_fused_lora
+from macpo.kernels import AttentionForm
 
 _aten = torch.ops.aten
 _PRODUCTS = {operator.overloadpacket for operator in PRODUCTS} | {_aten.addmm_}

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from macpo.kernels.attention_weights import is_rare
 from macpo.kernels.linear_logp.triton_math import cap, dot, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
@@ -297,12 +298,10 @@ def aot_kernels() -> list[AotKernel]:
                 ]
                 signature = {key: kind for key, kind in signature.items() if key not in absent}
                 constexprs = sizes | {"BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "SPLIT": split} | dict.fromkeys(absent)
+                variant = "/softcap" * capped + "/sinks" * sunk
                 kernels.append(
                     AotKernel(
-                        f"paged_attention_decode/d{head_dim}/{name}"
-                        + "/split" * split
-                        + "/softcap" * capped
-                        + "/sinks" * sunk,
+                        f"paged_attention_decode/d{head_dim}/{name}{'/split' * split}{variant}",
                         decode_kernel,
                         signature,
                         constexprs,
@@ -310,6 +309,7 @@ def aot_kernels() -> list[AotKernel]:
                         num_stages,
                         aligned=(*(key for key in signature if key.startswith("p_")), *strides),
                         max_spill_bytes=16,  # two registers, where ptxas stops at 64 or 168 of them
+                        rare=is_rare(variant, head_dim, dtype),
                     )
                 )
             for sinks in ({"p_sinks": "*fp32"}, {}):
@@ -322,6 +322,7 @@ def aot_kernels() -> list[AotKernel]:
                         sizes | {"BLOCK_N": block_n} | ({} if sinks else {"p_sinks": None}),
                         num_warps=1,
                         aligned=tuple(pointers),
+                        rare=is_rare("/sinks" if sinks else "", head_dim, dtype),
                     )
                 )
     for bits in ("i16", "i32"):

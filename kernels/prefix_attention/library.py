@@ -110,7 +110,7 @@ def torch_forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_start: Tensor, prefix_end: Tensor, segment_start: Tensor,
     scale: float | None, window: int | None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The torch implementation; differentiable in q, k, v and sinks. The groups' borders are found from the segments."""
+    """The torch implementation; differentiable in q, k, v and sinks. Groups' borders are found from the segments."""
     segments = _segments(prefix_start, prefix_end, segment_start)
     out = torch_impl.prefix_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap, sinks=sinks)
     return out.contiguous()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macpo.kernels.attention_weights import sink_gradient
+from macpo.kernels.attention_weights import is_rare, sink_gradient
 from macpo.kernels.prefix_attention import triton_kernels as kernels
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
@@ -260,4 +260,5 @@ def _entry(
         wgmma=dtype != torch.float32 and 90 in capabilities,
         max_spill_bytes=max(_SPILLS.get(configuration + suffix, 0) for suffix in ("", variant)),
         capabilities=capabilities,
+        rare=is_rare(variant, 0 if constants["PADDED"] else padded, dtype),
     )

@@ -26,7 +26,7 @@ from macpo.engine.models.attention_hook import PackedAttention, attention_hook, 
 from macpo.engine.models.head import Head
 from macpo.engine.models.head import response_logps as head_logps
 from macpo.engine.models.policy import PolicyModule
-from macpo.kernels import Segments
+from macpo.kernels import AttentionForm, Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
 _MARK = "_macpo_packed_forward"

@@ -39,32 +39,22 @@ def framed(x, margin=3):
     return buffer[margin:-margin]
 
 
-def run(fn, tensors, segments, sinks=None, **options):
-    """Output and the gradients of q, k, v and of sinks where they are given."""
+def run(fn, tensors, segments, **options):
+    """Output and the gradients of q, k, v."""
     *inputs, grad = tensors
     leaves = [x.detach().requires_grad_() for x in inputs]
-    if sinks is not None:
-        options["sinks"] = sinks.detach().requires_grad_()
-        leaves.append(options["sinks"])
-    out = fn(*leaves[:3], segments, **options)
+    out = fn(*leaves, segments, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def expect(tensors, segments, sinks=None, **options):
-    sinks = None if sinks is None else sinks.double()
-    return run(reference.prefix_attention, [x.double() for x in tensors], segments, sinks, **options)
-
-
-def sinks_of(heads):
-    """One above, one below what scores are, and between."""
-    return torch.tensor([3.0, -2.0, 0.5, 1.25], device=DEVICE)[:heads]
+def expect(tensors, segments, **options):
+    return run(reference.prefix_attention, [x.double() for x in tensors], segments, **options)
 
 
 def check(actual, expected, dtype, grad, tolerance=None):
     # 16-bit: probabilities and their gradients are rounded once more than the table's two roundings.
     tolerance = tolerance or TOLERANCE[dtype] * (1 if dtype == torch.float32 else 2)
-    names = ("o", "dq", "dk", "dv", "dsinks")[: len(expected)]
-    for name, value, wanted in zip(names, actual, expected, strict=True):
+    for name, value, wanted in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
         assert value.shape == wanted.shape
         # dq and dk are differences of numbers of do's size, which vanish where a token sees itself alone.
         size = max(wanted.norm().item(), grad.double().norm().item())
@@ -72,7 +62,7 @@ def check(actual, expected, dtype, grad, tolerance=None):
         assert error <= tolerance, f"{name}: {error:.1e} above {tolerance:.0e}"
 
 
-def small(tensors, segments, *, scale=0.3, window=None, softcap=None, sinks=None, block_q=16, block_k=16):
+def small(tensors, segments, *, scale=0.3, window=None, block_q=16, block_k=16):
     """Forward and backward with tiny blocks, so that few tokens fill many."""
     from macpo.kernels.prefix_attention import triton_impl
 
@@ -82,10 +72,9 @@ def small(tensors, segments, *, scale=0.3, window=None, softcap=None, sinks=None
     visible_3t = plan.visible_keys(*integers, window)
     key_lists, query_lists = (plan.block_lists(visible_3t, block_q, block_k, by_key=by_key) for by_key in (False, True))
     q, k, v, grad = tensors
-    form = (scale, tiles, softcap, sinks)
-    o, lse = triton_impl.forward(q, k, v, visible_3t, key_lists, *form)
-    grads = triton_impl.backward(grad, q, k, v, o, lse, visible_3t, key_lists, query_lists, *form)
-    return [o, *grads[: 3 if sinks is None else 4]]
+    o, lse = triton_impl.forward(q, k, v, visible_3t, key_lists, scale, tiles)
+    grads = triton_impl.backward(grad, q, k, v, o, lse, visible_3t, key_lists, query_lists, scale, tiles)
+    return [o, *grads[:3]]
 
 
 @needs_triton
@@ -290,11 +279,11 @@ def test_compiled_equals_eager(backend, window):
     segments = segments_of("pairs")
     tensors = qkvg(segments.num_tokens, 4, 2, 64)
 
+    form = {} if window is None else {"window": window, "softcap": 1.5, "sinks": torch.ones(4, device=DEVICE)}
+
     def two_layers(q, k, v, segments):
-        return prefix_attention(
-            prefix_attention(q, k, v, segments, window=window, backend=backend), k, v, segments, window=window,
-            backend=backend,
-        )  # fmt: skip
+        q = prefix_attention(q, k, v, segments, backend=backend, **form)
+        return prefix_attention(q, k, v, segments, backend=backend, **form)
 
     eager = run(two_layers, tensors, segments)
     compiled = run(torch.compile(two_layers, fullgraph=True, backend="aot_eager"), tensors, segments)
@@ -317,19 +306,20 @@ def test_triton_operators_are_well_formed(backend):
     integers = (segments.prefix_start, segments.prefix_end, segments.segment_start)
     torch.library.opcheck(library.make_plan, (*integers, 4, 64, q.dtype))
     plan_ = library.make_plan(*integers, None, 64, q.dtype)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(library.forward, (*leaves, *plan_, 0.3))
-    o, lse = library.forward(q, k, v, *plan_, 0.3)
-    torch.library.opcheck(library.backward, (grad, q, k, v, o, lse, *plan_, 0.3))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, torch.ones(2, device=DEVICE))]
+    torch.library.opcheck(library.forward, (*leaves[:3], *plan_, 0.3, 1.5, leaves[3]))
+    form = (*plan_, 0.3, 1.5, torch.ones(2, device=DEVICE))
+    torch.library.opcheck(library.backward, (grad, q, k, v, *library.forward(q, k, v, *form), *form))
 
 
 def test_torch_operators_are_well_formed():
     segments = segments_of("pairs")
     q, k, v, grad = qkvg(segments.num_tokens, 4, 2, 8)
     integers = (segments.prefix_start, segments.prefix_end, segments.segment_start)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(library.torch_forward, (*leaves, *integers, None, 4))
-    torch.library.opcheck(library.torch_backward, (grad, q, k, v, *integers, 0.3, None))
+    sinks = torch.ones(4, device=DEVICE)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks)]
+    torch.library.opcheck(library.torch_forward, (*leaves[:3], *integers, None, 4, 1.5, leaves[3]))
+    torch.library.opcheck(library.torch_backward, (grad, q, k, v, *integers, 0.3, None, 1.5, sinks))
 
 
 @needs_triton
