@@ -5,6 +5,7 @@ all-reduce; embeddings and head are split by vocabulary, and so is the loss (`en
 Megatron-LM, arXiv 1909.08053.
 
 LoRA follows its layer: W' = W + B A splits B with the outputs of a colwise W, A with the inputs of a rowwise one.
+Attention sinks follow their heads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -64,6 +65,11 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
     return layers
 
 
+def layers_with_sinks(model: PreTrainedModel) -> list[Any]:
+    """Attention layers that learn a logit for each query head, `sinks` [Hq], which is split as the heads are."""
+    return [layer for layer in model.base_model.modules() if isinstance(getattr(layer, "sinks", None), nn.Parameter)]
+
+
 def head_counts(model: PreTrainedModel) -> dict[str, int]:
     """The numbers of attention heads that the ranks must divide, by config field."""
     config = model.config.get_text_config()
@@ -97,6 +103,9 @@ def split_layers(model: PreTrainedModel, ranks: DeviceMesh, home: torch.device) 
     """
     for name, module, kind in planned_layers(model, ranks.size()):
         _split(name, module.to(home), kind, ranks)
+    for layer in layers_with_sinks(model):
+        own = distribute_tensor(layer.sinks.detach().to(home), ranks, [Shard(0)], src_data_rank=None)
+        layer.sinks = nn.Parameter(own, requires_grad=layer.sinks.requires_grad)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     base, *_ = linear_parts("the head", head)
     weight: Any = embedding.weight
