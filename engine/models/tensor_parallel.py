@@ -59,10 +59,17 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
     named = ((name, module, re.sub(r"\.\d+\.", ".*.", name)) for name, module in model.base_model.named_modules())
     embedding = model.get_input_embeddings()  # which transformers 5.17 adds to the plan where the head is tied to it
     layers = [(name, module, plan[key]) for name, module, key in named if key in plan and module is not embedding]
+    layers = [
+        (name, module, kind) for name, module, kind in layers if not (kind == "local_params" and _sinks_only(module))
+    ]
     for kind in (kind for _, _, kind in layers if kind not in _STYLES):  # experts, packed weights
         problem = f"{type(model).__name__} asks for tensor parallelism of the kind {kind}, which is not implemented"
         raise ConfigError(problem, "set compute.parallel.tensor to 1 and shard the model", field=FIELD)
     return layers
+
+
+def _sinks_only(module: nn.Module) -> bool:
+    return [name for name, _ in module.named_parameters(recurse=False)] == ["sinks"]
 
 
 def layers_with_sinks(model: PreTrainedModel) -> list[Any]:

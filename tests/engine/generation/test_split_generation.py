@@ -74,7 +74,7 @@ def stacked() -> PolicyModule:
     return PolicyModule(three_adapters().requires_grad_(False))
 
 
-# Grouped heads, norms of heads, biases behind a sum, fused projections that are gathered, windows, sinks, tied vocabularies.
+# Grouped heads, norms of heads, biases behind a sum, fused projections that are gathered, windows, sinks; tied words.
 POLICIES: dict[str, Callable[[], PolicyModule]] = {
     **{name: functools.partial(plain, name) for name in ("qwen3", "gpt_neox", "phi3", "gemma3_text", "olmo2")},
     "sinks": functools.partial(plain, SINKS.architecture, **SINKS.changes),
