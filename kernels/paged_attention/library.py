@@ -32,8 +32,9 @@ def run_paged_attention(
         from macpo.kernels.paged_attention import triton_impl
 
         implementation = triton_impl.paged_attention
-    form = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    return implementation(q, k_pool, v_pool, block_table, context_lens, **form)
+    return implementation(
+        q, k_pool, v_pool, block_table, context_lens, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
 
 
 def run_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None) -> None:

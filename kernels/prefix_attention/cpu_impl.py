@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from macpo.kernels.prefix_attention.segments import Segments
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # do, q, k, v, o, lse
 _CALL_WORK = 2**18  # scores times width (heads * head size) that take about as long as one call more
 
 
@@ -107,8 +108,8 @@ class _Call:
         o, lse = _FLASH(q, k, v, 0.0, self.mask is None, attn_mask=self.mask, scale=scale)
         return o, lse
 
-    def backward(self, inputs: tuple[Tensor, ...], scale: float | None, softcap: float | None) -> tuple[Tensor, ...]:
-        """dq, dk, dv of inputs = (do, q, k, v, o, lse)."""
+    def backward(self, inputs: _Inputs, scale: float | None, softcap: float | None) -> tuple[Tensor, ...]:
+        """dq, dk, dv."""
         if softcap is not None:
             return cpu_softcap.backward(*inputs, self.mask, _scale(inputs[1], scale), softcap)
         grads: tuple[Tensor, ...] = _FLASH_BACKWARD(*inputs, 0.0, self.mask is None, attn_mask=self.mask, scale=scale)

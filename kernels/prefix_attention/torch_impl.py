@@ -86,7 +86,7 @@ def gradients(
         ds_bhrl = p_bhrl * (dp_bhrl - delta_bhr1) * scale
         if softcap is not None:
             ds_bhrl *= 1.0 - (scores / softcap).square()  # tanh' = 1 - tanh^2
-        if sinks is not None:
+        if sinks is not None and sinks_hg11 is not None:
             lse_bhgl = torch.logaddexp(masked_bhgll.logsumexp(-1), sinks_hg11[..., 0])
             delta_hr, lse_hr = (x.reshape(len(x), len(sinks), -1).transpose(0, 1) for x in (delta_bhr1, lse_bhgl))
             dsinks += sink_gradient(delta_hr.flatten(1), lse_hr.flatten(1), sinks)

@@ -60,7 +60,7 @@ class DecodeAttention:
         self.windows.add(form.window)
         if k.shape == v.shape and self._is_native(q_bhd):
             pools = self.cache.pools(layer_index(module), k, v)
-            return native.slot_attention(q_bhd, *pools, self.lens, *form, k, v)[None]
+            return native.slot_attention(q_bhd, *pools, self.lens, **form._asdict(), new_k=k, new_v=v)[None]
         k_pool, v_pool = self.cache.write(layer_index(module), k, v, self.rows, self.positions)
         kind = (form.window, q.dtype, k_pool.shape[1])
         mask = self._masks.get(kind)
