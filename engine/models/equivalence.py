@@ -23,7 +23,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.head import head_of
 from macpo.engine.models.loading import embedding_rows
-from macpo.kernels import Segments
+from macpo.kernels import AttentionForm, Segments
 
 FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -39,9 +39,9 @@ class _Recorder:
     segments: Segments
     windows: set[int | None] = field(default_factory=set)
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        self.windows.add(window)
-        return PackedAttention(self.segments).attend(module, q, k, v, scale, window)
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
+        self.windows.add(form.window)
+        return PackedAttention(self.segments).attend(module, q, k, v, form)
 
 
 @torch.no_grad()

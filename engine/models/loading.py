@@ -8,7 +8,7 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from macpo.engine.config import Quantization
 from macpo.engine.errors import ConfigError, IntegrityError
@@ -236,7 +237,8 @@ def load_causal_lm(
     Args:
         path: Hugging Face layout with safetensors weights.
         dtype: dtype of the loaded weights; with quantization, of those that stay whole and of the computation.
-        quantization: "nf4" loads the linear layers, but not the head, in 4 bits.
+        quantization: "nf4" loads the linear layers, but not the head, in 4 bits. MXFP4 weights (gpt-oss) are unpacked,
+            which is exact.
         trust_remote_code: run the model's own Python; only the user can turn it on, never the files.
 
     Raises:
@@ -247,7 +249,13 @@ def load_causal_lm(
     refuse_adapter(folder)
     config = read_json_object(folder / "config.json")
     weight_files(folder)
+    packed = has_mxfp4(config)
+    if packed and quantization == "nf4":
+        problem = "the weights are MXFP4 already, which quantization nf4 would pack a second time"
+        raise ConfigError(problem, "set quantization to none, which unpacks them", field="tuning.quantization")
     options = _in_4_bits(as_dtype(dtype), torch.device(device)) if quantization == "nf4" else {}
+    if packed:  # packed experts have no gradient with respect to their inputs, and other kernels on every device
+        options = {"quantization_config": Mxfp4Config(dequantize=True)}
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -272,13 +280,26 @@ def load_causal_lm(
     if lost:
         problem = f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}"
         raise ConfigError(problem, "use weights that belong to this config.json", file=path)
-    ready: PreTrainedModel = (model if options else model.to(device)).eval()
-    for module in ready.modules() if options else ():
+    if packed:  # else transformers would save the unpacked weights under the packed ones' names
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not _unpacks(each)]
+    ready: PreTrainedModel = (model if "device_map" in options else model.to(device)).eval()
+    for module in ready.modules() if quantization == "nf4" else ():
         layer: Any = module
         if type(layer).__name__ == "Linear4bit":
             layer.quant_state = layer.weight.quant_state  # FSDP2 keeps the weight's numbers, not what hangs on it
             layer.support_avx512bf16_for_cpu = False  # it would repack the shared weight when first scored with
     return ready
+
+
+def has_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config.json has MXFP4 weights, which are unpacked when they are loaded."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+
+
+def _unpacks(conversion: Any) -> bool:
+    return any(name.endswith("_blocks") for name in conversion.source_patterns)
 
 
 def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

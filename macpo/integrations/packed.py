@@ -26,7 +26,7 @@ from macpo.engine.models.attention_hook import PackedAttention, attention_hook, 
 from macpo.engine.models.head import Head
 from macpo.engine.models.head import response_logps as head_logps
 from macpo.engine.models.policy import PolicyModule
-from macpo.kernels import Segments
+from macpo.kernels import AttentionForm, Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
 _MARK = "_macpo_packed_forward"
@@ -178,11 +178,11 @@ class _MixedPrecisionAttention:
 
     segments: Segments
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         dtype = _autocast_dtype(q.device) or q.dtype
         with no_autocast(q):
             packed = PackedAttention(self.segments.to(q.device))
-            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), scale, window)
+            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), form)
 
 
 def refuse(owner: str, reasons: Sequence[tuple[bool, str, str]]) -> None:
