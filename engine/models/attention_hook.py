@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.models.rotary import rotary_per_sequence
 from macpo.kernels import Segments, prefix_attention
 
 HOOK_NAME = "macpo"
@@ -136,7 +137,8 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
         raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", fix)
     model.set_attn_implementation(HOOK_NAME)
     try:
-        yield
+        with rotary_per_sequence(model):
+            yield
     finally:
         for config, name in own.values():
             config._attn_implementation_internal = name
