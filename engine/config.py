@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from macpo.engine.connection import url_problem
+from macpo.engine.paths import HubPath, LocalPath, absolute, relative_to
 from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, REFERENCE_FREE, SMOOTHED
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -101,7 +102,7 @@ class PreferenceSettings(OptimSettings):
     reference: Literal["policy", "adapter-off"] = "policy"
     """What the policy is held to: `policy`, itself as it is before the first step; `adapter-off`, its base model
     without the adapter that training goes on with."""
-    reference_model: str | None = None
+    reference_model: HubPath | None = None
     """Instead of `reference`: another model's folder or Hub id, with the policy's own tokenizer."""
 
     @property
@@ -184,6 +185,14 @@ class PretrainSettings(OptimSettings):
     """Use only the first documents of the corpus."""
 
 
+def _corpus(text: str, info: ValidationInfo) -> str:
+    return text if text == "data" else absolute(text, relative_to(info))
+
+
+Corpus = Annotated[str, AfterValidator(_corpus)]
+"""`data`, or the path of a text file, which becomes absolute."""
+
+
 class InitSettings(Settings):
     """A small Llama built, given a tokenizer and pretrained here, so that everything works offline."""
 
@@ -202,7 +211,7 @@ class InitSettings(Settings):
     """Upper bound on the size of the trained vocabulary."""
     initializer_range: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the random matrices; default 1 / sqrt(hidden_size)."""
-    corpus: str = "data"
+    corpus: Corpus = "data"
     """`data` (documents that the dataset sets aside for pretraining) or the path of a text file, a document a line."""
     learn: Literal["all", "answers"] = "all"
     """Tokens of a dialogue that pretraining predicts: `all`, or only the `answers`; plain text always whole."""
@@ -254,7 +263,7 @@ class ComputeSettings(Settings):
     wave_requests: PositiveInt = 256
     """Requests that generation commits to disk together; the unit of resume."""
     parallel: ParallelSettings = ParallelSettings()
-    cache: str | None = None
+    cache: LocalPath | None = None
     """Folder for reference log-probs, which runs can share; default `cache` inside the run's folder."""
     trackers: tuple[str, ...] = ()
     """Where training metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (each is an extra), or

@@ -25,6 +25,7 @@ from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.launcher import PARENT, leave_error
 from macpo.engine.distributed.world import World, finish, init_from_env
 from macpo.engine.errors import ConfigError
+from macpo.engine.paths import argument
 from macpo.engine.processes import die_with
 from macpo.engine.recipe import kind_of
 
@@ -42,7 +43,7 @@ def runner(config: Path) -> Callable[..., None]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="torchrun engine/train.py", description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path, help="recipe (YAML)")
+    parser.add_argument("config", type=argument, help="recipe (YAML), or the folder of a run")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
     parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")

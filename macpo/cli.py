@@ -9,6 +9,7 @@ from pathlib import Path
 
 from macpo import __version__
 from macpo.engine.console import run_cli
+from macpo.engine.paths import argument as path_argument
 
 COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "export")
 
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     recipe = argparse.ArgumentParser(add_help=False, parents=[common])
-    recipe.add_argument("recipe", type=Path, help="recipe (YAML), or the folder of a run")
+    recipe.add_argument("recipe", type=path_argument, help="recipe (YAML), or the folder of a run")
     _overrides(recipe)
     reruns = argparse.ArgumentParser(add_help=False)
     reruns.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
@@ -35,12 +36,12 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", parents=[common, reruns], help="the whole method offline in the demo world")
     demo.add_argument("--seeds", metavar="A-B", help="several seeds with baselines and ablations, and every claim")
-    demo.add_argument("--out", type=Path, help="folder of the run (default: runs/demo, runs/demo-seeds)")
+    demo.add_argument("--out", type=path_argument, help="folder of the run (default: runs/demo, runs/demo-seeds)")
     _overrides(demo)
     demo.set_defaults(command=_demo)
 
     init = commands.add_parser("init", parents=[common], help="write a commented recipe to start from")
-    init.add_argument("path", type=Path, help="file to write")
+    init.add_argument("path", type=path_argument, help="file to write")
     init.add_argument("--like", default="hh-local", help="which recipe (default: hh-local); --like list names them")
     init.set_defaults(command=_init)
 
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan", parents=[common], help="a recipe's stages with memory, time and disk; or which settings fit some GPUs"
     )
-    plan.add_argument("recipe", type=Path, nargs="?", help="recipe (YAML), or the folder of a run")
+    plan.add_argument("recipe", type=path_argument, nargs="?", help="recipe (YAML), or the folder of a run")
     _overrides(plan)
     _fitting(plan)
     plan.set_defaults(command=_plan)
@@ -64,12 +65,13 @@ def parser() -> argparse.ArgumentParser:
     status.set_defaults(command=_status)
 
     report = commands.add_parser("report", parents=[common], help="write a run's report.html again")
-    report.add_argument("run", type=Path, help="folder of the run")
+    report.add_argument("run", type=path_argument, help="folder of the run")
+    report.add_argument("--out", type=path_argument, help="file to write (default: report.html in the run's folder)")
     report.set_defaults(command=_report)
 
     export = commands.add_parser("export", parents=[common], help="a policy as a Hugging Face or peft folder")
-    export.add_argument("run", type=Path, help="folder of the run")
-    export.add_argument("--out", type=Path, required=True, help="folder to make")
+    export.add_argument("run", type=path_argument, help="folder of the run")
+    export.add_argument("--out", type=path_argument, required=True, help="folder to make")
     export.add_argument("--agent", default="", help="the student's (default), a teacher's name, or ceiling")
     export.add_argument("--iteration", type=int, default=-1, help="-1 is the last (default)")
     export.add_argument("--policy", choices=("positive", "negative"), default="positive")
@@ -153,9 +155,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from macpo.commands import plan, plan_model
     from macpo.commands.estimates import hardware_of
-    from macpo.config import Recipe
+    from macpo.commands.preflight import preflight
     from macpo.engine.errors import ConfigError
-    from macpo.recipe_kinds import load
+    from macpo.recipe_kinds import load, plan_of
 
     if arguments.recipe is None:
         print(plan_model.show(arguments))
@@ -166,12 +168,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    if isinstance(recipe, Recipe):
-        print(plan.show(recipe, hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
-    elif arguments.gpu or arguments.gpus or arguments.calibrate:
-        raise ConfigError("--gpu, --gpus and --calibrate are for recipes of the method", "plan with --model instead")
-    else:
-        print(plan.show_standalone(recipe))
+    planned = plan_model.gpu_of(arguments.gpu) if arguments.gpu else None
+    preflight(recipe, plan_of(recipe, must_exist=False), ranks=arguments.gpus or 1, gpu=planned)
+    print(plan.show(recipe, hardware_of(recipe, arguments.gpu, arguments.gpus, arguments.calibrate)))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -186,8 +185,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     from macpo.engine.distributed.launcher import launch
 
-    file = arguments.recipe / "recipe.yaml" if arguments.recipe.is_dir() else arguments.recipe
-    words = [str(file), *(f"--set={override}" for override in arguments.overrides)]
+    words = [str(arguments.recipe), *(f"--set={override}" for override in arguments.overrides)]
     words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
     words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
     launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
@@ -201,17 +199,23 @@ def _status(arguments: argparse.Namespace) -> None:
     recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    for row in runner_of(recipe, plan_of(recipe)).status():
+    plan = plan_of(recipe, must_exist=False)
+    for row in runner_of(recipe, plan).status():
         seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else " " * 10
         print(f"{row.state:8} {seconds}  {row.name}" + (f"  ({row.why})" if row.why else ""))
+    for path in plan.identities.unknown:
+        print(f"note: {path} is not here; finished stages count as made from it", file=sys.stderr)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from macpo.recipe_kinds import load, plan_of
+    from macpo.report.findings import table
     from macpo.report.page import write_report
+    from macpo.report.run_reader import RunReader
 
-    stages = plan_of(load(arguments.run)).graph.stages
-    print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages])}")
+    stages = plan_of(load(arguments.run), must_exist=False).graph.stages
+    print(table(RunReader(arguments.run).summary), end="\n\n")
+    print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages], out=arguments.out)}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

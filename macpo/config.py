@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from macpo.demo_world import WorldSettings
 from macpo.engine import recipe as recipes
@@ -24,15 +25,28 @@ from macpo.engine.config import (
     Settings,
     Tuning,
 )
+from macpo.engine.data.templates import TEMPLATES
 from macpo.engine.errors import ConfigError
+from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath, absolute, relative_to
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+
+def _template(text: str, info: ValidationInfo) -> str:
+    """A template's name or jinja text as it is; the path of a file becomes absolute."""
+    if text in ("auto", *TEMPLATES) or "{{" in text or "{%" in text:
+        return text
+    path = absolute(text, relative_to(info))
+    return path if set("/~.") & set(text) or Path(path).is_file() else text
+
+
+Template = Annotated[str, AfterValidator(_template)]
 
 
 class SourceSettings(Settings):
     """Where text comes from, and how it becomes tokens."""
 
-    path: str | None = None
+    path: HubPath | None = None
     """A file, a folder in HH-RLHF's layout, or a Hub id."""
     world: WorldSettings | None = None
     """Instead of `path`: text made by the project, with an exact gold score."""
@@ -88,23 +102,23 @@ class AgentSettings(Settings):
 
     name: Name = ""
     """How the agent is called in folders and reports; teachers default to teacher0, teacher1, …"""
-    model: str | None = None
+    model: OptionalHubPath | None = None
     """Base model: a folder or a Hub id with safetensors weights."""
     init: InitSettings | None = None
     """Instead of `model`: build a small Llama and pretrain it here."""
-    positive: str | None = None
+    positive: OptionalHubPath | None = None
     """A ready positive policy (Hugging Face or peft folder); no initial training then."""
-    negative: str | None = None
+    negative: OptionalHubPath | None = None
     """A ready negative policy."""
     train: bool = True
     """Whether the iterations train this agent."""
     tuning: Tuning = LoraSettings()
     """Low-rank adapters or all weights."""
-    template: str | None = None
+    template: Template | None = None
     """Chat template of this agent; defaults to the recipe's."""
     eos_token: str | None = None
     """End-of-answer token for tokenizers that name none."""
-    data: str | None = None
+    data: HubPath | None = None
     """A preference set of this teacher's own, instead of the shared teacher half."""
     served: ServedAgent | None = None
     """A teacher that a server answers for; needs `train: false`. `model` then gives the tokenizer, and a `positive`
@@ -212,10 +226,10 @@ class Recipe(Settings):
     """Kind of recipe; `sft` and `preference` are in macpo/standalone_config.py."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides splits, orders, initial weights and sampling noise."""
-    output: str = "runs/macpo"
+    output: LocalPath = Field("runs/macpo", validate_default=True)
     """The run's folder."""
     data: DataSettings
-    template: str = "auto"
+    template: Template = "auto"
     """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
     context_tokens: PositiveInt = 1024
     """Longest prompt and answer together."""
@@ -301,17 +315,51 @@ class Recipe(Settings):
         """Whether some stage starts from the student's base model."""
         return self.student.positive is None or self.evaluation.ceiling or self.initial.weak_label == "min-perplexity"
 
-    def arm(self, name: str) -> Recipe:
-        """The recipe of one ablation: this one under the arm's overrides. Raises ConfigError for what does not fit."""
+    def arm(self, name: str, *, base: Path | None = None) -> Recipe:
+        """The recipe of one ablation: this one under the arm's overrides. Raises ConfigError for what does not fit.
+
+        `base`: the folder that relative paths of the overrides are relative to; default the working folder.
+        """
         plain = self.model_copy(update={"ablations": {}})
         overrides = [f"{path}={json.dumps(value)}" for path, value in self.ablations[name].items()]
         try:
-            return recipes.loads(recipes.dump(plain), Recipe, overrides, file=f"ablations.{name}")
+            return recipes.loads(recipes.dump(plain), Recipe, overrides, file=f"ablations.{name}", base=base)
         except ConfigError as error:
             where = f"ablations.{name}"
             raise ConfigError(
                 problems=[replace(p, file="", line=None, field=f"{where}.{p.field}") for p in error.problems]
             ) from None
+
+    def with_resolved_arms(self, *, base: Path | None = None) -> Recipe:
+        """This recipe with the paths in its arms' overrides resolved as its own are. Raises ConfigError as `arm`."""
+        if not self.ablations:
+            return self
+        resolved: dict[str, dict[str, Any]] = {}
+        for name, overrides in self.ablations.items():
+            arm = self.arm(name, base=base)
+            found = {path: _at(arm, path.split(".")) for path in overrides}
+            resolved[name] = {path: _as_resolved(value, found[path]) for path, value in overrides.items()}
+        return self.model_copy(update={"ablations": resolved})
+
+
+def _at(block: Any, path: list[str]) -> Any:
+    """The value at a dotted path of a validated recipe."""
+    for part in path:
+        if isinstance(block, tuple):
+            block = block[int(part)]
+        else:
+            block = block[part] if isinstance(block, dict) else getattr(block, part)
+    return block
+
+
+def _as_resolved(written: Any, found: Any) -> Any:
+    """What was written, its texts as validation left them; `found` also has what was not written."""
+    if isinstance(written, dict):
+        inside = found if isinstance(found, dict) else vars(found)
+        return {key: _as_resolved(value, inside[key]) for key, value in written.items()}
+    if isinstance(written, list):
+        return [_as_resolved(one, two) for one, two in zip(written, found, strict=True)]
+    return found if isinstance(written, str) and isinstance(found, str) else written
 
 
 def check_reference(where: str, settings: PreferenceSettings, agents: Iterable[AgentSettings]) -> None:

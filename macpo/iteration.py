@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from macpo.config import Recipe
+from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan, Policies, StageName
 from macpo.method.steps import Steps
 
@@ -57,9 +58,12 @@ def macpo(steps: Steps) -> None:
         steps.ceiling()
 
 
-def build_plan(recipe: Recipe) -> Plan:
-    """The stages of the main arm and of every ablation; equal stages are shared."""
-    plan = Plan()
+def build_plan(recipe: Recipe, identities: Identities | None = None) -> Plan:
+    """The stages of the main arm and of every ablation; equal stages are shared.
+
+    `identities`: of the files that the recipe names, looked at here by default.
+    """
+    plan = Plan(identities=identities or Identities())
     macpo(Steps(recipe, plan, arm=""))
     for arm in recipe.ablations:
         macpo(Steps(recipe.arm(arm), plan, arm))

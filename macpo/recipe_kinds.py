@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
+from macpo.engine.paths import absolute
 from macpo.engine.run.stages import Graph
 from macpo.iteration import build_plan
+from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan
 from macpo.standalone import graph as standalone
 from macpo.standalone.config import PreferenceRecipe, SftRecipe, Standalone
@@ -23,24 +25,52 @@ KINDS: dict[str, type[AnyRecipe]] = {"macpo": Recipe, "sft": SftRecipe, "prefere
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """A recipe file, or the resolved recipe of a run's folder; its key `recipe` says of which kind it is."""
+    """A recipe file, or the resolved recipe of a run's folder; its key `recipe` says of which kind it is.
+
+    Relative paths become absolute: those of a file and of `overrides` relative to the working folder. A run's folder is
+    its `output`, wherever it was moved to.
+    """
     file = path / "recipe.yaml" if path.is_dir() else path
     if not file.exists():
         raise ConfigError(f"there is no recipe {str(file)!r}", "name a YAML recipe or the folder of a run")
-    written, line = recipes.kind_of(file)
-    kind = written or "macpo"
+    said, line = recipes.kind_of(file)
+    kind = said or "macpo"
     if kind not in KINDS:
         raise ConfigError(f"got {kind!r}", f"use {', '.join(KINDS)}", file=str(file), line=line, field="recipe")
-    recipe = recipes.load(file, KINDS[kind], overrides)
-    if isinstance(recipe, Recipe):
-        for arm in recipe.ablations:
-            recipe.arm(arm)
-    return recipe
+    base = _began_in(path) if path.is_dir() else None
+    if base is not None:  # the run's own paths are relative to where it began, those of `overrides` to here
+        recipe = _resolved(recipes.load(file, KINDS[kind], base=base), base)
+        recipe = recipes.loads(recipes.dump(recipe), KINDS[kind], overrides, file=str(file))
+    else:
+        recipe = recipes.load(file, KINDS[kind], overrides)
+    if path.is_dir() and not any(each.partition("=")[0].strip() == "output" for each in overrides):
+        recipe = recipe.model_copy(update={"output": absolute(str(path))})
+    return _resolved(recipe)
 
 
-def plan_of(recipe: AnyRecipe) -> Plan:
-    """The stages of a recipe of any kind."""
-    return build_plan(recipe) if isinstance(recipe, Recipe) else standalone.build_plan(recipe)
+def _resolved(recipe: AnyRecipe, base: Path | None = None) -> AnyRecipe:
+    return recipe.with_resolved_arms(base=base) if isinstance(recipe, Recipe) else recipe
+
+
+def _began_in(run_dir: Path) -> Path | None:
+    """Where a run began whose stored recipe still has relative paths, as earlier versions wrote them.
+
+    Its `output` is relative too and ends the path of its folder; None where paths are absolute or it was moved.
+    """
+    output, _ = recipes.written(run_dir, "output")
+    if output is None or Path(output).expanduser().is_absolute():
+        return None
+    parts, here = Path(output).parts, run_dir.absolute()
+    return Path(*here.parts[: -len(parts)]) if parts and here.parts[-len(parts) :] == parts else None
+
+
+def plan_of(recipe: AnyRecipe, *, must_exist: bool = True) -> Plan:
+    """The stages of a recipe of any kind.
+
+    `must_exist`: whether data and models have to be here; without them finished stages count as made from them.
+    """
+    identities = Identities(must_exist=must_exist)
+    return build_plan(recipe, identities) if isinstance(recipe, Recipe) else standalone.build_plan(recipe, identities)
 
 
 def build_graph(config: Mapping[str, Any]) -> Graph:

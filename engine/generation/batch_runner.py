@@ -21,6 +21,7 @@ from macpo.engine.generation.request import Request
 from macpo.engine.generation.sampling import RowSampler
 from macpo.engine.generation.scheduler import Group, Scheduler
 from macpo.engine.generation.sequence import ActiveSequence
+from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import AttentionContext
 from macpo.engine.progress import Count, uncounted
 from macpo.kernels import Segments
@@ -51,8 +52,8 @@ class Job:
     """What all batches of a generator's run have in common."""
 
     model: PreTrainedModel
-    num_tokens: int
-    """Token ids at or above it are never drawn."""
+    vocabulary: Vocabulary
+    """The ids that may be drawn."""
     tokenizer: object
     make_sequence: Callable[[Request, int], ActiveSequence]
     """Starts the sequence of a request's sample."""
@@ -158,7 +159,7 @@ class BatchRunner(ABC):
         logits = next_logits(self.job.model, ids, context.segments.positions(), context, context.last_rows)
         rows = [row for _, own in part for row in own]
         counts = torch.tensor([len(own) for _, own in part], device=self.device)
-        sampler = RowSampler(rows, self.job.num_tokens, self.device, self.job.team)
+        sampler = RowSampler(rows, self.job.vocabulary, self.device, self.job.team)
         tokens, raw_logps, logps = (x.tolist() for x in sampler(logits.repeat_interleave(counts, 0)))
         new = [row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1]) for i, row in enumerate(rows)]
         self.job.count(tokens=sum(new))
@@ -170,7 +171,7 @@ class BatchRunner(ABC):
         for row, tokens, raw_logps, logps in zip(self.rows, *columns, strict=True):
             num_new += row.extend(tokens, raw_logps, logps)
             if look_for_text and row.params.stop and not row.done:
-                row.done = row.stopped_in_tail(self.job.tokenizer, len(tokens))
+                row.done = row.has_stopped(self.job.tokenizer, len(tokens))
         self.job.count(tokens=num_new)
         return sum(row.done for row in self.rows)
 

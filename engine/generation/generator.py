@@ -35,6 +35,7 @@ from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.generation.slots.packed_linear import packed_linears
 from macpo.engine.generation.slots.runner import SlotRunner
+from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows
 from macpo.engine.models.rotary import switch_length
@@ -49,7 +50,7 @@ class Generator:
 
     Args:
         model: the model with its weights on their device; it is in eval mode while generating and restored afterwards.
-        tokenizer: needed for stop texts and for `Sample.text`; ids beyond its length are never drawn.
+        tokenizer: needed for stop texts and for `Sample.text`; only ids that it has are drawn.
         max_batch: sequences decoded together.
         max_cache_tokens: limit of the key-value cache in tokens; None: enough for `max_batch` of the longest requests.
         block_tokens: each sequence's share of the cache is rounded up to a multiple of this.
@@ -97,7 +98,7 @@ class Generator:
         config = self.model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         self.switch_tokens = switch_length(self.model)
-        self.num_tokens = head_width(self.model) if tokenizer is None else min(head_width(self.model), len(tokenizer))
+        self.vocabulary = Vocabulary.of(head_width(self.model), tokenizer)
         self.eos_ids = eos_ids(self.model, tokenizer)
         self._layers: dict[int, CacheShape] = {}
         self._probed: tuple[object, ...] = ()
@@ -164,7 +165,7 @@ class Generator:
                 count(answers=1)
 
             stop = self.team.any_of(should_stop or (lambda: False))
-            job = Job(self.model, self.num_tokens, self.tokenizer, self._sequence, stop, count, self.team)
+            job = Job(self.model, self.vocabulary, self.tokenizer, self._sequence, stop, count, self.team)
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
             stacked = self._stacked(names) if len(names) > 1 else None
             if stacked is not None:
@@ -208,7 +209,7 @@ class Generator:
     def _pool_runner(self, part: Sequence[Request], job: Job) -> BatchRunner:
         plan = plan_pool(
             part, self._budget,
-            num_stop_ids=max(len(self._stop_ids(request)) for request in part), num_tokens=self.num_tokens,
+            num_stop_ids=max(len(self._stop_ids(request)) for request in part), vocabulary=self.vocabulary,
             block_tokens=self.block_tokens, max_batch=self.max_batch, max_cache_tokens=self.max_cache_tokens,
         )  # fmt: skip
         session = self._session_for(plan)

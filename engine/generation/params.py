@@ -40,7 +40,8 @@ class SamplingParams:
     seed: int = 0
     """Key of the noise; with the request's id it fixes the text, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
-    """The response ends before the first of these texts (needs a tokenizer)."""
+    """The response ends where the first of these texts begins (needs a tokenizer): its text is that of the response
+    without stop texts up to there. Only the response is searched, not the prompt."""
     stop_token_ids: tuple[int, ...] = ()
     """The response ends before the first of these tokens, as it does before EOS."""
     ignore_eos: bool = False

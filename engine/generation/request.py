@@ -61,11 +61,13 @@ class Request:
 class Sample:
     """One response.
 
-    `token_ids` holds neither the EOS (or stop token) that ended it, nor tokens that lie wholly in a stop text.
+    `token_ids` holds neither the EOS (or stop token) that ended it, nor tokens that lie wholly in a stop text: it is
+    the fewest tokens that spell the text before the stop text, into which the last one may reach.
     `raw_logps` are the model's own log-probs of these tokens (nats, unprocessed logits over the whole vocabulary);
     `logps` are those of the distribution that was sampled (after penalty, temperature and filters; greedy: 0).
     `finish_reason` is "stop" where the model ended the response, "length" where the token budget did.
-    `text` is set when the generator has a tokenizer: decoded without special tokens, cut before a stop text.
+    `text` is set when the generator has a tokenizer: all tokens decoded without special tokens, up to the first
+    occurrence of a stop text. It may end in U+FFFD where the token budget cut a character in two.
     A served model (`ServedGenerator`) gives no log-probs and, without a tokenizer, no ids but their number.
     """
 

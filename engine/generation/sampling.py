@@ -1,6 +1,6 @@
 """Sampling state of a batch, and the one call of the sampling operator.
 
-B rows, V vocabulary entries that may be drawn.
+B rows, V vocabulary entries up to the last that may be drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.sequence import ActiveSequence
+from macpo.engine.generation.vocabulary import Columns, Vocabulary
 from macpo.kernels import SampleParams, sample
 
 
@@ -20,15 +21,14 @@ class RowSampler:
     """Draws the next token of a fixed batch; built again when the batch changes."""
 
     def __init__(
-        self, rows: Sequence[ActiveSequence], num_tokens: int, device: torch.device, team: World = ALONE
+        self, rows: Sequence[ActiveSequence], vocabulary: Vocabulary, device: torch.device, team: World = ALONE
     ) -> None:
-        """num_tokens: ids at or above it are never drawn (a head wider than the tokenizer)."""
-        self.num_tokens = num_tokens
+        self.columns = vocabulary.on(device)
         self.team = team
         settings = [row.params for row in rows]
         seen = None
         if penalised(settings):
-            seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
+            seen = torch.zeros(len(rows), vocabulary.num_tokens, dtype=torch.bool, device=device)
             mark_seen(seen, rows)
         self.params = sample_params(settings, seen, device)
         self.keys = torch.tensor([noise_key(row) for row in rows], dtype=torch.int64, device=device)
@@ -36,25 +36,26 @@ class RowSampler:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [B, W >= V] -> token ids int64 [B], raw and processed log-probs float32 [B]."""
-        return draw(logits, self.num_tokens, self.params, self.keys, self.counts, self.team)
+        return draw(logits, self.columns, self.params, self.keys, self.counts, self.team)
 
 
 def draw(
-    logits: Tensor, num_tokens: int, params: SampleParams, keys: Tensor, counts: Tensor, team: World = ALONE
+    logits: Tensor, columns: Columns, params: SampleParams, keys: Tensor, counts: Tensor, team: World = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token per row; updates `params.seen` and `counts` in place.
 
     Args:
-        logits: [B, W >= num_tokens] float.
+        logits: [B, W >= columns.num_tokens] float.
+        columns: which ids may be drawn.
         keys: [B, 3] int64 (`noise_key`); counts: [B] int64, tokens of each response so far.
         team: the tensor-parallel group, whose ranks have the same logits: all take what its first rank draws.
 
     Returns:
         Token ids int64 [B], raw and processed log-probs float32 [B]; does not wait for the device.
     """
-    drawable = logits[:, :num_tokens]
+    drawable = columns.drawable(logits)
     tokens, raw_logps, logps = sample(drawable, params, keys, counts)
-    if logits.shape[1] > num_tokens:  # raw log-probs are those of the whole head
+    if columns.holes is not None or logits.shape[1] > columns.num_tokens:  # raw log-probs are those of the whole head
         raw_logps = raw_logps + drawable.float().logsumexp(-1) - logits.float().logsumexp(-1)
     team.follow_(tokens, raw_logps, logps)
     if params.seen is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from macpo.engine.errors import NumericsError
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import FinishReason, Request, Sample
+from macpo.engine.generation.response_text import cut_at_stop, decode, has_stopped
 
 
 @dataclass(eq=False, slots=True)
@@ -32,6 +33,8 @@ class ActiveSequence:
     """The stop token and its raw log-prob."""
     prefilled: int = 0
     """How many of `tokens` are part of the request's prompt: those that were drawn before it was prefilled again."""
+    suspect: bool = False
+    """Whether some tokens seemed to hold a stop text."""
 
     @property
     def params(self) -> SamplingParams:
@@ -81,46 +84,18 @@ class ActiveSequence:
         keep, text, end = len(self.tokens), None, self.end or (None, None)
         if tokenizer is not None:
             text = decode(tokenizer, self.tokens)
-            cut = find_stop(tokenizer, self.tokens, self.params.stop)
+            cut = cut_at_stop(tokenizer, self.tokens, self.params.stop)
             if cut is not None:
                 (keep, text), end = cut, (None, None)
                 self.ended = True
         reason: FinishReason = "stop" if self.ended else "length"
         return Sample(self.tokens[:keep], self.raw_logps[:keep], self.logps[:keep], reason, text, *end)
 
-    def stopped_in_tail(self, tokenizer: Any, num_new: int) -> bool:
-        """Whether the newest tokens seem to hold a stop text; `finish` decides on the whole response."""
+    def has_stopped(self, tokenizer: Any, num_new: int) -> bool:
+        """Whether a stop text has come for good; only the newest tokens are decoded as long as they hold none."""
         stop = self.params.stop
-        tail = self.tokens[-(num_new + 4 + max(map(len, stop))) :]
-        text = decode(tokenizer, tail, special=True)
-        return any(end in text for end in stop)
-
-
-def decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
-    """Decodes tokens to exactly the text that they spell."""
-    text = tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
-
-
-def find_stop(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> tuple[int, str] | None:
-    """(tokens to keep, text before the stop text), or None where no stop text occurs.
-
-    Keeps the fewest tokens that spell the text before the stop text, into which the last one may reach.
-    """
-    if not stop:
-        return None
-    whole = decode(tokenizer, tokens, special=True)
-    starts = [at for at in map(whole.find, stop) if at >= 0]
-    if not starts:
-        return None
-    start = min(starts)
-    low, high = 0, len(tokens)  # fewest tokens whose text is at least `start` characters long
-    while low < high:
-        middle = (low + high) // 2
-        if len(decode(tokenizer, tokens[:middle], special=True)) >= start:
-            high = middle
-        else:
-            low = middle + 1
-    surplus = decode(tokenizer, tokens[:low], special=True)[start:]
-    return low, decode(tokenizer, tokens[:low]).removesuffix(surplus)
+        if not self.suspect:
+            window = num_new + 4 + max(len(one.encode(errors="surrogatepass")) for one in stop)  # a token a byte
+            text = decode(tokenizer, self.tokens[-window:], special=True)
+            self.suspect = any(one in text for one in stop)
+        return self.suspect and has_stopped(tokenizer, self.tokens, stop)

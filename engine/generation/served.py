@@ -25,7 +25,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.params import SamplingParams, one_each
 from macpo.engine.generation.request import FinishReason, Output, Request, Sample, content_ids, request_key, shortened
-from macpo.engine.generation.sequence import decode
+from macpo.engine.generation.response_text import decode
 from macpo.engine.progress import Count, counted
 
 POLL_S = 0.1

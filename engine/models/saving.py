@@ -16,11 +16,11 @@ from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free
+from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free, sha256
 from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.head import Head, whole
-from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers
+from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers, weight_files
 from macpo.engine.models.policy import PolicyModule
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -74,6 +74,36 @@ def publish(
             fsync_dir(tmp)
             os.rename(tmp, out)
             fsync_dir(out.parent)
+
+
+def publish_copy(folder: Path, out: Path, *, card: str) -> None:
+    """Copy a saved adapter with its tokenizer to the new folder `out`, where the base to compare logits on is missing.
+
+    The folder appears only if every file has the SHA-256 of the one it was copied from.
+
+    Args:
+        card: text of README.md.
+
+    Raises:
+        ConfigError (2): no adapter in `folder`, or `out` exists. IntegrityError (5): a copy differs.
+    """
+    tmp = out.with_name(out.name + ".tmp")
+    weight_files(folder, "adapter_model")
+    with explained(out):
+        if out.exists():
+            raise ConfigError(f"{out} exists", "name a new folder")
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            shutil.copyfile(path, tmp / path.name)
+            if sha256(path) != sha256(tmp / path.name):
+                raise IntegrityError("the copy differs from the file", "export again", file=tmp / path.name)
+        atomic_write(tmp / "README.md", card)
+        for path in tmp.iterdir():
+            fsync_file(path)
+        fsync_dir(tmp)
+        os.rename(tmp, out)
+        fsync_dir(out.parent)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.loading import local_folder, read_json_object
+from macpo.engine.models.loading import local_folder, quiet_transformers, read_json_object
 
 
 class _Shape(NamedTuple):
@@ -44,6 +44,23 @@ _SHAPES = {
 NAMES = tuple(_SHAPES)
 
 
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder. Raises ConfigError where transformers does not take it; no code of it is run."""
+    written = read_json_object(folder / "config.json")
+    try:
+        with quiet_transformers():
+            found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # a config's own checks raise types of several libraries
+        why = " ".join(str(error).split())[:200]
+        fix = (
+            "set trust_remote_code if you trust its code"
+            if "auto_map" in written
+            else "use one that transformers knows"
+        )
+        raise ConfigError(f"the config is not one of a model that can be built ({why})", fix, file=folder) from error
+    return found
+
+
 def config_of(model: str) -> PretrainedConfig:
     """The config of a named shape, of a model folder, or of a Hub id that is cached or can be downloaded.
 
@@ -56,9 +73,7 @@ def config_of(model: str) -> PretrainedConfig:
             fix = f"name a folder or one of {', '.join(NAMES)}"
             raise ConfigError(f"there is no shape and no folder {model!r}", fix)
         folder = local_folder(model)
-        read_json_object(folder / "config.json")
-        found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        return found
+        return read_config(folder)
     sizes: dict[str, Any] = shape._asdict()
     for name in ("kind", "page", *(["head_dim"] if shape.head_dim is None else [])):
         del sizes[name]

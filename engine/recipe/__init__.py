@@ -1,5 +1,5 @@
 """Recipes: strict YAML whose errors name file, line, field and remedy."""
 
-from macpo.engine.recipe.reader import dump, kind_of, load, loads
+from macpo.engine.recipe.reader import dump, kind_of, load, loads, written
 
-__all__ = ["dump", "kind_of", "load", "loads"]
+__all__ = ["dump", "kind_of", "load", "loads", "written"]

@@ -26,11 +26,17 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def load(
-    path: Path | str, model: type[ModelT], overrides: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None
+    path: Path | str,
+    model: type[ModelT],
+    overrides: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    base: Path | None = None,
 ) -> ModelT:
     """Load a recipe; the file overrides `defaults`, and `overrides` (`a.b.0.c=value`, the value in YAML) the file.
 
-    Types are strict: `"3"` is no number, `yes` no boolean. Environment variables are not expanded.
+    Types are strict: `"3"` is no number, `yes` no boolean. Environment variables are not expanded. Relative paths are
+    relative to `base`, by default the working folder (engine/paths.py).
     Raises: ConfigError with one Problem for each mistake.
     """
     path = Path(path)
@@ -41,7 +47,7 @@ def load(
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=path, line=line) from None
-    return loads(text, model, overrides, file=str(path), defaults=defaults)
+    return loads(text, model, overrides, file=str(path), defaults=defaults, base=base)
 
 
 def loads(
@@ -51,6 +57,7 @@ def loads(
     *,
     file: str = "recipe",
     defaults: Mapping[str, Any] | None = None,
+    base: Path | None = None,
 ) -> ModelT:
     """`load` for a text; `file` is its name in messages."""
     problems: list[Problem] = []
@@ -64,7 +71,7 @@ def loads(
     for wish in overrides:
         assign(root, wish, problems)
     try:
-        settings = model.model_validate_json(json.dumps(root.plain()), strict=True)
+        settings = model.model_validate_json(json.dumps(root.plain()), strict=True, context={"base": base})
     except ValidationError as error:
         problems += explain(error, root, model, file)
     if problems:
@@ -77,14 +84,22 @@ def kind_of(path: Path | str) -> tuple[str | None, int | None]:
 
     (None, None) if the key is missing, or the file cannot be read, which `load` then reports.
     """
+    return written(path, "recipe")
+
+
+def written(path: Path | str, key: str) -> tuple[str | None, int | None]:
+    """Text and line of a top-level key as a recipe file (or a run's folder) has it, before anything is checked.
+
+    (None, None) if the key is missing, or the file cannot be read, which `load` then reports.
+    """
     path = Path(path)
     file = path / "recipe.yaml" if path.is_dir() else path
     try:
         root = parse(file.read_text(encoding="utf-8-sig"), str(file), [])
     except (ConfigError, OSError, UnicodeDecodeError):
         return None, None
-    kind = root.value.get("recipe") if isinstance(root.value, dict) else None
-    return (None, None) if kind is None or kind.value is None else (str(kind.value), kind.line)
+    found = root.value.get(key) if isinstance(root.value, dict) else None
+    return (None, None) if found is None or found.value is None else (str(found.value), found.line)
 
 
 def dump(model: BaseModel, *, comments: bool = False) -> str:

@@ -22,6 +22,7 @@ from macpo.engine.run.folder import RunFolder, read_timing
 from macpo.engine.run.keys import key_of
 from macpo.engine.run.manifest import MANIFEST, RUNNING, TIMING, Manifest
 from macpo.engine.run.stages import Graph, Stage
+from macpo.engine.run.status import fits
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World
@@ -69,9 +70,9 @@ class Executor:
 
     def _prepare(self, stage: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
         inputs = {name: str(self._verified_input(name, digests[name])) for name in stage.inputs.values()}
-        key = self._key(stage, digests)
+        key = key_of(stage.kind, stage.settings, _inputs(stage, digests))
         folder = self.run.partial(stage.name)
-        if folder and self._is_complete(folder, key):
+        if folder and self._is_complete(folder, stage, digests):
             return {"folder": str(folder), "inputs": inputs, "ready": True, "timing": read_timing(folder)}
         if folder and not _was_running(folder, key):
             self.run.discard(stage.name, partial=True)
@@ -89,9 +90,6 @@ class Executor:
         point("stage-started")
         return {"folder": str(folder), "inputs": inputs, "ready": False, "timing": read_timing(folder)}
 
-    def _key(self, stage: Stage, digests: Mapping[str, str]) -> str:
-        return key_of(stage.kind, stage.settings, {alias: digests[name] for alias, name in stage.inputs.items()})
-
     def _verified_input(self, name: str, digest: str) -> Path:
         folder = self.run.committed(name)
         if folder is None:
@@ -104,14 +102,14 @@ class Executor:
             self.verified.add((name, digest))
         return folder
 
-    def _is_complete(self, folder: Path, key: str) -> bool:
+    def _is_complete(self, folder: Path, stage: Stage, digests: Mapping[str, str]) -> bool:
         """Killed between manifest and rename: everything is there, only the last steps are missing."""
         try:
             manifest = Manifest.read(folder)
             manifest.verify(folder, full=True)
         except (MacpoError, OSError):
             return False
-        return manifest.key == key
+        return fits(stage, manifest, _inputs(stage, digests))
 
     def _call(self, stage: Stage, context: StageContext) -> None:
         world = self.world if self.world is not None and self.world.size > 1 else None
@@ -151,7 +149,7 @@ class Executor:
             manifest = Manifest.read(folder)
         else:
             files.remove_parts(folder)
-            inputs = {alias: digests[name] for alias, name in stage.inputs.items()}
+            inputs = _inputs(stage, digests)
             with files.explained(folder):
                 manifest = Manifest.of(folder, stage.name, stage.kind, stage.settings, inputs)
                 point("stage-hashed")
@@ -165,6 +163,11 @@ class Executor:
         files.fsync_dir(self.run.path)
         point("stage-committed")
         return manifest.digest
+
+
+def _inputs(stage: Stage, digests: Mapping[str, str]) -> dict[str, str]:
+    """What the stage calls each input -> the digest of its content."""
+    return {alias: digests[name] for alias, name in stage.inputs.items()}
 
 
 def _was_running(folder: Path, key: str) -> bool:

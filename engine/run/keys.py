@@ -37,6 +37,19 @@ def key_of(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *,
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+UNKNOWN = "unknown: "
+"""Beginning of a setting that stands for content which is not here to be looked at."""
+
+
+def filled(now: Any, recorded: Any) -> Any:
+    """`now`, in which what is unknown is taken to be as it is recorded at the same place."""
+    if isinstance(now, str) and now.startswith(UNKNOWN):
+        return recorded if isinstance(recorded, str) else now
+    if isinstance(now, dict) and isinstance(recorded, dict):
+        return {key: filled(value, recorded.get(key)) for key, value in now.items()}
+    return now
+
+
 def changes(before: Any, now: Any, path: str = "") -> list[str]:
     """`field: old -> new` for every leaf that differs between two JSON values."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -104,10 +104,6 @@ class Manifest:
         kind = self.kind.rpartition(".")[2]
         return replace(self, kind=kind, key=key_of(kind, self.settings, self.inputs))
 
-    def fits(self, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        """Whether it was made from exactly this."""
-        return self.key == key_of(kind, settings, inputs)
-
     def verify(self, folder: Path, *, full: bool) -> None:
         """Compares the files with the manifest: every hash if `full`, else hashes only where the time stamp differs.
 

@@ -22,7 +22,7 @@ from macpo.engine.run.folder import RunFolder, read_timing
 from macpo.engine.run.lock import RunLock, holder
 from macpo.engine.run.manifest import Manifest
 from macpo.engine.run.stages import Graph, Stage
-from macpo.engine.run.status import StageStatus, code_changes, refuse_stale, survey
+from macpo.engine.run.status import StageStatus, code_changes, fits, refuse_stale, survey
 from macpo.engine.run.workers import WorkerPool, Workers
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Runner:
             return True
         manifest = Manifest.read(folder)
         inputs = {alias: self.digests[name] for alias, name in stage.inputs.items()}
-        if manifest.fits(stage.kind, stage.settings, inputs):
+        if fits(stage, manifest, inputs):
             self.digests[stage.name] = manifest.digest
             return False
         if stage.name not in self.redoable:

@@ -64,6 +64,13 @@ class StageWork(BaseModel, ABC):
         }
         return self.model_dump(mode="json", include=kept)
 
+    def portable(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of this kind of stage, its own or those of a manifest, in which content stands for its path.
+
+        Keys are made of it, so they depend neither on how a path is written nor on where the files lie.
+        """
+        return settings
+
     @abstractmethod
     def run(self, ctx: StageContext) -> None:
         """Write the outputs into `ctx.dir`. Every rank calls it."""
@@ -82,7 +89,7 @@ class Stage:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        return self.work.settings()
+        return self.work.portable(self.work.settings())
 
     @functools.cached_property
     def inputs(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from macpo.engine.errors import ConfigError, IntegrityError, Problem
 from macpo.engine.run.folder import RunFolder
-from macpo.engine.run.keys import changes, key_of
+from macpo.engine.run.keys import changes, filled, key_of
 from macpo.engine.run.manifest import Manifest, code_version
 from macpo.engine.run.stages import Graph, Stage
 
@@ -65,9 +65,22 @@ def _stand(run: RunFolder, stage: Stage, found: dict[str, StageState]) -> StageS
     return StageState("done", folder, manifest)
 
 
+def fits(stage: Stage, manifest: Manifest, inputs: Mapping[str, str]) -> bool:
+    """Whether the manifest's stage was made from exactly what this one would be; `inputs`: alias -> digest."""
+    before, now = _compared(stage, manifest)
+    return key_of(manifest.kind, before, manifest.inputs) == key_of(stage.kind, now, inputs)
+
+
+def _compared(stage: Stage, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest's settings and the stage's, both without paths, and what is unknown in one as in the other."""
+    before = filled(stage.work.portable(dict(manifest.settings)), stage.settings)
+    return before, filled(stage.settings, before)
+
+
 def differences(stage: Stage, manifest: Manifest, found: dict[str, StageState]) -> list[str]:
     """What a finished stage was made from that is no longer so; inputs count where they are done themselves."""
-    reasons = changes(dict(manifest.settings), dict(stage.settings))
+    before, settings = _compared(stage, manifest)
+    reasons = changes(before, settings)
     if manifest.kind != stage.kind:
         reasons.append(f"kind: {manifest.kind} -> {stage.kind}")
     digests = dict(manifest.inputs)
@@ -77,7 +90,7 @@ def differences(stage: Stage, manifest: Manifest, found: dict[str, StageState]) 
         if digests.pop(alias, None) != digest or not digest:
             reasons.append(f"input {alias}: {name} has other content")
     reasons += [f"input {alias}: removed" for alias in digests]
-    if not reasons and key_of(manifest.kind, stage.settings, manifest.inputs) != manifest.key:
+    if not reasons and not fits(stage, manifest, manifest.inputs):
         reasons.append("settings")  # equal when shown, different in JSON (1 and 1.0)
     return reasons
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from macpo.commands.preflight import preflight
 from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
@@ -13,7 +14,7 @@ from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.method.prompt_sets import read_sources
-from macpo.recipe_kinds import AnyRecipe
+from macpo.recipe_kinds import AnyRecipe, plan_of
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
@@ -32,7 +33,8 @@ class _Found:
 
 
 def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
-    """Lines of text; raises MacpoError (2 or 3) for what `run` would stumble over."""
+    """Lines of text; raises MacpoError (2 to 5) for what `run` would stumble over."""
+    preflight(recipe, plan_of(recipe, must_exist=False))
     found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
     yield "data: " + ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
     for name, count in found.counts.items():

@@ -7,6 +7,7 @@ import statistics
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -15,9 +16,10 @@ from macpo.commands.plan_model import gpu_of
 from macpo.config import AgentSettings, Recipe
 from macpo.data.preferences import load_preferences
 from macpo.data.rows import Source
-from macpo.engine.config import FullSettings, LoraSettings
+from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
+from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, MacpoError
-from macpo.engine.models.compute import device_of, dtype_of, memory_budget
+from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.planning.calibrate import calibrate, this_machine
@@ -27,6 +29,9 @@ from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost
 from macpo.method.run_plan import Plan
+from macpo.recipe_kinds import AnyRecipe
+from macpo.standalone.config import Standalone
+from macpo.standalone.records import Sets
 
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""
@@ -39,6 +44,19 @@ class Hardware:
     machine: Machine
     room: float
     ranks: int = 1
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cpu" if self.machine.waits else "cuda"
+
+    def dtype(self, compute: ComputeSettings) -> torch.dtype:
+        """The dtype of frozen weights and activations on this hardware."""
+        auto = torch.float32 if self.device == "cpu" else torch.bfloat16
+        return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[compute.dtype]
+
+    def budget(self, compute: ComputeSettings) -> int:
+        """Bytes that the base models loaded in one process may take."""
+        return int(compute.memory_gb * 1e9 if compute.memory_gb is not None else RESIDENT_SHARE * self.room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +74,19 @@ class Estimate:
     """Memory, step time and checkpoint of a stage that trains."""
 
 
-def hardware_of(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, measure: bool = False) -> Hardware:
+def hardware_of(recipe: AnyRecipe, gpu: str | None = None, gpus: int | None = None, measure: bool = False) -> Hardware:
     """The GPUs that are named, or this machine; with `measure` scaled by one step on it.
 
     Raises:
         ConfigError: an unknown GPU, or one to be measured that is not here.
     """
     compute, ranks = recipe.compute, gpus or 1
-    device = device_of(compute).type
     if gpu is not None:
         if measure:
             raise ConfigError("--calibrate measures this machine", "leave out --gpu or --calibrate")
         planned = gpu_of(gpu)
         return Hardware(Machine.of_gpu(planned), float(planned.memory_bytes), ranks)
+    device = device_of(compute).type
     threads = compute.threads or torch.get_num_threads()
     if device == "cuda":
         room = float(torch.cuda.get_device_properties(0).total_memory)
@@ -82,28 +100,38 @@ def hardware_of(recipe: Recipe, gpu: str | None = None, gpus: int | None = None,
     return Hardware(machine, room, ranks)
 
 
-def shape_of(agent: AgentSettings, recipe: Recipe) -> Shape:
-    """Parameters and bytes from the `init` block, or from the model folder's config."""
-    size = dtype_of(recipe.compute).itemsize
+def shape_of(agent: AgentSettings, dtype: torch.dtype) -> Shape:
+    """Parameters and bytes from the `init` block, or from the model folder's config; `dtype`: of loaded weights."""
     if agent.init is not None:
         config: PretrainedConfig = llama_shape(agent.init)
         name = f"init {agent.init.hidden_size}x{agent.init.num_layers}"
     else:
         name = str(agent.model or agent.positive)
         config = config_of(name)
-    shape = ModelShape.of(config)
+    try:
+        shape = ModelShape.of(config)
+    except (AttributeError, KeyError, TypeError) as error:  # a config without what every transformer has
+        problem = f"the sizes of a {config.model_type} cannot be told ({error})"
+        raise ConfigError(problem, "use a causal LM with attention in every layer", file=name) from error
     policy = shape.num_parameters * 4
     if isinstance(agent.tuning, LoraSettings):
         policy = 4 * shape.adapter_parameters(agent.tuning.rank, agent.tuning.target_modules)
-    return Shape(name, shape.num_parameters, shape.num_parameters * size, policy, config)
+    return Shape(name, shape.num_parameters, shape.num_parameters * dtype.itemsize, policy, config)
 
 
-def size_of(recipe: Recipe) -> RunSize:
+def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | None = None) -> RunSize:
     """The sizes that the costs of the recipe's stages depend on.
+
+    Args:
+        dtype: of loaded weights.
+        sets: the data of a standalone recipe; without it only what its settings say of their number is known.
 
     Raises:
         MacpoError: a model whose shape, or data whose rows, cannot be read here.
     """
+    shapes = {agent.name: shape_of(agent, dtype) for agent in recipe.agents if agent.has_weights}
+    if not isinstance(recipe, Recipe):
+        return _standalone_size(recipe, sets, shapes)
     data, world = recipe.data, recipe.data.world
     teacher, student, test, documents = data.teacher_prompts, data.student_prompts, data.test_prompts, 2000
     if world is not None:
@@ -120,7 +148,30 @@ def size_of(recipe: Recipe) -> RunSize:
         response_tokens=response,
         max_new_tokens=recipe.sampling.max_new_tokens,
         generation_batch=recipe.compute.generation_batch,
-        shapes={agent.name: shape_of(agent, recipe) for agent in recipe.agents if agent.has_weights},
+        shapes=shapes,
+    )
+
+
+def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Shape]) -> RunSize:
+    data, world = recipe.data, recipe.data.world
+    prompt, response = 18.0, 24.0
+    if sets is not None:
+        rows = [*sets.train[:200], *sets.test[:200]]
+        answers = [[row.answer] if isinstance(row, Example) else [row.chosen, row.rejected] for row in rows]
+        prompt = statistics.fmean(sum(len(m["content"]) for m in row.prompt.messages) for row in rows) / CHARS_PER_TOKEN
+        response = statistics.fmean(len(text) for texts in answers for text in texts) / CHARS_PER_TOKEN
+    prompt = min(prompt, recipe.max_prompt_tokens)
+    return RunSize(
+        teacher_prompts=0,
+        student_prompts=len(sets.train) if sets is not None else data.train_prompts or 0,
+        test_prompts=len(sets.test) if sets is not None else data.test_prompts,
+        num_teachers=0,
+        documents=world.student_documents if world is not None else len(sets.documents) if sets is not None else 0,
+        prompt_tokens=prompt,
+        response_tokens=min(response, recipe.context_tokens - prompt),
+        max_new_tokens=0,
+        generation_batch=1,
+        shapes=shapes,
     )
 
 
@@ -138,24 +189,27 @@ def _sample_lengths(recipe: Recipe) -> tuple[float, float]:
     return min(prompt, limit), min(response, recipe.sampling.max_new_tokens)
 
 
-def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> list[Estimate]:
+def estimate(
+    recipe: AnyRecipe, plan: Plan, hardware: Hardware | None = None, sets: Sets | None = None
+) -> list[Estimate]:
     """The stages in order with their estimated costs, and which base has to be loaded under the memory budget.
 
     Args:
         hardware: that stages are planned for; None is this machine, without memory and step time of the training.
+        sets: the data of a standalone recipe.
 
     Raises:
         ConfigError: settings that a stage's model cannot be trained with.
     """
-    machine = (hardware or hardware_of(recipe)).machine
-    run, device = size_of(recipe), device_of(recipe.compute).type
-    budget = memory_budget(recipe.compute)
+    here = hardware or hardware_of(recipe)
+    machine, dtype, budget = here.machine, here.dtype(recipe.compute), here.budget(recipe.compute)
+    run = size_of(recipe, dtype, sets)
     resident: OrderedDict[str, int] = OrderedDict()
     rows = []
     for name, work in _works(plan):
         cost, agent, training = work.cost(run), work.loads(run), None
-        seconds = machine.scale * machine.product(cost.flop, dtype_of(recipe.compute))
-        seconds += cost.weight_bytes / BYTES_PER_S[device]
+        seconds = machine.scale * machine.product(cost.flop, dtype)
+        seconds += cost.weight_bytes / BYTES_PER_S[here.device]
         if hardware is not None and (learning := work.training(run)) is not None:
             training = _step(learning, recipe, hardware)
             seconds = learning.tokens / learning.step.tokens * training.time.total
@@ -172,7 +226,7 @@ def estimate(recipe: Recipe, plan: Plan, hardware: Hardware | None = None) -> li
     return rows
 
 
-def disk_needed(recipe: Recipe, plan: Plan) -> int | None:
+def disk_needed(recipe: AnyRecipe, plan: Plan) -> int | None:
     """Estimated bytes of the run; None where the models' shapes or the data cannot be read here."""
     try:
         run = size_of(recipe)
@@ -187,9 +241,8 @@ def _works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:
         yield stage.name, stage.work
 
 
-def _step(learning: TrainingCost, recipe: Recipe, hardware: Hardware) -> Option:
+def _step(learning: TrainingCost, recipe: AnyRecipe, hardware: Hardware) -> Option:
     """Memory and time of one training step."""
-    on_cpu = hardware.machine.waits
-    dtype = dtype_of(recipe.compute) if on_cpu else torch.bfloat16
-    setup = Setup(learning.tuning, recipe.compute.parallel, dtype, "cpu" if on_cpu else "cuda", hardware.ranks)
+    dtype = hardware.dtype(recipe.compute) if hardware.device == "cpu" else torch.bfloat16
+    setup = Setup(learning.tuning, recipe.compute.parallel, dtype, hardware.device, hardware.ranks)
     return option(learning.config, setup, hardware.machine, hardware.room, learning.step)

@@ -12,7 +12,7 @@ from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
-from macpo.engine.models.saving import logits_of, publish
+from macpo.engine.models.saving import logits_of, publish, publish_copy
 from macpo.engine.run.folder import folder_of
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
@@ -22,10 +22,11 @@ def export(
     run_dir: Path, recipe: AnyRecipe, out: Path, *, agent: str, iteration: int, policy: str, merge: bool, arm: str = ""
 ) -> Path:
     """Write the policy of an agent (empty: the student) to `out`, which is there only once it was loaded again and gave
-    the same logits.
+    the same logits. Neither data nor models of other agents are read. An adapter whose base model is not here is copied
+    as the run saved it, and compared with that file by file.
 
     Raises:
-        ConfigError (2): no such agent, iteration or policy, or `out` exists.
+        ConfigError (2): no such agent, iteration or policy, `out` exists, or the base to merge into is not here.
         IntegrityError (5): what was read back differs.
     """
     if out.exists():
@@ -34,15 +35,22 @@ def export(
     settings = agent_settings(recipe, agent)
     if settings.served is not None:
         raise ConfigError(f"{agent} is served: its weights are not here", "export another agent", field="--agent")
-    chosen = choose(run_dir, plan_of(recipe), settings, agent, iteration, policy, arm)
+    chosen = choose(run_dir, plan_of(recipe, must_exist=False), settings, agent, iteration, policy, arm)
     ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not merge
     base_name = settings.model or f"base-{settings.name}"
     if settings.init is not None and is_adapter:
         base_name = os.path.relpath(ref.base, out.parent / "x")
+    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
+    if Path(ref.base).is_absolute() and not Path(ref.base).is_dir():
+        if ref.adapter is None or not is_adapter:
+            fix = "put the model back" + (", or export the adapter without --merge" if merge and ref.adapter else "")
+            raise ConfigError(f"the model {ref.base} is not here", fix, field="--merge" if merge else "--agent")
+        print(f"the base model {ref.base} is not here: the adapter is copied, its logits are not compared")
+        publish_copy(Path(ref.adapter), out, card=card)
+        return out
     pool = model_cache(recipe.compute, recipe.trust_remote_code)
     tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
     original = pool.policy(ref)
-    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
     publish(
         pool.policy(ref, FullSettings()) if merge else original,
         out,

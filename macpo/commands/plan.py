@@ -7,32 +7,21 @@ from pathlib import Path
 from macpo.commands.estimates import Hardware, estimate, hardware_of
 from macpo.config import Recipe
 from macpo.engine.files import free_bytes
-from macpo.engine.models.compute import memory_budget
-from macpo.recipe_kinds import plan_of
-from macpo.standalone.config import NAME, Standalone
-from macpo.standalone.records import read_sets
+from macpo.recipe_kinds import AnyRecipe, plan_of
+from macpo.standalone.config import Standalone
+from macpo.standalone.records import Sets, read_sets
 
 
-def show_standalone(recipe: Standalone) -> str:
-    """The stages as text, with exact numbers of rows and steps; no model is loaded."""
-    sets = read_sets(recipe.data, recipe.seed)
-    steps, training = -(-len(sets.train) // recipe.training.batch), recipe.training
-    notes = {
-        "data": f"{len(sets.train):,} to train on, {len(sets.test):,} held out",
-        "reference": f"{len(sets.train) + len(sets.test):,} pairs, unless the cache has them",
-        f"train-{NAME}": f"{steps * training.epochs:,} steps of {training.batch} in {training.epochs} epochs, before "
-        f"prompts are dropped that are too long",
-    }
-    names = [stage.name for stage in plan_of(recipe).graph.stages]
-    lines = [f"{name:20} {notes.get(name, '')}".rstrip() for name in names]
-    return "\n".join([f"{len(names)} stages into {recipe.output}", "", *lines])
+def show(recipe: AnyRecipe, hardware: Hardware | None = None) -> str:
+    """The plan as text; of a standalone recipe with exact numbers of rows and steps. No model is loaded.
 
-
-def show(recipe: Recipe, hardware: Hardware | None = None) -> str:
-    """The plan as text; raises ResourceError through the callers' checks when the disk cannot hold it."""
+    Raises:
+        MacpoError: data or models that cannot be read.
+    """
     plan = plan_of(recipe)
     hardware = hardware or hardware_of(recipe)
-    rows = estimate(recipe, plan, hardware)
+    sets = None if isinstance(recipe, Recipe) else read_sets(recipe.data, recipe.seed)
+    rows = estimate(recipe, plan, hardware, sets)
     width = max(len(row.stage) for row in rows)
     lines = [
         f"{len(rows)} stages into {recipe.output}",
@@ -53,12 +42,13 @@ def show(recipe: Recipe, hardware: Hardware | None = None) -> str:
         )
     disk, seconds = sum(r.disk_bytes for r in rows), sum(r.seconds for r in rows)
     loads, peak = sum(r.load for r in rows), max(r.resident_bytes for r in rows)
-    free = free_bytes_of(recipe)
+    free = free_bytes(Path(recipe.output))
     lines += [
         "",
+        *([] if isinstance(recipe, Recipe) or sets is None else [_exact(recipe, sets)]),
         f"disk: about {_size(disk)}" + (f" of {_size(free)} free" if free is not None else ""),
-        f"memory: base models kept loaded up to {_size(memory_budget(recipe.compute))}; at most {_size(peak)} at once, "
-        f"{loads} loads",
+        f"memory: base models kept loaded up to {_size(hardware.budget(recipe.compute))}; at most {_size(peak)} at "
+        f"once, {loads} loads",
         f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
         + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else ""),
         f"time: about {_time(seconds)} in one process on {hardware.machine.name}"
@@ -71,8 +61,15 @@ def _ranks(hardware: Hardware) -> str:
     return f"{hardware.ranks} ranks" if hardware.ranks > 1 else "one rank"
 
 
-def free_bytes_of(recipe: Recipe) -> int | None:
-    return free_bytes(Path(recipe.output))
+def _exact(recipe: Standalone, sets: Sets) -> str:
+    """What is known of a standalone recipe's data without an estimate."""
+    training = recipe.training
+    steps = -(-len(sets.train) // training.batch) * training.epochs
+    epochs = f"{training.epochs} {'epoch' if training.epochs == 1 else 'epochs'}"
+    return (
+        f"data: {len(sets.train):,} to train on, {len(sets.test):,} held out; {steps:,} steps of {training.batch} in "
+        f"{epochs}, before prompts that are too long are dropped"
+    )
 
 
 def _size(count: float) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from macpo import __version__
-from macpo.commands.estimates import disk_needed
+from macpo.commands.preflight import preflight
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
+from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
-from macpo.engine.files import atomic_write, require_free, write_json
+from macpo.engine.files import atomic_write, write_json
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
@@ -81,11 +82,12 @@ def run(
     world = world or World.current()
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    plan = plan_of(recipe)
     run_dir = Path(recipe.output)
-    needed = disk_needed(recipe, plan) if isinstance(recipe, Recipe) else None
-    if needed is not None and world.is_main:
-        require_free(run_dir, needed, "the run (estimated)")
+    plan = plan_of(recipe, must_exist=False)
+    finished = from_stage is None and on_main(world, lambda: is_finished(recipe, plan))
+    if not finished:  # a finished run needs neither its data nor its models
+        on_main(world, lambda: preflight(recipe, plan, ranks=world.size))
+        plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
     runner.began = lambda: atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
     runner.run()
@@ -94,6 +96,11 @@ def run(
         write_report(run_dir)
     world.barrier()
     return run_dir
+
+
+def is_finished(recipe: AnyRecipe, plan: Plan) -> bool:
+    """Whether every stage of the plan is done in the recipe's run folder."""
+    return all(row.state == "done" for row in runner_of(recipe, plan).status())
 
 
 def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:

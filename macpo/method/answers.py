@@ -14,6 +14,7 @@ from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
+from macpo.engine.generation.response_text import INCOMPLETE
 from macpo.engine.generation.served import OPTIONS
 from macpo.engine.run.context import StageContext
 from macpo.method.costs import Cost, RunSize
@@ -86,7 +87,7 @@ class GeneratingStage(PolicyStage):
                 *_carried(row),
             )
             for row in rows
-            if (text := row["text"].strip())
+            if (text := learnable_text(row))
         ]
         counts = {"dropped_long_prompt": len(distinct) - len(requests), "empty": len(rows) - len(responses)}
         counts["resampled"] = sum(row["attempt"] > 0 for row in rows)
@@ -119,6 +120,14 @@ class GeneratingStage(PolicyStage):
                 field=policy.ctx.name,
             )
         return ids
+
+
+def learnable_text(row: dict[str, Any]) -> str:
+    """An answer's text without outer white space, and without a last character that the token budget cut in two."""
+    text: str = row["text"]
+    if row["finish_reason"] == "length":
+        text = text.rstrip(INCOMPLETE)  # it would be learned as the replacement character itself
+    return text.strip()
 
 
 def _carried(row: dict[str, Any]) -> tuple[float | None, str | None]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from macpo.engine.config import Tuning
 from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.stages import StageWork
+from macpo.method.identities import portable
 
 CHARS_PER_TOKEN = 4.0
 PRETRAIN_DOCUMENT_TOKENS = 42
@@ -80,6 +82,9 @@ class TrainingCost:
 
 class MethodStage(StageWork):
     """A kind of stage that can say what it costs."""
+
+    def portable(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return portable(settings)
 
     def cost(self, run: RunSize) -> Cost:
         return Cost()

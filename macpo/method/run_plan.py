@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from macpo.config import AgentSettings, SourceSettings
-from macpo.data.rows import fingerprint
 from macpo.engine.config import ComputeSettings
-from macpo.engine.models.loading import fingerprint_model
 from macpo.engine.run.stages import Graph, Stage, StageWork
 from macpo.evaluation.summary import Role
 from macpo.method.base_models import DataInputs, PretrainBase
+from macpo.method.identities import Identities
 from macpo.method.policies import PolicySource, StageAgent
 
 StageName = str
@@ -38,6 +37,7 @@ class Plan:
     graph: Graph = field(default_factory=Graph)
     points: list[Point] = field(default_factory=list)
     negatives: dict[tuple[str, str], StageName | None] = field(default_factory=dict)
+    identities: Identities = field(default_factory=Identities)
 
 
 def derived_seed(seed: int, agent: str, purpose: str) -> int:
@@ -73,7 +73,6 @@ class Builder:
         self.plan, self.arm = plan, arm
         self._shared = recipe
         self.compute = recipe.compute
-        self._fingerprints: dict[str, str] = {}
 
     def base(self, agent: AgentSettings) -> StageName | None:
         """The stage that trains the agent's base model; None where the recipe names a folder."""
@@ -82,7 +81,7 @@ class Builder:
             return None
         work = PretrainBase(
             init=init,
-            corpus=fingerprint(init.corpus) if init.corpus != "data" else None,
+            corpus=self.plan.identities.of_data(init.corpus) if init.corpus != "data" else None,
             role=self.role(agent),
             template=self.template(agent),
             special_text=self._shared.data.special_text,
@@ -97,7 +96,8 @@ class Builder:
         return "student"
 
     def template(self, agent: AgentSettings) -> str:
-        return agent.template or self._shared.template
+        """The agent's template: a name, or the text of a file, so that keys change with it."""
+        return self.plan.identities.template(agent.template or self._shared.template)
 
     def seed(self, agent: AgentSettings, purpose: str) -> int:
         """A seed of its own for every agent and purpose, the same in every arm."""
@@ -122,10 +122,7 @@ class Builder:
 
     def fingerprints(self, *paths: str | None) -> dict[str, str]:
         """Identity of each model folder or Hub id that is named."""
-        for path in filter(None, paths):
-            if path not in self._fingerprints:  # reading a large model once is enough
-                self._fingerprints[path] = fingerprint_model(path)
-        return {path: self._fingerprints[path] for path in filter(None, paths)}
+        return {path: self.plan.identities.of_model(path) for path in filter(None, paths)}
 
     def add(self, name: str, work: StageWork) -> StageName:
         return self.plan.graph.add(Stage(f"{self.arm}.{name}" if self.arm else name, work))

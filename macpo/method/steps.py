@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from macpo.config import AgentSettings, Recipe, TrainingSettings
-from macpo.data.rows import fingerprint
 from macpo.evaluation.summary import Role
 from macpo.method.answers import Answer, ServedModel
 from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy
@@ -40,7 +39,7 @@ class Steps(Builder):
         return kind(
             data=recipe.data,
             teachers={teacher.name: teacher.data for teacher in recipe.teachers},
-            files={path: fingerprint(path) for path in sorted(filter(None, files))},
+            files={path: self.plan.identities.of_data(path) for path in sorted(filter(None, files))},
             seed=recipe.seed,
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.evaluation.summary import LABELS, headline_metric
@@ -35,17 +36,24 @@ NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def write_report(run_dir: Path, *, planned: Sequence[str] = ()) -> Path:
-    """Write `report.html` into a run's folder from the files there, and return its path.
+def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None = None) -> Path:
+    """Write `report.html` into a run's folder, or the file `out`, from the files there, and return its path.
 
     `planned`: names of all stages of the run, where the caller knows them; those that are not committed are listed.
     A run without `summary.json` is reported as unfinished. The same folder gives the same bytes.
 
-    Raises DataError for a folder that does not exist or a file in it that cannot be read.
+    Raises DataError for a folder that does not exist or a file in it that cannot be read, ConfigError for one that
+    cannot be written.
     """
     run = RunReader(run_dir)
     page = _environment().get_template("report.html.j2").render(_context(run, planned))
-    return _write(run.path / "report.html", page)
+    try:
+        return _write(out or run.path / "report.html", page)
+    except ConfigError as error:
+        (problem,) = error.problems
+        raise ConfigError(
+            f"the report cannot be written: {problem.message}", "name another file with --out", file=problem.file
+        ) from error
 
 
 def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], found: Sequence[Claim]) -> Path:

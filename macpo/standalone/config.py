@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from macpo.config import AgentSettings, SourceSettings, check_reference
+from macpo.config import AgentSettings, SourceSettings, Template, check_reference
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
@@ -18,6 +18,7 @@ from macpo.engine.config import (
     Tuning,
     sft_weight_default,
 )
+from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath
 
 NAME = "policy"
 """How the one agent of these recipes is called in folders and reports."""
@@ -32,7 +33,7 @@ class HeldOutSettings(SourceSettings):
     """Distinct prompts to evaluate on; never trained on."""
     test_split: str | None = None
     """Published split to evaluate on, instead of a part of `split`; its prompts are left out of training."""
-    test_path: str | None = None
+    test_path: HubPath | None = None
     """File, folder or Hub id to evaluate on, in the same layout; its prompts are left out of training."""
 
     @model_validator(mode="after")
@@ -63,18 +64,18 @@ class StandaloneRecipe(Settings):
     """Kind of recipe."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides the held-out prompts, the order of training and initial adapter weights."""
-    output: str = "runs/training"
+    output: LocalPath = Field("runs/training", validate_default=True)
     """The run's folder."""
     data: PairData | ExampleData
-    model: str | None = None
+    model: OptionalHubPath | None = None
     """The model to train: a folder or a Hub id with safetensors weights."""
     init: InitSettings | None = None
     """Instead of `model`: build a small Llama and pretrain it here, on the prompts that the data leaves over."""
-    adapter: str | None = None
+    adapter: OptionalHubPath | None = None
     """A peft adapter of `model` that training goes on from."""
     tuning: Tuning = LoraSettings()
     """Low-rank adapters or all weights."""
-    template: str = "auto"
+    template: Template = "auto"
     """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
     eos_token: str | None = None
     """End-of-answer token for tokenizers that name none."""
@@ -127,7 +128,7 @@ class SftRecipe(StandaloneRecipe):
     """Supervised fine-tuning of one policy."""
 
     recipe: Literal["sft"] = "sft"
-    output: str = "runs/sft"
+    output: LocalPath = Field("runs/sft", validate_default=True)
     """The run's folder."""
     data: ExampleData
     training: OptimSettings = OptimSettings(learning_rate=5e-5)
@@ -145,7 +146,7 @@ class PreferenceRecipe(StandaloneRecipe):
     """Preference training of one policy."""
 
     recipe: Literal["preference"] = "preference"
-    output: str = "runs/preference"
+    output: LocalPath = Field("runs/preference", validate_default=True)
     """The run's folder."""
     data: PairData
     training: PolicyPreferenceSettings = PolicyPreferenceSettings()

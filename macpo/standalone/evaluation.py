@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_serializer
@@ -19,6 +19,7 @@ from macpo.engine.training.reference import weighted
 from macpo.evaluation.metrics import preference_metrics
 from macpo.evaluation.summary import Role
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
+from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import encode, encode_pairs
 from macpo.method.likelihoods import likelihoods, shared_parts
 from macpo.method.policies import PolicyDataInputs, PolicyInputs, PolicyStage
@@ -53,6 +54,17 @@ class ScoreReference(PolicyStage):
                 atomic_write(ctx.dir / f"{name}.safetensors", save({"parts": parts.reshape(-1, 2, 2)}))
         ctx.note(tokens=tokens)
 
+    def cost(self, run: RunSize) -> Cost:
+        return self.forward(run, (run.student_prompts + run.test_prompts) * _group_tokens(run, responses=2))
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return 32 * (run.student_prompts + run.test_prompts)
+
+
+def _group_tokens(run: RunSize, responses: int) -> float:
+    """Mean tokens of a prompt with its responses."""
+    return run.prompt_tokens + responses * run.response_tokens
+
 
 class EvaluateInputs(PolicyDataInputs):
     reference: str | None = None
@@ -61,9 +73,17 @@ class EvaluateInputs(PolicyDataInputs):
 class Evaluate(PolicyStage):
     """A kind of stage that writes `evaluation.json`."""
 
+    responses: ClassVar[int] = 1
+    """Per prompt."""
     role: Role
     iteration: int
     inputs: EvaluateInputs
+
+    def cost(self, run: RunSize) -> Cost:
+        return self.forward(run, run.test_prompts * _group_tokens(run, self.responses))
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return 1000
 
     def write(self, ctx: StageContext, groups: list[PrefixGroup], num_dropped: int, metrics: dict[str, float]) -> None:
         if ctx.world.is_main:
@@ -76,6 +96,7 @@ class EvaluatePairs(Evaluate):
     """Loss, preference accuracy and margin on the held-out pairs."""
 
     name = "evaluate_pairs"
+    responses = 2
     loss: PreferenceSettings
 
     @field_serializer("loss")

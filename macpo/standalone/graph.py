@@ -6,7 +6,7 @@ data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
 from __future__ import annotations
 
 from macpo.config import AgentSettings
-from macpo.data.rows import fingerprint
+from macpo.method.identities import Identities
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.run_plan import Builder, Plan, Point, StageName
 from macpo.standalone.config import NAME, PreferenceRecipe, SftRecipe, Standalone
@@ -21,13 +21,13 @@ from macpo.standalone.evaluation import (
 from macpo.standalone.records import SplitRecords
 
 
-def build_plan(recipe: Standalone) -> Plan:
-    """The stages of a standalone recipe."""
-    plan = Plan()
+def build_plan(recipe: Standalone, identities: Identities | None = None) -> Plan:
+    """The stages of a standalone recipe; `identities`: of the files that it names, looked at here by default."""
+    plan = Plan(identities=identities or Identities())
     steps = Builder(recipe, plan)
     (agent,) = recipe.agents
     paths = {recipe.data.path, recipe.data.test_path}
-    files = {path: fingerprint(path) for path in sorted(filter(None, paths))}
+    files = {path: plan.identities.of_data(path) for path in sorted(filter(None, paths))}
     steps.data = steps.add("data", SplitRecords(data=recipe.data, kind=recipe.recipe, files=files, seed=recipe.seed))
     if isinstance(recipe, PreferenceRecipe):
         _preference(recipe, steps, agent)

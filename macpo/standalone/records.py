@@ -15,7 +15,7 @@ from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext
-from macpo.method.costs import MethodStage
+from macpo.method.costs import MethodStage, RunSize
 from macpo.standalone.config import ExampleData, PairData
 
 Records = list[Pair] | list[Example]
@@ -96,6 +96,9 @@ class SplitRecords(MethodStage):
     def _key_of_data(self, data: PairData | ExampleData) -> dict[str, Any]:
         """How prompts become tokens does not change which prompts there are."""
         return data.model_dump(mode="json", exclude={"long_prompt", "special_text"})
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.row_bytes * (run.student_prompts + run.test_prompts + run.documents)
 
     def run(self, ctx: StageContext) -> None:
         sets = read_sets(self.data, self.seed)

@@ -73,6 +73,18 @@ def character_tokenizer(size: int = 50) -> PreTrainedTokenizerFast:
     )
 
 
+SPARSE_IDS = [1, 2, 3, 5, 8, 13, 14, 21, 34, 59]
+"""Ids of `sparse_tokenizer` in a model of VOCAB columns: holes at the start, between and at the end; 59 ends a text."""
+
+
+def sparse_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with the ids SPARSE_IDS, as where tokens were removed and others added far above."""
+    words = {f"w{i} ": i for i in SPARSE_IDS[:-1]} | {"</s>": SPARSE_IDS[-1]}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w1 "))
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
 NAMES = ["default", "wide", "odd"]
 
 

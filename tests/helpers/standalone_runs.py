@@ -32,10 +32,10 @@ def recipe_of(kind: str, base: Path | None, output: Path, **changes: Any) -> Sta
     return made
 
 
-def make_base(folder: Path) -> Path:
-    """A tiny model folder with a tokenizer of the world's words; its weights are random."""
+def make_base(folder: Path, **changes: Any) -> Path:
+    """A tiny model folder with a tokenizer of the world's words; its weights are random. `changes`: to its `init`."""
     documents = demo_world.build(demo_world.WorldSettings(**WORLD), 0, num_teachers=1).documents["student"]
-    init = InitSettings.model_validate(INIT)
+    init = InitSettings.model_validate(INIT | changes)
     tokenizer = train_tokenizer(documents, init)
     save_base(build_model(init, tokenizer, seed=0), tokenizer, folder)
     return folder

@@ -205,10 +205,10 @@ def _ranked(run_dir: Path, configs: Sequence[Mapping[str, Any]]) -> int:
     from macpo.engine.distributed.world import finish, init_from_env
 
     world = init_from_env(20)
-    codes = [run_cli(Runner(run_dir, build_ranked(config), world=world).run) for config in configs]
-    if not any(codes):
-        finish()
-    return max(codes)
+    try:
+        return max(run_cli(Runner(run_dir, build_ranked(config), world=world).run) for config in configs)
+    finally:
+        finish()  # as engine/train.py does; gloo's threads sometimes abort a process that ends with a live group
 
 
 if __name__ == "__main__":

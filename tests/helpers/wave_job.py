@@ -1,9 +1,7 @@
-"""One process of a wave job, for the tests that kill it or run two: wave_job.py FOLDER OUT (torchrun's environment)."""
+"""A wave job, for the tests that stop it, kill it or share it among ranks."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from architectures import model_of
 from generation_checks import character_tokenizer, some_prompts
 
-from macpo.engine.distributed.world import finish, init_from_env
 from macpo.engine.generation import Generator, SamplingParams, generate_waves
 
 PARAMS = SamplingParams(temperature=1.3, max_new_tokens=9, seed=7, stop_token_ids=tuple(range(3, 20)))
@@ -28,15 +25,3 @@ def run(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     return generate_waves(
         generator, options.pop("requests", requests), options.pop("params", PARAMS), folder=folder, **options
     )
-
-
-def main() -> None:
-    folder, out = map(Path, sys.argv[1:])
-    world = init_from_env()
-    rows = run(folder, world=world)
-    (out / f"rows{world.rank}.json").write_text(json.dumps(rows))
-    finish()
-
-
-if __name__ == "__main__":
-    main()

@@ -43,7 +43,7 @@ def test_the_budget_decides_how_many_bases_stay_loaded(tmp_path: Path) -> None:
     """K + 1 bases fit, or only one at a time does."""
     recipe = tiny(tmp_path)
     names = [agent.name for agent in (*recipe.teachers, recipe.student)]
-    sizes = [shape_of(agent, recipe).bytes_loaded for agent in (*recipe.teachers, recipe.student)]
+    sizes = [shape_of(agent, torch.float32).bytes_loaded for agent in (*recipe.teachers, recipe.student)]
     roomy, tight = rows(with_memory(recipe, 1.0)), rows(with_memory(recipe, max(sizes) / 1e9))
     assert sum(row.load for row in roomy) == len(names) and roomy[-1].resident_bytes == sum(sizes)
     assert sum(row.load for row in tight) > 2 * len(names)
@@ -53,7 +53,7 @@ def test_the_budget_decides_how_many_bases_stay_loaded(tmp_path: Path) -> None:
 
 def test_adapters_cost_less_disk_than_whole_models(tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
-    full, lora = (shape_of(agent, recipe) for agent in recipe.teachers)
+    full, lora = (shape_of(agent, torch.float32) for agent in recipe.teachers)
     assert full.bytes_policy == 4 * full.num_parameters
     assert lora.bytes_policy < lora.bytes_loaded / 4
 
@@ -77,7 +77,7 @@ def test_training_stages_have_memory_step_time_and_checkpoint(tmp_path: Path) ->
         assert row.seconds >= row.training.time.total / 2
     full = next(row for row in trained if row.stage == "base-student")
     assert full.training is not None
-    assert full.training.checkpoint == 12 * shape_of(recipe.student, recipe).num_parameters
+    assert full.training.checkpoint == 12 * shape_of(recipe.student, torch.float32).num_parameters
     text = show(recipe, hardware_of(recipe))
     assert max(map(len, text.splitlines()[1:])) <= 100 and "ckpt" in text and "DOES NOT FIT" not in text
     small = Hardware(Machine.of_gpu(GPUS["H100"]), room=1e6)
@@ -137,7 +137,7 @@ def test_host_memory_helps_where_nothing_else_does() -> None:
     [
         ["--model", "llama-3-8b", "--gpus", "16"],
         ["--model", "llama-3.2-1b", "--gpus", "1", "--tuning", "full"],
-        ["--table"],
+        ["--table", "--pairs", "8"],  # one pair a rank: few rows to run dry
     ],
 )
 def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +145,7 @@ def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixt
     arguments.command(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    if options_ == ["--table"]:
+    if "--table" in options_:
         rows = [line.split() for line in lines if " lora " in line or " full " in line]
         assert [(row[0], row[1], row[2]) for row in rows] == [
             (model, tuning, nodes) for model in ("llama-3-70b", "llama-3-8b") for tuning in ("lora", "full")

@@ -112,7 +112,7 @@ def test_with_weights_here_too_the_pairs_are_scored(tmp_path: Path) -> None:
     teacher = {"name": "t", "model": "a/base", "positive": "a/ready", "train": False, "served": SERVED}
     made = recipe(tmp_path, {}, teachers=[teacher])
     stages = {stage.name: stage for stage in build_plan(made).graph.stages}
-    assert "base_logps" in stages["eval-t-iter0"].inputs and stages["eval-t-iter0"].settings["ready"] == "a/ready"
+    assert "base_logps" in stages["eval-t-iter0"].inputs and stages["eval-t-iter0"].settings["ready"] == "hub:a/ready"
     assert "ready" not in stages["init-t-answer"].settings and "127.0.0.1" not in json.dumps(
         dict(stages["init-t-answer"].settings)
     )

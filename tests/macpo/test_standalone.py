@@ -24,6 +24,7 @@ from macpo.data.rows import Source
 from macpo.engine import faults
 from macpo.engine import train as entry
 from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.models.loading import fingerprint_model
 from macpo.engine.recipe import dump, kind_of
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import folder_of
@@ -289,4 +290,5 @@ def test_the_method_takes_every_loss_and_refuses_an_adapter_that_is_not_there(tm
         tiny(tmp_path, teacher_training={"preference": preference})
     plan = build_plan(tiny(tmp_path, student_training={"preference": {"reference_model": str(make_base(tmp_path))}}))
     settings = plan.graph.stage("iter1-student-train").settings
-    assert list(settings["reference_weights"]) == [str(tmp_path)], "other weights under that name make it stale"
+    identity = fingerprint_model(tmp_path)
+    assert settings["optim"]["reference_model"] == identity, "other weights under that name make it stale"

@@ -17,7 +17,7 @@ PACKAGES = ("kernels", "engine", "macpo")  # imported as macpo.kernels, macpo.en
 
 # Who may import whom: a folder, or a module directly in engine/ or macpo/, and what it may import besides itself.
 # Everything goes down: macpo -> engine -> kernels, and each table has the lowest floor first.
-GROUND = "config connection console errors faults files hardware processes progress"
+GROUND = "config connection console errors faults files hardware paths processes progress"
 MAY_IMPORT = {
     "kernels": {"kernels": ""},
     "engine": {
@@ -27,7 +27,8 @@ MAY_IMPORT = {
         "files": "errors faults",
         "console": "errors faults files",
         "connection": "errors",
-        "config": "errors connection kernels",  # kernels: the names of the losses
+        "paths": "",
+        "config": "errors connection paths kernels",  # kernels: the names of the losses
         "hardware": "",
         "processes": "",
         "progress": "",

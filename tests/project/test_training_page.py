@@ -35,7 +35,7 @@ def test_every_command_works(
         (tmp_path / "recipes" / f"{name}.yaml").write_text(text)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
     (tmp_path / "mine.yaml").write_text(recipe)
-    make_base(tmp_path / "model")
+    make_base(tmp_path / "model", context=512)
     rows = [{"prompt": f"how do i sit {i} ?", "chosen": f"thanks {i} .", "rejected": "no"} for i in range(220)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

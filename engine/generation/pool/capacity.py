@@ -15,6 +15,7 @@ from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.pool.decode_step import StepShape, facts_of
 from macpo.engine.generation.request import Request
 from macpo.engine.generation.scheduler import Need
+from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.kernels import explain
 from macpo.kernels.paged_attention.op import why_not
 
@@ -49,7 +50,7 @@ def plan_pool(
     budget: Callable[[Request], int],
     *,
     num_stop_ids: int,
-    num_tokens: int,
+    vocabulary: Vocabulary,
     block_tokens: int,
     max_batch: int,
     max_cache_tokens: int | None,
@@ -70,7 +71,7 @@ def plan_pool(
     shape = StepShape(
         table_blocks=_power_of_two(max(need.blocks(1) for need in needs.values())),
         stop_ids=_power_of_two(num_stop_ids),
-        num_tokens=num_tokens,
+        vocabulary=vocabulary,
         facts=facts_of(list({r.params: None for r in requests})),
     )
     return PoolPlan(num_slots, num_blocks, needs, shape)

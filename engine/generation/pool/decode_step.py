@@ -5,7 +5,7 @@ replay of its CUDA graph, and reads now and then which rows are still running. A
 it needs or leaves (last token, position, tokens to go, noise counter, tokens seen, log of what was drawn), without the
 host. A row that has met a stop token or its budget has no tokens to go: it idles without writing.
 
-Legend: R rows of the state, b rows of a step (a batch padded to a bucket), L blocks of a block table, V tokens.
+Legend: R rows of the state, b rows of a step (a batch padded to a bucket), L blocks of a block table.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from macpo.engine.generation.pool.attention import PagedDecode
 from macpo.engine.generation.pool.blocks import TRASH, KVPool
 from macpo.engine.generation.sampling import draw, mark_seen, noise_key, penalised, sample_params
 from macpo.engine.generation.sequence import ActiveSequence
+from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.kernels import SampleParams
 
 _INTS = ("token", "position", "to_go", "count", "adapter", "seed", "top_k")
@@ -40,8 +41,8 @@ class StepShape:
     """L; also bounds how far the attention kernels may split a context."""
     stop_ids: int
     """Most stop tokens of a row."""
-    num_tokens: int
-    """V: ids at or above it are never drawn."""
+    vocabulary: Vocabulary
+    """The ids that may be drawn."""
     facts: tuple[tuple[str, Any], ...]
     """`SampleParams.facts` of all rows to come."""
 
@@ -66,6 +67,7 @@ class DecodeStep:
         self.shape = shape
         self.adapters: StackedAdapters | None = None
         self._facts = dict(shape.facts)
+        self._columns = shape.vocabulary.on(device)
         self._ints = torch.zeros(len(_INTS), num_rows, dtype=torch.int64, device=device)
         self._floats = torch.ones(len(_FLOATS), num_rows, device=device)
         self._keys = torch.zeros(num_rows, 3, dtype=torch.int64, device=device)
@@ -73,7 +75,7 @@ class DecodeStep:
         self._table = torch.full((num_rows, shape.table_blocks), TRASH, dtype=torch.int32, device=device)
         self._seen: Tensor | None = None
         if self._facts["penalised"]:
-            self._seen = torch.zeros(num_rows, shape.num_tokens, dtype=torch.bool, device=device)
+            self._seen = torch.zeros(num_rows, shape.vocabulary.num_tokens, dtype=torch.bool, device=device)
         self._cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(LOG_STEPS, num_rows, dtype=torch.int64, device=device)
         self._logps = torch.zeros(2, LOG_STEPS, num_rows, device=device)  # raw, processed
@@ -132,7 +134,7 @@ class DecodeStep:
         logits = next_logits(self.model, token, position, PagedDecode(self.pool, table, lens, slots), None)
         seen = None if self._seen is None else self._seen[:b]
         params = SampleParams.of_checked(seed, temperature, top_p, top_k, min_p, penalty, seen, self._facts)
-        drawn, raw_logps, logps = draw(logits, self.shape.num_tokens, params, self._keys[:b], count, self.team)
+        drawn, raw_logps, logps = draw(logits, self._columns, params, self._keys[:b], count, self.team)
         self._tokens[:, :b].index_copy_(0, self._cursor, drawn[None])
         self._logps[:, :, :b].index_copy_(1, self._cursor, torch.stack((raw_logps, logps))[:, None])
         self._cursor += 1

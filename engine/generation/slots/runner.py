@@ -47,8 +47,8 @@ class SlotRunner(BatchRunner):
             return
         if self.job.adapters is not None:
             self.job.adapters.assign([row.request.adapter for row in rows])
-        sampler = RowSampler(rows, self.job.num_tokens, self.device, self.job.team)
-        stops, offsets = _stop_table(rows, self.job.num_tokens, self.device)
+        sampler = RowSampler(rows, self.job.vocabulary, self.device, self.job.team)
+        stops, offsets = _stop_table(rows, self.job.vocabulary.num_tokens, self.device)
         index = torch.arange(len(rows), device=self.device)
         tokens = torch.tensor([row.tokens[-1] if row.tokens else 0 for row in rows], device=self.device)
         positions = torch.tensor([row.position for row in rows], device=self.device)

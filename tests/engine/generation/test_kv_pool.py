@@ -14,6 +14,7 @@ from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.pool.blocks import TRASH, BlockAllocator, KVPool
 from macpo.engine.generation.pool.capacity import BUCKETS, bucket_of, buckets_up_to, plan_pool
 from macpo.engine.generation.scheduler import Need, Scheduler
+from macpo.engine.generation.vocabulary import Vocabulary
 
 BLOCK_TOKENS = 16
 
@@ -111,8 +112,8 @@ def test_what_is_admitted_fits_and_everything_starts_once(
     ]
     room = -(-max(prompt + new for prompt, _, new in sizes) // BLOCK_TOKENS) * BLOCK_TOKENS + spare_tokens
     plan = plan_pool(
-        requests, lambda r: r.params.max_new_tokens, num_stop_ids=0, num_tokens=9, block_tokens=BLOCK_TOKENS,
-        max_batch=max_batch, max_cache_tokens=room,
+        requests, lambda r: r.params.max_new_tokens, num_stop_ids=0, vocabulary=Vocabulary(9),
+        block_tokens=BLOCK_TOKENS, max_batch=max_batch, max_cache_tokens=room,
     )  # fmt: skip
     assert plan.num_blocks * BLOCK_TOKENS <= room and 1 <= plan.num_slots <= max_batch
 
@@ -138,7 +139,7 @@ def test_without_a_bound_the_longest_answers_fit() -> None:
     requests = [Request(str(n), (5,) * n, SamplingParams(max_new_tokens=20), (0, 1)) for n in (3, 40, 17)]
     bounds: dict[str, Any] = {
         "num_stop_ids": 3,
-        "num_tokens": 9,
+        "vocabulary": Vocabulary(9),
         "block_tokens": BLOCK_TOKENS,
         "max_cache_tokens": None,
     }

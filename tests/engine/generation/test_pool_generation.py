@@ -38,6 +38,7 @@ from macpo.engine.generation.pool.decode_step import StepShape, facts_of
 from macpo.engine.generation.pool.runner import SYNC_STEPS
 from macpo.engine.generation.pool.session import PoolSession
 from macpo.engine.generation.sequence import ActiveSequence
+from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import attention_hook
 
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
@@ -191,7 +192,9 @@ def test_a_row_that_has_ended_idles_and_writes_nothing(llama: PreTrainedModel) -
     ]
     for row in rows:
         row.tokens = [8]
-    session = PoolSession(llama, shapes_of(llama), 16, 4, 4, StepShape(1, 64, VOCAB, facts_of([rows[0].params])))
+    session = PoolSession(
+        llama, shapes_of(llama), 16, 4, 4, StepShape(1, 64, Vocabulary(VOCAB), facts_of([rows[0].params]))
+    )
     session.start(None)
     with attention_hook(llama), torch.no_grad():
         session.step.load(rows, [[1], [2], [3], [4]])
@@ -325,7 +328,9 @@ def step_without_values(
     model = outer if names is None else outer.get_base_model()
     stack = None if names is None else StackedAdapters(outer, names)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        session = PoolSession(model, shapes_of(model), 16, 4, 8, StepShape(4, 4, VOCAB - 3, facts))
+        session = PoolSession(
+            model, shapes_of(model), 16, 4, 8, StepShape(4, 4, Vocabulary(VOCAB - 3, (range(4, 6),)), facts)
+        )
         session.start(stack)
         with attention_hook(model):
             if stack is None:

@@ -19,7 +19,14 @@ import wave_job
 from architectures import model_of
 from commands import torchrun
 from forks import forked, ranks
-from generation_checks import NAMES, some_prompts, teacher_forced, three_adapters
+from generation_checks import (
+    NAMES,
+    SPARSE_IDS,
+    some_prompts,
+    sparse_tokenizer,
+    teacher_forced,
+    three_adapters,
+)
 from parallel_cases import SHARD
 from peft import LoraConfig, get_peft_model
 from tiny import tiny
@@ -81,9 +88,11 @@ def plainly(outputs: list[Output]) -> list[list[Any]]:
 
 
 def mixed(policy: PolicyModule) -> list[list[Any]]:
-    """Three adapters in one batch."""
-    outputs = Generator(policy).generate(PROMPTS, PARAMS, adapters=[*NAMES, None, "odd"])
-    return plainly(outputs)
+    """Three adapters in one batch, and a tokenizer with holes in its ids."""
+    outputs = Generator(policy, sparse_tokenizer()).generate(PROMPTS, PARAMS, adapters=[*NAMES, None, "odd"])
+    found = plainly(outputs)
+    assert {token for tokens, *_ in found for token in tokens} < set(SPARSE_IDS)
+    return found
 
 
 def assert_same_answers(found: list[list[Any]], wanted: list[list[Any]]) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forked, ranks
 from generation_checks import some_prompts
 from wave_job import PARAMS, run
 
@@ -21,8 +19,6 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, Stopped
 from macpo.engine.generation import SamplingParams
 from macpo.engine.generation.waves import assigned
-
-HELPERS = Path(__file__).parents[2] / "helpers"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -34,11 +30,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     """Rows and files of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     return run(folder), contents(folder)
-
-
-def start(folder: Path, out: Path, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(HELPERS / "wave_job.py"), str(folder), str(out)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def test_rows_and_files(whole: tuple[list[dict[str, Any]], dict[str, bytes]]) -> None:
@@ -125,8 +116,12 @@ def test_progress_counts_every_answer_and_token(
 
 def test_killed_while_a_wave_is_written(whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path) -> None:
     rows, files = whole
-    job = start(tmp_path, tmp_path, MACPO_KILL_AT="file-written:2")
-    assert job.wait(timeout=120) == -9
+
+    def killed() -> None:
+        os.environ["MACPO_KILL_AT"] = "file-written:2"
+        run(tmp_path)
+
+    assert forked(killed) == -9
     assert len(contents(tmp_path)) == 1
     assert run(tmp_path) == rows
     assert contents(tmp_path) == files
@@ -164,12 +159,11 @@ def test_torn_damaged_and_foreign_waves_are_written_anew(
 
 def test_two_ranks_write_the_same_files(whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path) -> None:
     rows, files = whole
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    jobs = [start(tmp_path, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
-    assert [job.wait(timeout=180) for job in jobs] == [0, 0]
+
+    def body(world: World) -> None:
+        (tmp_path / f"rows{world.rank}.json").write_text(json.dumps(run(tmp_path, world=world)))
+
+    assert ranks(2, body) == [0, 0]
     assert contents(tmp_path) == files
     assert [json.loads((tmp_path / f"rows{rank}.json").read_text()) for rank in range(2)] == [rows, rows]
 

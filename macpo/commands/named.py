@@ -1,0 +1,94 @@
+"""What a recipe names: data sets, whole models and adapters, each with the setting that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from macpo.config import AgentSettings, Recipe, SourceSettings
+from macpo.engine.config import LoraSettings, PreferenceSettings
+from macpo.recipe_kinds import AnyRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model that the recipe names, and what it is for."""
+
+    field: str
+    """Where the recipe names it."""
+    path: str
+    agent: AgentSettings
+    has_agents_tokens: bool = True
+    """Whether the agent's tokenizer lies in its folder."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a run reads its weights; the model of some served agents gives the tokenizer alone."""
+        return self.agent.has_weights or not self.has_agents_tokens
+
+
+def agents_of(recipe: AnyRecipe) -> Iterator[tuple[str, AgentSettings]]:
+    """The agents that take part, each with the beginning of its settings' names."""
+    if not isinstance(recipe, Recipe):
+        yield "", recipe.agents[0]
+        return
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher in recipe.active_teachers:
+            yield f"teachers.{index}.", teacher
+    yield "student.", recipe.student
+
+
+def policies_of(recipe: AnyRecipe) -> Iterator[tuple[str, str, AgentSettings]]:
+    """Setting, path and agent of every already trained policy that is named."""
+    for where, agent in agents_of(recipe):
+        positive = f"{where}positive" if where else "adapter"
+        for name, path in ((positive, agent.positive), (f"{where}negative", agent.negative)):
+            if path:
+                yield name, path, agent
+
+
+def sources_of(recipe: AnyRecipe) -> Iterator[tuple[SourceSettings, str | None, str]]:
+    """Every data set that is named: settings with its path, and the split to read (None: the settings')."""
+    data = recipe.data
+    if data.path is not None:
+        yield data, None, "data.path"
+    if isinstance(recipe, Recipe):
+        for index, teacher in enumerate(recipe.teachers):
+            if teacher.data is not None:
+                yield SourceSettings(path=teacher.data), None, f"teachers.{index}.data"
+    else:
+        if recipe.data.test_path is not None:
+            yield data.model_copy(update={"path": recipe.data.test_path}), None, "data.test_path"
+        elif recipe.data.test_split is not None:
+            yield data, recipe.data.test_split, "data.test_split"
+
+
+def models_of(recipe: AnyRecipe) -> Iterator[Model]:
+    """Every whole model that is named; adapters are checked by `_adapter`."""
+    for where, agent in agents_of(recipe):
+        if agent.model:
+            yield Model(f"{where}model", agent.model, agent)
+    for name, path, agent in policies_of(recipe):
+        if not is_adapter(path):
+            yield Model(name, path, agent, has_agents_tokens=not agent.model and path == agent.positive)
+    for field_, settings, agent in _preferences(recipe):
+        if settings.reference_model is not None and not is_adapter(settings.reference_model):
+            yield Model(field_, settings.reference_model, agent, has_agents_tokens=False)
+
+
+def _preferences(recipe: AnyRecipe) -> Iterator[tuple[str, PreferenceSettings, AgentSettings]]:
+    if isinstance(recipe, Recipe):
+        for teacher in recipe.active_teachers:
+            yield "teacher_training.preference.reference_model", recipe.teacher_training.preference, teacher
+        yield "student_training.preference.reference_model", recipe.student_training.preference, recipe.student
+    elif recipe.recipe == "preference":
+        yield "training.reference_model", recipe.training, recipe.agents[0]
+
+
+def is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def four_bits(agent: AgentSettings) -> bool:
+    return isinstance(agent.tuning, LoraSettings) and agent.tuning.quantization == "nf4"

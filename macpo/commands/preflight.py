@@ -1,0 +1,346 @@
+"""What can be known to be wrong before any work: one list of checks for `macpo check`, `plan` and `run`.
+
+    preflight(recipe, plan)                     # for this machine
+    preflight(recipe, plan, gpu=GPUS["H200"])   # for another one
+
+A check is a function that raises MacpoError; one that holds for a recipe goes into OF_RECIPE, one for a model into
+OF_MODEL. Each reads small files and headers of weights alone. All problems are reported together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from macpo.commands.estimates import disk_needed
+from macpo.commands.named import Model, agents_of, four_bits, is_adapter, models_of, policies_of, sources_of
+from macpo.config import AgentSettings, Recipe, SourceSettings
+from macpo.data.rows import data_files, is_local
+from macpo.engine.config import LoraSettings
+from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.errors import ConfigError, MacpoError, Problem, ResourceError
+from macpo.engine.files import require_free
+from macpo.engine.hardware import Gpu
+from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of, memory_budget
+from macpo.engine.models.equivalence import expected_window
+from macpo.engine.models.head import head_of
+from macpo.engine.models.loading import check_vocab, local_folder, read_json_object, weight_files
+from macpo.engine.planning.headers import Folder, inspect
+from macpo.engine.planning.memory import tensor_config
+from macpo.engine.planning.shapes import read_config
+from macpo.method.identities import template_text
+from macpo.method.run_plan import Plan
+from macpo.recipe_kinds import AnyRecipe
+
+
+@dataclass
+class Place:
+    """Where the recipe shall run, and the model folders that were looked at."""
+
+    recipe: AnyRecipe
+    plan: Plan
+    ranks: int | None = None
+    """Processes that share a stage; None is not known yet."""
+    gpu: Gpu | None = None
+    """Each process's GPU; None is this machine."""
+    _folders: dict[str, Folder | MacpoError] = field(default_factory=dict)
+
+    def folder(self, path: str) -> Folder:
+        """The model at a path, looked at once. Raises MacpoError as `inspect` does."""
+        if path not in self._folders:
+            try:
+                self._folders[path] = inspect(path, trust_remote_code=self.recipe.trust_remote_code)
+            except MacpoError as error:
+                self._folders[path] = error
+        found = self._folders[path]
+        if isinstance(found, MacpoError):
+            raise found
+        return found
+
+
+def preflight(recipe: AnyRecipe, plan: Plan, *, ranks: int | None = None, gpu: Gpu | None = None) -> None:
+    """Raise what a run of the recipe, or of one of its arms, would stumble over, all of it at once.
+
+    Args:
+        plan: the recipe's; what it names need not exist.
+        ranks: processes that will share a stage, where that is known.
+        gpu: judge `compute` by this GPU instead of by this machine.
+
+    Raises:
+        MacpoError: its code is that of the problems' kind; of several kinds, 2 where a setting is among them, else the
+            first one's.
+    """
+    place = Place(recipe, plan, ranks, gpu)
+    arms = [recipe.arm(name) for name in recipe.ablations] if isinstance(recipe, Recipe) else []
+    errors: list[MacpoError] = []
+    problems: dict[tuple[str, str], Problem] = {}
+    for each in (recipe, *arms):
+        for where, check in _all(replace(place, recipe=each)):
+            try:
+                check()
+            except MacpoError as error:
+                errors.append(error)
+                for problem in error.problems:
+                    named = replace(problem, field=_field(where, problem.field))
+                    problems.setdefault((problem.message, problem.file or named.field), named)
+    if not errors and (needed := disk_needed(recipe, plan)) is not None:
+        require_free(Path(recipe.output), needed, "the run (estimated)")
+    if errors:
+        kind = next((type(error) for error in errors if isinstance(error, ConfigError)), type(errors[0]))
+        raise kind(problems=list(problems.values()))
+
+
+def _field(where: str, own: str) -> str:
+    """The setting to name: the model's or data set's, and the check's own where it has one."""
+    return f"{where}: {own}" if where and own and not own.startswith(where) else own or where
+
+
+def _all(place: Place) -> Iterator[tuple[str, Callable[[], None]]]:
+    for check in OF_RECIPE:
+        yield "", lambda check=check: check(place)  # type: ignore[misc]
+    for source, split, field_ in sources_of(place.recipe):
+        yield field_, lambda source=source, split=split: _data(source, split)  # type: ignore[misc]
+    for model in models_of(place.recipe):
+        for each in OF_MODEL:
+            yield model.field, lambda each=each, model=model: each(model, place)  # type: ignore[misc]
+    for name, path, agent in policies_of(place.recipe):
+        if is_adapter(path):
+            yield name, lambda name=name, path=path, agent=agent: _adapter(name, path, agent)  # type: ignore[misc]
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def _output(place: Place) -> None:
+    """The run's folder, and that of cached log-probs, can be written; nothing is left behind."""
+    for name, path in (("output", place.recipe.output), ("compute.cache", place.recipe.compute.cache)):
+        if path is None:
+            continue
+        folder = Path(path)
+        there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            if error.filename is None and not there.is_dir():
+                error.strerror = "Not a directory"
+            problem = f"cannot write into the output folder: {error.strerror}"
+            raise ConfigError(problem, "choose a folder that can be written", file=path, field=name) from error
+
+
+def _device(place: Place) -> None:
+    if place.gpu is None:
+        device_of(place.recipe.compute)
+
+
+def _ranks(place: Place) -> None:
+    tensor = place.recipe.compute.parallel.tensor
+    if place.ranks is not None and place.ranks % tensor:
+        raise ConfigError(
+            f"{place.ranks} ranks cannot be split into groups of {tensor}",
+            "choose a number of ranks that compute.parallel.tensor divides",
+            field="compute.parallel.tensor",
+        )
+
+
+def _quantization(place: Place) -> None:
+    """The libraries of 4-bit bases are here, unless another machine is planned for."""
+    packed = [agent for _, agent in agents_of(place.recipe) if four_bits(agent)]
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if packed and missing and place.gpu is None:
+        raise ConfigError(
+            f"quantization nf4 needs {' and '.join(missing)}, which is not installed",
+            "pip install 'macpo[quant]', or set quantization to none",
+            field="tuning.quantization",
+        )
+
+
+def _templates(place: Place) -> None:
+    """Those of agents whose tokenizer the run makes; `_tokens` sees to the others."""
+    for _, agent in agents_of(place.recipe):
+        if agent.init is not None:
+            template_text(agent.template or place.recipe.template)
+
+
+def _inits(place: Place) -> None:
+    """Models that the run makes have room for the context, and a corpus."""
+    for where, agent in agents_of(place.recipe):
+        init = agent.init
+        if init is None:
+            continue
+        _positions(init.context, place, f"{where}init.context")
+        if init.corpus != "data" and not Path(init.corpus).is_file():
+            raise ConfigError(f"no file {init.corpus!r}", "give a .txt or .jsonl file", field=f"{where}init.corpus")
+
+
+def _servers(place: Place) -> None:
+    for where, agent in agents_of(place.recipe):
+        key = agent.served.api_key_env if agent.served is not None else None
+        if key is not None and not os.environ.get(key, "").strip():
+            problem = f"the environment variable {key} is not set"
+            raise ConfigError(problem, "export it with the key", field=f"{where}served.api_key_env")
+
+
+OF_RECIPE: tuple[Callable[[Place], None], ...] = (
+    _output,
+    _device,
+    _ranks,
+    _quantization,
+    _templates,
+    _inits,
+    _servers,
+)
+"""Checks of the recipe as a whole."""
+
+
+def _data(source: SourceSettings, split: str | None) -> None:
+    """Its files are there; their rows are for the first stage, and for `macpo check`, to read."""
+    assert source.path is not None
+    if is_local(source.path):
+        data_files(Path(source.path), split or source.split, source.subset)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(model: Model, place: Place) -> None:
+    """Safetensors that fit the config, of an architecture that is known."""
+    if model.is_loaded:
+        place.folder(model.path)
+
+
+def _architecture(model: Model, place: Place) -> None:
+    """What can be said without a forward of whether prompts can be shared and the head be computed apart."""
+    skeleton = place.folder(model.path).model if model.is_loaded else None
+    if skeleton is not None:
+        expected_window(skeleton)
+        head_of(skeleton)
+        with attention_hook(skeleton):
+            pass
+
+
+def _context(model: Model, place: Place) -> None:
+    if model.is_loaded:
+        _positions(place.folder(model.path).positions, place, model.field)
+
+
+def _positions(positions: int | None, place: Place, field_: str) -> None:
+    context = place.recipe.context_tokens
+    if positions is not None and context > positions:
+        raise ConfigError(
+            f"context_tokens is {context:,}, and the model has {positions:,} positions",
+            f"set context_tokens to {positions} or less",
+            field=field_,
+        )
+
+
+def _tokens(model: Model, place: Place) -> None:
+    """A tokenizer, a template and an end of answers that go with each other and with the embedding."""
+    if not model.has_agents_tokens:
+        return
+    recipe, agent = place.recipe, model.agent
+    folder = local_folder(model.path, trust_remote_code=recipe.trust_remote_code)
+    if not recipe.trust_remote_code:
+        read_config(folder)  # which tokenizers are loaded by; what is wrong with it is said once
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+    template = template_text(agent.template or recipe.template)
+    Chat(tokenizer, template, special_text=recipe.data.special_text, eos_token=agent.eos_token)
+    skeleton = place.folder(model.path).model if model.is_loaded else None
+    if skeleton is not None:
+        check_vocab(skeleton, tokenizer)
+
+
+def _reference_tokens(model: Model, place: Place) -> None:
+    """A reference model reads the policy's own tokens; those of a model that the run makes are not known yet."""
+    own = model.agent.model or model.agent.positive
+    if not model.field.endswith("reference_model") or not own:
+        return
+    trust = place.recipe.trust_remote_code
+    vocabularies = [load_tokenizer(path, trust_remote_code=trust).get_vocab() for path in (own, model.path)]
+    if vocabularies[0] != vocabularies[1]:
+        problem, fix = f"{model.path!r} has another vocabulary than the policy", "name a model with the same tokenizer"
+        raise ConfigError(problem, fix)
+
+
+def _targets(model: Model, place: Place) -> None:
+    """The names that a new adapter shall sit on are the model's."""
+    tuning, agent = model.agent.tuning, model.agent
+    is_base = model.path == agent.model or (not agent.model and model.path == agent.positive)
+    if not is_base or not model.is_loaded or not isinstance(tuning, LoraSettings):
+        return
+    skeleton, targets = place.folder(model.path).model, tuning.target_modules
+    if skeleton is None or isinstance(targets, str):
+        return
+    names = {name for name, _ in skeleton.named_modules()}
+    if not any(name == target or name.endswith(f".{target}") for target in targets for name in names):
+        linear = sorted({name.split(".")[-1] for name, m in skeleton.named_modules() if hasattr(m, "in_features")})
+        problem, fix = f"LoRA cannot target {', '.join(targets)}", f"choose from {', '.join(linear)}, or all-linear"
+        raise ConfigError(problem, fix, field="tuning.target_modules")
+
+
+def _memory(model: Model, place: Place) -> None:
+    """The base fits into what one process may keep loaded, or into all of them together."""
+    if not model.is_loaded:
+        return
+    compute = place.recipe.compute
+    if place.gpu is not None:
+        share = RESIDENT_SHARE * place.gpu.memory_bytes / compute.jobs
+        budget = int(compute.memory_gb * 1e9 if compute.memory_gb is not None else share)
+        size = 4 if compute.dtype == "float32" else 2
+    elif compute.device == "cuda" and not torch.cuda.is_available():
+        return  # `_device` says so
+    else:
+        budget, size = memory_budget(compute), dtype_of(compute).itemsize
+    needed = place.folder(model.path).num_parameters * (0.5 if four_bits(model.agent) else size)
+    if needed > budget * (place.ranks or 1):
+        raise ResourceError(
+            f"base model {model.path!r} needs {needed / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB",
+            "raise compute.memory_gb or use a smaller model or dtype, or more ranks",
+            field="compute.memory_gb",
+        )
+
+
+def _tensor(model: Model, place: Place) -> None:
+    """Tensor parallelism divides the model."""
+    tensor = place.recipe.compute.parallel.tensor
+    if tensor > 1 and model.is_loaded and (skeleton := place.folder(model.path).model) is not None:
+        tensor_config(skeleton.config, tensor)
+
+
+OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
+    _weights,
+    _architecture,
+    _context,
+    _tokens,
+    _reference_tokens,
+    _targets,
+    _memory,
+    _tensor,
+)
+"""Checks of each model that the recipe names; what the run makes itself is not among them."""
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _adapter(name: str, path: str, agent: AgentSettings) -> None:
+    """Safetensors of a LoRA in peft's layout, of the rank and alpha that training goes on with."""
+    folder = local_folder(path, kind="adapter")
+    config = read_json_object(folder / "adapter_config.json")
+    weight_files(folder, "adapter_model")
+    if config.get("peft_type") != "LORA":
+        problem = f"a {config.get('peft_type')} adapter"
+        raise ConfigError(problem, "only LoRA adapters are supported", file=path)
+    if name.endswith("negative") or not agent.train or not isinstance(agent.tuning, LoraSettings):
+        return
+    got, asked = (config.get("r"), config.get("lora_alpha")), (agent.tuning.rank, agent.tuning.alpha)
+    if got != asked:
+        problem = f"the adapter has rank {got[0]} and alpha {got[1]}, the settings say {asked[0]} and {asked[1]:g}"
+        raise ConfigError(problem, "set rank and alpha as the adapter has them", file=path)
