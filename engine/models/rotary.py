@@ -3,7 +3,8 @@
 LongRoPE (arXiv 2402.13753; Phi-3, Phi-4) has short and long factors, and transformers chooses between them by the
 largest position of its input. A packed row or a batch holds sequences of many lengths, so here the model's own rotary
 embedding is computed for both kinds, and each token takes the one of its own sequence. Dynamic NTK scaling, too, looks
-at the row, but only beyond `max_position_embeddings`, where the engine refuses a sequence.
+at the row, but only beyond `max_position_embeddings`, where the engine refuses a sequence of any model and the drop-ins
+one of such a model (`check_length`).
 
 T tokens of a row, D rotated size.
 """
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, DataError
 from macpo.kernels import Segments
 
-KIND = "longrope"
+LONG, DYNAMIC = "longrope", "dynamic"
 
 
 def switch_length(model: PreTrainedModel) -> int | None:
@@ -30,13 +31,19 @@ def switch_length(model: PreTrainedModel) -> int | None:
     Raises:
         ConfigError: layers that switch at different lengths.
     """
-    own = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [value for value in own.values() if isinstance(value, dict)] or [own]
-    found = {kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == KIND}
+    found = {kind["original_max_position_embeddings"] for kind in _kinds(model) if kind.get("rope_type") == LONG}
     if len(found) > 1:
         text = f"{type(model).__name__} switches its rotary factors at {sorted(found)} tokens, by layer"
         raise ConfigError(text, "use a model whose layers switch at one length")
     return int(found.pop()) if found else None
+
+
+def check_length(model: PreTrainedModel, num_tokens: int) -> None:
+    """Raise DataError where sequences of this many tokens would change the rotary factors of others in their row."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and num_tokens > limit and any(kind.get("rope_type") == DYNAMIC for kind in _kinds(model)):
+        text = f"a sequence has {num_tokens} tokens, and beyond {limit} dynamic rotary factors depend on the longest"
+        raise DataError(f"{text} sequence of a batch", f"cut prompts and responses to {limit} tokens")
 
 
 @contextmanager
@@ -84,9 +91,15 @@ def sequence_lengths(segments: Segments | None, positions: Tensor) -> Tensor:
     return torch.where(is_prompt, last[1], last[0]) + 1
 
 
+def _kinds(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The rotary parameters of the config: one set for all layers, or one for each type of layer."""
+    own = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return [value for value in own.values() if isinstance(value, dict)] or [own]
+
+
 def _switches(module: nn.Module) -> bool:
     kinds: Any = getattr(module, "rope_type", None)
-    return KIND in (kinds.values() if isinstance(kinds, dict) else (kinds,))
+    return LONG in (kinds.values() if isinstance(kinds, dict) else (kinds,))
 
 
 def _by_sequence(own: Callable[..., Any], limit: int, forward: dict[str, Any]) -> Callable[..., Any]:

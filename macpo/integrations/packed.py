@@ -26,7 +26,7 @@ from macpo.engine.models.attention_hook import PackedAttention, attention_hook, 
 from macpo.engine.models.head import Head
 from macpo.engine.models.head import response_logps as head_logps
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.models.rotary import switch_length
+from macpo.engine.models.rotary import check_length, switch_length
 from macpo.kernels import Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
@@ -126,6 +126,7 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     ) -> Any:
         if packed is None or reduce is None:
             return original(*args, **kwargs)
+        check_length(self, packed.max_length)
         packed = unshared(packed, switch_length(self)).to(self.device)
         with attention_hook(self):
             out = self.base_model(
