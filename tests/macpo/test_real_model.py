@@ -99,7 +99,6 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_check_to_a_reloaded_export(
     smollm2: Path, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
