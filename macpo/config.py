@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from macpo.demo_world import WorldSettings
 from macpo.engine import recipe as recipes
@@ -25,10 +26,12 @@ from macpo.engine.config import (
     Settings,
     Tuning,
 )
+from macpo.engine.data.template_settings import DATE
 from macpo.engine.data.templates import TEMPLATES
 from macpo.engine.errors import ConfigError
 from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath, absolute, relative_to
 
+TemplateArguments = dict[str, JsonValue]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
@@ -116,6 +119,8 @@ class AgentSettings(Settings):
     """Low-rank adapters or all weights."""
     template: Template | None = None
     """Chat template of this agent; defaults to the recipe's."""
+    template_arguments: TemplateArguments | None = None
+    """What this agent's template reads besides the dialogue; defaults to the recipe's."""
     eos_token: str | None = None
     """End-of-answer token for tokenizers that name none."""
     data: HubPath | None = None
@@ -146,8 +151,8 @@ class AgentSettings(Settings):
             if served.api == "completions":
                 text = "model is missing: api: completions sends the tokens that the agent's template makes"
                 raise ValueError(f"{text} Fix: name the served model's folder or Hub id, or use api: chat")
-            for name in ("template", "eos_token"):
-                if getattr(self, name) is not None:
+            for name in ("template", "template_arguments", "eos_token"):
+                if getattr(self, name) not in (None, {}):
                     raise ValueError(
                         f"{name} is not read: under api: chat the server uses its own Fix: leave {name} out"
                     )
@@ -231,6 +236,10 @@ class Recipe(Settings):
     data: DataSettings
     template: Template = "auto"
     """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
+    template_arguments: TemplateArguments = Field(default_factory=dict)
+    """What the templates read besides the dialogue, such as {enable_thinking: false}; unknown names are refused."""
+    template_date: datetime.date = DATE
+    """The day that templates write which write a date: one for the whole run, and for the exported template."""
     context_tokens: PositiveInt = 1024
     """Longest prompt and answer together."""
     teachers: Annotated[tuple[AgentSettings, ...], Field(min_length=1)]

@@ -9,37 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
 
+from macpo.engine.data.messages import Message
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_jsonl, write_jsonl
-
-Message: TypeAlias = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A dialogue that ends before the assistant's response; `id` is the hash of its content."""
+    """A dialogue that ends before the assistant's response; `id` is the hash of its content.
+
+    `origin` is the (file, line) of the data that it was read from, for messages about it. Records on disk keep the
+    line alone, because where the data lie changes nothing.
+    """
 
     id: str
     messages: tuple[Message, ...]
+    origin: tuple[str, int] | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, messages: str | Iterable[Message]) -> Self:
-        """A prompt from chat messages, or from a string that becomes one user turn."""
+    def of(cls, messages: str | Iterable[Message], origin: tuple[str, int] | None = None) -> Self:
+        """A prompt from chat messages with all their parts, or from a string that becomes one user turn."""
         turns: Iterable[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        kept = tuple({"role": m["role"], "content": m["content"]} for m in turns)
+        kept = tuple(dict(m) for m in turns)
         text = json.dumps(kept, ensure_ascii=False, sort_keys=True)
-        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], kept)
+        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], kept, origin)
 
     def to_json(self) -> dict[str, Any]:
-        return {"prompt_id": self.id, "prompt": list(self.messages)}
+        row: dict[str, Any] = {"prompt_id": self.id, "prompt": list(self.messages)}
+        return row if self.origin is None else {**row, "line": self.origin[1]}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        return cls(row["prompt_id"], tuple(row["prompt"]))
+        origin = ("", row["line"]) if "line" in row else None
+        return cls(row["prompt_id"], tuple(row["prompt"]), origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +80,29 @@ def ids_digest(ids: Iterable[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with one response to imitate; `by` names its author ("human" or an agent)."""
+    """A prompt with one response to imitate; `by` names its author ("human" or an agent).
+
+    `parts` is the whole message of a response that holds more than its text, such as tool calls.
+    """
 
     prompt: Prompt
     answer: str
     finished: bool = True
     by: str = "human"
+    parts: Message | None = None
+
+    @property
+    def reply(self) -> str | Message:
+        """The response as the template gets it."""
+        return self.parts or self.answer
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.prompt.to_json(), "answer": self.answer, "finished": self.finished, "by": self.by}
+        row = {**self.prompt.to_json(), "answer": self.answer, "finished": self.finished, "by": self.by}
+        return row if self.parts is None else {**row, "parts": self.parts}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        return cls(Prompt.from_json(row), row["answer"], row["finished"], row["by"])
+        return cls(Prompt.from_json(row), row["answer"], row["finished"], row["by"], row.get("parts"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +110,8 @@ class Pair:
     """A prompt with a better and a worse response.
 
     `ref_chosen_logp` is the summed log-prob of `chosen` under the policy that is about to be trained,
-    if a scoring stage has already computed it.
+    if a scoring stage has already computed it. `chosen_parts` and `rejected_parts` are the whole messages of responses
+    that hold more than their text, such as tool calls.
     """
 
     prompt: Prompt
@@ -105,15 +122,30 @@ class Pair:
     chosen_by: str = "human"
     rejected_by: str = "human"
     ref_chosen_logp: float | None = None
+    chosen_parts: Message | None = None
+    rejected_parts: Message | None = None
+
+    def reply(self, side: str) -> str | Message:
+        """The response of a side, "chosen" or "rejected", as the template gets it."""
+        found: str | Message = getattr(self, f"{side}_parts") or getattr(self, side)
+        return found
+
+    def example(self, side: str) -> Example:
+        """The prompt with the response of one side."""
+        return Example(self.prompt, getattr(self, side), parts=getattr(self, f"{side}_parts"))
 
     def to_json(self) -> dict[str, Any]:
         rest = {name: getattr(self, name) for name in self.__slots__ if name != "prompt"}
+        rest = {name: value for name, value in rest.items() if value is not None or name not in _PARTS}
         return {**self.prompt.to_json(), **rest}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        rest = {name: row[name] for name in cls.__slots__ if name != "prompt"}
+        rest = {name: row[name] for name in cls.__slots__ if name != "prompt" and (name in row or name not in _PARTS)}
         return cls(Prompt.from_json(row), **rest)
+
+
+_PARTS = ("chosen_parts", "rejected_parts")  # absent where the response is its text
 
 
 Record: TypeAlias = Prompt | Response | Example | Pair

@@ -70,8 +70,6 @@ def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         raise ConfigError(f"no template or file named {template!r}", f"use {known}, or a jinja file", field="template")
     if len(text) > MAX_TEMPLATE_CHARS:
         raise ConfigError(f"the template has {len(text)} characters", f"at most {MAX_TEMPLATE_CHARS}", field="template")
-    if "strftime_now" in text and "date_string" not in text:
-        log_once("the chat template writes today's date: prompts will differ between days")
     return text
 
 

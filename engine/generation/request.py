@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
 
-from macpo.engine.data.records import Message, Prompt
+from macpo.engine.data.messages import Message
+from macpo.engine.data.records import Prompt
 from macpo.engine.errors import ConfigError, DataError, MacpoError, Problem
 from macpo.engine.generation.params import SamplingParams
 

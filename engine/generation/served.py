@@ -20,7 +20,7 @@ from typing import Any
 
 from macpo.engine.config import ServedSettings
 from macpo.engine.connection import Connection, Unavailable
-from macpo.engine.data.records import Message
+from macpo.engine.data.messages import Message
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Problem, Stopped
 from macpo.engine.generation.params import SamplingParams, one_each
@@ -133,6 +133,9 @@ class ServedGenerator:
             if not (request.messages if chat else request.prompt_ids):
                 what = "no dialogue" if chat else "no prompt"
                 data.append(Problem(f"there is {what}", "api: chat takes messages, completions tokens", field=name))
+            elif chat and (parts := {part for message in request.messages for part in message} - {"role", "content"}):
+                text = f"the dialogue has {', '.join(sorted(parts))}, and api: chat is sent roles and texts alone"
+                data.append(Problem(text, "use served.api: completions, or remove them from the data", field=name))
             elif not chat and server not in _READS_TOKENS and prompt_text(self.tokenizer, request.prompt_ids) is None:
                 text = "no text is read as just the prompt's tokens: it is cut inside a word, or spells special tokens"
                 fix = "drop long prompts (data.long_prompt: drop) and special text, or use a vllm or sglang server"

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from macpo.engine.data.records import Message
+from macpo.engine.data.messages import Message
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped

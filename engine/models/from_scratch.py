@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat
+from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.data.records import Example, Message, Prompt
+from macpo.engine.data.records import Example, Prompt
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.models.loading import quiet_transformers
@@ -99,11 +100,11 @@ def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int, l
     groups = []
     for document in documents:
         if learn == "answers" and document.prompt.messages:
-            answer = [(document.answer, document.finished)]
+            answer = [(document.reply, document.finished)]
             group = chat.group(document.prompt.messages, answer, max_tokens=max_tokens)
             groups += [group] if group is not None else []
             continue
-        ids = chat.document_ids(document.prompt.messages, document.answer, document.finished)
+        ids = chat.document_ids(document.prompt.messages, document.reply, document.finished)
         for start in range(0, len(ids) - 1, max_tokens - 1):
             groups.append(PrefixGroup(ids[start : start + 1], [ids[start + 1 : start + max_tokens]]))
     if not groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from macpo.engine.data.chat import Chat
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
@@ -34,7 +35,7 @@ def publish(
     *,
     base: str,
     base_name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     card: str,
     expected: Tensor | None = None,
 ) -> None:
@@ -46,6 +47,7 @@ def publish(
         policy: on one rank or spread over all; an adapter is written in peft's layout, else Hugging Face's.
         base: folder or Hub id of the base on which an adapter is read back.
         base_name: what an adapter's config names as its base.
+        chat: the tokenizer and template that it was trained with; written as `save_policy` does.
         card: text of README.md.
         expected: logits to compare with ([NUM_TOKENS - 1, V], `logits_of`); default the policy's own.
 
@@ -62,12 +64,12 @@ def publish(
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
     if expected is None:
-        expected = logits_of(policy, len(tokenizer))
-    save_policy(policy, tmp, base_name=base_name, tokenizer=tokenizer)
+        expected = logits_of(policy, len(chat.tokenizer))
+    save_policy(policy, tmp, base_name=base_name, chat=chat)
     with agreed(world), explained(out):
         if world.is_main:
             dtype = policy.compute_dtype
-            compare(expected, logits_of(reloaded(tmp, base, dtype), len(tokenizer)), dtype, tmp)
+            compare(expected, logits_of(reloaded(tmp, base, dtype), len(chat.tokenizer)), dtype, tmp)
             atomic_write(tmp / "README.md", card)
             for path in tmp.iterdir():
                 fsync_file(path)
@@ -158,7 +160,7 @@ def save_policy(
     out_dir: Path,
     *,
     base_name: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat: Chat | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the policy: peft's layout for an adapter, else the Hugging Face layout with safetensors.
@@ -168,7 +170,8 @@ def save_policy(
     Args:
         out_dir: created if absent.
         base_name: what an adapter's config names as its base.
-        tokenizer: written beside the weights.
+        chat: its tokenizer is written beside the weights with the template that training used, and the tokens that end
+            a response as `eos_token_id` of generation_config.json, that of training first.
         max_file_bytes: a larger model is split into several files with an index.
 
     Raises:
@@ -189,8 +192,13 @@ def save_policy(
         else:
             with quiet_transformers():
                 policy.model.save_pretrained(out_dir, state_dict=state, max_shard_size=max_file_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(out_dir)
+        if chat is not None:
+            chat.hf_tokenizer().save_pretrained(out_dir)
+            settings = policy.base.generation_config
+            ending = {"eos_token_id": list(chat.stop_ids)}
+            kept = {k: v for k, v in (settings.to_diff_dict() if settings else {}).items() if not k.startswith("_")}
+            text = json.dumps(kept | ending, indent=2)
+            (out_dir / "generation_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:

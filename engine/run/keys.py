@@ -41,12 +41,18 @@ UNKNOWN = "unknown: "
 """Beginning of a setting that stands for content which is not here to be looked at."""
 
 
+def is_unknown(value: Any) -> bool:
+    """Whether a setting stands for content which is not here to be looked at."""
+    return isinstance(value, str) and value.startswith(UNKNOWN)
+
+
 def filled(now: Any, recorded: Any) -> Any:
-    """`now`, in which what is unknown is taken to be as it is recorded at the same place."""
-    if isinstance(now, str) and now.startswith(UNKNOWN):
+    """`now`, in which what is unknown is taken to be as it is recorded at the same place, absent where that is."""
+    if is_unknown(now):
         return recorded if isinstance(recorded, str) else now
     if isinstance(now, dict) and isinstance(recorded, dict):
-        return {key: filled(value, recorded.get(key)) for key, value in now.items()}
+        known = {key: value for key, value in now.items() if key in recorded or not is_unknown(value)}
+        return {key: filled(value, recorded.get(key)) for key, value in known.items()}
     return now
 
 

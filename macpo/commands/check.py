@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,21 @@ from pathlib import Path
 from macpo.commands.preflight import preflight
 from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import InitSettings
-from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
+from macpo.engine.data.chat import Chat, boundary_mismatches
+from macpo.engine.data.messages import Message
 from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
+from macpo.method.encoding import encoded, is_cut, pair_responses
+from macpo.method.policies import READING, StageAgent, chat_of, chat_with
 from macpo.method.prompt_sets import read_sources
+from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
 NUM_MEASURED = 200
-Answers = dict[str, tuple[str, bool]]  # label -> (text, whether it ended by itself)
+Answers = dict[str, tuple[str | Message, bool]]  # label -> (text or message, whether it ended by itself)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,24 @@ def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
             continue
         shown[chat.digest] = agent.name
         for prompt, answers in found.sample[:examples]:
-            yield from _marked(chat, prompt, answers, recipe)
+            yield from _marked(chat, prompt, answers, Builder(recipe, Plan()).stage_agent(agent))
+
+
+def check_templates(recipe: AnyRecipe) -> None:
+    """Encode the first rows of the data as every agent will that has a tokenizer by now.
+
+    Raises:
+        TemplateRefusal: an agent's template does not write a row as it would be trained on; it names file and line.
+    """
+    agents = [agent for agent in recipe.agents if agent.has_tokenizer and agent.init is None]
+    if not agents:
+        return
+    found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
+    for agent in agents:
+        about = Builder(recipe, Plan()).stage_agent(agent)
+        chat = agent_chat(agent, recipe, {}, {})
+        for prompt, answers in found.sample:
+            encoded(chat, about, prompt, list(answers.values()))
 
 
 def _of_method(recipe: Recipe) -> _Found:
@@ -75,29 +97,28 @@ def _of_standalone(recipe: Standalone) -> _Found:
 
 def _answers(record: Pair | Example) -> tuple[Prompt, Answers]:
     if isinstance(record, Example):
-        return record.prompt, {"ANSWER": (record.answer, record.finished)}
-    chosen, rejected = (record.chosen, record.chosen_finished), (record.rejected, record.rejected_finished)
-    return record.prompt, {"CHOSEN": chosen, "REJECTED": rejected}
+        return record.prompt, {"ANSWER": (record.reply, record.finished)}
+    return record.prompt, dict(zip(("CHOSEN", "REJECTED"), pair_responses(record), strict=True))
 
 
 def agent_chat(
     agent: AgentSettings, recipe: AnyRecipe, sources: dict[str, list[Example]], made: dict[str, Chat]
 ) -> Chat:
     """The agent's tokenizer and template; a tokenizer that the run will train is trained here on the same documents."""
-    template = agent.template or recipe.template
+    about = Builder(recipe, Plan()).stage_agent(agent)
     if agent.init is None:
         path = agent.model or agent.positive
         assert path is not None
         folder = local_folder(path, trust_remote_code=recipe.trust_remote_code)
         read_json_object(folder / "config.json" if agent.model else _any_config(folder))
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        return Chat(tokenizer, template, special_text=recipe.data.special_text, eos_token=agent.eos_token)
+        return chat_of(about, str(folder))
     role = "teacher" if isinstance(recipe, Recipe) and agent is not recipe.student else "student"
-    key = f"{role} {template} {agent.init.tokenizer} {agent.init.vocab_size} {agent.init.corpus}"
+    reading = about.model_dump_json(include=set(READING))
+    key = f"{role} {reading} {agent.init.tokenizer} {agent.init.vocab_size} {agent.init.corpus}"
     if key not in made:
         documents = sources[role] if agent.init.corpus == "data" else read_corpus(agent.init.corpus)
-        tokenizer = train_tokenizer(_used(documents, agent.init), agent.init, template)
-        made[key] = Chat(tokenizer, template, special_text=recipe.data.special_text, eos_token=agent.eos_token)
+        tokenizer = train_tokenizer(_used(documents, agent.init), agent.init, about.template)
+        made[key] = chat_with(about, tokenizer)
     return made[key]
 
 
@@ -114,30 +135,60 @@ def _about(
     agent: AgentSettings, chat: Chat, recipe: AnyRecipe, sample: Sequence[tuple[Prompt, Answers]]
 ) -> Iterator[str]:
     yield f"{agent.name}: {agent.source}; {len(chat.tokenizer):,} tokens; stops at {_names(chat, chat.stop_ids)}"
-    dialogues = [(prompt.messages, next(iter(answers.values()))[0]) for prompt, answers in sample]
-    prompts = sorted(len(chat.prompt_ids(messages)) for messages, _ in dialogues)
-    answers = sorted(len(chat.answer_ids(answer)) for _, answer in dialogues)
-    limit = recipe.max_prompt_tokens
+    yield from (f"  {line}" for line in chat.about)
+    about = Builder(recipe, Plan()).stage_agent(agent)
+    rows = [_measured(chat, about, *each) for each in sample]
+    prompts = sorted(row.prompt_tokens for row in rows)
+    limit, half = recipe.max_prompt_tokens, len(prompts) // 2
     long = sum(length > limit for length in prompts)
-    half = len(prompts) // 2
     yield (
         f"  prompts: median {prompts[half]}, longest {prompts[-1]} tokens; {long} of {len(prompts)} are longer than "
         f"the {limit} that context_tokens leaves ({recipe.data.long_prompt})"
     )
-    yield f"  answers: median {answers[half]}, longest {answers[-1]} tokens"
+    for n, label in enumerate(next(iter(sample))[1]):
+        lengths = sorted(row.answer_tokens[n] for row in rows)
+        num_cut = sum(row.cut[n] for row in rows)
+        yield (
+            f"  {label.lower()} answers: median {lengths[half]}, longest {lengths[-1]} tokens; context_tokens cuts "
+            f"{num_cut} of {len(rows)}"
+        )
+    if twins := sum(row.twins for row in rows):
+        yield f"  {twins} of {len(rows)} pairs are identical after that, and are dropped"
+    dialogues = [(prompt.messages, answer) for prompt, answers in sample for answer, _ in answers.values()]
     rate = boundary_mismatches(chat, dialogues)
-    yield f"  prompt and answer tokenise differently as one text in {rate:.1%} (we tokenise the parts, once)"
+    yield f"  the template's whole dialogue has other tokens than prompt and answer in {rate:.1%} of {len(dialogues)}"
+    for note, count in Counter(note for row in rows for note in row.notes if note).items():
+        yield f"    {note}: {count} of {len(dialogues)} (what the template writes is trained)"
 
 
-def _marked(chat: Chat, prompt: Prompt, answers: Answers, recipe: AnyRecipe) -> Iterator[str]:
-    """One row as the agent reads it, between the marks of what is prompt and what is trained on."""
-    group = chat.group(
-        prompt.messages,
-        list(answers.values()),
-        max_tokens=recipe.context_tokens,
-        max_prompt_tokens=recipe.max_prompt_tokens,
-        long_prompt=recipe.data.long_prompt,
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One row as an agent reads it; a list has an entry for each of its answers."""
+
+    prompt_tokens: int
+    answer_tokens: list[int]
+    cut: list[bool]
+    twins: bool
+    notes: list[str]
+
+
+def _measured(chat: Chat, about: StageAgent, prompt: Prompt, answers: Answers) -> _Measured:
+    group = encoded(chat, about, prompt, list(answers.values()))
+    replies = [answer for answer, _ in answers.values()]
+    responses = [] if group is None else group.responses
+    finished = [ended for _, ended in answers.values()]
+    return _Measured(
+        prompt_tokens=len(chat.prompt_ids(prompt.messages)),
+        answer_tokens=[len(chat.reply_ids(prompt.messages, reply)) for reply in replies],
+        cut=[group is not None and is_cut(chat, group, n, ended) for n, ended in enumerate(finished)],
+        twins=len(responses) == 2 and responses[0] == responses[1],
+        notes=[chat.note(prompt.messages, reply) for reply in replies],
     )
+
+
+def _marked(chat: Chat, prompt: Prompt, answers: Answers, about: StageAgent) -> Iterator[str]:
+    """One row as the agent reads it, between the marks of what is prompt and what is trained on."""
+    group = encoded(chat, about, prompt, list(answers.values()))
     if group is None:
         yield f"  example {prompt.id}: dropped, the prompt is too long"
         return

@@ -8,13 +8,16 @@ from pathlib import Path
 from macpo.commands.model_card import Exported, model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
-from macpo.engine.data.chat import load_tokenizer
+from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.compute import model_cache
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import logits_of, publish, publish_copy
 from macpo.engine.run.folder import folder_of
-from macpo.method.run_plan import Plan
+from macpo.engine.run.keys import is_unknown
+from macpo.method.identities import Identities
+from macpo.method.policies import StageAgent, chat_of
+from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
 
 
@@ -40,27 +43,41 @@ def export(
     base_name = settings.model or f"base-{settings.name}"
     if settings.init is not None and is_adapter:
         base_name = os.path.relpath(ref.base, out.parent / "x")
-    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter)
+    reading = Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(settings)
     if Path(ref.base).is_absolute() and not Path(ref.base).is_dir():
         if ref.adapter is None or not is_adapter:
             fix = "put the model back" + (", or export the adapter without --merge" if merge and ref.adapter else "")
             raise ConfigError(f"the model {ref.base} is not here", fix, field="--merge" if merge else "--agent")
+        chat = _saved_chat(reading, ref)
+        card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
         print(f"the base model {ref.base} is not here: the adapter is copied, its logits are not compared")
         publish_copy(Path(ref.adapter), out, card=card)
         return out
     pool = model_cache(recipe.compute, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(ref.base, trust_remote_code=recipe.trust_remote_code)
+    chat = _saved_chat(reading, ref) if is_unknown(reading.template) else chat_of(reading, ref.base)
+    if chat is None:
+        name = settings.template or recipe.template
+        raise ConfigError(f"the template {name} is not here", "put it back", field="template")
     original = pool.policy(ref)
+    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
     publish(
         pool.policy(ref, FullSettings()) if merge else original,
         out,
         base=ref.base,
         base_name=base_name,
-        tokenizer=tokenizer,
+        chat=chat,
         card=card,
-        expected=logits_of(original, len(tokenizer)),
+        expected=logits_of(original, len(chat.tokenizer)),
     )
     return out
+
+
+def _saved_chat(reading: StageAgent, ref: PolicyRef) -> Chat | None:
+    """Tokenizer and template as they lie beside a trained policy; None where they do not."""
+    folder = Path(ref.adapter or ref.base)
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return chat_of(reading.model_copy(update={"template": "auto"}), str(folder))
 
 
 def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCardData
 from macpo import __version__
 from macpo.config import AgentSettings
 from macpo.engine.config import PreferenceSettings
+from macpo.engine.data.chat import Chat
 from macpo.engine.files import read_json
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.run.folder import folder_of
@@ -42,8 +44,10 @@ class Exported:
     evaluated_by: str | None
 
 
-def model_card(recipe: AnyRecipe, run_dir: Path, policy: Exported, *, base_name: str, is_adapter: bool) -> str:
-    """The text of the card."""
+def model_card(
+    recipe: AnyRecipe, run_dir: Path, policy: Exported, *, base_name: str, is_adapter: bool, chat: Chat | None
+) -> str:
+    """The text of the card; `chat`: the policy's tokenizer and template, None where they are not here."""
     agent, settings, iteration = policy.agent, policy.settings, policy.iteration
     training = {} if policy.trained_by is None else Manifest.read(folder_of(run_dir, policy.trained_by)).settings
     evaluated = policy.evaluated_by
@@ -66,8 +70,8 @@ def model_card(recipe: AnyRecipe, run_dir: Path, policy: Exported, *, base_name:
         f"{_kind(recipe, agent)}, {made}.",
         *([NEGATIVE] if policy.policy == "negative" else []),
         f"- Base model: `{base_name}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
-        f"- Data: {_data(recipe)}\n- Chat template: `{settings.template or recipe.template}`; prompts and answers "
-        f"together up to {recipe.context_tokens:,} tokens",
+        f"- Data: {_data(recipe)}\n- Prompts and answers together up to {recipe.context_tokens:,} tokens"
+        + ("" if chat is None else _reading(settings.template or recipe.template, chat)),
         "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy.policy)),
         *(
             ["## Evaluation\n\nMeasured by the run on held-out prompts.\n\n" + _table("metric", _numbers(metrics))]
@@ -77,6 +81,26 @@ def model_card(recipe: AnyRecipe, run_dir: Path, policy: Exported, *, base_name:
         f"## Licence\n\n{LICENCE}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _reading(name: str, chat: Chat) -> str:
+    name = Path(name).name if Path(name).is_absolute() else name
+    return f"\n- Chat template: {_template(name, chat)}\n- An answer ends with {_ending(chat)}"
+
+
+def _template(name: str, chat: Chat) -> str:
+    """Which template the tokenizer here carries, and what is written into it."""
+    said = f"`{name}`, in `chat_template.jinja` as training used it"
+    if chat.arguments:
+        said += ", with " + ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in chat.arguments.items())
+    return said + (f", with the date {chat.date.isoformat()}" if chat.dated else "")
+
+
+def _ending(chat: Chat) -> str:
+    """The tokens at which generation stops, that of training first."""
+    first, *others = (f"`{token}`" for token in chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)))
+    also = f"; generation stops at {', '.join(others)} too" if others else ""
+    return f"{first} (`eos_token_id` in `generation_config.json`){also}"
 
 
 def _kind(recipe: AnyRecipe, agent: str) -> str:

@@ -23,7 +23,7 @@ from macpo.commands.named import Model, agents_of, four_bits, is_adapter, models
 from macpo.config import AgentSettings, Recipe, SourceSettings
 from macpo.data.rows import data_files, is_local
 from macpo.engine.config import LoraSettings
-from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError, MacpoError, Problem, ResourceError
 from macpo.engine.files import require_free
 from macpo.engine.hardware import Gpu
@@ -36,7 +36,8 @@ from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
 from macpo.engine.planning.shapes import read_config
 from macpo.method.identities import template_text
-from macpo.method.run_plan import Plan
+from macpo.method.policies import chat_with
+from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe
 
 
@@ -186,6 +187,11 @@ def _servers(place: Place) -> None:
         if key is not None and not os.environ.get(key, "").strip():
             problem = f"the environment variable {key} is not set"
             raise ConfigError(problem, "export it with the key", field=f"{where}served.api_key_env")
+        arguments = place.recipe.template_arguments if agent.template_arguments is None else agent.template_arguments
+        if agent.served is not None and agent.served.api == "chat" and arguments:
+            problem = f"{', '.join(arguments)}: under api: chat the server uses its own template, without arguments"
+            fix = "use api: completions, or give this agent template_arguments: {} and set them in the server"
+            raise ConfigError(problem, fix, field=f"{where}template_arguments")
 
 
 OF_RECIPE: tuple[Callable[[Place], None], ...] = (
@@ -250,8 +256,7 @@ def _tokens(model: Model, place: Place) -> None:
     if not recipe.trust_remote_code:
         read_config(folder)  # which tokenizers are loaded by; what is wrong with it is said once
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-    template = template_text(agent.template or recipe.template)
-    Chat(tokenizer, template, special_text=recipe.data.special_text, eos_token=agent.eos_token)
+    chat_with(Builder(recipe, Plan()).stage_agent(agent), tokenizer)
     skeleton = place.folder(model.path).model if model.is_loaded else None
     if skeleton is not None:
         check_vocab(skeleton, tokenizer)

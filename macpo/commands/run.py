@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from macpo import __version__
+from macpo.commands.check import check_templates
 from macpo.commands.preflight import preflight
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
@@ -17,6 +18,7 @@ from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import atomic_write, write_json
+from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
@@ -87,6 +89,8 @@ def run(
     finished = from_stage is None and on_main(world, lambda: is_finished(recipe, plan))
     if not finished:  # a finished run needs neither its data nor its models
         on_main(world, lambda: preflight(recipe, plan, ranks=world.size))
+        if RunFolder(run_dir).committed("data") is None:
+            on_main(world, lambda: check_templates(recipe))
         plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
     runner.began = lambda: atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))

@@ -21,19 +21,21 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from macpo.data.preferences import (
     PAIR_COLUMNS,
     alpaca_prompt,
+    last_message,
     load_preferences,
     messages_of,
+    prompt_before_answer,
     prompt_of,
     sharegpt_messages,
     text_of,
 )
 from macpo.data.rows import Row, Source
-from macpo.engine.data.records import Example, Message, Prompt
+from macpo.engine.data.messages import Message, parts_of
+from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, DataError
 
 log = logging.getLogger("macpo.data")
@@ -64,22 +66,21 @@ def load_examples(
         rows = itertools.chain([first], rows)
     if format in SIDES:
         pairs, counts = load_preferences(source, preference=preference)
-        return [Example(pair.prompt, getattr(pair, format)) for pair in pairs], counts
+        return [pair.example(format) for pair in pairs], counts
     found = Counter(rows=0)
     examples: list[Example] = []
     for row in rows:
         found["rows"] += 1
         prompt, answer = FORMATS[format](row)
-        if not prompt or prompt[-1]["role"] != "user":
-            row.fail("prompt", "what precedes the answer does not end with the user's message", "reorder the dialogue")
-        if not answer:
+        parts = parts_of(answer)
+        if not answer["content"].strip() and parts is None:
             row.fail("response", "the answer is empty or white space", "remove the row")
-        examples.append(Example(Prompt.of(prompt), answer))
+        examples.append(Example(prompt_before_answer(row, prompt), answer["content"], parts=parts))
     if not examples:
         raise DataError("it has no rows", "check the file", file=str(path))
     found["examples"] = len(examples)
     found["prompts"] = len({example.prompt.id for example in examples})
-    found["duplicate_rows"] = len(examples) - len({(example.prompt.id, example.answer) for example in examples})
+    found["duplicate_rows"] = len(examples) - len({(e.prompt.id, e.answer, str(e.parts)) for e in examples})
     if found["duplicate_rows"]:
         log.warning("%s: %d of %d rows are repeated", Path(path).name, found["duplicate_rows"], found["rows"])
     return examples, dict(found)
@@ -104,37 +105,33 @@ def _detect(row: Row) -> str:
     row.fail(missing, "missing, and the keys fit none of the formats messages, response, alpaca, sharegpt, chosen")
 
 
-def _last(row: Row, field: str, messages: list[Message]) -> tuple[list[Message], str]:
-    *before, answer = messages
-    if answer["role"] != "assistant":
-        row.fail(field, f"the last message is from {answer['role']!r}, not the assistant", "end with the answer")
-    return before, answer["content"]
-
-
-def _messages(row: Row) -> tuple[list[Message], str]:
+def _messages(row: Row) -> tuple[list[Message], Message]:
     if not isinstance(row.fields.get("messages"), list):
         row.fail("messages", "not a list of chat messages")
-    return _last(row, "messages", messages_of(row, "messages"))
+    return last_message(row, "messages", messages_of(row, "messages"))
 
 
-def _response(row: Row) -> tuple[list[Message], str]:
+def _response(row: Row) -> tuple[list[Message], Message]:
     field = "response" if "response" in row.fields else "completion"
-    value: Any = row.fields.get(field)
-    if not isinstance(value, list):
-        return prompt_of(row), text_of(row, field)
-    between, answer = _last(row, field, messages_of(row, field))
+    if not isinstance(row.fields.get(field), list | dict):
+        return prompt_of(row), _said(text_of(row, field))
+    between, answer = last_message(row, field, messages_of(row, field))
     return prompt_of(row) + between, answer
 
 
-def _alpaca(row: Row) -> tuple[list[Message], str]:
-    return alpaca_prompt(row), text_of(row, "output")
+def _alpaca(row: Row) -> tuple[list[Message], Message]:
+    return alpaca_prompt(row), _said(text_of(row, "output"))
 
 
-def _sharegpt(row: Row) -> tuple[list[Message], str]:
-    return _last(row, "conversations", sharegpt_messages(row))
+def _sharegpt(row: Row) -> tuple[list[Message], Message]:
+    return last_message(row, "conversations", sharegpt_messages(row))
 
 
-FORMATS: dict[str, Callable[[Row], tuple[list[Message], str]]] = {
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+FORMATS: dict[str, Callable[[Row], tuple[list[Message], Message]]] = {
     "messages": _messages,
     "response": _response,
     "alpaca": _alpaca,

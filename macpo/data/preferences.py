@@ -22,13 +22,13 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from macpo.data.rows import Row, Source
-from macpo.engine.data.chat import ROLES
-from macpo.engine.data.records import Example, Message, Pair, Prompt
+from macpo.engine.data.messages import Message, message_of, parts_of, tools_of, with_tools
+from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError
 
 log = logging.getLogger("macpo.data")
@@ -39,6 +39,7 @@ _DROPPED = ("empty_dropped", "identical_dropped", "prompt_mismatch_dropped", "ma
 
 
 R = TypeVar("R", Pair, Example)
+T = TypeVar("T")
 
 
 class _Sides(NamedTuple):
@@ -48,6 +49,8 @@ class _Sides(NamedTuple):
     rejected_prompt: Sequence[Message]
     chosen: str
     rejected: str
+    chosen_parts: Message | None = None
+    rejected_parts: Message | None = None
 
 
 def load_preferences(
@@ -81,9 +84,9 @@ def load_preferences(
             counts[dropped] += 1
             continue
         counts["prefix_pairs"] += sides.chosen.startswith(sides.rejected) or sides.rejected.startswith(sides.chosen)
-        if sides.chosen_prompt[-1]["role"] != "user":
-            row.fail("prompt", "its last message is not the user's", "end the prompt with the user's message")
-        pairs.append(Pair(Prompt.of(sides.chosen_prompt), sides.chosen, sides.rejected))
+        prompt = prompt_before_answer(row, sides.chosen_prompt)
+        pair = Pair(prompt, sides.chosen, sides.rejected)
+        pairs.append(replace(pair, chosen_parts=sides.chosen_parts, rejected_parts=sides.rejected_parts))
     if not pairs:
         what = ", ".join(f"{name}={n}" for name, n in counts.items() if n) or "it has no rows"
         raise DataError(f"no preference pair is left ({what})", "check the file and data.format", file=str(path))
@@ -172,13 +175,31 @@ def _detect(row: Row) -> str:
 def _why_dropped(row: Row, sides: _Sides, empty: str, format: str) -> str:
     """Return the name of the count that a dropped row goes to, "" for a row that is kept."""
     for name, answer in (("chosen", sides.chosen), ("rejected", sides.rejected)):
-        if not answer:
+        if not answer.strip() and getattr(sides, f"{name}_parts") is None:
             if empty == "error" or (empty == "auto" and format not in ("hh", "pku")):
                 row.fail(name, "the answer is empty or white space", "remove the row")
             return "empty_dropped"
     if list(sides.chosen_prompt) != list(sides.rejected_prompt):
         return "prompt_mismatch_dropped"
-    return "identical_dropped" if sides.chosen == sides.rejected else ""
+    texts_agree = sides.chosen.strip() == sides.rejected.strip()  # outer white space alone is no preference
+    same = texts_agree and sides.chosen_parts == sides.rejected_parts
+    return "identical_dropped" if same else ""
+
+
+def prompt_before_answer(row: Row, messages: Sequence[Message]) -> Prompt:
+    """The prompt of a row, with its `tools`; raise where an answer cannot follow it."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        problem = (
+            "its last message is not the user's"
+            if messages
+            else "what precedes the answer does not end with the user's message"
+        )
+        fix = "end the prompt with the user's message; an answer that was begun belongs into the answers"
+        row.fail("prompt", problem, fix)
+    if not any(message["content"].strip() for message in messages if message["role"] == "user"):
+        row.fail("prompt", "the prompt is empty or white space", "remove the row")
+    tools = _part(row, "tools", tools_of, row.fields.get("tools"))
+    return Prompt.of(with_tools(messages, tools), origin=(row.file, row.line))
 
 
 def text_of(row: Row, field: str) -> str:
@@ -188,18 +209,18 @@ def text_of(row: Row, field: str) -> str:
 
 
 def checked_text(row: Row, field: str, value: Any) -> str:
-    """Return a text without its outer white space; raise for anything else."""
+    """Return a text to the character; raise for anything else."""
     if not isinstance(value, str):
         row.fail(field, "null" if value is None else f"not text but {type(value).__name__}: {value!r:.60}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         row.fail(field, f"lone surrogate U+{ord(value[error.start]):04X}", "remove or pair it")
-    return value.strip()
+    return value
 
 
 def user_turn(row: Row, field: str, text: str) -> Message:
-    if not text:
+    if not text.strip():
         row.fail(field, "the prompt is empty or white space", "remove the row")
     return {"role": "user", "content": text}
 
@@ -211,12 +232,12 @@ def _hh(row: Row, preference: str) -> _Sides | None:
         return None  # the dialogue ends with a human turn: it has no answer to compare
     if prompts[0] == prompts[1] and (not prompts[0] or prompts[0][-1]["role"] != "user"):
         return None
-    return _Sides(prompts[0], prompts[1], sides[0][1].strip(), sides[1][1].strip())
+    return _Sides(prompts[0], prompts[1], _said(sides[0][1]), _said(sides[1][1]))
 
 
 def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
     """Split a dialogue into prompt and response at the last assistant turn."""
-    prompt, found, answer = f"\n\n{text_of(row, field)}".rpartition(_LAST)
+    prompt, found, answer = f"\n\n{text_of(row, field).lstrip()}".rpartition(_LAST)
     if not found or not prompt.startswith("\n\nHuman:"):
         row.fail(field, f"no dialogue of Human and Assistant turns: {prompt[:50]!r}", "set data.format to pairs")
     return prompt, answer
@@ -229,9 +250,14 @@ def _turns(dialogue: str) -> list[Message]:
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
         if messages and messages[-1]["role"] == role:
-            content = f"{messages.pop()['content']}\n\n{content.strip()}"
-        messages.append({"role": role, "content": content.strip()})
+            content = f"{messages.pop()['content']}\n\n{_said(content)}"
+        messages.append({"role": role, "content": _said(content)})
     return messages
+
+
+def _said(text: str) -> str:
+    """What a speaker said after "Human:" or "Assistant:", without the blank that the layout writes before it."""
+    return text.removeprefix(" ")
 
 
 def _pku(row: Row, preference: str) -> _Sides:
@@ -247,47 +273,76 @@ def _pku(row: Row, preference: str) -> _Sides:
 
 def _pairs(row: Row, preference: str) -> _Sides:
     before: list[list[Message]] = []
-    answers: list[str] = []
-    given = prompt_of(row) if "prompt" in row.fields or not isinstance(row.fields.get("chosen"), list) else []
+    answers: list[Message] = []
+    dialogues = isinstance(row.fields.get("chosen"), list)
+    given = prompt_of(row) if "prompt" in row.fields or "messages" in row.fields or not dialogues else []
     for field in ("chosen", "rejected"):
-        if not isinstance(row.fields.get(field), list):
-            answers.append(text_of(row, field))
+        value = row.fields.get(field)
+        if not isinstance(value, list) and not (isinstance(value, dict) and "role" in value):
+            text = text_of(row, field)
+            answers.append({"role": "assistant", "content": _said(text) if _is_hh(row.fields.get("prompt")) else text})
             before.append(given)
             continue
-        *conversation, last = messages_of(row, field)
-        if last["role"] != "assistant":
-            row.fail(field, f"the last message is from {last['role']!r}, not the assistant", "end with the answer")
+        conversation, answer = last_message(row, field, messages_of(row, field))
         # A list may hold the answer alone, or the conversation too, with more or less of it in `prompt`.
         short, long = sorted((given, conversation), key=len)
         if short not in (long[: len(short)], long[len(long) - len(short) :]):
             row.fail(field, "its conversation is not the row's prompt", "give the same prompt in both")
-        answers.append(last["content"])
+        answers.append(answer)
         before.append(long)
     if not all(before):
         row.fail("prompt", "the field is missing and the answers hold no conversation")
-    return _Sides(before[0], before[1], answers[0], answers[1])
+    if before[0] != before[1]:
+        same = itertools.takewhile(lambda each: each[0] == each[1], zip(*before, strict=False))
+        problem = f"its dialogue parts from chosen's at message {len(list(same)) + 1}, before the last answer"
+        row.fail(
+            "rejected", problem, "give both the same dialogue up to their last answers, or end both where they part"
+        )
+    chosen, rejected = answers
+    texts = chosen["content"], rejected["content"]
+    return _Sides(before[0], before[1], *texts, parts_of(chosen), parts_of(rejected))
+
+
+def last_message(row: Row, field: str, messages: list[Message]) -> tuple[list[Message], Message]:
+    """What precedes the answer, and the answer."""
+    *before, answer = messages
+    if answer["role"] != "assistant":
+        row.fail(field, f"the last message is from {answer['role']!r}, not the assistant", "end with the answer")
+    return before, answer
 
 
 def prompt_of(row: Row) -> list[Message]:
     """Parse the prompt: a user's text, an HH dialogue that ends before its response, or chat messages."""
-    if isinstance(row.fields.get("prompt"), list):
-        return messages_of(row, "prompt")
+    field = "messages" if row.fields.get("prompt") is None and "messages" in row.fields else "prompt"
+    if isinstance(row.fields.get(field), list | dict):
+        return messages_of(row, field)
     text = text_of(row, "prompt")
-    if text.startswith("Human:") and text.endswith(_LAST):
-        return _turns(f"\n\n{text.removesuffix(_LAST)}")
+    if _is_hh(text):
+        return _turns(f"\n\n{text.strip().removesuffix(_LAST)}")
     return [user_turn(row, "prompt", text)]
 
 
+def _is_hh(prompt: Any) -> bool:
+    """Whether a prompt is a dialogue of HH-RLHF that ends before its response."""
+    return isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith(_LAST)
+
+
 def messages_of(row: Row, field: str) -> list[Message]:
-    messages: list[Message] = []
-    for message in row.fields[field]:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            fix = "each message is {role: system, user or assistant, content: text}"
-            row.fail(field, f"not a chat message: {message!r:.60}", fix)
-        messages.append({"role": message["role"], "content": checked_text(row, field, message.get("content"))})
+    """Parse a list of chat messages, or a single one, with all their parts."""
+    given = row.fields[field]
+    messages = [_part(row, field, message_of, each) for each in (given if isinstance(given, list) else [given])]
     if not messages:
         row.fail(field, "an empty list of messages", "give at least one message")
     return messages
+
+
+def _part(row: Row, field: str, parse: Callable[[Any], T], value: Any) -> T:
+    """Parse a part of a row; an error names the row."""
+    try:
+        return parse(value)
+    except DataError as error:
+        found = error.problems[0]
+        row.fail(field, found.message, found.fix)
 
 
 def _alpaca(row: Row, preference: str) -> _Sides:

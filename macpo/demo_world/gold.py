@@ -40,7 +40,7 @@ from macpo.demo_world.grammar import (
     Request,
     requests_by_text,
 )
-from macpo.engine.data.records import Message
+from macpo.engine.data.messages import Message
 from macpo.engine.errors import DataError
 
 OFF_TOPIC_FACTOR = 0.25

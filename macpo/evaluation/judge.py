@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from macpo.engine.connection import RateLimited, Unavailable
-from macpo.engine.data.records import Message, Prompt
+from macpo.engine.data.messages import Message
+from macpo.engine.data.records import Prompt
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import Appender, read_jsonl
 

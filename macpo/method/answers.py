@@ -87,7 +87,7 @@ class GeneratingStage(PolicyStage):
                 *_carried(row),
             )
             for row in rows
-            if (text := learnable_text(row))
+            if (text := learnable_text(row)).strip()
         ]
         counts = {"dropped_long_prompt": len(distinct) - len(requests), "empty": len(rows) - len(responses)}
         counts["resampled"] = sum(row["attempt"] > 0 for row in rows)
@@ -110,7 +110,7 @@ class GeneratingStage(PolicyStage):
         """
         if chat is None:
             return []
-        ids = limited_prompt(policy, prompt.messages)
+        ids = limited_prompt(policy, prompt)
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):
             raise DataError(
@@ -123,11 +123,10 @@ class GeneratingStage(PolicyStage):
 
 
 def learnable_text(row: dict[str, Any]) -> str:
-    """An answer's text without outer white space, and without a last character that the token budget cut in two."""
+    """An answer's text, without a last character that the token budget cut in two."""
     text: str = row["text"]
-    if row["finish_reason"] == "length":
-        text = text.rstrip(INCOMPLETE)  # it would be learned as the replacement character itself
-    return text.strip()
+    # What was cut in two would be learned as the replacement character itself.
+    return text.rstrip(INCOMPLETE) if row["finish_reason"] == "length" else text
 
 
 def _carried(row: dict[str, Any]) -> tuple[float | None, str | None]:

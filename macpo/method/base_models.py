@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import shutil
+from typing import Any
 
 from pydantic import Field
 
@@ -48,6 +50,8 @@ class PretrainBase(MethodStage):
     """Whose documents."""
     template: str
     special_text: str
+    template_arguments: dict[str, Any] = Field({})
+    template_date: datetime.date | None = None
     seed: int
     inputs: DataInputs
     compute: ComputeSettings = Field(exclude=True)
@@ -66,7 +70,13 @@ class PretrainBase(MethodStage):
                 field=f"{self.role}.init.corpus",
             )
         tokenizer = train_tokenizer(documents, init, self.template)
-        chat = Chat(tokenizer, self.template, special_text=self.special_text)
+        chat = Chat(
+            tokenizer,
+            self.template,
+            special_text=self.special_text,
+            arguments=self.template_arguments,
+            date=self.template_date,
+        )
         model = build_model(init, tokenizer, self.seed)
         result = train(
             PolicyModule(model),

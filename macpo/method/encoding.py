@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from macpo.engine.data.chat import Chat
+from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.data.records import Message, Pair, Prompt
-from macpo.engine.errors import DataError
-from macpo.method.policies import OpenPolicy
+from macpo.engine.data.records import Example, Pair, Prompt
+from macpo.engine.errors import DataError, TemplateRefusal
+from macpo.method.policies import OpenPolicy, StageAgent
+
+SIDES = ("chosen", "rejected")
 
 
-def encode(
-    policy: OpenPolicy, items: Sequence[tuple[Prompt, Sequence[tuple[str, bool]]]]
-) -> tuple[list[PrefixGroup], list[int]]:
-    """(prompt, responses) -> shared-prefix groups and the indices of the items that have one.
+class Encoded(NamedTuple):
+    """Shared-prefix groups, the indices of the items that have one, and what became of the others and of answers."""
+
+    groups: list[PrefixGroup]
+    kept: list[int]
+    counts: dict[str, int]
+    """`dropped_long_prompt`; `dropped_identical_when_cut`, pairs that context_tokens makes equal; `cut_SIDE`, answers
+    that context_tokens cuts. The last two only where they are not zero."""
+
+
+def encode(policy: OpenPolicy, items: Sequence[tuple[Prompt, Sequence[tuple[str | Message, bool]]]]) -> Encoded:
+    """(prompt, responses) -> shared-prefix groups.
 
     A prompt keeps the room `max_prompt_tokens` whatever its responses are, so that a response is scored and trained
     after the very same prompt tokens.
 
     Raises:
+        TemplateRefusal: the agent's template does not write a dialogue; it names the line of the data.
         DataError: no item is left.
     """
-    agent, chat = policy.agent, policy.chat
+    agent = policy.agent
     groups, kept = [], []
     for index, (prompt, responses) in enumerate(items):
-        group = chat.group(
-            prompt.messages,
-            responses,
-            max_tokens=agent.context_tokens,
-            max_prompt_tokens=agent.max_prompt_tokens,
-            long_prompt=agent.long_prompt,
-        )
+        group = encoded(policy.chat, agent, prompt, responses)
         if group is not None:
             groups.append(group)
             kept.append(index)
@@ -41,16 +50,75 @@ def encode(
             "raise context_tokens, or set data.long_prompt to truncate",
             field=policy.ctx.name,
         )
-    return groups, kept
+    return Encoded(groups, kept, {"dropped_long_prompt": len(items) - len(groups)})
 
 
-def encode_pairs(policy: OpenPolicy, pairs: Sequence[Pair]) -> tuple[list[PrefixGroup], list[int]]:
-    """Groups of prompt + [chosen, rejected], and the indices of the pairs that have one."""
-    items = [(p.prompt, [(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)]) for p in pairs]
-    return encode(policy, items)
+def encoded(
+    chat: Chat, agent: StageAgent, prompt: Prompt, responses: Sequence[tuple[str | Message, bool]]
+) -> PrefixGroup | None:
+    """The group of a prompt and its responses within an agent's room; None where the prompt is dropped."""
+    try:
+        return chat.group(
+            prompt.messages,
+            responses,
+            max_tokens=agent.context_tokens,
+            max_prompt_tokens=agent.max_prompt_tokens,
+            long_prompt=agent.long_prompt,
+        )
+    except TemplateRefusal as refusal:
+        raise refusal if prompt.origin is None else refusal.at(*prompt.origin) from None
 
 
-def limited_prompt(policy: OpenPolicy, messages: Sequence[Message]) -> list[int] | None:
+def encode_examples(policy: OpenPolicy, examples: Sequence[Example]) -> Encoded:
+    """Groups of prompt + [answer]."""
+    found = encode(policy, [(example.prompt, [(example.reply, example.finished)]) for example in examples])
+    num_cut = sum(is_cut(policy.chat, found.groups[n], 0, examples[i].finished) for n, i in enumerate(found.kept))
+    return found._replace(counts=found.counts | ({"cut_answers": num_cut} if num_cut else {}))
+
+
+def encode_pairs(policy: OpenPolicy, pairs: Sequence[Pair]) -> Encoded:
+    """Groups of prompt + [chosen, rejected]; pairs that differ only beyond context_tokens are dropped.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    items = [(pair.prompt, pair_responses(pair)) for pair in pairs]
+    found = encode(policy, items)
+    groups, kept, counts = [], [], Counter(found.counts)
+    for group, index in zip(found.groups, found.kept, strict=True):
+        counts += cuts(policy.chat, group, pairs[index])
+        if group.responses[0] == group.responses[1]:
+            counts["dropped_identical_when_cut"] += 1
+        else:
+            groups.append(group)
+            kept.append(index)
+    if not groups:
+        limit = policy.agent.context_tokens
+        problem = f"none of {len(found.groups)} pairs is left: they differ only beyond context_tokens ({limit})"
+        raise DataError(problem, "raise context_tokens", field=policy.ctx.name)
+    return Encoded(groups, kept, {"dropped_long_prompt": 0, **counts})
+
+
+def pair_responses(pair: Pair) -> list[tuple[str | Message, bool]]:
+    """Both responses of a pair as a template gets them, and whether they ended by themselves."""
+    return [(pair.reply("chosen"), pair.chosen_finished), (pair.reply("rejected"), pair.rejected_finished)]
+
+
+def cuts(chat: Chat, group: PrefixGroup, pair: Pair) -> Counter[str]:
+    """Which responses of a pair context_tokens cuts."""
+    finished = (pair.chosen_finished, pair.rejected_finished)
+    return Counter(f"cut_{side}" for n, side in enumerate(SIDES) if is_cut(chat, group, n, finished[n]))
+
+
+def is_cut(chat: Chat, group: PrefixGroup, n: int, finished: bool) -> bool:
+    """Whether a finished response lost its end; one that did not end by itself counts as whole."""
+    return finished and group.responses[n][-1] != chat.eos_id
+
+
+def limited_prompt(policy: OpenPolicy, prompt: Prompt) -> list[int] | None:
     """Token ids of a prompt within the room that the recipe leaves it; None where it is dropped."""
     agent = policy.agent
-    return policy.chat.limited_prompt_ids(messages, agent.max_prompt_tokens, long_prompt=agent.long_prompt)
+    try:
+        return policy.chat.limited_prompt_ids(prompt.messages, agent.max_prompt_tokens, long_prompt=agent.long_prompt)
+    except TemplateRefusal as refusal:
+        raise refusal if prompt.origin is None else refusal.at(*prompt.origin) from None

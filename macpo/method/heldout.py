@@ -22,7 +22,7 @@ SIDES = ("chosen", "rejected")
 
 def human_pair_logps(policy: OpenPolicy, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
     """Summed log-probs of the human chosen and rejected responses under the policy, by prompt id."""
-    groups, kept = encode_pairs(policy, pairs)
+    groups, kept, _ = encode_pairs(policy, pairs)
     return {
         pairs[index].prompt.id: {
             key: value

@@ -19,7 +19,7 @@ from macpo.engine.training.reference import weighted
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
 from macpo.method.costs import Cost, RunSize, Shape, TrainingCost
-from macpo.method.encoding import encode, encode_pairs
+from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
 from macpo.method.reference import Reference, read_reference
 
@@ -62,8 +62,7 @@ class LearningStage(PolicyStage):
             progress=ctx.name,
             trackers=Trackers(self.compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
         )
-        base_name, tokenizer = str(self.agent.model), policy.chat.tokenizer
-        save_policy(module(), ctx.dir / "policy", base_name=base_name, tokenizer=tokenizer)
+        save_policy(module(), ctx.dir / "policy", base_name=str(self.agent.model), chat=policy.chat)
         if ctx.world.is_main:
             shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
         ctx.note(tokens=result.tokens, steps=result.steps)
@@ -123,9 +122,9 @@ class Imitate(LearningStage):
         if self.side == "answer":
             examples = read_records(path, Example)
         else:
-            examples = [Example(pair.prompt, getattr(pair, self.side)) for pair in read_records(path, Pair)]
-        groups, kept = encode(policy, [(e.prompt, [(e.answer, e.finished)]) for e in examples])
-        ctx.note(examples=len(groups), dropped_long_prompt=len(examples) - len(groups))
+            examples = [pair.example(self.side) for pair in read_records(path, Pair)]
+        groups, kept, counts = encode_examples(policy, examples)
+        ctx.note(examples=len(groups), **counts)
         self.learn(policy, groups, [examples[i].prompt.id for i in kept], lambda module: sft())
 
     def num_rows(self, run: RunSize) -> int:
@@ -154,8 +153,8 @@ class Prefer(LearningStage):
     def run(self, ctx: StageContext) -> None:
         policy, settings = self.open_policy(ctx), self.optim
         pairs = read_records(ctx.input(self.inputs.pairs) / self.file, Pair)
-        groups, kept = encode_pairs(policy, pairs)
-        ctx.note(pairs=len(groups), dropped_long_prompt=len(pairs) - len(groups))
+        groups, kept, counts = encode_pairs(policy, pairs)
+        ctx.note(pairs=len(groups), **counts)
         known = [pairs[i].ref_chosen_logp for i in kept]
 
         def objective(module: Callable[[], PolicyModule]) -> Objective:

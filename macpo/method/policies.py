@@ -5,10 +5,11 @@ A policy is a folder `policy/` of the stage that made it: a peft adapter, or a w
 
 from __future__ import annotations
 
+import datetime
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,8 +22,12 @@ from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.run.context import StageContext
+from macpo.engine.run.keys import UNKNOWN, is_unknown
 from macpo.engine.run.stages import StageInputs
 from macpo.method.costs import Cost, MethodStage, RunSize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class StageAgent(BaseModel):
@@ -34,6 +39,9 @@ class StageAgent(BaseModel):
     model: str | None
     """Folder or Hub id, or what a base model that the run makes is called; None for a server's alone."""
     template: str
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    template_date: datetime.date | None = None
+    """The date that its prompts hold; None where they hold none."""
     eos_token: str | None
     special_text: Literal["plain", "error"]
     context_tokens: int
@@ -80,7 +88,19 @@ class PolicyStage(MethodStage):
         policy: dict[str, Any] = found.pop("policy")
         if self.policy.ready is None:
             del policy["ready"]
+        for name in ("template_arguments", "template_date"):
+            if not policy["agent"][name]:
+                del policy["agent"][name]
+        if self._is_date_unknown:
+            policy["agent"]["template_date"] = UNKNOWN + self.agent.template
         return policy | found
+
+    @property
+    def _is_date_unknown(self) -> bool:
+        """Whether the template is not here that would say whether prompts hold a date."""
+        agent = self.agent
+        own = self.policy.weights.get(agent.model or "")
+        return is_unknown(agent.template) or (agent.template == "auto" and is_unknown(own))
 
     @property
     def agent(self) -> StageAgent:
@@ -111,10 +131,31 @@ def policy_ref(base: str, folder: Path) -> PolicyRef:
     return PolicyRef(base, str(folder)) if adapter else PolicyRef(str(folder))
 
 
+READING = ("template", "template_arguments", "template_date", "special_text", "eos_token", "trust_remote_code")
+"""What decides how an agent reads text, besides its tokenizer."""
+
+
+def chat_with(agent: StageAgent, tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """A tokenizer with the agent's template and its settings."""
+    return Chat(
+        tokenizer,
+        agent.template,
+        special_text=agent.special_text,
+        eos_token=agent.eos_token,
+        arguments=agent.template_arguments,
+        date=agent.template_date,
+    )
+
+
+def chat_of(agent: StageAgent, path: str) -> Chat:
+    """The tokenizer in a folder or on the Hub, with the agent's template and its settings."""
+    return _chat(path, agent.model_dump_json())
+
+
 @functools.lru_cache(maxsize=16)
-def _chat(path: str, template: str, special_text: str, eos_token: str | None, trust: bool) -> Chat:
-    tokenizer = load_tokenizer(path, trust_remote_code=trust)
-    return Chat(tokenizer, template, special_text=special_text, eos_token=eos_token)
+def _chat(path: str, dumped: str) -> Chat:
+    agent = StageAgent.model_validate_json(dumped)
+    return chat_with(agent, load_tokenizer(path, trust_remote_code=agent.trust_remote_code))
 
 
 @dataclass(frozen=True)
@@ -131,8 +172,7 @@ class OpenPolicy:
     @functools.cached_property
     def chat(self) -> Chat:
         """The agent's tokenizer and template."""
-        agent = self.agent
-        return _chat(self.base, agent.template, agent.special_text, agent.eos_token, agent.trust_remote_code)
+        return chat_of(self.agent, self.base)
 
     def load(self, tuning: Tuning | None = None, ref: PolicyRef | None = None, *, seed: int = 0) -> PolicyModule:
         """The policy (or another one, `ref`), to score with (tuning None) or to train.

@@ -58,7 +58,7 @@ class ScoreCandidates(PolicyStage):
             given = [answers[name][prompt.id] for name in sorted(answers) if prompt.id in answers[name]]
             if given:
                 items.append((prompt, given))
-        groups, kept = encode(policy, [(prompt, [(r.text, r.finished) for r in given]) for prompt, given in items])
+        groups, kept, _ = encode(policy, [(prompt, [(r.text, r.finished) for r in given]) for prompt, given in items])
         own = self.own if dtype_of(self.compute) == torch.float32 else None
         given_by_group = [items[index][1] for index in kept]
         known = [

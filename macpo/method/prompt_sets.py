@@ -46,7 +46,7 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
             theirs, _ = load_preferences(own)
             labels[name] = [pair for pair in theirs if pair.prompt.id not in reserved]
             counts[f"{name}_overlap_dropped"] = len(theirs) - len(labels[name])
-    documents = [Example(p.prompt, text) for p in parts.rest for text in (p.chosen, p.rejected)]
+    documents = [pair.example(side) for pair in parts.rest for side in ("chosen", "rejected")]
     return Sources(labels, parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
 
 

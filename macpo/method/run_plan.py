@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from macpo.config import AgentSettings, SourceSettings
+from macpo.config import AgentSettings, SourceSettings, TemplateArguments
 from macpo.engine.config import ComputeSettings
+from macpo.engine.data.template_settings import date_of
 from macpo.engine.run.stages import Graph, Stage, StageWork
 from macpo.evaluation.summary import Role
 from macpo.method.base_models import DataInputs, PretrainBase
@@ -53,6 +55,10 @@ class RecipeLike(Protocol):
     @property
     def template(self) -> str: ...
     @property
+    def template_arguments(self) -> TemplateArguments: ...
+    @property
+    def template_date(self) -> datetime.date: ...
+    @property
     def context_tokens(self) -> int: ...
     @property
     def max_prompt_tokens(self) -> int: ...
@@ -85,6 +91,8 @@ class Builder:
             role=self.role(agent),
             template=self.template(agent),
             special_text=self._shared.data.special_text,
+            template_arguments=self.template_arguments(agent),
+            template_date=date_of(self.template(agent), None, self._shared.template_date),
             seed=self.seed(agent, "base"),
             inputs=DataInputs(data=self.data),
             compute=self.compute,
@@ -99,17 +107,32 @@ class Builder:
         """The agent's template: a name, or the text of a file, so that keys change with it."""
         return self.plan.identities.template(agent.template or self._shared.template)
 
+    def template_arguments(self, agent: AgentSettings) -> TemplateArguments:
+        own = agent.template_arguments
+        return self._shared.template_arguments if own is None else own
+
     def seed(self, agent: AgentSettings, purpose: str) -> int:
         """A seed of its own for every agent and purpose, the same in every arm."""
         return derived_seed(self._shared.seed, agent.name, purpose)
 
     def policy(self, agent: AgentSettings, ready: str | None = None) -> PolicySource:
         """One of the agent's policies; `ready`: the folder of one that the recipe names."""
-        recipe = self._shared
-        about = StageAgent(
+        return PolicySource(
+            agent=self.stage_agent(agent),
+            dtype=self.compute.dtype,
+            weights=self.fingerprints(agent.model or (agent.positive if agent.init is None else None), ready),
+            ready=ready or None,
+        )
+
+    def stage_agent(self, agent: AgentSettings) -> StageAgent:
+        """What the stages of an agent need to know of it."""
+        recipe, named = self._shared, agent.model or agent.positive
+        return StageAgent(
             name=agent.name,
-            model=agent.model or agent.positive or (f"base-{agent.name}" if agent.has_tokenizer else None),
+            model=named or (f"base-{agent.name}" if agent.has_tokenizer else None),
             template=self.template(agent),
+            template_arguments=self.template_arguments(agent),
+            template_date=date_of(self.template(agent), named, recipe.template_date),
             eos_token=agent.eos_token,
             special_text=recipe.data.special_text,
             context_tokens=recipe.context_tokens,
@@ -117,8 +140,6 @@ class Builder:
             long_prompt=recipe.data.long_prompt,
             trust_remote_code=recipe.trust_remote_code,
         )
-        weights = self.fingerprints(agent.model or (agent.positive if agent.init is None else None), ready)
-        return PolicySource(agent=about, dtype=self.compute.dtype, weights=weights, ready=ready or None)
 
     def fingerprints(self, *paths: str | None) -> dict[str, str]:
         """Identity of each model folder or Hub id that is named."""

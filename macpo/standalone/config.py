@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from macpo.config import AgentSettings, SourceSettings, Template, check_reference
+from macpo.config import AgentSettings, SourceSettings, Template, TemplateArguments, check_reference
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
@@ -18,6 +19,7 @@ from macpo.engine.config import (
     Tuning,
     sft_weight_default,
 )
+from macpo.engine.data.template_settings import DATE
 from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath
 
 NAME = "policy"
@@ -77,6 +79,10 @@ class StandaloneRecipe(Settings):
     """Low-rank adapters or all weights."""
     template: Template = "auto"
     """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
+    template_arguments: TemplateArguments = Field(default_factory=dict)
+    """What the template reads besides the dialogue, such as {enable_thinking: false}; unknown names are refused."""
+    template_date: datetime.date = DATE
+    """The day that a template writes which writes a date: one for the whole run, and for the exported template."""
     eos_token: str | None = None
     """End-of-answer token for tokenizers that name none."""
     context_tokens: PositiveInt = 1024

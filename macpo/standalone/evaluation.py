@@ -20,7 +20,7 @@ from macpo.evaluation.metrics import preference_metrics
 from macpo.evaluation.summary import Role
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
 from macpo.method.costs import Cost, RunSize
-from macpo.method.encoding import encode, encode_pairs
+from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.likelihoods import likelihoods, shared_parts
 from macpo.method.policies import PolicyDataInputs, PolicyInputs, PolicyStage
 from macpo.method.reference import Reference, read_reference
@@ -47,7 +47,7 @@ class ScoreReference(PolicyStage):
         settings = PreferenceSettings(reference=self.reference, reference_model=self.reference_model)
         tokens = 0
         for name in ("train", "test"):
-            groups, _ = encode_pairs(policy, read_records(ctx.input(self.inputs.pairs) / f"{name}.jsonl", Pair))
+            groups, *_ = encode_pairs(policy, read_records(ctx.input(self.inputs.pairs) / f"{name}.jsonl", Pair))
             parts = Reference(policy, settings, self.tuning).parts(groups)
             tokens += sum(group.num_tokens for group in groups)
             if ctx.world.is_main:
@@ -85,9 +85,11 @@ class Evaluate(PolicyStage):
     def disk_bytes(self, run: RunSize) -> float:
         return 1000
 
-    def write(self, ctx: StageContext, groups: list[PrefixGroup], num_dropped: int, metrics: dict[str, float]) -> None:
+    def write(
+        self, ctx: StageContext, groups: list[PrefixGroup], counts: dict[str, int], metrics: dict[str, float]
+    ) -> None:
         if ctx.world.is_main:
-            about = {"role": self.role, "iteration": self.iteration, "dropped_long_prompt": num_dropped}
+            about = {"role": self.role, "iteration": self.iteration, **counts}
             write_json(ctx.dir / "evaluation.json", {**about, **metrics})
         ctx.note(tokens=sum(group.num_tokens for group in groups))
 
@@ -107,12 +109,12 @@ class EvaluatePairs(Evaluate):
     def run(self, ctx: StageContext) -> None:
         policy = self.open_policy(ctx)
         pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
-        groups, kept = encode_pairs(policy, pairs)
+        groups, _, counts = encode_pairs(policy, pairs)
         parts = shared_parts(policy, policy.load(), groups).reshape(-1, 2, 2)
         reference = None
         if self.inputs.reference is not None:
             reference = read_reference(ctx.input(self.inputs.reference) / "test.safetensors", len(groups))
-        self.write(ctx, groups, len(pairs) - len(kept), pair_metrics(self.loss, parts, reference, groups))
+        self.write(ctx, groups, counts, pair_metrics(self.loss, parts, reference, groups))
 
 
 def pair_metrics(
@@ -144,9 +146,9 @@ class EvaluateExamples(Evaluate):
     def run(self, ctx: StageContext) -> None:
         policy = self.open_policy(ctx)
         examples = read_records(ctx.input(self.inputs.data) / "test.jsonl", Example)
-        groups, kept = encode(policy, [(e.prompt, [(e.answer, e.finished)]) for e in examples])
+        groups, _, counts = encode_examples(policy, examples)
         scores = [found for (found,) in likelihoods(policy, groups)]
         num_tokens = sum(score.num_tokens for score in scores)
         loss = torch.tensor([-score.sum_logp for score in scores], dtype=torch.float64).sum() / num_tokens
         metrics = {"loss": loss.item(), "perplexity": loss.clamp(max=700.0).exp().item(), "answers": len(groups)}
-        self.write(ctx, groups, len(examples) - len(kept), metrics)
+        self.write(ctx, groups, counts, metrics)

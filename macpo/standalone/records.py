@@ -73,13 +73,13 @@ def _load(data: PairData | ExampleData, path: str | None, split: str) -> tuple[l
 
 
 def _of_kind(pairs: list[Pair], data: PairData | ExampleData, side: str) -> Records:
-    return pairs if isinstance(data, PairData) else [Example(pair.prompt, getattr(pair, side)) for pair in pairs]
+    return pairs if isinstance(data, PairData) else [pair.example(side) for pair in pairs]
 
 
 def _documents(record: Pair | Example) -> list[Example]:
     if isinstance(record, Example):
         return [record]
-    return [Example(record.prompt, record.chosen), Example(record.prompt, record.rejected)]
+    return [record.example("chosen"), record.example("rejected")]
 
 
 class SplitRecords(MethodStage):

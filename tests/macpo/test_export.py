@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from macpo.commands.export import export
 from macpo.commands.run import run
 from macpo.config import Recipe
+from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
 from macpo.engine.models import saving as exporting
-from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.model_cache import ModelCache
+from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.saving import save_policy
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
 from macpo.standalone.config import SftRecipe
@@ -51,7 +54,27 @@ def test_a_full_student_loads_with_transformers_alone(finished: tuple[Path, Reci
     model = AutoModelForCausalLM.from_pretrained(out)
     own = AutoModelForCausalLM.from_pretrained(folder_of(finished[0], "iter1-student-train") / "policy")
     assert torch.equal(logits(model), logits(own))
-    assert AutoTokenizer.from_pretrained(out).chat_template
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    chat = Chat(AutoTokenizer.from_pretrained(folder_of(finished[0], "base-student") / "model"), finished[1].template)
+    messages = [{"role": "user", "content": "how do i bake a cake ?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt == chat.prompt_ids(messages) and model.generation_config.eos_token_id == list(chat.stop_ids)
+
+
+def test_plain_generation_stops_where_training_ended(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    """The end token is the third token that the model writes, and not the tokenizer's own."""
+    folder = folder_of(finished[0], "iter1-student-train") / "policy"
+    tokenizer, policy = AutoTokenizer.from_pretrained(folder), ModelCache().policy(PolicyRef(str(folder)))
+    policy.base.generation_config.eos_token_id = None
+    written = policy.base.generate(IDS, max_new_tokens=12, do_sample=False)[0, IDS.shape[1] :].tolist()
+    end = next(token for token in reversed(written[:3]) if token != tokenizer.eos_token_id)
+    chat = Chat(tokenizer, eos_token=tokenizer.convert_ids_to_tokens(end))
+    assert chat.reply_ids([{"role": "user", "content": "x"}], "cake")[-1] == end
+    save_policy(policy, tmp_path / "out", base_name="x", chat=chat)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    again = model.generate(IDS, max_new_tokens=12, do_sample=False)[0, IDS.shape[1] :].tolist()
+    assert again == written[: written.index(end) + 1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == end
 
 
 def card_of(out: Path) -> tuple[dict[str, Any], str]:
@@ -72,6 +95,7 @@ def test_the_card_says_what_the_run_did_and_no_more(finished: tuple[Path, Recipe
     evaluation = read_json(folder_of(finished[0], "eval-student-iter1") / "evaluation.json")
     assert f"| gold | {evaluation['gold']:.6g} |" in text and "| answers | 12 |" in text
 
+    assert "Chat template: `vicuna`" in text and "An answer ends with `</s>`" in text
     data, text = card_of(exported(finished, tmp_path / "negative", "teacher1", policy="negative"))
     assert "trained to behave badly" in text and data["library_name"] == "peft"
     assert "## Evaluation" not in text and "| tuning.rank | 2 |" in text and "supervised fine-tuning" in text

@@ -18,6 +18,7 @@ from macpo.engine.files import read_json, sha256
 from macpo.engine.models.loading import fingerprint_model
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
+from macpo.engine.run.keys import filled
 from macpo.method.identities import portable
 from macpo.recipe_kinds import load, plan_of
 
@@ -222,3 +223,17 @@ def test_a_report_that_cannot_be_written_still_prints(
     assert "preference accuracy" in said.out and "name another file with --out" in said.err
     assert macpo("report", run, "--out", tmp_path / "r.html") == 0 and (tmp_path / "r.html").stat().st_size > 10_000
     assert read_json(run / "summary.json")["agents"]
+
+
+@pytest.mark.parametrize("date", ["", "{{ strftime_now('%d %b %Y') }}"])
+def test_a_date_is_unknown_where_its_template_is(date: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not here may have a template that writes a date: what the stage recorded holds."""
+    top = make_inputs(tmp_path / "top")
+    (top / "model/chat_template.jinja").write_text(date + (top / "mine.jinja").read_text())
+    monkeypatch.chdir(top)
+    recipe = load(top / "recipe.yaml", ["template=auto"])
+    before = plan_of(recipe).graph.stage("train-policy").settings
+    assert ("template_date" in before["agent"]) == bool(date)
+    (top / "model").rename(tmp_path / "away")
+    now = plan_of(recipe, must_exist=False).graph.stage("train-policy").settings
+    assert now != before and filled(now, before) == filled(before, now)

@@ -15,6 +15,7 @@ from tiny import init, tiny
 
 from macpo.commands.check import check
 from macpo.commands.estimates import estimate
+from macpo.commands.preflight import preflight
 from macpo.commands.run import runner_of
 from macpo.config import Recipe
 from macpo.engine.config import ServedSettings
@@ -106,6 +107,14 @@ def test_check_and_plan_know_it(tmp_path: Path) -> None:
     assert [name for name in rows if "teacher1" in name] == [
         "init-teacher1-answer", "init-teacher1-bad-answer", "eval-teacher1-iter0",
     ]  # fmt: skip
+
+
+def test_arguments_that_do_not_reach_a_servers_template_are_refused(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", {}).model_copy(update={"template_arguments": {"enable_thinking": False}})
+    with pytest.raises(ConfigError) as caught:
+        preflight(made, build_plan(made))
+    said = next(problem for problem in caught.value.problems if "uses its own template" in problem.message)
+    assert said.field == "teachers.1.template_arguments" and "template_arguments: {}" in said.fix
 
 
 def test_with_weights_here_too_the_pairs_are_scored(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ SHAREGPT = [{"from": "human", "value": "hello"}]
     ("row", "prompt", "answer"),
     [
         ({"messages": [*CHAT, ANSWER]}, CHAT, "good day"),
-        ({"prompt": "hello", "response": " good day "}, CHAT[1:], "good day"),
+        ({"prompt": "hello", "response": " good day "}, CHAT[1:], " good day "),
         ({"prompt": "hello", "completion": "good day"}, CHAT[1:], "good day"),
         ({"prompt": CHAT, "completion": [ANSWER]}, CHAT, "good day"),
         ({"instruction": "hello", "input": "", "output": "good day", "system": "be kind"}, CHAT, "good day"),

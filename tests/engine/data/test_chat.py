@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
+from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import pack
-from macpo.engine.data.records import Message
 from macpo.engine.data.templates import MAX_TEMPLATE_CHARS, TEMPLATES, VICUNA_SYSTEM, log_once, within
 from macpo.engine.errors import ConfigError, DataError
 
@@ -138,7 +138,7 @@ def test_never_a_double_bos_nor_a_special_id_from_data(layout: str, content: str
 def test_a_byte_level_answer_survives_encoding_and_decoding(content: str) -> None:
     for layout in ("vicuna", "chatml", "plain"):
         chat = CHATS["byte-level", layout]
-        assert chat.text(chat.answer_ids(content)) == content.strip()
+        assert chat.text(chat.answer_ids(content)) == (content if content.strip() else "")
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -147,7 +147,7 @@ def test_a_byte_level_answer_survives_encoding_and_decoding(content: str) -> Non
 def test_words_survive_every_kind_of_tokenizer(name: str, picked: list[str]) -> None:
     chat = CHATS[name, "vicuna"]
     answer = " ".join(picked)
-    ids = chat.answer_ids(f"  {answer}\n")
+    ids = chat.answer_ids(answer)
     assert chat.text(ids) == answer
     assert ids == [*chat.answer_ids(answer, finished=False), chat.eos_id]
     # Parts and whole agree where a blank separates answer and prompt, for every way to write blanks.
@@ -168,7 +168,7 @@ def test_the_fast_path_gives_the_ids_of_the_tokenizer_itself(name: str) -> None:
     for text in (*TEXT, "two  blanks\n\nand a line", "fox </s> dog"):
         for plain in (False, True):
             expected = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-            assert chat._encode(text, as_data=plain) == expected
+            assert chat.tokens.encode(text, as_data=plain) == expected
     # State that another caller leaves in the tokenizer changes nothing.
     tokenizer(TEXT[0], truncation=True, max_length=2, padding="max_length", pad_to_multiple_of=8) if (
         tokenizer.pad_token
@@ -253,7 +253,7 @@ def test_templates_are_sandboxed_and_bounded(template: str, problem: str) -> Non
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("macpo.engine.data.chat.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("macpo.engine.data.rendering.PROBE_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ConfigError, match="does not end"):
         Chat(byte_level(), loop)
@@ -264,7 +264,7 @@ def test_dialogues_are_checked() -> None:
     chat = Chat(byte_level(), "vicuna")
     with pytest.raises(DataError, match="no message"):
         chat.prompt_ids([])
-    for broken in ({"role": "tool", "content": "x"}, {"role": "user", "content": None}, {"content": "x"}):
+    for broken in ({"role": "robot", "content": "x"}, {"role": "user", "content": None}, {"content": "x"}):
         with pytest.raises(DataError, match="each message is"):
             chat.prompt_ids([broken])  # type: ignore[list-item]
     with pytest.raises(DataError, match="no tokens"):
@@ -306,9 +306,9 @@ def test_markers_that_are_added_but_not_marked_special_are_no_turns_either() -> 
     tokenizer.add_tokens([AddedToken("<turn>", special=False), AddedToken("<other>", special=False)])
     chat = Chat(tokenizer, HEAD + "{{ '<turn>' + m['content'] }}{% endfor %}")
     ids = chat.prompt_ids(user("a <turn> b <other>"))
-    assert ids.count(tokenizer.convert_tokens_to_ids("<turn>")) == 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<turn>")) == 2  # of the question, and the header of the answer
     assert ids.count(tokenizer.convert_tokens_to_ids("<other>")) == 1  # no token of the template: ordinary text
-    assert tokenizer.decode(ids) == "<s><turn>a <turn> b <other>"
+    assert tokenizer.decode(ids) == "<s><turn>a <turn> b <other><turn>"
 
 
 @pytest.mark.parametrize("name", ["byte-level", "metaspace", "words"])
@@ -325,13 +325,13 @@ def test_eos_stays_in_the_loss_also_where_it_is_the_pad_token(name: str) -> None
     assert tokenizer.eos_token_id not in unfinished
 
 
-@given(st.integers(1, 60), st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(4, 40), st.data())
+@given(st.integers(1, 60), st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(8, 40), st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_long_prompt_never_empties_a_completion(
     question: int, sizes: list[int], limit: int, data: st.DataObject
 ) -> None:
     chat = CHATS["words", "vicuna"]
-    prompt_limit = data.draw(st.integers(2, limit - 1) | st.none())
+    prompt_limit = data.draw(st.integers(4, limit - 1) | st.none())
     messages = user(" ".join(f"{'fox' if i % 3 else 'dog'}" for i in range(question)))
     answers = [(" ".join(["a"] * n), True) for n in sizes]
     kwargs = {"max_tokens": limit, "max_prompt_tokens": prompt_limit}
@@ -340,8 +340,9 @@ def test_a_long_prompt_never_empties_a_completion(
     whole, allowed = chat.prompt_ids(messages), prompt_limit or limit // 2
     assert group.max_length <= limit
     assert group.prompt_ids == chat.limited_prompt_ids(messages, allowed)
-    assert group.prompt_ids[0] == chat.bos_id
-    assert group.prompt_ids[1:] == whole[len(whole) - len(group.prompt_ids) + 1 :]
+    assert group.prompt_ids[:2] == whole[:2]  # BOS and the marker of the turn
+    assert group.prompt_ids[2:] == whole[len(whole) - len(group.prompt_ids) + 2 :]
+    assert len(group.prompt_ids) == min(len(whole), allowed)
     for (text, _), ids in zip(answers, group.responses, strict=True):
         full = chat.answer_ids(text)
         assert ids

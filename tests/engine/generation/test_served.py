@@ -74,6 +74,15 @@ def test_chat_sends_the_dialogue(server: Server) -> None:
     assert output.samples[0].text == "ok"
 
 
+def test_a_dialogue_with_more_than_text_is_not_sent_to_chat(server: Server) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    asked = [*ASKED, called, {"role": "user", "content": "so?"}]
+    for dialogue, part in ((asked, "tool_calls"), ([{**ASKED[0], "tools": [{}]}, *ASKED[1:]], "tools")):
+        with pytest.raises(DataError, match=f"the dialogue has {part}, and api: chat is sent roles and texts alone"):
+            served(server, "openai", api="chat").generate([dialogue], STANDARD)
+    assert not server.asked
+
+
 def test_each_sample_has_a_seed_of_its_own_and_keeps_it(server: Server) -> None:
     params = SamplingParams(n=3, seed=1, max_new_tokens=4)
     generator = served(server)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
+from macpo.engine.data.chat import Chat
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
 from macpo.engine.models import saving
@@ -50,7 +51,12 @@ def policy_of(base: Path, tuning: FullSettings | LoraSettings | None) -> PolicyM
 
 
 def write(policy: PolicyModule, base: Path, out: Path, **changes: Any) -> None:
-    words = {"base": str(base), "base_name": "some/base", "tokenizer": tokenizer(), "card": "# card\n"} | changes
+    words = {
+        "base": str(base),
+        "base_name": "some/base",
+        "chat": Chat(tokenizer(), "vicuna"),
+        "card": "# card\n",
+    } | changes
     publish(policy, out, **words)
 
 
