@@ -112,16 +112,19 @@ def _packed_logits(
 
 
 def probes_of(model: PreTrainedModel) -> list[Probe]:
-    """The probe: prompts of 3 tokens with two responses of 3, at the model's first and at its last positions.
-
-    The ids lie apart over the whole vocabulary, by the golden ratio, like those of a text: at neighbouring or repeated
-    ids the 16-bit error of some models is largest.
-    """
-    num_ids = embedding_rows(model)
-    ids = [int(num_ids * (k * 0.6180339887 % 1)) for k in range(1, 19)]
+    """The probe: prompts of 3 tokens with two responses of 3, at the model's first and at its last positions."""
+    ids = spread_ids(embedding_rows(model), 18)
     first, second = (PrefixGroup(part[:3], [part[3:6], part[6:]]) for part in (ids[:9], ids[9:]))
     num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     return [Probe(first, 0), Probe(second, max(0, num_positions - first.max_length))]
+
+
+def spread_ids(num_ids: int, count: int) -> list[int]:
+    """Return token ids that lie apart over the whole vocabulary, by the golden ratio, like those of a text.
+
+    At neighbouring or repeated ids the 16-bit error of some models is largest.
+    """
+    return [int(num_ids * (k * 0.6180339887 % 1)) for k in range(1, count + 1)]
 
 
 def separate_logits(model: PreTrainedModel, probe: Probe) -> Tensor:

