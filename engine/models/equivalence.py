@@ -39,7 +39,14 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torc
 (8 bits)."""
 OWN_ERRORS = 4.0
 """How many times the 16-bit error of the model's own forwards a path's 16-bit error may be, beyond TOLERANCE."""
-_VERIFIED = "_macpo_verified"  # an attribute of the module, which copies of the module carry along
+_VERIFIED = "_macpo_verified"  # an attribute of the module
+
+
+class _Verified(set[str]):
+    """The structures in which a model has passed; copies of the model, which get adapters, share it."""
+
+    def __deepcopy__(self, memo: object) -> _Verified:
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +76,13 @@ class _Recorder:
 
 @torch.no_grad()
 def verify(base: PreTrainedModel) -> None:
-    """Compare the packed path with plain forwards on two small groups; done once per model.
+    """Compare the packed path with plain forwards on two small groups; done once per model and structure.
 
     Raises:
         ConfigError: naming the architecture and what differs.
     """
-    if getattr(base, _VERIFIED, False):
+    structure, passed = f"{base.dtype} {base.device} {base}", passed_structures(base)
+    if structure in passed:
         return
     window = expected_window(base)
     head = head_of(base)  # outside of `refusals`, because its errors have remedies of their own
@@ -92,7 +100,13 @@ def verify(base: PreTrainedModel) -> None:
         return torch.cat([separate_logits(base, probe)[:, len(probe.group.prompt_ids) - 1 : -1] for probe in probes])
 
     check_path(base, "packed", packed, separate)
-    setattr(base, _VERIFIED, True)
+    passed.add(structure)
+
+
+def passed_structures(base: PreTrainedModel) -> set[str]:
+    """Return the set of structures in which a model has passed; call it before copying the model to share the set."""
+    found: set[str] = vars(base).setdefault(_VERIFIED, _Verified())
+    return found
 
 
 def _packed_logits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation import Generator, SamplingParams
-from macpo.engine.models import attention_hook
+from macpo.engine.models import attention_hook, equivalence
 from macpo.engine.models.equivalence import TOLERANCE, probes_of, separate_logits
 from macpo.engine.models.float32 import in_float32, is_plain
 from macpo.engine.models.lora import new_adapter
-from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.model_cache import ModelCache
+from macpo.engine.models.policy import PolicyModule, PolicyRef
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 
@@ -142,6 +144,17 @@ def test_a_kernel_that_is_wrong_in_sixteen_bits_alone_is_seen(
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ConfigError, match=rf"LlamaForCausalLM: in {kind} its packed logits .*compute in float32"):
         PolicyModule(model)
+
+
+def test_a_cached_base_is_compared_once_in_each_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_of("llama").save_pretrained(tmp_path)
+    compared: list[str] = []
+    inner = equivalence.check_path
+    monkeypatch.setattr(equivalence, "check_path", lambda *args: (compared.append(args[1]), inner(*args)))
+    cache, lora = ModelCache(dtype="bfloat16"), LoraSettings(rank=2, target_modules="all-linear")
+    for tuning in (None, lora, None, lora, LoraSettings(rank=4)):
+        cache.policy(PolicyRef(str(tmp_path)), tuning)
+    assert len(compared) == 3
 
 
 # --- float32, a layer at a time ---

@@ -60,7 +60,7 @@ def test_weights_that_are_linked_within_a_cache_load(
 
 def test_weights_that_are_linked_beside_a_cache_are_refused(llama: Path, tmp_path: Path) -> None:
     folder = link_into(tmp_path / "outside", tmp_path / "models--o--n" / "snapshots" / "abc", llama)
-    with pytest.raises(ConfigError, match="not a regular file inside the folder or its cache.*cp -L"):
+    with pytest.raises(ConfigError, match=r"not a regular file inside the folder or its cache.*cp -L"):
         load_causal_lm(folder)
 
 
