@@ -29,8 +29,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Make forwards of a model compute in float32, from its 16-bit weights; the weights themselves stay as they are.
 
         A layer's weights become float32 when its forward starts and are 16 bits again when it ends. Weights that are no
-        plain numbers (see `is_plain`) stay, and their layers compute as they do; so does what an embedding does to its rows
-    (Gemma's scaling). Not for forwards with a backward.
+    plain numbers (see `is_plain`) stay, and their layers compute as they do; so does what an embedding does to its
+    rows (Gemma's scaling). Not for forwards with a backward.
     """
     units = dict(_units(model))
     saved: dict[nn.Module, _Saved] = {}
