@@ -39,6 +39,7 @@ from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows
 from macpo.engine.models.rotary import switch_length
+from macpo.engine.models.tuning.adapter_rules import check_forward
 from macpo.engine.progress import Count, counted
 
 _log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class Generator:
     same outputs.
 
     Raises:
-        ConfigError: an argument out of range. On first use: a model whose attention the hook cannot honour; the error
-            names the architecture.
+        ConfigError: an argument out of range, or a kind of adapter that is not supported. On first use: a model whose
+            attention the hook cannot honour; the error names the architecture.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Generator:
         if getattr(model, "collective", False):
             raise ConfigError("the policy is spread over ranks for training", "load it again to generate")
         self._outer, self.model = unwrap(model)
+        check_forward(self._outer)
         self.team: World = getattr(model, "team", None) or World()
         self.tokenizer = tokenizer
         self.max_batch = max_batch

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -80,6 +81,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError("is not a JSON object", "get a fresh copy", file=path)
     return value
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in peft's layout, and not a whole model."""
+    return (folder / "adapter_config.json").exists()
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ConfigError for an adapter where a whole model is needed; transformers would load another base under it."""
+    if is_adapter(folder):
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        named = f" ({base})" if base else ""
+        fix = (
+            f"name its base{named} as the model, and this folder as `positive` or `adapter`; or merge it into its base"
+        )
+        raise ConfigError("an adapter (adapter_config.json), where a whole model is needed", fix, file=folder)
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -187,6 +204,19 @@ def num_parameters(files: Iterable[Path]) -> int:
     return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
 
 
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most numbers of a model folder have on disk; float32 if none has one that models compute in."""
+    counts: Counter[torch.dtype] = Counter()
+    for file in weight_files(folder):
+        for entry in header(file).values():
+            if entry["dtype"] in _STORED:
+                counts[_STORED[entry["dtype"]]] += math.prod(entry["shape"])
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
 def fingerprint_model(path: str | Path) -> str:
     """Identity of a model or adapter for stage keys: changes when its weights, config or tokenizer change.
 
@@ -248,6 +278,7 @@ def load_causal_lm(
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
+    refuse_adapter(folder)
     config = read_json_object(folder / "config.json")
     weight_files(folder)
     options = _in_4_bits(as_dtype(dtype), torch.device(device)) if quantization == "nf4" else {}
@@ -267,6 +298,8 @@ def load_causal_lm(
         why = " ".join(str(error).split())[:300]
         remote = "auto_map" in config and not trust_remote_code
         fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
+        if "text_config" in config and not remote:
+            fix = "transformers has no causal LM in this model of text and images: use the family's text-only model"
         raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=path) from error
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])

@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.models.head import is_plain
 
 FIELD = "compute.parallel.tensor"
 _SPLITS_OUTPUTS = ("colwise", "colwise_gather_output")
@@ -80,6 +81,9 @@ def linear_parts(name: str, module: nn.Module) -> tuple[nn.Linear, list[nn.Linea
     factors: list[list[nn.Module]] = [[], []]
     base = module
     if isinstance(module, LoraLinear):
+        if not is_plain(module):
+            problem = f"the adapter on {name} is not plain LoRA, and cannot be split"
+            raise ConfigError(problem, "set compute.parallel.tensor to 1 and shard the model", field=FIELD)
         base, factors = module.get_base_layer(), [list(module.lora_A.values()), list(module.lora_B.values())]
     for layer in (base, *factors[0], *factors[1]):
         if type(layer) is not nn.Linear:

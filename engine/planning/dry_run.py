@@ -24,11 +24,11 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from macpo.engine.config import FullSettings, LoraSettings
-from macpo.engine.models import lora
 from macpo.engine.models.activations import PRODUCTS
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.flops import meta_model
-from macpo.engine.models.lora_linear import LORA_LINEAR, products, use_fused_lora
+from macpo.engine.models.tuning import lora
+from macpo.engine.models.tuning.lora_linear import LORA_LINEAR, products, use_fused_lora
 
 _aten = torch.ops.aten
 _PRODUCTS = {operator.overloadpacket for operator in PRODUCTS} | {_aten.addmm_}

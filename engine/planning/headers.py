@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import meta_model
-from macpo.engine.models.loading import header, local_folder, read_json_object, weight_files
+from macpo.engine.models.loading import header, local_folder, read_json_object, refuse_adapter, weight_files
 from macpo.engine.planning.shapes import read_config
 
 FIX = "use weights that belong to this config.json"
@@ -45,11 +45,12 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
     """Look at a model's folder or Hub id as `load_causal_lm` would, without loading a weight.
 
     Raises:
-        ConfigError: not found, no config, weights pickled or missing, an architecture that transformers does not know,
-            or weights that do not fit the config.
+        ConfigError: not found, an adapter, no config, weights pickled or missing, an architecture that transformers
+            does not know, or weights that do not fit the config.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
+    refuse_adapter(folder)
     written = read_json_object(folder / "config.json")
     entries: dict[str, Sequence[int]] = {}
     for file in weight_files(folder):

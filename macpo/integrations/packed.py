@@ -104,7 +104,6 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         raise ConfigError(f"{type(base).__name__} is an encoder-decoder", "use a decoder-only model")
     if getattr(base, _MARK, False):
         return base
-    _check_adapters(model)
     was_training, current = model.training, base.__dict__.get("forward")
     # The class's own forward: a trainer may already have put autocast around it, and the packed path has none.
     base.__dict__.pop("forward", None)
@@ -186,17 +185,6 @@ class _MixedPrecisionAttention:
         with no_autocast(q):
             packed = PackedAttention(self.segments.to(q.device))
             return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), scale, window)
-
-
-def _check_adapters(model: PreTrainedModel | PeftModel) -> None:
-    if not isinstance(model, PeftModel):
-        return
-    for name, config in model.peft_config.items():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if config.is_prompt_learning:
-            raise ConfigError(f"adapter {name!r} is {kind}: its virtual tokens cannot be packed", "use LoRA")
-        if getattr(config, "alora_invocation_tokens", None):
-            raise ConfigError(f"adapter {name!r} is an activated LoRA, which reads the padded ids", "use plain LoRA")
 
 
 def refuse(owner: str, reasons: Sequence[tuple[bool, str, str]]) -> None:

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import lora
 from macpo.engine.models.parallelize import data_world, parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 from macpo.engine.training.objectives import preference
 from macpo.engine.training.optim import Optimizer
 

@@ -38,10 +38,10 @@ from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Generator, Output, SamplingParams, sampling
 from macpo.engine.generation.split_model import split_policy, team_size
-from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
