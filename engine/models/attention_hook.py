@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.models.rotary import rotary_per_sequence
 from macpo.kernels import AttentionForm, Segments, prefix_attention
 
 HOOK_NAME = "macpo"
@@ -143,7 +144,8 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
         raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", _OTHER_MODEL)
     model.set_attn_implementation(HOOK_NAME)
     try:
-        yield
+        with rotary_per_sequence(model):
+            yield
     finally:
         for config, name in own.values():
             config._attn_implementation_internal = name

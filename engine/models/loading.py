@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from collections import Counter
@@ -31,6 +32,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 _HASHED = {".safetensors", ".json", ".model", ".jinja", ".txt"}
 _WHOLE_BYTES = 64 * 1024 * 1024
 _BLOCK_BYTES = 64 * 1024
+_CACHE_DEPTH = 4  # hub/models/OWNER/NAME: how far above a folder the contents of its cache may lie
 _CONVERT = "convert it once with model.save_pretrained(FOLDER, safe_serialization=True) where you trust the file"
 
 
@@ -99,7 +101,8 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a folder, each checked: a plain name, a regular file inside, a sane header.
+    """The safetensors files that transformers loads from a folder, each checked: a plain name, a regular file, a sane
+    header.
 
     Args:
         folder: a model folder (`stem="model"`) or an adapter folder (`stem="adapter_model"`).
@@ -108,39 +111,70 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
         ConfigError: no safetensors file, only pickled ones, or an index that points outside the folder.
         IntegrityError: a damaged header.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=index)
-        names = sorted(set(weight_map.values()))
-    elif (folder / f"{stem}.safetensors").exists():
-        names = [f"{stem}.safetensors"]
-    else:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-        if pickled:
-            problem = f"holds only pickled weights ({pickled[0]}), which can run code when loaded"
-            raise ConfigError(problem, _CONVERT, file=folder)
-        raise ConfigError(f"holds no {stem}.safetensors", "name a complete Hugging Face folder", file=folder)
+    names = _weight_names(folder, stem)
     files = [_checked(folder, name) for name in names]
     for file in files:
         header(file)
     return files
 
 
+def _weight_names(folder: Path, stem: str) -> list[str]:
+    """What transformers loads: the file that config.json names, else the single file, else those of the index."""
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    named = None
+    if stem == "model" and (folder / "config.json").is_file():
+        named = read_json_object(folder / "config.json").get("transformers_weights")
+    if named is not None and not isinstance(named, str):
+        raise ConfigError("transformers_weights is not a file name", "get a fresh copy", file=folder / "config.json")
+    chosen = named or next((name for name in (single, index) if (folder / name).is_file()), single)
+    if chosen.endswith(".index.json"):
+        if chosen != Path(chosen).name:
+            raise ConfigError(f"config.json names {chosen!r}, which is not a plain file name", "get a fresh copy")
+        weight_map = read_json_object(folder / chosen).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=folder / chosen)
+        return sorted(set(weight_map.values()))
+    if named is None and not os.path.lexists(folder / single):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        if pickled:
+            problem = f"holds only pickled weights ({pickled[0]}), which can run code when loaded"
+            raise ConfigError(problem, _CONVERT, file=folder)
+        raise ConfigError(f"holds no {single}", "name a complete Hugging Face folder", file=folder)
+    return [chosen]
+
+
 def _checked(folder: Path, name: str) -> Path:
     path = folder / name
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-        raise ConfigError(f"the index names {name!r}, which is not a plain file name", "get a fresh copy", file=folder)
-    # the Hub's cache links snapshots/REVISION/file to blobs/HASH of the same repository; nothing else may leave
-    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+        problem = f"names {name!r} as weights, which is not a plain file name"
+        raise ConfigError(problem, "get a fresh copy", file=folder)
     try:
         target = path.resolve(strict=True)
-    except OSError:
+    except (OSError, RuntimeError):
         raise ConfigError(f"{name} is missing", "get a fresh copy", file=folder) from None
-    if not target.is_relative_to(root.resolve()) or not stat.S_ISREG(target.stat().st_mode):
-        raise ConfigError(f"{name} is not a regular file inside the folder", "get a fresh copy", file=folder)
+    if not stat.S_ISREG(target.stat().st_mode) or not _belongs(target, folder):
+        fix = "copy the file that it links to into the folder (cp -L), if you trust it"
+        raise ConfigError(f"{name} is not a regular file inside the folder or its cache", fix, file=folder)
     return path
+
+
+def _belongs(target: Path, folder: Path) -> bool:
+    """Whether a file lies in the model's folder or in a cache whose layout links such folders to it.
+
+    Caches keep contents apart from names: the Hub's links `REPOSITORY/snapshots/REVISION/file` to
+    `REPOSITORY/blobs/HASH`, others to a folder `blobs` beside one of the folder's parents, and a folder made by
+    `hf download --local-dir` may link into the Hub's or ModelScope's cache. Nothing else may leave the folder.
+    """
+    home = folder.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent)
+    roots += [parent / "blobs" for parent in list(home.parents)[:_CACHE_DEPTH]]
+    repository = target.parent.parent
+    if target.parent.name == "blobs" and repository.name.startswith("models--"):
+        roots.append(repository)
+    roots.append(Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser())
+    return any(target.is_relative_to(root) or target.is_relative_to(root.resolve()) for root in roots)
 
 
 def header(file: Path) -> dict[str, Any]:

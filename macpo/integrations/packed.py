@@ -20,12 +20,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack, unshared
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook, is_active
 from macpo.engine.models.head import Head
 from macpo.engine.models.head import response_logps as head_logps
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.rotary import check_length, switch_length
 from macpo.kernels import AttentionForm, Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
@@ -124,7 +125,8 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     ) -> Any:
         if packed is None or reduce is None:
             return original(*args, **kwargs)
-        packed = packed.to(self.device)
+        check_length(self, packed.max_length)
+        packed = unshared(packed, switch_length(self)).to(self.device)
         with attention_hook(self):
             out = self.base_model(
                 input_ids=packed.input_ids,
