@@ -6,7 +6,7 @@ error: FILE:LINE: FIELD: problem. Fix: remedy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -73,12 +73,6 @@ class DataError(MacpoError, code=3):
 
 class TemplateRefusal(DataError):
     """A chat template does not write a dialogue, or would not write it as it is trained on."""
-
-    def at(self, file: str, line: int) -> TemplateRefusal:
-        """The same, of a line of the user's data; file: "" where only the line is known."""
-        said = "" if file else f" (line {line} of the data)"
-        problems = [replace(p, message=p.message.rstrip(".") + said, file=file, line=line) for p in self.problems]
-        return TemplateRefusal(problems=problems)
 
 
 class ResourceError(MacpoError, code=4):

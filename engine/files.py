@@ -17,6 +17,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 
 from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, NumericsError, ResourceError
 from macpo.engine.faults import point
+from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, unpacked
 
 PART = ".part"  # ending of a file that is being written; after a kill it can be deleted
 
@@ -176,27 +178,33 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
 
     A BOM, CRLF ends, empty lines and gzip are accepted. Byte offsets count from the start of the (unpacked) file.
     Raises: ConfigError if the file cannot be opened; DataError with the line and column or byte offset for bad JSON,
-    a truncated last line, a row that is not an object, invalid UTF-8, a lone surrogate, NaN.
+    a truncated last line, a row that is not an object, invalid UTF-8, a lone surrogate, NaN, and for a line, blank
+    lines or an unpacked size beyond the limits of `unpacking`.
     """
     name = str(path)
     with explained(name), open(path, "rb") as plain:
-        magic = plain.read(2)
-        plain.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=plain, mode="rb") if magic == b"\x1f\x8b" else plain
-        start, number = 0, 0
-        lines = iter(stream)
+        stream = unpacked(plain)
+        start, number, blank = 0, 0, 0
         while True:
             try:
-                line = next(lines, b"")
+                line = stream.readline(MAX_LINE_BYTES + 1)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 fix = "fetch or pack it again"
                 raise DataError(f"damaged gzip: {error}", fix, file=name, line=number + 1) from None
+            except DataError as error:
+                raise DataError(problems=[replace(error.problems[0], line=number + 1)]) from None
             if not line:
                 return
             number += 1
+            if len(line) > MAX_LINE_BYTES:
+                fix = "write one JSON object a line, and shorter ones"
+                raise DataError(f"the line is longer than {MAX_LINE_BYTES:,} bytes", fix, file=name, line=number)
             skip = 3 if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
             if line[skip:].strip(b" \t\r\n"):
                 yield number, _parse_line(line[skip:], name, number, start + skip)
+                blank = 0
+            elif (blank := blank + 1) > MAX_BLANK_LINES:
+                raise DataError(f"{blank:,} blank lines in succession", "remove them", file=name, line=number)
             start += len(line)
 
 
@@ -206,7 +214,7 @@ def _parse_line(raw: bytes, name: str, number: int, start: int) -> dict[str, Any
 
     try:
         text = raw.decode()
-        row = json.loads(text, parse_constant=_no_constant)
+        row = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         offset = start + error.start
         raise fail(f"invalid UTF-8 at byte {offset} of the file", "save the file as UTF-8") from None
@@ -233,6 +241,8 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # made once: `json.loads` would make one a line
+
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
 
@@ -252,8 +262,13 @@ def _lone_surrogate(raw: bytes) -> int | None:
     return high
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # made once: `json.dumps` would make one a row
+
+
 def _dumps(value: Any, name: str, line: int | None, indent: int | None = None) -> str:
     try:
+        if indent is None:
+            return _ENCODER.encode(value)
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError as error:
         fix = "find the step that made it"

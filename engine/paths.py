@@ -21,7 +21,7 @@ from pydantic import AfterValidator, ValidationInfo
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".jinja", ".safetensors", ".yaml")
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".jinja", ".safetensors", ".yaml")
 FIX = " Fix: "  # what separates problem and remedy in a ValueError of a setting
 
 

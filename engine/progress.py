@@ -101,6 +101,23 @@ class GenerationProgress(_Shown):
         self._update(self._done, line, last=False, fields={"rate": f"{rate:,.0f}"})
 
 
+class RowProgress(_Shown):
+    """Shows how many rows are read.
+
+    Args:
+        label: what is read.
+        planned: number of rows.
+    """
+
+    def __init__(self, label: str, planned: int) -> None:
+        self._label, self._planned = label, planned
+        super().__init__(label, done=0, total=planned, text="rows", fields={})
+
+    def update(self, done: int) -> None:
+        """Show the number of rows that are done."""
+        self._update(done, f"{self._label}: {done:,}/{self._planned:,} rows", last=False, fields={})
+
+
 class Count(Protocol):
     """`GenerationProgress.add` or a function with the same signature."""
 

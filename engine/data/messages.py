@@ -87,7 +87,7 @@ def split_tools(messages: Sequence[Message]) -> tuple[list[Message], list[dict[s
 
 def parts_of(message: Message) -> Message | None:
     """An assistant's message if it holds more than its text, else None."""
-    return message if any(name in message for name in PARTS) else None
+    return message if len(message) > 2 and any(name in message for name in PARTS) else None
 
 
 def _text(content: Any, given: Mapping[str, Any]) -> str:
@@ -132,7 +132,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                function["arguments"] = json.loads(arguments)
+                function["arguments"] = _plain(json.loads(arguments))
             except ValueError:
                 raise DataError(
                     f"the arguments of a call of {function['name']!r} are not JSON: {arguments!r:.60}",
@@ -145,5 +145,11 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy made of JSON's own types."""
-    return json.loads(json.dumps(value, default=str))
+    """A copy made of JSON's own types. Raises DataError for text that no file can hold."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(f"lone surrogate U+{code:04X} in it", "remove or pair it", field="tool_calls") from None
+    return json.loads(text)

@@ -308,13 +308,15 @@ def _layer(block: nn.Module, config: Any, index: int) -> LayerShape:
     for name, parameter in block.named_parameters():
         path = name.removesuffix(".weight")
         last = path.rpartition(".")[2]
+        if last.endswith("bias"):  # of stacked experts it has two dimensions
+            continue
         if parameter.dim() == 2:
             outputs, inputs = parameter.shape
             matrices.append(Matrix(last, inputs, outputs, linear=name in linears, reads_input=last in reads))
         elif parameter.dim() == 3:
             count, outputs, inputs = parameter.shape
             matrices.append(Matrix(last, inputs, outputs, count, float(min(active, count)), linear=False))
-    vectors = sum(p.numel() for p in block.parameters() if p.dim() < 2)
+    vectors = sum(p.numel() for p in block.parameters()) - sum(m.numel for m in matrices)
     return LayerShape(tuple(matrices), vectors, _window(config, index))
 
 

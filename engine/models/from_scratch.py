@@ -7,6 +7,7 @@ token and whose one response is the rest.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.data.records import Example, Prompt
+from macpo.engine.data.records import Example, Prompt, named
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.models.loading import quiet_transformers
+from macpo.engine.unpacking import unpacked
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -93,18 +95,21 @@ def document_groups(chat: Chat, documents: Iterable[Example], max_tokens: int, l
     A longer document continues in further groups, each beginning with the last token of the one before, so that every
     token but a document's first is predicted exactly once. Documents of one token are left out.
     With learn = "answers" a dialogue becomes its prompt and one response, so that only the response is predicted.
-    Raises ConfigError for max_tokens below 2, DataError if nothing is left.
+    Raises ConfigError for max_tokens below 2, DataError for a dialogue that cannot be encoded, or if nothing is left.
     """
     if max_tokens < 2:
         raise ConfigError(f"got {max_tokens}", "allow at least 2 tokens", field="init.context")
     groups = []
     for document in documents:
-        if learn == "answers" and document.prompt.messages:
-            answer = [(document.reply, document.finished)]
-            group = chat.group(document.prompt.messages, answer, max_tokens=max_tokens)
-            groups += [group] if group is not None else []
-            continue
-        ids = chat.document_ids(document.prompt.messages, document.reply, document.finished)
+        messages = document.prompt.messages
+        try:
+            if learn == "answers" and messages:
+                group = chat.group(messages, [(document.reply, document.finished)], max_tokens=max_tokens)
+                groups += [group] if group is not None else []
+                continue
+            ids = chat.document_ids(messages, document.reply, document.finished)
+        except DataError as error:
+            raise named(error, document.prompt) from None
         for start in range(0, len(ids) - 1, max_tokens - 1):
             groups.append(PrefixGroup(ids[start : start + 1], [ids[start + 1 : start + max_tokens]]))
     if not groups:
@@ -152,9 +157,9 @@ def _jsonl_texts(name: str) -> Iterator[str]:
 def _read_text(name: str) -> str:
     try:
         with explained(name), open(name, "rb") as plain:
-            raw = gzip.GzipFile(fileobj=plain).read() if name.endswith(".gz") else plain.read()
+            raw = unpacked(plain).read()
         return raw.decode("utf-8-sig")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"damaged gzip: {error}", "fetch or pack it again", file=name) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from macpo.engine.config import FullSettings, LoraSettings, Quantization
 from macpo.engine.errors import ResourceError
+from macpo.engine.models.equivalence import passed_structures
 from macpo.engine.models.loading import as_dtype, load_causal_lm, local_folder, num_parameters, weight_files
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.tuning import lora
@@ -126,6 +127,7 @@ class ModelCache:
             trust_remote_code=self.trust_remote_code,
         ).requires_grad_(False)
         self.loads += 1
+        passed_structures(model)  # its policies are copies: the first of each structure is compared with the model
         if not spread:
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             self._bases[name] = (version, model, size)

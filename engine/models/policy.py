@@ -16,12 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from macpo.engine.data.pack import PackedBatch
+from macpo.engine.data.pack import PackedBatch, unshared
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.equivalence import verify
 from macpo.engine.models.head import Head, aliased, head_of, response_logps, whole
+from macpo.engine.models.rotary import switch_length
 from macpo.engine.models.tuning.adapter_rules import check_forward
 from macpo.engine.models.tuning.lora_linear import use_fused_lora
 
@@ -125,7 +126,7 @@ class PolicyModule(nn.Module):
         """
         if self.team is not None:
             raise ConfigError("the policy is split over ranks for generation", "load it again to train or score")
-        batch = batch.to(self.device)
+        batch = unshared(batch, switch_length(self.base)).to(self.device)
         return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:

@@ -54,6 +54,8 @@ def _reason(config: PreTrainedConfig, kind: Any) -> str:
     odd = sorted(set(layers or ()) - _PACKED_LAYERS)
     if odd:
         return f"has layers of type {', '.join(odd)}, which cannot share a prompt"
+    if getattr(text, "attn_temperature_tuning", False):  # beyond some thousand tokens, where no probe reaches
+        return "scales its queries by their place in the row instead of their position (attn_temperature_tuning)"
     if any(getattr(part, "alibi", False) for part in (text, getattr(text, "attn_config", None))):
         return _KNOWN["bloom"]
     if kind is None:  # a model's own code, which only the probe can judge

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.loading import (
+    has_mxfp4,
     header,
     local_folder,
     read_config,
@@ -36,7 +37,7 @@ class Folder:
 
     path: Path
     num_parameters: int
-    """That the weight files hold."""
+    """That the weight files hold, MXFP4 unpacked."""
     model: PreTrainedModel | None
     """On the meta device; None where the model brings its own code, which is not run here."""
 
@@ -73,6 +74,8 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
     model = _skeleton(folder)
     if "quantization_config" not in written:  # packed weights have shapes of their own
         _compare(folder, entries, model)
+    elif has_mxfp4(written):
+        held = sum(parameter.numel() for parameter in model.parameters())
     return Folder(folder, held, model)
 
 

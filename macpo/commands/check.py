@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from macpo.commands.check_rows import Reading, Rows, encode_rows
 from macpo.commands.preflight import preflight
 from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat, boundary_mismatches
 from macpo.engine.data.messages import Message
 from macpo.engine.data.records import Example, Pair, Prompt
+from macpo.engine.errors import TemplateRefusal
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
 from macpo.engine.models.loading import local_folder, read_json_object
 from macpo.method.encoding import encoded, is_cut, pair_responses
@@ -33,33 +36,47 @@ class _Found:
 
     sizes: dict[str, int]
     counts: dict[str, int]
-    documents: dict[str, list[Example]]
+    documents: Mapping[str, Sequence[Example]]
     sample: list[tuple[Prompt, Answers]]
+    read: dict[str, dict[str, tuple[Rows, Reading]]]
+    """By agent: every set of rows that a run reads with its tokenizer, and what of it."""
 
 
 def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
     """Lines of text; raises MacpoError (2 to 5) for what `run` would stumble over."""
     preflight(recipe, plan_of(recipe, must_exist=False))
+    began = time.monotonic()
     found = _of_method(recipe) if isinstance(recipe, Recipe) else _of_standalone(recipe)
-    yield "data: " + ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
+    sizes = ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
+    yield f"data: {sizes} (read in {time.monotonic() - began:.1f} s)"
     for name, count in found.counts.items():
         if count:
             yield f"data: {count:,} {name.replace('_', ' ')}"
     chats: dict[str, Chat] = {}
+    done: set[tuple[str, int, Reading]] = set()  # rows that an agent with the same tokens has read
     shown: dict[str, str] = {}  # digest of tokenizer and template -> the agent whose tokens were shown
     for agent in recipe.agents:
         if not agent.has_tokenizer:
             yield from ("", f"{agent.name}: {agent.source}, under the server's own template; prompts are not cut")
             continue
         chat = agent_chat(agent, recipe, found.documents, chats)
+        about = Builder(recipe, Plan()).stage_agent(agent)
+        lines = []
+        for what, (rows, reading) in found.read[agent.name].items():
+            key = (chat.digest, id(rows), reading)
+            if key not in done:
+                done.add(key)
+                lines.append(encode_rows(chat, about, rows, what, reading))
+        sample = _accepted(chat, about, found.sample)
         yield ""
-        yield from _about(agent, chat, recipe, found.sample)
+        yield from _about(agent, chat, recipe, sample)
+        yield from lines
         if chat.digest in shown:
             yield f"  examples: the same tokens as {shown[chat.digest]}'s"
             continue
         shown[chat.digest] = agent.name
-        for prompt, answers in found.sample[:examples]:
-            yield from _marked(chat, prompt, answers, Builder(recipe, Plan()).stage_agent(agent))
+        for prompt, answers in sample[:examples]:
+            yield from _marked(chat, prompt, answers, about)
 
 
 def check_templates(recipe: AnyRecipe) -> None:
@@ -75,8 +92,23 @@ def check_templates(recipe: AnyRecipe) -> None:
     for agent in agents:
         about = Builder(recipe, Plan()).stage_agent(agent)
         chat = agent_chat(agent, recipe, {}, {})
-        for prompt, answers in found.sample:
+        _accepted(chat, about, found.sample)
+
+
+def _accepted(
+    chat: Chat, about: StageAgent, sample: Sequence[tuple[Prompt, Answers]]
+) -> Sequence[tuple[Prompt, Answers]]:
+    """The rows without those that the template refuses, where such are to be dropped."""
+    kept = []
+    for prompt, answers in sample:
+        try:
             encoded(chat, about, prompt, list(answers.values()))
+        except TemplateRefusal:
+            if about.refused == "error":
+                raise
+            continue
+        kept.append((prompt, answers))
+    return kept
 
 
 def _of_method(recipe: Recipe) -> _Found:
@@ -85,14 +117,28 @@ def _of_method(recipe: Recipe) -> _Found:
     sizes = {f"{name}'s human pairs": len(pairs) for name, pairs in sources.teachers.items()}
     sizes |= {"student prompts": len(sources.student), "test prompts": len(sources.test)}
     first = next(iter(sources.teachers.values()))[:NUM_MEASURED]
-    return _Found(sizes, sources.counts, sources.documents, [_answers(pair) for pair in first])
+    read: dict[str, dict[str, tuple[Rows, Reading]]] = {
+        name: {
+            "its human pairs": (pairs, "answers"),
+            "student prompts": (sources.student, "prompts"),
+            "test pairs": (sources.test, "pairs"),
+        }
+        for name, pairs in sources.teachers.items()
+    }
+    read[recipe.student.name] = {
+        "student prompts": (sources.student, "answers" if recipe.evaluation.ceiling else "prompts"),
+        "test pairs": (sources.test, "pairs"),
+    }
+    return _Found(sizes, sources.counts, sources.documents, [_answers(pair) for pair in first], read)
 
 
 def _of_standalone(recipe: Standalone) -> _Found:
     sets = read_sets(recipe.data, recipe.seed)
     sizes = {"to train on": len(sets.train), "held out": len(sets.test)}
     sample = [_answers(record) for record in sets.train[:NUM_MEASURED]]
-    return _Found(sizes, sets.counts, {"student": sets.documents}, sample)
+    reading: Reading = "pairs" if recipe.recipe == "preference" else "answers"
+    read: dict[str, tuple[Rows, Reading]] = {"to train on": (sets.train, reading), "held out": (sets.test, reading)}
+    return _Found(sizes, sets.counts, {"student": sets.documents}, sample, {recipe.agents[0].name: read})
 
 
 def _answers(record: Pair | Example) -> tuple[Prompt, Answers]:
@@ -102,7 +148,7 @@ def _answers(record: Pair | Example) -> tuple[Prompt, Answers]:
 
 
 def agent_chat(
-    agent: AgentSettings, recipe: AnyRecipe, sources: dict[str, list[Example]], made: dict[str, Chat]
+    agent: AgentSettings, recipe: AnyRecipe, sources: Mapping[str, Sequence[Example]], made: dict[str, Chat]
 ) -> Chat:
     """The agent's tokenizer and template; a tokenizer that the run will train is trained here on the same documents."""
     about = Builder(recipe, Plan()).stage_agent(agent)
@@ -122,8 +168,9 @@ def agent_chat(
     return made[key]
 
 
-def _used(documents: list[Example], init: InitSettings) -> list[Example]:
-    return documents[: init.pretrain.max_documents]
+def _used(documents: Sequence[Example], init: InitSettings) -> Sequence[Example]:
+    limit = init.pretrain.max_documents
+    return documents if limit is None else documents[:limit]  # a slice would hold them all in memory
 
 
 def _any_config(folder: Path) -> Path:
@@ -137,6 +184,9 @@ def _about(
     yield f"{agent.name}: {agent.source}; {len(chat.tokenizer):,} tokens; stops at {_names(chat, chat.stop_ids)}"
     yield from (f"  {line}" for line in chat.about)
     about = Builder(recipe, Plan()).stage_agent(agent)
+    if not sample:
+        yield "  the template refuses each of the first rows"
+        return
     rows = [_measured(chat, about, *each) for each in sample]
     prompts = sorted(row.prompt_tokens for row in rows)
     limit, half = recipe.max_prompt_tokens, len(prompts) // 2

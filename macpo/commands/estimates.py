@@ -14,8 +14,6 @@ from transformers import PretrainedConfig
 
 from macpo.commands.plan_model import gpu_of
 from macpo.config import AgentSettings, Recipe
-from macpo.data.preferences import load_preferences
-from macpo.data.rows import Source
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, MacpoError
@@ -28,6 +26,7 @@ from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost
+from macpo.method.data_sets import read_pairs, source_of
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe
 from macpo.standalone.config import Standalone
@@ -180,10 +179,7 @@ def _sample_lengths(recipe: Recipe) -> tuple[float, float]:
     limit = recipe.context_tokens - recipe.sampling.max_new_tokens
     if recipe.data.world is not None:
         return min(18, limit), min(24, recipe.sampling.max_new_tokens)
-    data = recipe.data
-    assert data.path is not None
-    source = Source(data.path, data.split, data.subset, data.columns, max_rows=200)
-    pairs, _ = load_preferences(source, format=data.format)
+    pairs, _ = read_pairs(recipe.data, source_of(recipe.data, max_rows=200))
     prompt = statistics.fmean(sum(len(m["content"]) for m in p.prompt.messages) for p in pairs) / CHARS_PER_TOKEN
     response = statistics.fmean(len(p.chosen) for p in pairs) / CHARS_PER_TOKEN
     return min(prompt, limit), min(response, recipe.sampling.max_new_tokens)

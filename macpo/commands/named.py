@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
-from macpo.config import AgentSettings, Recipe, SourceSettings
+from macpo.config import AgentSettings, Recipe
+from macpo.data.rows import Source
 from macpo.engine.config import LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.models import loading
+from macpo.method.data_sets import held_out_source, own_source, source_of
 from macpo.recipe_kinds import AnyRecipe
 
 
@@ -51,20 +53,20 @@ def policies_of(recipe: AnyRecipe) -> Iterator[tuple[str, str, AgentSettings]]:
                 yield name, path, agent
 
 
-def sources_of(recipe: AnyRecipe) -> Iterator[tuple[SourceSettings, str | None, str]]:
-    """Every data set that is named: settings with its path, and the split to read (None: the settings')."""
+def sources_of(recipe: AnyRecipe) -> Iterator[tuple[str, Callable[[], Source | None]]]:
+    """Every data set that is named: the setting that names it, and a function that returns it.
+
+    The function raises ConfigError for a setting that goes with no data, and returns None where none is to be read.
+    """
     data = recipe.data
-    if data.path is not None:
-        yield data, None, "data.path"
+    if data.path is None:
+        return
+    yield "data.path", partial(source_of, data)
+    yield "data.test_path" if data.test_path is not None else "data.test_split", partial(held_out_source, data)
     if isinstance(recipe, Recipe):
         for index, teacher in enumerate(recipe.teachers):
             if teacher.data is not None:
-                yield SourceSettings(path=teacher.data), None, f"teachers.{index}.data"
-    else:
-        if recipe.data.test_path is not None:
-            yield data.model_copy(update={"path": recipe.data.test_path}), None, "data.test_path"
-        elif recipe.data.test_split is not None:
-            yield data, recipe.data.test_split, "data.test_split"
+                yield f"teachers.{index}.data", partial(own_source, data, teacher.data)
 
 
 def models_of(recipe: AnyRecipe) -> Iterator[Model]:
@@ -102,7 +104,7 @@ def is_adapter(path: str) -> bool:
     return loading.is_adapter(Path(path)) if Path(path).is_absolute() else _is_hub_adapter(path)
 
 
-@functools.cache
+@cache
 def _is_hub_adapter(name: str) -> bool:
     try:
         return loading.is_adapter(loading.local_folder(name))

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from macpo.commands.adapters import check_adapter, check_targets
 from macpo.commands.estimates import disk_needed
 from macpo.commands.named import Model, adapters_of, agents_of, four_bits, models_of, sources_of
-from macpo.config import AgentSettings, Recipe, SourceSettings
-from macpo.data.rows import data_files, is_local
+from macpo.config import AgentSettings, Recipe
+from macpo.data.folders import data_files
+from macpo.data.rows import Source, is_local
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError, MacpoError, Problem, ResourceError
 from macpo.engine.files import require_free
@@ -110,8 +111,8 @@ def _field(where: str, own: str) -> str:
 def _all(place: Place) -> Iterator[tuple[str, Callable[[], None]]]:
     for check in OF_RECIPE:
         yield "", lambda check=check: check(place)  # type: ignore[misc]
-    for source, split, field_ in sources_of(place.recipe):
-        yield field_, lambda source=source, split=split: _data(source, split)  # type: ignore[misc]
+    for field_, source in sources_of(place.recipe):
+        yield field_, lambda source=source: _data(source())  # type: ignore[misc]
     for model in models_of(place.recipe):
         for each in OF_MODEL:
             yield model.field, lambda each=each, model=model: each(model, place)  # type: ignore[misc]
@@ -211,11 +212,10 @@ OF_RECIPE: tuple[Callable[[Place], None], ...] = (
 """Checks of the recipe as a whole."""
 
 
-def _data(source: SourceSettings, split: str | None) -> None:
+def _data(source: Source | None) -> None:
     """Its files are there; their rows are for the first stage, and for `macpo check`, to read."""
-    assert source.path is not None
-    if is_local(source.path):
-        data_files(Path(source.path), split or source.split, source.subset)
+    if source is not None and is_local(source.path):
+        data_files(Path(source.path), source.split, source.subset)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

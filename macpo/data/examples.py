@@ -6,12 +6,12 @@ Formats, told apart by the keys of the first row:
 
     messages   {"messages": chat messages that end with the assistant's}
     response   {"prompt", "response"} or {"prompt", "completion"}: text, or lists of chat messages
-    alpaca     {"instruction", "input", "output": text}, also with "system" and "history"
-    sharegpt   {"conversations": [{"from", "value"}, …]}, also with "system"
-    chosen     any layout of preference pairs (macpo/data/preferences.py): the better response
+    alpaca     {"instruction", "input", "output": text}, also with "history"
+    sharegpt   {"conversations": [{"from", "value"}, …]}
+    chosen     any layout of preference pairs (macpo/data/pair_layouts.py): the better response
     rejected   the same, the worse response
 
-The last response of a dialogue is learnt; what comes before it is the prompt.
+Each also with "system" and "tools". The last response of a dialogue is learnt; what comes before it is the prompt.
 """
 
 from __future__ import annotations
@@ -22,33 +22,44 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from macpo.data.preferences import (
-    PAIR_COLUMNS,
+import numpy as np
+
+from macpo.data.columns import check_read
+from macpo.data.dialogues import (
     alpaca_prompt,
+    answer_of,
     last_message,
-    load_preferences,
     messages_of,
     prompt_before_answer,
     prompt_of,
     sharegpt_messages,
-    text_of,
 )
-from macpo.data.rows import Row, Source
+from macpo.data.pair_layouts import COLUMNS as PAIR_COLUMNS
+from macpo.data.pair_layouts import SIDES
+from macpo.data.preferences import load_preferences
+from macpo.data.prompts import Repeats
+from macpo.data.rows import EmptyText, Row, Source
+from macpo.data.spool import Records, Spool, whole
 from macpo.engine.data.messages import Message, parts_of
 from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, DataError
 
 log = logging.getLogger("macpo.data")
 
-SIDES = ("chosen", "rejected")
-
 
 def load_examples(
-    source: Source | str | Path, *, format: str = "auto", preference: str = "better"
-) -> tuple[list[Example], dict[str, int]]:
+    source: Source | str | Path,
+    *,
+    format: str = "auto",
+    preference: str = "better",
+    empty: str = "auto",
+    contradictions: str = "keep",
+) -> tuple[Records[Example], dict[str, int]]:
     """Return the examples in the order of the rows, and counts; arguments are those of `load_preferences`.
 
-    Counts: `rows`, `examples`, `prompts` (distinct), `duplicate_rows` (kept), or those of `load_preferences` for pairs.
+    `preference` and `contradictions` are about pairs alone.
+    Counts: `rows`, `examples`, `prompts` (distinct), `duplicate_rows` (kept), `empty_dropped` where there are any, or
+    those of `load_preferences` for pairs.
     Raises ConfigError for settings and paths, DataError with file, line and field for rows, or if nothing is left.
     """
     source = source if isinstance(source, Source) else Source(source)
@@ -64,34 +75,47 @@ def load_examples(
             raise DataError("it has no rows", "check the file", file=str(path))
         format = _detect(first)
         rows = itertools.chain([first], rows)
+    spool, repeats = Spool(Example), Repeats()
     if format in SIDES:
-        pairs, counts = load_preferences(source, preference=preference)
-        return [pair.example(format) for pair in pairs], counts
+        pairs, counts = load_preferences(source, preference=preference, empty=empty, contradictions=contradictions)
+        for pair in pairs:
+            spool.add(pair.example(format))
+        return whole(spool), counts
+    check_read(source.columns, format, _READS[format])
     found = Counter(rows=0)
-    examples: list[Example] = []
     for row in rows:
         found["rows"] += 1
-        prompt, answer = FORMATS[format](row)
-        parts = parts_of(answer)
-        if not answer["content"].strip() and parts is None:
-            row.fail("response", "the answer is empty or white space", "remove the row")
-        examples.append(Example(prompt_before_answer(row, prompt), answer["content"], parts=parts))
+        try:
+            before, answer = FORMATS[format](row)
+            prompt = prompt_before_answer(row, before)
+        except EmptyText:
+            if empty != "drop":
+                raise
+            found["empty_dropped"] += 1
+            continue
+        example = Example(prompt, answer["content"], parts=parts_of(answer))
+        spool.add(example)
+        repeats.add(example)
+    examples = whole(spool)
     if not examples:
-        raise DataError("it has no rows", "check the file", file=str(path))
+        what = ", ".join(f"{name}={n}" for name, n in found.items() if n) or "it has no rows"
+        raise DataError(f"no example is left ({what})", "check the file and data.format", file=str(path))
     found["examples"] = len(examples)
-    found["prompts"] = len({example.prompt.id for example in examples})
-    found["duplicate_rows"] = len(examples) - len({(e.prompt.id, e.answer, str(e.parts)) for e in examples})
-    if found["duplicate_rows"]:
-        log.warning("%s: %d of %d rows are repeated", Path(path).name, found["duplicate_rows"], found["rows"])
+    found["prompts"] = len(np.unique(examples.ids))
+    found["duplicate_rows"] = int(repeats.found()[0].sum())
+    noted = {name: found[name] for name in ("duplicate_rows", "empty_dropped") if found[name]}
+    if noted:
+        log.warning("%s: %d examples of %d rows; %s", Path(path).name, len(examples), found["rows"], noted)
     return examples, dict(found)
 
 
 def _detect(row: Row) -> str:
-    has = row.fields.keys()
+    has = {name for name, value in row.fields.items() if value is not None} or row.fields.keys()
     if {"chosen", "rejected"} <= has or {"response_0", "response_1"} <= has:
         return "chosen"
     if "instruction" in has and isinstance(row.fields.get("output"), list):
         return "chosen"
+    has |= {"response", "completion"} & row.fields.keys()  # null there is an empty answer
     for format, keys in (
         ("messages", {"messages"}),
         ("sharegpt", {"conversations"}),
@@ -101,8 +125,11 @@ def _detect(row: Row) -> str:
     ):
         if keys <= has:
             return format
-    missing = "response" if "prompt" in has else "prompt"
-    row.fail(missing, "missing, and the keys fit none of the formats messages, response, alpaca, sharegpt, chosen")
+    missing = (
+        ["response"] if "prompt" in has else ["prompt", *([] if {"response", "completion"} & has else ["response"])]
+    )
+    problem = "missing, and the keys fit none of the formats messages, response, alpaca, sharegpt, chosen"
+    row.missing(missing[0], problem, *missing[1:])
 
 
 def _messages(row: Row) -> tuple[list[Message], Message]:
@@ -112,23 +139,20 @@ def _messages(row: Row) -> tuple[list[Message], Message]:
 
 
 def _response(row: Row) -> tuple[list[Message], Message]:
-    field = "response" if "response" in row.fields else "completion"
+    field = next((name for name in ("response", "completion") if row.fields.get(name) is not None), None)
+    field = field or ("response" if "response" in row.fields else "completion")
     if not isinstance(row.fields.get(field), list | dict):
-        return prompt_of(row), _said(text_of(row, field))
+        return prompt_of(row), answer_of(row, field)
     between, answer = last_message(row, field, messages_of(row, field))
     return prompt_of(row) + between, answer
 
 
 def _alpaca(row: Row) -> tuple[list[Message], Message]:
-    return alpaca_prompt(row), _said(text_of(row, "output"))
+    return alpaca_prompt(row), answer_of(row, "output")
 
 
 def _sharegpt(row: Row) -> tuple[list[Message], Message]:
     return last_message(row, "conversations", sharegpt_messages(row))
-
-
-def _said(text: str) -> Message:
-    return {"role": "assistant", "content": text}
 
 
 FORMATS: dict[str, Callable[[Row], tuple[list[Message], Message]]] = {
@@ -137,5 +161,11 @@ FORMATS: dict[str, Callable[[Row], tuple[list[Message], Message]]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
 }
+_READS = {
+    "messages": ("messages", "system", "tools"),
+    "response": ("prompt", "response", "completion", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
+}
 COLUMNS = ["messages", "prompt", "response", "completion", "instruction", "input", "output", "system", "history"]
-COLUMNS += ["conversations"]
+COLUMNS += ["conversations", "tools"]

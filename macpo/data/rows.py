@@ -1,35 +1,36 @@
-"""Where preference rows come from: .jsonl, .json, .parquet (also gzipped), folders of them, or the Hub.
+"""Where rows come from: a file or folder in the forms of macpo/data/readers.py and folders.py, or the Hub.
 
-A folder holds one file a published split, itself or in one sub-folder a subset, as HH-RLHF is published:
+    for row in Source("hh-rlhf", split="test", subset="harmless-base").rows(): ...
 
-    hh-rlhf/harmless-base/train.jsonl.gz   hh-rlhf/harmless-base/test.jsonl.gz   hh-rlhf/helpful-base/…
+Nothing but the Hub's client needs a network, and it is asked for only where the path does not exist here.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
-import logging
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from macpo.data.columns import mapping_line
+from macpo.data.folders import SUFFIXES, data_files, files_of
+from macpo.data.readers import DELIMITERS, file_rows
+from macpo.data.stringified import TEXT_FIELDS, messages_in
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.files import explained, read_jsonl, sha256
+from macpo.engine.files import sha256
 
-log = logging.getLogger("macpo.data")
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 OFFLINE_FIX = "check the path; without a network download the data first and give its folder"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-@dataclass(frozen=True, slots=True)
+class EmptyText(DataError):
+    """A prompt or response without text, which `data.empty: drop` leaves out."""
+
+
+@dataclass(slots=True)
 class Row:
     """One object of a data file; `line` counts from 1 (rows of .json lists, .parquet and the Hub likewise)."""
 
@@ -37,11 +38,25 @@ class Row:
     line: int
     fields: dict[str, Any]
 
-    def fail(self, field: str, problem: str, fix: str = "") -> NoReturn:
+    @property
+    def untyped(self) -> bool:
+        """Whether every field is text, whatever it stands for, as in CSV."""
+        return self.file.removesuffix(".gz").endswith((*DELIMITERS,))
+
+    def fail(self, field: str, problem: str, fix: str = "", kind: type[DataError] = DataError) -> NoReturn:
         """Raise a DataError that names the file, line, field and the row's keys."""
+        raise self._error(kind, field, problem, fix or f"correct the row, or map the name: {self.mapping(field)}")
+
+    def missing(self, field: str, problem: str, *also: str) -> NoReturn:
+        """Raise a DataError for fields that are missing, with the setting that maps likely ones."""
+        raise self._error(DataError, field, problem, f"correct the row, or map the name: {self.mapping(field, *also)}")
+
+    def mapping(self, *fields: str) -> str:
+        return mapping_line(fields, self.fields.keys())
+
+    def _error(self, kind: type[DataError], field: str, problem: str, fix: str) -> DataError:
         keys = ", ".join(map(str, list(self.fields)[:12])) or "none"
-        fix = fix or f"correct the row, or map the name: data.columns: {{{field}: NAME}}"
-        raise DataError(f"{problem} (keys seen: {keys})", fix, file=self.file, line=self.line, field=field)
+        return kind(f"{problem} (keys seen: {keys})", fix, file=self.file, line=self.line, field=field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +74,30 @@ class Source:
     """Number of rows to read from the start; None reads all."""
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows, columns renamed. Raises as `read_rows` does, and DataError for a missing column."""
+        """Yield the rows, columns renamed and messages that are stored as text read.
+
+        Raises as `read_rows` does, and DataError for a missing column or for text that begins like messages.
+        """
         for row in itertools.islice(read_rows(self.path, self.split, self.subset), self.max_rows):
-            for ours, theirs in self.columns.items():
-                if theirs not in row.fields:
-                    row.fail(theirs, f"data.columns names it for {ours!r}, but it is missing", "correct data.columns")
-            names = {ours: row.fields[theirs] for ours, theirs in self.columns.items()}
-            yield Row(row.file, row.line, {**row.fields, **names})
+            if self.columns:
+                for ours, theirs in self.columns.items():
+                    if theirs not in row.fields:
+                        problem = f"data.columns names it for {ours!r}, but it is missing"
+                        row.fail(theirs, problem, "correct data.columns")
+                row.fields = row.fields | {ours: row.fields[theirs] for ours, theirs in self.columns.items()}
+            for name, value in row.fields.items():
+                if name in TEXT_FIELDS and isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{"):
+                    _read_messages(row, name, value)
+            yield row
+
+
+def _read_messages(row: Row, field: str, text: str) -> None:
+    try:
+        messages = messages_in(text)
+    except ValueError as problem:
+        row.fail(field, str(problem), "store the messages as a list, or write the list as JSON")
+    if messages is not None:
+        row.fields = row.fields | {field: messages}
 
 
 def read_rows(path: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
@@ -75,7 +107,9 @@ def read_rows(path: str | Path, split: str = "train", subset: str | None = None)
     """
     if is_local(path):
         for file in data_files(Path(path).expanduser(), split, subset):
-            yield from _file_rows(file)
+            name = str(file)
+            for number, fields in file_rows(file, split):
+                yield Row(name, number, fields)
     else:
         yield from _hub_rows(str(path), split, subset)
 
@@ -88,7 +122,7 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     if is_local(path):
         root = Path(path).expanduser()
-        files = [root] if root.is_file() else _files_below(root)
+        files = [root] if root.is_file() else files_of(root)
         if not files:
             raise ConfigError(f"no data file in {str(path)!r}", f"use {', '.join(SUFFIXES)}", field="data.path")
         for file in files:
@@ -106,88 +140,6 @@ def is_local(path: str | Path) -> bool:
     if isinstance(path, Path) or not _HUB_ID.fullmatch(text) or text.endswith((*SUFFIXES, ".txt", ".gz")):
         raise ConfigError(f"no file or folder {text!r}", OFFLINE_FIX, field="data.path")
     return False
-
-
-def data_files(root: Path, split: str = "train", subset: str | None = None) -> list[Path]:
-    """Return one split's files: the given file, or those in a folder and its sub-folders named after the split.
-
-    A folder in which a single split exists (only `test.jsonl.gz`, say) gives that one, with a log line.
-    """
-    if root.is_file():
-        if subset is not None:
-            raise ConfigError(f"{root.name} is a file: it has no subset {subset!r}", "remove it", field="data.subset")
-        return [root]
-    if subset is not None and not (root / subset).is_dir():
-        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no sub-folder"
-        raise ConfigError(f"{str(root)!r} has no subset {subset!r}", f"there is: {there}", field="data.subset")
-    files = _files_below(root / subset if subset is not None else root)
-    if not files:
-        raise ConfigError(f"no data file in {str(root)!r}", f"use {', '.join(SUFFIXES)}", field="data.path")
-    found = [file for file in files if _split_of(file) == split]
-    if found:
-        return found
-    names = sorted({_split_of(file) for file in files})
-    if len(names) > 1:
-        raise ConfigError(f"no split {split!r} in {str(root)!r}", f"use one of: {', '.join(names)}", field="data.split")
-    log.warning("%s has no split %r: reading its only one, %r", root.name, split, names[0])
-    return files
-
-
-def _files_below(folder: Path) -> list[Path]:
-    with explained(folder):
-        files = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.name.endswith(SUFFIXES)]
-    return sorted(p for p in files if p.is_file() and not p.relative_to(folder).as_posix().startswith("."))
-
-
-def _split_of(file: Path) -> str:
-    """Return a file's split: `train` for train.jsonl.gz and train-00000-of-00003.parquet."""
-    return re.sub(r"-\d+-of-\d+$", "", file.name.split(".")[0])
-
-
-def _file_rows(file: Path) -> Iterator[Row]:
-    if file.name.endswith(".parquet"):
-        yield from _parquet_rows(file)
-    elif file.name.endswith((".json", ".json.gz")) and (values := _json_list(file)) is not None:
-        for number, value in enumerate(values, 1):
-            if not isinstance(value, dict):
-                raise DataError("the row is not an object", "give a list of objects", file=str(file), line=number)
-            yield Row(str(file), number, value)
-    else:
-        for number, fields in read_jsonl(file):
-            yield Row(str(file), number, fields)
-
-
-def _json_list(file: Path) -> list[Any] | None:
-    """Return the list that a .json file holds; None where it holds one object per line."""
-    with explained(file):
-        raw = file.read_bytes()
-    try:
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        text = raw.decode("utf-8-sig")
-        return json.loads(text) if text.lstrip().startswith("[") else None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"damaged gzip: {error}", "fetch or pack it again", file=str(file)) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=str(file)) from None
-    except json.JSONDecodeError as error:
-        problem = f"invalid JSON at column {error.colno}: {error.msg}"
-        raise DataError(problem, "repair the file", file=str(file), line=error.lineno) from None
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as problem:
-        raise ConfigError("Parquet needs pyarrow", "pip install datasets", file=str(file)) from problem
-    try:
-        with ParquetFile(file) as table:
-            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
-            for number, fields in enumerate(itertools.chain.from_iterable(batches), 1):
-                yield Row(str(file), number, fields)
-    except (ArrowException, OSError) as problem:
-        said = " ".join(str(problem).split())[:150]
-        raise DataError(f"not a readable Parquet file: {said}", "fetch it again", file=str(file)) from problem
 
 
 def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from macpo.engine.config import SamplingSettings, ServedSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Prompt, Response, ids_digest, read_records, write_records
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.response_text import INCOMPLETE
 from macpo.engine.generation.served import OPTIONS
@@ -48,7 +48,17 @@ class GeneratingStage(PolicyStage):
         ctx, agent = policy.ctx, policy.agent
         chat = policy.chat if agent.model is not None else None
         distinct = sorted({p.id: p for p in prompts}.values(), key=lambda p: p.id)
-        requests = [(p.id, ids) for p in distinct if (ids := self._request(policy, chat, p)) is not None]
+        requests, refused = [], 0
+        for prompt in distinct:
+            try:
+                ids = self._request(policy, chat, prompt)
+            except TemplateRefusal:
+                if agent.refused == "error":
+                    raise
+                refused += 1
+                continue
+            if ids is not None:
+                requests.append((prompt.id, ids))
         generator: Generator | ServedGenerator
         if self.server is None:
             assert chat is not None
@@ -89,7 +99,9 @@ class GeneratingStage(PolicyStage):
             for row in rows
             if (text := learnable_text(row)).strip()
         ]
-        counts = {"dropped_long_prompt": len(distinct) - len(requests), "empty": len(rows) - len(responses)}
+        dropped = len(distinct) - len(requests) - refused
+        counts = {"dropped_long_prompt": dropped, "empty": len(rows) - len(responses)}
+        counts |= {"dropped_refused": refused} if refused else {}
         counts["resampled"] = sum(row["attempt"] > 0 for row in rows)
         ctx.note(tokens=sum(row["num_tokens"] for row in rows), **counts)
         return responses, counts
@@ -106,11 +118,12 @@ class GeneratingStage(PolicyStage):
         """The prompt's token ids; none where only the server's template is known; None where the prompt is dropped.
 
         Raises:
+            TemplateRefusal: the template does not write the dialogue.
             DataError: a dialogue that would have to be cut, because a server takes it whole or not at all.
         """
         if chat is None:
             return []
-        ids = limited_prompt(policy, prompt)
+        ids = limited_prompt(chat, policy.agent, prompt)
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):
             raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import shutil
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from pydantic import Field
 from macpo.engine.config import ComputeSettings, FullSettings, InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, read_records
-from macpo.engine.errors import DataError
+from macpo.engine.errors import ConfigError, DataError, TemplateRefusal
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import (
     build_model,
@@ -30,6 +31,9 @@ from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
 from macpo.method.costs import PRETRAIN_DOCUMENT_TOKENS, Cost, MethodStage, RunSize, TrainingCost
+
+DOCUMENTS = "documents.jsonl"
+"""What the sets of prompts leave over, for every agent that is pretrained on it; the demo world has a file a role."""
 
 
 class DataInputs(StageInputs):
@@ -52,6 +56,7 @@ class PretrainBase(MethodStage):
     special_text: str
     template_arguments: dict[str, Any] = Field({})
     template_date: datetime.date | None = None
+    refused: str = "error"
     seed: int
     inputs: DataInputs
     compute: ComputeSettings = Field(exclude=True)
@@ -59,7 +64,7 @@ class PretrainBase(MethodStage):
     def run(self, ctx: StageContext) -> None:
         init = self.init
         if init.corpus == "data":
-            documents = read_records(ctx.input(self.inputs.data) / f"documents-{self.role}.jsonl", Example)
+            documents = _left_over(ctx.input(self.inputs.data), self.role)
         else:
             documents = read_corpus(init.corpus)
         documents = documents[: init.pretrain.max_documents]
@@ -77,6 +82,10 @@ class PretrainBase(MethodStage):
             arguments=self.template_arguments,
             date=self.template_date,
         )
+        if self.refused == "drop":
+            kept = [document for document in documents if not _refuses(chat, document)]
+            ctx.note(dropped_refused=len(documents) - len(kept))
+            documents = kept
         model = build_model(init, tokenizer, self.seed)
         result = train(
             PolicyModule(model),
@@ -111,3 +120,22 @@ class PretrainBase(MethodStage):
         settings = self.init.pretrain
         step = Workload(settings.batch, 1, PRETRAIN_DOCUMENT_TOKENS - 1, settings.microbatch_tokens, answers=1)
         return TrainingCost(llama_shape(self.init), FullSettings(), step, self.cost(run).tokens)
+
+
+def _refuses(chat: Chat, document: Example) -> bool:
+    """Whether the template refuses a dialogue; text that is none needs no template."""
+    try:
+        chat.document_ids(document.prompt.messages, document.reply, document.finished)
+    except TemplateRefusal:
+        return True
+    return False
+
+
+def _left_over(data: Path, role: str) -> list[Example]:
+    """Read the documents that the stage of the data wrote."""
+    paths = [data / f"documents-{role}.jsonl", data / DOCUMENTS]
+    found = next((path for path in paths if path.exists()), None)
+    if found is None:
+        problem = "the data was split for agents that are not pretrained on it, so its left-over rows were not written"
+        raise ConfigError(problem, "run the recipe again with --from data", field=f"{role}.init.corpus")
+    return read_records(found, Example)

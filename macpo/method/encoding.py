@@ -9,7 +9,7 @@ from typing import NamedTuple
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.data.records import Example, Pair, Prompt
+from macpo.engine.data.records import Example, Pair, Prompt, named
 from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.method.policies import OpenPolicy, StageAgent
 
@@ -22,8 +22,8 @@ class Encoded(NamedTuple):
     groups: list[PrefixGroup]
     kept: list[int]
     counts: dict[str, int]
-    """`dropped_long_prompt`; `dropped_identical_when_cut`, pairs that context_tokens makes equal; `cut_SIDE`, answers
-    that context_tokens cuts. The last two only where they are not zero."""
+    """`dropped_long_prompt`; `dropped_refused`, by a template; `dropped_identical_when_cut`, pairs that context_tokens
+    makes equal; `cut_SIDE`, answers that context_tokens cuts. Only the first also where it is zero."""
 
 
 def encode(policy: OpenPolicy, items: Sequence[tuple[Prompt, Sequence[tuple[str | Message, bool]]]]) -> Encoded:
@@ -33,24 +33,35 @@ def encode(policy: OpenPolicy, items: Sequence[tuple[Prompt, Sequence[tuple[str 
     after the very same prompt tokens.
 
     Raises:
-        TemplateRefusal: the agent's template does not write a dialogue; it names the line of the data.
-        DataError: no item is left.
+        TemplateRefusal: the agent's template does not write a dialogue, and such rows are not to be dropped.
+        DataError: no item is left. Both name the line of the data and the prompt where they are about one row.
     """
-    agent = policy.agent
+    agent, refused = policy.agent, 0
     groups, kept = [], []
     for index, (prompt, responses) in enumerate(items):
-        group = encoded(policy.chat, agent, prompt, responses)
+        try:
+            group = encoded(policy.chat, agent, prompt, responses)
+        except TemplateRefusal:
+            if agent.refused == "error":
+                raise
+            refused += 1
+            continue
         if group is not None:
             groups.append(group)
             kept.append(index)
     if not groups:
+        long = (
+            f"longer than the {agent.max_prompt_tokens} tokens that context_tokens ({agent.context_tokens}) leaves it"
+        )
+        why = f"each is {long}" if not refused else f"the chat template refuses {refused}, and each other is {long}"
+        fix = "raise context_tokens, or set data.long_prompt to truncate"
         raise DataError(
-            f"none of {len(items)} prompts is left: each is longer than the {agent.max_prompt_tokens} tokens that "
-            f"context_tokens ({agent.context_tokens}) leaves it",
-            "raise context_tokens, or set data.long_prompt to truncate",
+            f"none of {len(items)} prompts is left: {why}",
+            f"{fix}, or use another template" if refused else fix,
             field=policy.ctx.name,
         )
-    return Encoded(groups, kept, {"dropped_long_prompt": len(items) - len(groups)})
+    counts = {"dropped_long_prompt": len(items) - len(groups) - refused}
+    return Encoded(groups, kept, counts | ({"dropped_refused": refused} if refused else {}))
 
 
 def encoded(
@@ -65,8 +76,8 @@ def encoded(
             max_prompt_tokens=agent.max_prompt_tokens,
             long_prompt=agent.long_prompt,
         )
-    except TemplateRefusal as refusal:
-        raise refusal if prompt.origin is None else refusal.at(*prompt.origin) from None
+    except DataError as error:
+        raise named(error, prompt) from None
 
 
 def encode_examples(policy: OpenPolicy, examples: Sequence[Example]) -> Encoded:
@@ -115,10 +126,9 @@ def is_cut(chat: Chat, group: PrefixGroup, n: int, finished: bool) -> bool:
     return finished and group.responses[n][-1] != chat.eos_id
 
 
-def limited_prompt(policy: OpenPolicy, prompt: Prompt) -> list[int] | None:
+def limited_prompt(chat: Chat, agent: StageAgent, prompt: Prompt) -> list[int] | None:
     """Token ids of a prompt within the room that the recipe leaves it; None where it is dropped."""
-    agent = policy.agent
     try:
-        return policy.chat.limited_prompt_ids(prompt.messages, agent.max_prompt_tokens, long_prompt=agent.long_prompt)
-    except TemplateRefusal as refusal:
-        raise refusal if prompt.origin is None else refusal.at(*prompt.origin) from None
+        return chat.limited_prompt_ids(prompt.messages, agent.max_prompt_tokens, long_prompt=agent.long_prompt)
+    except DataError as error:
+        raise named(error, prompt) from None

@@ -48,6 +48,8 @@ class StageAgent(BaseModel):
     max_prompt_tokens: int
     long_prompt: Literal["truncate", "drop", "error"]
     trust_remote_code: bool
+    refused: Literal["error", "drop"] = "error"
+    """What becomes of a row that the template refuses; keys leave the default out."""
 
 
 class PolicySource(BaseModel):
@@ -88,6 +90,8 @@ class PolicyStage(MethodStage):
         policy: dict[str, Any] = found.pop("policy")
         if self.policy.ready is None:
             del policy["ready"]
+        if self.agent.refused == "error":
+            del policy["agent"]["refused"]
         for name in ("template_arguments", "template_date"):
             if not policy["agent"][name]:
                 del policy["agent"][name]

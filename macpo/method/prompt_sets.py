@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import field_serializer
+import numpy as np
+from pydantic import Field, field_serializer
 
 from macpo import demo_world
 from macpo.config import DataSettings
-from macpo.data.preferences import load_preferences, split
-from macpo.data.rows import Source
+from macpo.data.preferences import split
+from macpo.data.prompts import Prompts, ids_of
 from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext
+from macpo.method.base_models import DOCUMENTS
 from macpo.method.costs import MethodStage, RunSize
+from macpo.method.data_sets import Documents, count_dropped, count_overlap, held_out_source, own_source, read_pairs
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What the recipe's data holds, by who may read it."""
 
-    teachers: dict[str, list[Pair]]
-    student: list[Pair]
-    test: list[Pair]
-    documents: dict[str, list[Example]]
+    teachers: dict[str, Sequence[Pair]]
+    student: Sequence[Pair]
+    test: Sequence[Pair]
+    documents: dict[str, Sequence[Example]]
+    """By role; the same for both where they are what the three sets leave over."""
     counts: dict[str, int]
 
 
@@ -33,21 +37,34 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
     """Build the demo world, or load and split a preference set; `teachers`: name -> data of its own or None."""
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=len(teachers))
-        labels = dict(zip(teachers, made.teachers, strict=True))
-        return Sources(labels, made.student, made.test, made.documents, {})
-    assert data.path is not None
-    source = Source(data.path, data.split, data.subset, data.columns)
-    pairs, counts = load_preferences(source, format=data.format, preference=data.preference)
-    parts = split(pairs, teacher=data.teacher_prompts, student=data.student_prompts, test=data.test_prompts, seed=seed)
-    reserved = {pair.prompt.id for pair in (*parts.student, *parts.test)}
+        world = dict(zip(teachers, made.teachers, strict=True))
+        return Sources(dict(world), made.student, made.test, dict(made.documents), {})
+    pairs, counts = read_pairs(data)
+    held_out = None
+    if (source := held_out_source(data)) is not None:
+        held_out, dropped = read_pairs(data, source)
+        count_dropped(counts, dropped, "test")
+    parts = split(
+        pairs,
+        teacher=data.teacher_prompts,
+        student=data.student_prompts,
+        test=data.test_prompts,
+        seed=seed,
+        held_out=held_out,
+    )
+    if held_out is not None:
+        counts["train_test_overlap_dropped"] = counts["prompts"] - len(Prompts(pairs, seed, without=parts.test.ids))
+    reserved = ids_of([parts.student, parts.test])
     labels = dict.fromkeys(teachers, parts.teacher)
     for name, own in teachers.items():
         if own is not None:  # the teacher's own data must not overlap with prompts that are kept from it
-            theirs, _ = load_preferences(own)
-            labels[name] = [pair for pair in theirs if pair.prompt.id not in reserved]
+            theirs, dropped = read_pairs(data, own_source(data, own))
+            count_dropped(counts, dropped, name)
+            labels[name] = theirs.take(np.flatnonzero(~np.isin(theirs.ids, reserved)))
             counts[f"{name}_overlap_dropped"] = len(theirs) - len(labels[name])
-    documents = [pair.example(side) for pair in parts.rest for side in ("chosen", "rejected")]
-    return Sources(labels, parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
+    count_overlap(counts, parts.test, [parts.student, *{id(part): part for part in labels.values()}.values()])
+    documents = Documents(parts.rest)
+    return Sources(dict(labels), parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
 
 
 class PromptSets(MethodStage):
@@ -59,11 +76,12 @@ class PromptSets(MethodStage):
     files: dict[str, str]
     """Identity of each file or folder that is read."""
     seed: int
+    pretrains: bool = Field(default=True, exclude=True)
+    """Whether an agent is pretrained on what the sets leave over, which is written only then."""
 
     @field_serializer("data")
     def _key_of_data(self, data: DataSettings) -> dict[str, Any]:
-        """How prompts become tokens does not change which prompts there are."""
-        return data.model_dump(mode="json", exclude={"long_prompt", "special_text"})
+        return data.key()
 
     def sources(self) -> Sources:
         return read_sources(self.data, self.teachers, self.seed)
@@ -84,8 +102,11 @@ class SplitPrompts(PromptSets):
             write_records(ctx.dir / f"teacher-{name}.jsonl", pairs)
         write_records(ctx.dir / "student.jsonl", [pair.prompt for pair in sources.student])
         write_records(ctx.dir / "test.jsonl", sources.test)
-        for role, documents in sources.documents.items():
-            write_records(ctx.dir / f"documents-{role}.jsonl", documents)
+        if self.data.world is not None:
+            for role, documents in sources.documents.items():
+                write_records(ctx.dir / f"documents-{role}.jsonl", documents)
+        elif self.pretrains:
+            write_records(ctx.dir / DOCUMENTS, sources.documents["student"])
         sizes = {f"teacher-{name}": len(pairs) for name, pairs in sources.teachers.items()}
         sizes |= {"student": len(sources.student), "test": len(sources.test)}
         write_json(ctx.dir / "counts.json", {"rows": sizes, "input": sources.counts})

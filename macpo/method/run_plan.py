@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +46,11 @@ class Plan:
 def derived_seed(seed: int, agent: str, purpose: str) -> int:
     """A 31-bit seed that is a function of its arguments alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{agent}/{purpose}".encode()).digest()[:4], "big") >> 1
+
+
+def pretrains(agents: Iterable[AgentSettings]) -> bool:
+    """Whether the run pretrains an agent on what the data leaves over."""
+    return any(agent.init is not None and agent.init.corpus == "data" for agent in agents)
 
 
 class RecipeLike(Protocol):
@@ -91,6 +97,7 @@ class Builder:
             role=self.role(agent),
             template=self.template(agent),
             special_text=self._shared.data.special_text,
+            refused=self._shared.data.refused,
             template_arguments=self.template_arguments(agent),
             template_date=date_of(self.template(agent), None, self._shared.template_date),
             seed=self.seed(agent, "base"),
@@ -138,6 +145,7 @@ class Builder:
             context_tokens=recipe.context_tokens,
             max_prompt_tokens=recipe.max_prompt_tokens,
             long_prompt=recipe.data.long_prompt,
+            refused=recipe.data.refused,
             trust_remote_code=recipe.trust_remote_code,
         )
 

@@ -15,7 +15,7 @@ from macpo.method.pairs import StudentPairInputs, StudentPairs, TeacherPairInput
 from macpo.method.policies import PolicyDataInputs
 from macpo.method.positives import ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
 from macpo.method.prompt_sets import HumanAnswers, PromptSets, SplitPrompts
-from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName
+from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName, pretrains
 
 Side = Literal["chosen", "rejected", "answer"]
 PolicyName = Literal["positive", "negative"]
@@ -35,12 +35,13 @@ class Steps(Builder):
 
     def _prompt_sets(self, kind: type[PromptSets]) -> PromptSets:
         recipe = self.recipe
-        files = {recipe.data.path} | {teacher.data for teacher in recipe.teachers}
+        files = {recipe.data.path, recipe.data.test_path} | {teacher.data for teacher in recipe.teachers}
         return kind(
             data=recipe.data,
             teachers={teacher.name: teacher.data for teacher in recipe.teachers},
             files={path: self.plan.identities.of_data(path) for path in sorted(filter(None, files))},
             seed=recipe.seed,
+            pretrains=pretrains(recipe.agents),
         )
 
     # --- policies -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from macpo.engine.config import (
     sft_weight_default,
 )
 from macpo.engine.data.template_settings import DATE
-from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath
+from macpo.engine.paths import LocalPath, OptionalHubPath
 
 NAME = "policy"
 """How the one agent of these recipes is called in folders and reports."""
@@ -33,16 +33,6 @@ class HeldOutSettings(SourceSettings):
     """Distinct prompts to train on; default all that are not held out."""
     test_prompts: PositiveInt = 200
     """Distinct prompts to evaluate on; never trained on."""
-    test_split: str | None = None
-    """Published split to evaluate on, instead of a part of `split`; its prompts are left out of training."""
-    test_path: HubPath | None = None
-    """File, folder or Hub id to evaluate on, in the same layout; its prompts are left out of training."""
-
-    @model_validator(mode="after")
-    def _one_test_set(self) -> Self:
-        if self.test_path is not None and self.test_split is not None:
-            raise ValueError("test_split is for `path`; test_path is a data set of its own")
-        return self
 
 
 class PairData(HeldOutSettings):

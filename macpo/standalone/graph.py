@@ -8,7 +8,7 @@ from __future__ import annotations
 from macpo.config import AgentSettings
 from macpo.method.identities import Identities
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
-from macpo.method.run_plan import Builder, Plan, Point, StageName
+from macpo.method.run_plan import Builder, Plan, Point, StageName, pretrains
 from macpo.standalone.config import NAME, PreferenceRecipe, SftRecipe, Standalone
 from macpo.standalone.evaluation import (
     Evaluate,
@@ -28,7 +28,10 @@ def build_plan(recipe: Standalone, identities: Identities | None = None) -> Plan
     (agent,) = recipe.agents
     paths = {recipe.data.path, recipe.data.test_path}
     files = {path: plan.identities.of_data(path) for path in sorted(filter(None, paths))}
-    steps.data = steps.add("data", SplitRecords(data=recipe.data, kind=recipe.recipe, files=files, seed=recipe.seed))
+    split = SplitRecords(
+        data=recipe.data, kind=recipe.recipe, files=files, seed=recipe.seed, pretrains=pretrains(recipe.agents)
+    )
+    steps.data = steps.add("data", split)
     if isinstance(recipe, PreferenceRecipe):
         _preference(recipe, steps, agent)
     else:

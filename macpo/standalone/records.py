@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import field_serializer
+from pydantic import Field, field_serializer
 
 from macpo import demo_world
-from macpo.data.examples import load_examples
-from macpo.data.preferences import load_preferences, shuffled_prompts
+from macpo.data.prompts import Prompts
 from macpo.data.rows import Source
+from macpo.data.spool import Records
 from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext
+from macpo.method.base_models import DOCUMENTS
 from macpo.method.costs import MethodStage, RunSize
+from macpo.method.data_sets import (
+    Documents,
+    count_dropped,
+    count_overlap,
+    held_out_source,
+    read_examples,
+    read_pairs,
+)
 from macpo.standalone.config import ExampleData, PairData
-
-Records = list[Pair] | list[Example]
 
 
 @dataclass(frozen=True, slots=True)
 class Sets:
     """What the data holds: no prompt of `test` is in `train` or `documents`."""
 
-    train: Records
-    test: Records
-    documents: list[Example]
+    train: Sequence[Pair] | Sequence[Example]
+    test: Sequence[Pair] | Sequence[Example]
+    documents: Sequence[Example]
     """For a model that is pretrained here: what `train_prompts` leaves over."""
     counts: dict[str, int]
 
@@ -40,50 +48,41 @@ def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=1)
         side = "rejected" if data.format == "rejected" else "chosen"
-        train, test = (_of_kind(pairs, data, side) for pairs in (made.student, made.test))
-        return Sets(train, test, made.documents["student"], {})
-    records, counts = _load(data, data.path, data.split)
-    if data.test_path is None and data.test_split is None:
-        prompts = shuffled_prompts(records, seed)
-        held, left = prompts[: data.test_prompts], prompts[data.test_prompts :]
+        shown, tests = (_of_kind(pairs, data, side) for pairs in (made.student, made.test))
+        return Sets(shown, tests, made.documents["student"], {})
+    records, counts = _load(data)
+    if (source := held_out_source(data)) is None:
+        prompts = Prompts(records, seed)
+        held, start = prompts.first(0, data.test_prompts), data.test_prompts
     else:
-        held_records, _ = _load(data, data.test_path or data.path, data.test_split or data.split)
-        held = shuffled_prompts(held_records, seed)[: data.test_prompts]
-        reserved = {group[0].prompt.id for group in held}
-        prompts = shuffled_prompts(records, seed)
-        left = [group for group in prompts if group[0].prompt.id not in reserved]
-        counts["train_test_overlap_dropped"] = len(prompts) - len(left)
-    if not left or not held or len(left) < (data.train_prompts or 0):
+        held_records, dropped = _load(data, source)
+        count_dropped(counts, dropped, "test")
+        held, start = Prompts(held_records, seed).first(0, data.test_prompts), 0
+        prompts = Prompts(records, seed, without=held.ids)
+        counts["train_test_overlap_dropped"] = len(Prompts(records, seed)) - len(prompts)
+    left = max(0, len(prompts) - start)
+    if not left or not held or left < (data.train_prompts or 0):
         raise DataError(
-            f"{len(left)} distinct prompts are left to train on and {len(held)} to evaluate on",
-            "lower test_prompts or train_prompts, or add data",
+            f"{left} distinct prompts are left to train on and {len(held)} to evaluate on",
+            f"lower data.test_prompts ({data.test_prompts}) or data.train_prompts, or add data",
             field="data",
         )
-    used, rest = left[: data.train_prompts], left[len(left) if data.train_prompts is None else data.train_prompts :]
-    documents = [document for group in rest for record in group for document in _documents(record)]
-    return Sets([r for group in used for r in group], [group[0] for group in held], documents, counts)
+    end = len(prompts) if data.train_prompts is None else start + data.train_prompts
+    train = prompts.every(start, end)
+    count_overlap(counts, held, [train])
+    return Sets(train, held, Documents(prompts.every(end)), counts)
 
 
-def _load(data: PairData | ExampleData, path: str | None, split: str) -> tuple[list[Any], dict[str, int]]:
-    assert path is not None
-    load: Any = load_preferences if isinstance(data, PairData) else load_examples
-    source = Source(path, split, data.subset, data.columns)
-    found: tuple[list[Any], dict[str, int]] = load(source, format=data.format, preference=data.preference)
-    return found
+def _load(data: PairData | ExampleData, source: Source | None = None) -> tuple[Records[Any], dict[str, int]]:
+    return read_pairs(data, source) if isinstance(data, PairData) else read_examples(data, source)
 
 
-def _of_kind(pairs: list[Pair], data: PairData | ExampleData, side: str) -> Records:
+def _of_kind(pairs: list[Pair], data: PairData | ExampleData, side: str) -> list[Pair] | list[Example]:
     return pairs if isinstance(data, PairData) else [pair.example(side) for pair in pairs]
 
 
-def _documents(record: Pair | Example) -> list[Example]:
-    if isinstance(record, Example):
-        return [record]
-    return [record.example("chosen"), record.example("rejected")]
-
-
 class SplitRecords(MethodStage):
-    """Write `train.jsonl`, `test.jsonl` and `documents-student.jsonl`."""
+    """Write `train.jsonl` and `test.jsonl`, and the documents where the model is pretrained on them."""
 
     name = "split_records"
     data: PairData | ExampleData
@@ -91,19 +90,23 @@ class SplitRecords(MethodStage):
     files: dict[str, str]
     """Identity of each file or folder that is read."""
     seed: int
+    pretrains: bool = Field(default=True, exclude=True)
+    """Whether the model is pretrained on what `train_prompts` leaves over, which is written only then."""
 
     @field_serializer("data")
     def _key_of_data(self, data: PairData | ExampleData) -> dict[str, Any]:
-        """How prompts become tokens does not change which prompts there are."""
-        return data.model_dump(mode="json", exclude={"long_prompt", "special_text"})
+        return data.key()
 
     def disk_bytes(self, run: RunSize) -> float:
-        return run.row_bytes * (run.student_prompts + run.test_prompts + run.documents)
+        return run.row_bytes * (run.student_prompts + run.test_prompts + self.pretrains * run.documents)
 
     def run(self, ctx: StageContext) -> None:
         sets = read_sets(self.data, self.seed)
         write_records(ctx.dir / "train.jsonl", sets.train)
         write_records(ctx.dir / "test.jsonl", sets.test)
-        write_records(ctx.dir / "documents-student.jsonl", sets.documents)
+        if self.data.world is not None:
+            write_records(ctx.dir / "documents-student.jsonl", sets.documents)
+        elif self.pretrains:
+            write_records(ctx.dir / DOCUMENTS, sets.documents)
         rows = {"train": len(sets.train), "test": len(sets.test)}
         write_json(ctx.dir / "counts.json", {"rows": rows, "input": sets.counts})

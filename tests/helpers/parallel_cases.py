@@ -44,6 +44,7 @@ EVERYTHING = ParallelSettings(sharding="shard", checkpointing="selective", offlo
 TIED = Case("llama", changes={"tie_word_embeddings": True})
 LORA = Case("qwen3", "all-linear")
 SOFTCAP = Case("gemma3_text", changes={"final_logit_softcapping": 5.0})
+SINKS = Case("granite_swa", changes={"num_key_value_heads": 2, "sliding_window": 5})
 BF16, BF16_ADAPTER = Case("llama", dtype=torch.bfloat16), Case("llama", "all-linear", dtype=torch.bfloat16)
 
 

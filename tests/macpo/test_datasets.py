@@ -295,9 +295,12 @@ def test_published_folders(published: Path, tmp_path: Path, caplog: pytest.LogCa
     with pytest.raises(ConfigError, match="is a file"):
         load_preferences(Source(published / "helpful-base" / "test.jsonl.gz", subset="helpful-base"))
     (published / "helpful-base" / "train.jsonl.gz").unlink()
+    with pytest.raises(ConfigError, match=r"no split 'train'.*Fix: use test\."):  # never another than was asked for
+        questions(published / "helpful-base")
+    (published / "helpful-base" / "test.jsonl.gz").rename(published / "helpful-base" / "mine.jsonl.gz")
     with caplog.at_level(logging.WARNING, "macpo.data"):
         assert questions(published / "helpful-base") == ["helpful-base test"]
-    assert "has no split 'train': reading its only one, 'test'" in caplog.text
+    assert "has no split 'train': reading its only one, 'mine'" in caplog.text
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no data file"):
         load_preferences(tmp_path / "empty")

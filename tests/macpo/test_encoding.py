@@ -58,7 +58,7 @@ def test_a_refusal_names_file_and_line_or_the_line_of_a_record() -> None:
     pair = Pair(Prompt.of(tool, origin=("pairs.jsonl", 7)), "good", "bad")
     with pytest.raises(TemplateRefusal, match=r"^error: pairs.jsonl:7: tool: the chat template has no turn for"):
         encode_pairs(policy(), [pair])
-    with pytest.raises(TemplateRefusal, match=r"role 'tool' \(line 7 of the data\)"):
+    with pytest.raises(TemplateRefusal, match=r"role 'tool' \(line 7 of the data, prompt \w{16}: 'good'\)"):
         encode_pairs(policy(), [Pair.from_json(pair.to_json())])
 
 

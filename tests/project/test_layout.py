@@ -17,14 +17,15 @@ PACKAGES = ("kernels", "engine", "macpo")  # imported as macpo.kernels, macpo.en
 
 # Who may import whom: a folder, or a module directly in engine/ or macpo/, and what it may import besides itself.
 # Everything goes down: macpo -> engine -> kernels, and each table has the lowest floor first.
-GROUND = "config connection console errors faults files hardware paths processes progress"
+GROUND = "config connection console errors faults files hardware paths processes progress unpacking"
 MAY_IMPORT = {
     "kernels": {"kernels": ""},
     "engine": {
         "__init__": "",
         "errors": "",
         "faults": "errors",
-        "files": "errors faults",
+        "unpacking": "errors",
+        "files": "errors faults unpacking",
         "console": "errors faults files",
         "connection": "errors",
         "paths": "",

@@ -27,7 +27,7 @@ from generation_checks import (
     teacher_forced,
     three_adapters,
 )
-from parallel_cases import SHARD
+from parallel_cases import SHARD, SINKS
 from peft import LoraConfig, get_peft_model
 from tiny import tiny
 
@@ -74,9 +74,10 @@ def stacked() -> PolicyModule:
     return PolicyModule(three_adapters().requires_grad_(False))
 
 
-# Grouped heads, norms of heads, biases behind a sum, fused projections that are gathered, windows, tied vocabularies.
+# Grouped heads, norms of heads, biases behind a sum, fused projections that are gathered, windows, sinks; tied words.
 POLICIES: dict[str, Callable[[], PolicyModule]] = {
     **{name: functools.partial(plain, name) for name in ("qwen3", "gpt_neox", "phi3", "gemma3_text", "olmo2")},
+    "sinks": functools.partial(plain, SINKS.architecture, **SINKS.changes),
     "qwen2, tied": functools.partial(plain, "qwen2", num_key_value_heads=2, tie_word_embeddings=True),
     "adapter": functools.partial(lora_of, "all-linear"),
     "adapter on the head": functools.partial(lora_of, ["lm_head", "o_proj", "up_proj"]),

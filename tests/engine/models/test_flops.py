@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = ARCHITECTURES | {
         "v_head_dim": 8,
     },
 }
-DENSE = [name for name in SHAPES if name not in ("mixtral", "qwen3_moe", "deepseek_v3")]
+DENSE = [name for name in SHAPES if name not in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")]
 
 
 def plain(name: str) -> PreTrainedModel:

@@ -1,0 +1,238 @@
+"""Records that need not fit in memory: written once to a temporary file, read back one at a time.
+
+    spool = Spool(Pair)
+    spool.add(pair)
+    pairs = whole(spool)
+    pairs[5], pairs[5].prompt.origin, len(pairs)        # a pair, (file, line), number of pairs
+
+Only numbers stay in memory, about 60 bytes a record. The text goes to the folder that the environment variable TMPDIR
+names; the file has no name there and is gone when the records are, also after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import weakref
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeAlias, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from macpo.engine.data.messages import Message
+from macpo.engine.data.records import Example, Pair, Prompt, messages_text
+from macpo.engine.files import explain, explained
+
+_BUFFER_BYTES = 2**20
+_PLAIN = {"role", "content"}
+_ENCODER = json.JSONEncoder()  # made once: `json.dumps` would look for it at every call
+
+T = TypeVar("T")
+R = TypeVar("R", Pair, Example)
+Indices: TypeAlias = NDArray[np.int64]
+Ids: TypeAlias = NDArray[np.uint64]
+
+
+class View(Sequence[T]):
+    """A sequence whose elements are made when they are asked for; equal to any sequence of the same elements."""
+
+    @abstractmethod
+    def at(self, index: int) -> T:
+        """Return the element at an index from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.at(index % len(self))
+
+    def __iter__(self) -> Iterator[T]:
+        return (self.at(i) for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return NotImplemented if not isinstance(other, Sequence) else False
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Spool(Generic[R]):
+    """Prompts with one or two human responses in a temporary file, in the order in which they were added."""
+
+    def __init__(self, kind: type[R]) -> None:
+        """`kind`: Example for one response each, Pair for two, chosen and rejected."""
+        self._kind: Any = kind
+        self._names = ("parts",) if kind is Example else ("chosen_parts", "rejected_parts")
+        self._parts = 1 + len(self._names)  # the prompt's messages, and each response
+        with explained(tempfile.gettempdir()):
+            self._file = tempfile.TemporaryFile(prefix="macpo-", buffering=0)  # noqa: SIM115 - lives as long as self
+        weakref.finalize(self, self._file.close)
+        self._unwritten = bytearray()
+        self._ends, self._ids = array("Q", [0]), array("Q")
+        self._files: list[str] = []
+        self._file_of, self._lines = array("I"), array("Q")
+        self._begins, self._begin_of = array("Q"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, record: R) -> None:
+        """Append a record. Raises ResourceError where the disk is full."""
+        prompt = record.prompt
+        answers: tuple[str, ...]
+        if isinstance(record, Example):
+            answers = (_spelled_answer(record.answer, record.parts),)
+        else:
+            pair: Pair = record
+            answers = (
+                _spelled_answer(pair.chosen, pair.chosen_parts),
+                _spelled_answer(pair.rejected, pair.rejected_parts),
+            )
+        end = self._ends[-1]
+        for text in (_spelled(prompt.messages), *answers):
+            raw = text.encode()
+            self._unwritten += raw
+            end += len(raw)
+            self._ends.append(end)
+        if len(self._unwritten) > _BUFFER_BYTES:
+            self._write()
+        self._ids.append(int(prompt.id, 16))
+        file, line = prompt.origin or ("", 0)
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+        self._file_of.append(len(self._files) - 1)
+        self._lines.append(line)
+        if len(prompt.messages) > 1:
+            for shorter in beginnings(prompt):
+                self._begins.append(int(shorter.id, 16))
+                self._begin_of.append(len(self) - 1)
+
+    def at(self, index: int) -> R:
+        """Return the record that was added at this place."""
+        if self._unwritten:
+            self._write()
+        first = index * self._parts
+        start, *ends = self._ends[first : first + self._parts + 1]
+        try:
+            raw = os.pread(self._file.fileno(), ends[-1] - start, start)
+        except OSError as error:
+            raise explain(error, tempfile.gettempdir()) from error
+        texts, at = [], 0
+        for end in ends:
+            texts.append(raw[at : end - start].decode())
+            at = end - start
+        file, line = self._files[self._file_of[index]], self._lines[index]
+        prompt = Prompt(f"{self._ids[index]:016x}", _messages(texts[0]), (file, line) if line else None)
+        answers, parts = zip(*map(_answer, texts[1:]), strict=True)
+        record: R = self._kind(prompt, *answers)
+        if any(parts):
+            record = replace(record, **dict(zip(self._names, parts, strict=True)))
+        return record
+
+    def _write(self) -> None:
+        with explained(tempfile.gettempdir()):
+            view = memoryview(self._unwritten)
+            while view:
+                view = view[self._file.write(view) :]
+        self._unwritten = bytearray()
+
+    @property
+    def ids(self) -> Ids:
+        """The prompts' ids as numbers, one a record."""
+        return np.frombuffer(self._ids.tobytes(), np.uint64)
+
+    def beginning_with(self, ids: Ids) -> Indices:
+        """Return the records whose prompt, a dialogue, begins with one of these prompts and goes on."""
+        found = np.isin(np.frombuffer(self._begins.tobytes(), np.uint64), ids)
+        return np.unique(np.frombuffer(self._begin_of.tobytes(), np.int64)[found])
+
+
+class Records(View[R], Generic[R]):
+    """Some of the records of a spool, in an order of their own."""
+
+    def __init__(self, spool: Spool[R], indices: Indices) -> None:
+        self._spool: Spool[R] = spool
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[R]:
+        return map(self._spool.at, self._indices.tolist())
+
+    def at(self, index: int) -> R:
+        return self._spool.at(int(self._indices[index]))
+
+    @property
+    def ids(self) -> Ids:
+        """The prompts' ids as numbers, one a record."""
+        return self._spool.ids[self._indices]
+
+    def beginning_with(self, ids: Ids) -> int:
+        """Count the records whose prompt, a dialogue, begins with one of these prompts and goes on."""
+        return int(np.isin(self._indices, self._spool.beginning_with(ids)).sum())
+
+    def take(self, indices: Indices) -> Records[R]:
+        """Return some of these records."""
+        return Records(self._spool, self._indices[indices])
+
+
+def spooled(records: Sequence[R], kind: type[R]) -> Records[R]:
+    """Return records that come from no file. Raises ValueError for those that are not human answers and no more."""
+    spool: Spool[R] = Spool(kind)
+    for record in records:
+        spool.add(record)
+    kept = whole(spool)
+    if kept != records:
+        raise ValueError("a spool holds prompts and human responses alone")
+    return kept
+
+
+def whole(spool: Spool[R]) -> Records[R]:
+    """Return all records of a spool."""
+    return Records(spool, np.arange(len(spool), dtype=np.int64))
+
+
+def _spelled(messages: tuple[Message, ...]) -> str:
+    """Return messages as one text: JSON, or for the commonest prompt, one text of the user's, a mark and the text."""
+    if len(messages) == 1 and messages[0].keys() == _PLAIN and messages[0]["role"] == "user":
+        return "u" + messages[0]["content"]
+    return messages_text(messages)
+
+
+def _messages(text: str) -> tuple[Message, ...]:
+    """Return the messages that a text spells."""
+    if text[0] == "u":
+        return ({"role": "user", "content": text[1:]},)
+    return tuple(json.loads(text))
+
+
+def _spelled_answer(text: str, parts: Message | None) -> str:
+    """Return a response as one text: a mark and the text, or JSON of the text and its whole message."""
+    return f"t{text}" if parts is None else _ENCODER.encode([text, parts])
+
+
+def _answer(text: str) -> tuple[str, Message | None]:
+    """Return the response that a text spells, and its whole message if it has further parts."""
+    if text[0] == "t":
+        return text[1:], None
+    answer, parts = json.loads(text)
+    return answer, parts
+
+
+def beginnings(prompt: Prompt) -> Iterator[Prompt]:
+    """Yield the shorter dialogues with which a prompt begins and that are prompts themselves."""
+    for end in range(1, len(prompt.messages)):
+        if prompt.messages[end - 1]["role"] in ("user", "tool"):
+            yield Prompt.of(prompt.messages[:end])
