@@ -12,7 +12,8 @@ from macpo.engine.generation.model_facts import CacheShape
 from macpo.engine.generation.slots.attention import DecodeAttention, PrefillAttention
 from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.models.attention_hook import attention_hook
-from macpo.engine.models.equivalence import FIX, check_path, check_windows, expected_window, probes_of, separate_logits
+from macpo.engine.models.equivalence import check_path, check_windows, expected_window, probes_of, separate_logits
+from macpo.engine.models.support import FIX
 
 
 def verified_cache_shapes(model: PreTrainedModel) -> dict[int, CacheShape]:

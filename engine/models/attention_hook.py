@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
 from macpo.engine.errors import ConfigError
@@ -92,7 +93,10 @@ def _hook(
         raise ConfigError(problem, _OTHER_MODEL)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = AttentionForm(scale, sliding_window, kwargs.get("softcap"), _own(kwargs.get("s_aux")))
-    return attention_context.attend(module, query, key, value, form), None
+    size, value_size = query.shape[-1], value.shape[-1]
+    if size != value_size:  # latent attention (DeepSeek): zeros add nothing to a dot product, and give zeros out
+        query, key, value = (pad(x, (0, max(size, value_size) - x.shape[-1])) for x in (query, key, value))
+    return attention_context.attend(module, query, key, value, form)[..., :value_size], None
 
 
 def _unsupported(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[tuple[str, bool], ...]:

@@ -31,9 +31,9 @@ from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.float32 import SIXTEEN_BITS, in_float32, is_plain
 from macpo.engine.models.head import Head, head_of
 from macpo.engine.models.loading import embedding_rows
+from macpo.engine.models.support import FIX, refuse_unsupported
 from macpo.kernels import AttentionForm, Segments
 
-FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference relative to the largest logit: a few thousand roundings in float32, a few hundred in bfloat16
 (8 bits)."""
@@ -204,18 +204,17 @@ def _row_errors(got: Tensor, exact: Tensor) -> Tensor:
 
 
 def expected_window(model: PreTrainedModel) -> int | None:
-    """The sliding window that some layer must ask for; raises ConfigError for layer types that cannot be packed."""
+    """The sliding window that some layer must ask for; raises ConfigError for a model that cannot be packed.
+
+    A window as long as the model's context hides nothing, so nobody need ask for it.
+    """
+    refuse_unsupported(model.config)
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None)
-    odd = sorted(set(layers or ()) - {"full_attention", "sliding_attention"})
-    if odd:
-        text = f"has layers of type {', '.join(odd)}, which cannot share a prompt"
-        raise ConfigError(f"{type(model).__name__} {text}", FIX)
-    if getattr(config, "attn_temperature_tuning", False):  # beyond some thousand tokens, where no probe reaches
-        text = "scales its queries by their place in the row instead of their position (attn_temperature_tuning)"
-        raise ConfigError(f"{type(model).__name__} {text}", FIX)
     slides = "sliding_attention" in layers if layers is not None else getattr(config, "use_sliding_window", True)
-    return getattr(config, "sliding_window", None) if slides else None
+    window = getattr(config, "sliding_window", None) if slides else None
+    context = getattr(config, "max_position_embeddings", None)
+    return None if window is not None and context is not None and window >= context else window
 
 
 @contextmanager

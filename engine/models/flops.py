@@ -250,14 +250,16 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 def _shape(model_type: str, config_json: str) -> ModelShape:
     config: Any = AutoConfig.for_model(model_type, **_plain(config_json))
     num_layers = config.num_hidden_layers
-    alike = not any("expert" in key or "moe" in key or "block_type" in key for key in config.to_dict())
+    differs = ("expert", "moe", "block_type", "per_layer_config")
+    alike = not any(word in key for key in config.to_dict() for word in differs)
     model = meta_model(_first_block(config) if alike else config)
     blocks = list(blocks_of(only_text(model)))
     head: Any = model.get_output_embeddings()
     tied = bool(config.tie_word_embeddings)
     vocab, hidden = head.weight.shape
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = _largest(config, "num_attention_heads")
+    assert heads is not None
+    head_dim = _largest(config, "head_dim") or hidden // heads
     layers = tuple(_layer(blocks[index if len(blocks) > 1 else 0], config, index) for index in range(num_layers))
     bias = head.bias is not None
     total = sum(p.numel() for p in model.parameters())  # a tied weight is one parameter
@@ -266,15 +268,21 @@ def _shape(model_type: str, config_json: str) -> ModelShape:
         model_type=model_type,
         hidden=hidden,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        qk_dim=getattr(config, "qk_head_dim", None) or head_dim,
-        v_dim=getattr(config, "v_head_dim", None) or head_dim,
+        kv_heads=_largest(config, "num_key_value_heads") or heads,
+        qk_dim=_largest(config, "qk_head_dim") or head_dim,
+        v_dim=_largest(config, "v_head_dim") or head_dim,
         vocab=vocab,
         tied=tied,
         layers=layers,
         others=total - own_head - sum(layer.num_parameters for layer in layers[: len(blocks)]),
         head_bias=bias,
     )
+
+
+def _largest(config: Any, name: str) -> int | None:
+    """A size of the configuration, that of the largest layer where it differs by layer (Gemma 4's heads)."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
+    return max((size for layer in layers if (size := getattr(layer, name, None))), default=None)
 
 
 def _first_block(config: Any) -> PretrainedConfig:

@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from macpo.engine.config import Quantization
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import explained
+from macpo.engine.models.support import refuse_unsupported
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -258,6 +267,20 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder. Raises ConfigError where transformers does not take it; no code of it is run."""
+    written = read_json_object(folder / "config.json")
+    try:
+        with quiet_transformers():
+            found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # a config's own checks raise types of several libraries
+        why = " ".join(str(error).split())[:200]
+        remote = "auto_map" in written
+        fix = "set trust_remote_code if you trust its code" if remote else "use one that transformers knows"
+        raise ConfigError(f"the config is not one of a model that can be built ({why})", fix, file=folder) from error
+    return found
+
+
 def load_causal_lm(
     path: str | Path,
     *,
@@ -276,12 +299,16 @@ def load_causal_lm(
         trust_remote_code: run the model's own Python; only the user can turn it on, never the files.
 
     Raises:
-        ConfigError: not found, pickled, unknown architecture, weights that do not fit the config, or no bitsandbytes.
+        ConfigError: not found, pickled, unknown or unsupported architecture, weights that do not fit the config, or no
+            bitsandbytes.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
     refuse_adapter(folder)
     config = read_json_object(folder / "config.json")
+    own_code = trust_remote_code and "auto_map" in config
+    if config.get("model_type") in CONFIG_MAPPING and not own_code:  # the probe judges a model's own code
+        refuse_unsupported(read_config(folder))
     weight_files(folder)
     packed = has_mxfp4(config)
     if packed and quantization == "nf4":

@@ -20,11 +20,12 @@ from macpo.engine.models.loading import (
     has_mxfp4,
     header,
     local_folder,
+    read_config,
     read_json_object,
     refuse_adapter,
     weight_files,
 )
-from macpo.engine.planning.shapes import read_config
+from macpo.engine.models.support import refuse_unsupported
 
 FIX = "use weights that belong to this config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -53,7 +54,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
 
     Raises:
         ConfigError: not found, an adapter, no config, weights pickled or missing, an architecture that transformers
-            does not know, or weights that do not fit the config.
+            does not know or that cannot share prompts, or weights that do not fit the config.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
@@ -80,6 +81,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
 
 def _skeleton(folder: Path) -> PreTrainedModel:
     config = read_config(folder)
+    refuse_unsupported(config)
     try:
         return meta_model(config)
     except ConfigError as error:

@@ -284,6 +284,8 @@ def tensor_config(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
     if ranks == 1:
         return text
     local: Any = copy.deepcopy(text)
+    if getattr(text, "is_heterogeneous", False):
+        raise ConfigError(f"{text.model_type} has layers of different sizes, which are not split", "set tensor to 1")
     if not getattr(text, "base_model_tp_plan", None) or not hasattr(text, "num_key_value_heads"):
         raise ConfigError(f"{text.model_type} has no plan for tensor parallelism", "set tensor to 1")
     local.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.loading import local_folder, quiet_transformers, read_json_object
+from macpo.engine.models.loading import local_folder, read_config
 
 
 class _Shape(NamedTuple):
@@ -42,23 +42,6 @@ _SHAPES = {
     "qwen-3-8b": _Shape("qwen3", "Qwen/Qwen3-8B", 4096, 36, 32, 8, 12288, 151936, head_dim=128),
 }
 NAMES = tuple(_SHAPES)
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a model folder. Raises ConfigError where transformers does not take it; no code of it is run."""
-    written = read_json_object(folder / "config.json")
-    try:
-        with quiet_transformers():
-            found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # a config's own checks raise types of several libraries
-        why = " ".join(str(error).split())[:200]
-        fix = (
-            "set trust_remote_code if you trust its code"
-            if "auto_map" in written
-            else "use one that transformers knows"
-        )
-        raise ConfigError(f"the config is not one of a model that can be built ({why})", fix, file=folder) from error
-    return found
 
 
 def config_of(model: str) -> PretrainedConfig:

@@ -30,6 +30,7 @@ from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import data_world
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.training import checkpoint
+from macpo.engine.training.balanced import balanced
 from macpo.engine.training.metrics import MetricsLog
 from macpo.engine.training.objectives import Objective
 from macpo.engine.training.optim import Optimizer, learning_rate
@@ -71,7 +72,8 @@ def train(
     Args:
         policy: the same weights on every rank.
         groups: each is a sequence (SFT), a document (pretraining) or prompt + [chosen, rejected] (preference).
-        objective: `objectives.sft()` or `objectives.preference(...)`.
+        objective: `objectives.sft()` or `objectives.preference(...)`; a mixture of experts adds its load-balancing
+            loss (see `balanced`).
         seed: seed of the groups' order, which is a function of seed and epoch alone.
         workdir: gets metrics.jsonl, timing.jsonl and checkpoint/, which the caller removes when it commits.
         ids: names of the groups for messages; default their index.
@@ -110,6 +112,7 @@ class _Stage:
     def __post_init__(self) -> None:
         if not self.groups:
             raise DataError("there is nothing to train on", "check the filters before this stage")
+        self.objective = balanced(self.objective, self.policy, self.groups)
         self.objective.check(self.groups)
         settings = self.settings
         self.data = data_world(self.policy, self.world)

@@ -36,10 +36,10 @@ from macpo.engine.models.equivalence import expected_window
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.models.head import head_of
-from macpo.engine.models.loading import check_vocab, local_folder, refuse_adapter
+from macpo.engine.models.loading import check_vocab, local_folder, read_config, refuse_adapter
+from macpo.engine.models.support import ROUTER_OFF, router_loss_coefficient
 from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
-from macpo.engine.planning.shapes import read_config
 from macpo.method.identities import template_text
 from macpo.method.policies import chat_with
 from macpo.method.run_plan import Builder, Plan
@@ -309,6 +309,16 @@ def _tensor(model: Model, place: Place) -> None:
         tensor_config(skeleton.config, tensor)
 
 
+def _router(model: Model, place: Place) -> None:
+    """A load-balancing loss needs logits that transformers collects by hooks, through which nothing compiles."""
+    if not place.recipe.compute.parallel.compile or not model.is_loaded:
+        return
+    skeleton = place.folder(model.path).model
+    if skeleton is not None and router_loss_coefficient(skeleton.config):
+        problem = "the load-balancing loss of a mixture of experts cannot be compiled"
+        raise ConfigError(problem, f"turn compute.parallel.compile off, or {ROUTER_OFF}")
+
+
 OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
     _weights,
     _architecture,
@@ -317,6 +327,7 @@ OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
     _reference_tokens,
     _memory,
     _tensor,
+    _router,
 )
 """Checks of each model that the recipe names; what the run makes itself is not among them."""
 

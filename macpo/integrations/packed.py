@@ -31,6 +31,7 @@ from macpo.kernels import AttentionForm, Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
 _MARK = "_macpo_packed_forward"
+_JITTER = ("jitter_noise", "router_jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def padded_groups(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> list[PrefixGroup]:
@@ -214,10 +215,14 @@ def common_refusals(args: TrainingArguments) -> list[tuple[bool, str, str]]:
 
 
 def check_model(owner: str, model: PreTrainedModel | PeftModel) -> None:
-    """Raise ConfigError for dropout: a shared prompt would have one mask where padded rows have two."""
+    """Raise ConfigError for dropout and router jitter: a shared prompt would draw once where padded rows draw twice."""
     for name, module in model.named_modules():
         rates = [getattr(module, "attention_dropout", 0.0), getattr(module, "dropout", 0.0)]
         if isinstance(module, nn.Dropout):
             rates.append(module.p)
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
             raise ConfigError(f"{owner}: {name or type(module).__name__} has dropout", "set every dropout to 0")
+        noise = [getattr(module, attribute, None) for attribute in _JITTER]
+        if any(isinstance(width, float) and width > 0 for width in noise):
+            problem = f"{owner}: {name or type(module).__name__} routes with noise in training"
+            raise ConfigError(problem, "set the jitter of the model's config.json to 0, or use macpo's own trainer")

@@ -24,8 +24,10 @@ from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.head import Head, pair_loss
+from macpo.engine.models.support import router_loss_coefficient
 from macpo.engine.scoring import score
 from macpo.integrations.packed import (
+    base_of,
     check_held,
     check_model,
     common_refusals,
@@ -163,6 +165,11 @@ class PreferenceTrainer(Trainer):
                     bool(self.args.accelerator_config.dispatch_batches),
                     "dispatch_batches: packed rows are not tensors",
                     "leave it off",
+                ),
+                (
+                    router_loss_coefficient(base_of(model).config) > 0,
+                    "the router's auxiliary loss of a mixture of experts",
+                    "set output_router_logits=False in the model's config, or use macpo's own trainer",
                 ),
             ],
         )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import model_of
 from pair_models import id_rows, llama, logged, text_pairs, tokenizer
 from transformers import LlamaForCausalLM, TrainingArguments
 
@@ -120,6 +121,13 @@ def test_what_the_preference_trainer_refuses(tmp_path):
     ):
         with pytest.raises(ConfigError, match=f"PreferenceTrainer: {re.escape(message)}"):
             PreferenceTrainer(llama(0), **{"args": arguments(tmp_path), "train_dataset": rows} | change)
+    for changes, message in (
+        ({"output_router_logits": True}, "the router's auxiliary loss"),
+        ({"router_jitter_noise": 0.1}, ".* routes with noise in training"),
+    ):
+        mixture = model_of("mixtral", num_key_value_heads=2, num_local_experts=2, **changes)
+        with pytest.raises(ConfigError, match=f"PreferenceTrainer: {message}"):
+            PreferenceTrainer(mixture, arguments(tmp_path), train_dataset=rows)
     with pytest.raises(DataError, match="the rows lack ref_chosen_logps"):
         PreferenceTrainer(llama(0), arguments(tmp_path), train_dataset=rows).train()
     scored = with_reference_logps(llama(0), rows)

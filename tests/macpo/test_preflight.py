@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import model_of
 from commands import macpo
 from safetensors.torch import load_file, save_file
 from standalone_runs import INIT, make_base, recipe_of
@@ -78,6 +79,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "more layers": (config(num_hidden_layers=3), 2, "9 weights are missing, first model.layers.2."),
     "layers": (config(num_hidden_layers=10**9), 2, "the config has 1,000,000,000 layers, the weights are"),
     "unknown": (config(model_type="nosuch"), 2, "model type `nosuch`"),
+    "encoder-decoder": (config(model_type="t5"), 2, "t5 is an encoder-decoder, whose prompt does not share a row"),
+    "chunked": (config(layer_types=["chunked_attention"] * 2), 2, "LlamaForCausalLM has layers of type chunked_"),
     "not a dict": (lambda folder: (folder / "config.json").write_text("[1]"), 2, "is not a JSON object"),
     "hidden": (config(hidden_size="wide"), 2, "config"),
     "no eos": (without_eos, 2, "the tokenizer has no EOS token"),
@@ -141,6 +144,17 @@ def test_settings_that_cannot_be_run(
         assert capsys.readouterr().err.count(said) == 2
         return
     refused(tmp_path / "r.yaml", tmp_path / "out", capsys, code, said, *words)
+
+
+def test_a_load_balancing_loss_is_not_compiled(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers collects the router's logits by hooks that torch.compile cannot follow."""
+    mixture = model_of("mixtral", num_key_value_heads=2, num_local_experts=2, output_router_logits=True, vocab_size=300)
+    folder = shutil.copytree(base, tmp_path / "model")
+    mixture.save_pretrained(folder)
+    (tmp_path / "r.yaml").write_text(dump(recipe_of("preference", folder, tmp_path / "out")))
+    words = "--set", "compute.parallel.compile=true"
+    message = refused(tmp_path / "r.yaml", tmp_path / "out", capsys, 2, "load-balancing loss", *words)
+    assert 'turn compute.parallel.compile off, or set "output_router_logits": false' in message
 
 
 def test_all_problems_at_once_each_with_its_setting(

@@ -105,7 +105,7 @@ BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "Gemma3Attention has a softcap that its forward does not"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "Gemma2ForCausalLM: softcap must be above 0, got 0.0"),
         ("mamba", MAMBA, "MambaForCausalLM has layers of type linear_attention"),
-        ("bloom", BLOOM, "BloomForCausalLM does not use transformers' attention interface"),
+        ("bloom", BLOOM, "BloomForCausalLM adds ALiBi's biases"),
         ("llama4_text", LLAMA4, "chunked_attention"),
     ],
 )

@@ -11,11 +11,14 @@ from architectures import ARCHITECTURES, VOCAB, model_of, some_groups
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import pack
+from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import Counts, ModelShape, counts_of, forward_flops, model_flops
 from macpo.engine.models.tuning import lora
+from macpo.engine.planning.memory import tensor_config
 from macpo.kernels.prefix_attention.segments import visible
 
 TOKENS = 24
@@ -125,6 +128,19 @@ def test_windows_come_from_the_config() -> None:
     assert [layer.window for layer in ModelShape.of(model_of("gemma3_text").config).layers] == [5, None]
     assert ModelShape.of(model_of("mistral").config).windows == (6,)
     assert ModelShape.of(model_of("llama").config).windows == ()
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers has no Gemma 4")
+def test_sizes_that_differ_by_layer_count_as_the_largest() -> None:
+    """Whose attributes transformers lets nobody read from the configuration as a whole."""
+    layers = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "num_key_value_heads": 2}
+    small = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+    config: Any = model_of("gemma4_text", sliding_window=5, **layers, **small).config
+    shape = ModelShape.of(config)
+    assert shape.qk_dim == max(layer.head_dim for layer in config.per_layer_config) > 8
+    assert (shape.heads, shape.kv_heads, shape.windows) == (4, 2, (5,))
+    with pytest.raises(ConfigError, match="gemma4_text has layers of different sizes"):
+        tensor_config(config, 2)
 
 
 def test_head_products() -> None:

@@ -20,8 +20,6 @@ OTHERS: dict[str, dict[str, Any]] = {  # fused weights, experts, learned positio
     "olmoe": {"num_key_value_heads": 2, "num_experts": 4},
     "gpt2": {"n_positions": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "falcon": {},
-    "bloom": {"n_head": 4},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "glm4": {"num_key_value_heads": 2, "head_dim": 8},
 }

@@ -1,0 +1,1 @@
+"""What the engine does with each model family of transformers: `python -m bench.compatibility` writes the page."""
