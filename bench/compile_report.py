@@ -1,6 +1,7 @@
 """Every Triton kernel and configuration, compiled without a GPU: registers, shared memory, spills, wgmma.
 
-    python -m bench.compile_report [--target 80 90 100] [--only TEXT] [--skip TEXT] [--largest] [--jobs 2] [--json PATH]
+    python -m bench.compile_report [--target 80 90 100] [--only TEXT] [--skip TEXT] [--largest] [--common] [--jobs 2]
+                                   [--json PATH]
 
 One row for each entry of `macpo.kernels.triton_support.aot_kernels()` and target it is chosen for. A row fails when
 the compiler refuses it, when it spills more than the entry allows, needs more shared memory than the target has, or
@@ -63,12 +64,19 @@ def size(entry: AotKernel) -> int:
 
 
 def jobs_of(
-    modules: Sequence[str], targets: Sequence[int], only: str, largest: bool, shard: str, skip: str = ""
+    modules: Sequence[str],
+    targets: Sequence[int],
+    only: str,
+    largest: bool,
+    shard: str,
+    skip: str = "",
+    common: bool = False,
 ) -> list[tuple[str, int, int]]:
     """Return (module, place in its list, target) of every row to make: names that hold `only`, and not `skip` if given.
 
     `largest` leaves one configuration of each kernel function and target: the first of the largest `size`, the
-    likeliest to run out of registers or shared memory. `shard` "K/N" then takes every N-th, beginning with the K-th.
+    likeliest to run out of registers or shared memory. `common` leaves out entries that are `rare`. `shard` "K/N" then
+    takes every N-th, beginning with the K-th.
 
     Raises:
         ValueError: two entries share a name.
@@ -83,7 +91,7 @@ def jobs_of(
                 raise ValueError(f"two entries of aot_kernels() are called {entry.name!r}")
             names.add(entry.name)
             for target in targets:
-                left_out = bool(skip) and skip in entry.name
+                left_out = (bool(skip) and skip in entry.name) or (common and entry.rare)
                 if only in entry.name and not left_out and target in entry.capabilities:
                     found.append((module, place, target))
                     kept = best.setdefault((f"{module}.{entry.kernel.__name__}", target), found[-1])
@@ -214,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="entries whose name holds this")
     parser.add_argument("--skip", default="", metavar="SUBSTRING", help="no entries whose name holds this")
     parser.add_argument("--largest", action="store_true", help="one configuration of each kernel, the largest")
+    parser.add_argument("--common", action="store_true", help="without what few models need")
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="every N-th row, beginning with the K-th")
     parser.add_argument("--module", nargs="+", help="modules with aot_kernels(); default the project's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
@@ -232,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return subprocess.run(command, env=environment(cache), check=False).returncode
 
     modules = args.module or triton_support.KERNEL_MODULES
-    jobs = jobs_of(modules, args.target, args.only, args.largest, args.shard, args.skip)
+    jobs = jobs_of(modules, args.target, args.only, args.largest, args.shard, args.skip, args.common)
     if not jobs:
         print(f"error: no kernel of {', '.join(modules) or 'no module'} fits --only {args.only!r}", file=sys.stderr)
         return 2

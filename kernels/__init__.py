@@ -4,6 +4,7 @@ Each operator is a folder: `reference.py` the definition, `op.py` the contract a
 `library.py` the custom operator for torch.compile, `triton_*.py` the GPU kernels; C++ for the CPU is in `csrc/`.
 """
 
+from macpo.kernels.attention_weights import AttentionForm
 from macpo.kernels.backend import BackendError, Choice, explain, use_backend
 from macpo.kernels.linear_logp.op import linear_logp
 from macpo.kernels.linear_logp.shard import VocabShard
@@ -18,6 +19,7 @@ from macpo.kernels.sampling.op import sample
 from macpo.kernels.sampling.params import SampleParams
 
 __all__ = [
+    "AttentionForm",
     "BackendError",
     "Choice",
     "PairLoss",

@@ -285,7 +285,8 @@ def fits_slot_attention(q: Tensor) -> bool:
 
 def slot_attention(
     q: Tensor, k_slots: Tensor, v_slots: Tensor, lens: Tensor, scale: float, window: int | None,
-    new_k: Tensor | None = None, new_v: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One query token a sequence over its slot, float32; see `paged_attention/slots.py`. Last axes are contiguous.
 
@@ -295,11 +296,12 @@ def slot_attention(
         ValueError: sizes that do not fit together, a length outside the slot.
     """
     out = torch.empty(q.shape)
+    logits = None if sinks is None else sinks.float()
     elements = 2 * q.shape[0] * k_slots.shape[1] * k_slots.shape[2] * q.shape[2]
     _loaded().slot_attention(
-        _strided(q), _strided(k_slots), _strided(v_slots), _view(lens), scale, window or 0,
-        None if new_k is None else _strided(new_k), None if new_v is None else _strided(new_v), _view(out),
-        _threads(elements),
+        _strided(q), _strided(k_slots), _strided(v_slots), _view(lens), scale, window or 0, softcap or 0.0,
+        _optional(logits), None if new_k is None else _strided(new_k), None if new_v is None else _strided(new_v),
+        _view(out), _threads(elements),
     )  # fmt: skip
     return out
 

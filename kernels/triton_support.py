@@ -69,6 +69,8 @@ class AotKernel:
     """The most bytes of registers that may spill to local memory."""
     capabilities: tuple[int, ...] = field(default=(80, 90, 100))
     """Compute capabilities that the configuration is chosen for."""
+    rare: bool = False
+    """Whether it differs from a common one by what few models have, so that a quick check may leave it out."""
 
 
 def aot_kernels() -> list[AotKernel]:

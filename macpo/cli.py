@@ -75,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--agent", default="", help="the student's (default), a teacher's name, or ceiling")
     export.add_argument("--iteration", type=int, default=-1, help="-1 is the last (default)")
     export.add_argument("--policy", choices=("positive", "negative"), default="positive")
-    export.add_argument("--merge", action="store_true", help="merge an adapter into its base (float32)")
+    export.add_argument("--merge", action="store_true", help="merge an adapter into its base (in float32)")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: a model's as its base is stored, an adapter's as trained)",
+    )
     export.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
     export.set_defaults(command=_export)
     return root
@@ -219,20 +224,21 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from macpo.commands.export import export
+    from macpo.commands.export import Choice, export
     from macpo.recipe_kinds import load
 
-    out = export(
-        arguments.run,
-        load(arguments.run),
-        arguments.out,
+    choice = Choice(
         agent=arguments.agent,
         iteration=arguments.iteration,
         policy=arguments.policy,
-        merge=arguments.merge,
         arm=arguments.arm,
+        merge=arguments.merge,
+        dtype=arguments.dtype,
     )
+    out, base = export(arguments.run, load(arguments.run), arguments.out, choice)
     print(f"exported: {out}")
+    if base is not None and Path(base).is_absolute():
+        print(f"an adapter of {base}, which has to stay there; --merge makes a model that needs no other")
 
 
 def _printed(arguments: argparse.Namespace, recipe: object) -> bool:

@@ -31,9 +31,9 @@ from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettin
 from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World, finish
-from macpo.engine.models import lora
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import preference
 from macpo.engine.training.reference import reference_logps

@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -142,7 +143,35 @@ def bins(
     return found
 
 
-def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch:
+def unshared(batch: PackedBatch, limit: int | None) -> PackedBatch:
+    """Give each prompt two copies whose sequences end on both sides of `limit` tokens, one for each side.
+
+    A model that treats a sequence of more than `limit` tokens differently from its first token on cannot share the
+    prompt between the two. Responses, targets and their order stay.
+    """
+    if limit is None or batch.max_length <= limit:
+        return batch
+    ids, segments = batch.input_ids[0].tolist(), batch.segments
+    ends, starts = segments.prefix_end.tolist(), segments.segment_start.tolist()
+    groups = []
+    for first, stop in pairwise(segments.bounds):
+        runs = [first, *(i for i in range(first + 1, stop) if starts[i] != starts[i - 1]), stop]
+        parts = [ids[a:b] for a, b in pairwise(runs)]
+        assert ends[stop - 1] == runs[1]
+        groups.append(PrefixGroup(parts[0], parts[1:]))
+    whole = _build(groups, range(len(groups)), limit)
+    return replace(whole, groups=batch.groups).to(batch.input_ids.device)
+
+
+def _sides(group: PrefixGroup, limit: int | None) -> list[list[int]]:
+    """Indices of the responses that share one copy of the prompt."""
+    room = max(map(len, group.responses)) if limit is None else limit - len(group.prompt_ids)
+    beyond = [len(response) > room for response in group.responses]
+    sides = [[i for i, is_beyond in enumerate(beyond) if is_beyond == side] for side in (False, True)]
+    return [side for side in sides if side]
+
+
+def _build(groups: Sequence[PrefixGroup], indices: Sequence[int], limit: int | None = None) -> PackedBatch:
     ids: list[int] = []
     positions: list[int] = []
     prefix_start: list[int] = []
@@ -155,22 +184,28 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int]) -> PackedBatch
     for i in indices:
         group = groups[i]
         group.check(f"group {i}")
-        start, num_prompt = len(ids), len(group.prompt_ids)
-        ids += group.prompt_ids
-        positions += range(num_prompt)
-        prefix_start += [start] * group.num_tokens
-        prefix_end += [start] * num_prompt + [start + num_prompt] * group.num_response_tokens
-        segment_start += [start] * num_prompt
-        for response in group.responses:
-            first, length = len(ids), len(response)
-            ids += response
-            positions += range(num_prompt, num_prompt + length)
-            segment_start += [first] * length
-            rows.append(start + num_prompt - 1)  # every response's first token is predicted by the prompt's last row
-            rows += range(first, first + length - 1)
+        num_prompt = len(group.prompt_ids)
+        own_rows: list[list[int]] = [[] for _ in group.responses]
+        for side in _sides(group, limit):
+            start = len(ids)
+            num_response = sum(len(group.responses[r]) for r in side)
+            ids += group.prompt_ids
+            positions += range(num_prompt)
+            prefix_start += [start] * (num_prompt + num_response)
+            prefix_end += [start] * num_prompt + [start + num_prompt] * num_response
+            segment_start += [start] * num_prompt
+            for r in side:
+                first, length = len(ids), len(group.responses[r])
+                ids += group.responses[r]
+                positions += range(num_prompt, num_prompt + length)
+                segment_start += [first] * length
+                # every response's first token is predicted by the prompt's last row
+                own_rows[r] = [start + num_prompt - 1, *range(first, first + length - 1)]
+            cu_groups.append(len(ids))
+        for response, own in zip(group.responses, own_rows, strict=True):
+            rows += own
             target += response
             cu_rows.append(len(target))
-        cu_groups.append(len(ids))
     segments = Segments(
         prefix_start=_tensor("i", prefix_start),
         prefix_end=_tensor("i", prefix_end),

@@ -3,7 +3,9 @@
     Generator(model, tokenizer).generate(prompts, SamplingParams(max_new_tokens=64, seed=1))
 
 A sampled text is a function of model, prompt, params, request id, sample and attempt: these seed the noise, never the
-batch, the order or the number of processes (in float32, up to logit ties in the last bits).
+batch, the order or the number of processes (in float32, up to logit ties in the last bits). The model of each token is
+its own forward over the sequence so far. Where that takes other rotary factors beyond some length (LongRoPE), sequences
+that reach it are prefilled again with what they have so far.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from macpo.engine.generation.slots.runner import SlotRunner
 from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows
+from macpo.engine.models.rotary import switch_length
+from macpo.engine.models.tuning.adapter_rules import check_forward
 from macpo.engine.progress import Count, counted
 
 _log = logging.getLogger(__name__)
@@ -61,8 +65,8 @@ class Generator:
     same outputs.
 
     Raises:
-        ConfigError: an argument out of range. On first use: a model whose attention the hook cannot honour; the error
-            names the architecture.
+        ConfigError: an argument out of range, or a kind of adapter that is not supported. On first use: a model whose
+            attention the hook cannot honour; the error names the architecture.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Generator:
         if getattr(model, "collective", False):
             raise ConfigError("the policy is spread over ranks for training", "load it again to generate")
         self._outer, self.model = unwrap(model)
+        check_forward(self._outer)
         self.team: World = getattr(model, "team", None) or World()
         self.tokenizer = tokenizer
         self.max_batch = max_batch
@@ -94,6 +99,7 @@ class Generator:
         self.use_graphs = use_graphs
         config = self.model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.switch_tokens = switch_length(self.model)
         self.vocabulary = Vocabulary.of(head_width(self.model), tokenizer)
         self.eos_ids = eos_ids(self.model, tokenizer)
         self._layers: dict[int, CacheShape] = {}
@@ -150,8 +156,10 @@ class Generator:
         if not requests:
             return []
         found: dict[tuple[str, int, int], Sample] = {}
-        steps, total = max(map(self._budget, requests)), sum(len(r.samples) for r in requests)
+        steps, total = max(map(self._limit, requests)), sum(len(r.samples) for r in requests)
         shown = progress if self.team.is_main else False
+        with self._ready():
+            self._cache_shapes()  # refuses a model before anything is packed, stacked or decoded
         with self._ready(), packed_linears(self._outer, steps), counted(shown, total) as count:
 
             def on_done(sequence: ActiveSequence) -> None:
@@ -160,7 +168,6 @@ class Generator:
 
             stop = self.team.any_of(should_stop or (lambda: False))
             job = Job(self.model, self.vocabulary, self.tokenizer, self._sequence, stop, count, self.team)
-            self._cache_shapes()  # refuses a model before anything is stacked or decoded
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
             stacked = self._stacked(names) if len(names) > 1 else None
             if stacked is not None:
@@ -173,8 +180,25 @@ class Generator:
         return [Output(r.id, [found[r.id, r.attempt, sample] for sample in r.samples]) for r in requests]
 
     def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
+        paused: dict[tuple[str, int, int], ActiveSequence] = {}  # at the length where the model's rotary factors switch
+
+        def take(sequence: ActiveSequence) -> None:
+            if len(sequence.tokens) == sequence.budget < self._limit(sequence.request) and not sequence.ended:
+                paused[sequence.key] = sequence
+            else:
+                on_done(sequence)
+
+        def resume(request: Request, sample: int) -> ActiveSequence:
+            return paused[request.id, request.attempt, sample].resumed(request, self._budget(request))
+
         with attention_hook(self.model):
-            (self._pool_runner(part, job) if self._uses_pool() else self._slot_runner(part, job)).run(on_done)
+            self._runner(part, job).run(take)
+            if paused:
+                rest = [sequence.rest() for sequence in paused.values()]
+                self._runner(rest, replace(job, make_sequence=resume)).run(on_done)
+
+    def _runner(self, part: Sequence[Request], job: Job) -> BatchRunner:
+        return self._pool_runner(part, job) if self._uses_pool() else self._slot_runner(part, job)
 
     def _slot_runner(self, part: Sequence[Request], job: Job) -> BatchRunner:
         self._refuse_graphs("the cache is in slots")
@@ -280,13 +304,22 @@ class Generator:
         own = frozenset(request.params.stop_token_ids)
         return own if request.params.ignore_eos else own | self.eos_ids
 
+    def _limit(self, request: Request) -> int:
+        """Most new tokens of each of a request's samples."""
+        limit = request.params.max_new_tokens
+        return limit if self.context_tokens is None else min(limit, self.context_tokens - len(request.prompt_ids))
+
     def _budget(self, request: Request) -> int:
-        budget = request.params.max_new_tokens
-        return budget if self.context_tokens is None else min(budget, self.context_tokens - len(request.prompt_ids))
+        """Most new tokens that can follow on one prefill: cached keys keep the rotary factors that they were made with.
+
+        The model's own forward of a longer sequence takes other factors from the first token on.
+        """
+        room = self.switch_tokens - len(request.prompt_ids) if self.switch_tokens is not None else -1
+        return self._limit(request) if room < 0 else min(self._limit(request), room + 1)
 
     def _reserved(self, request: Request) -> int:
         """Cache tokens of prompt and longest possible response, in whole blocks."""
-        blocks = -(-(len(request.prompt_ids) + self._budget(request)) // self.block_tokens)
+        blocks = -(-(len(request.prompt_ids) + self._limit(request)) // self.block_tokens)
         return blocks * self.block_tokens
 
     def check(self, requests: Sequence[Request]) -> None:

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from macpo.engine.models.lora_linear import FusedLinear
+from macpo.engine.models.tuning.lora_linear import FusedLinear
 
 Layout = tuple[tuple[int, float], ...]  # (rank, scaling) of each adapter in a layer; rank 0 where it has none
 

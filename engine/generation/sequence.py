@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from macpo.engine.errors import NumericsError
@@ -31,6 +31,8 @@ class ActiveSequence:
     """Whether a stop token or stop text came."""
     end: tuple[int, float] | None = None
     """The stop token and its raw log-prob."""
+    prefilled: int = 0
+    """How many of `tokens` are part of the request's prompt: those that were drawn before it was prefilled again."""
     suspect: bool = False
     """Whether some tokens seemed to hold a stop text."""
 
@@ -46,7 +48,18 @@ class ActiveSequence:
     @property
     def position(self) -> int:
         """Position of the newest token in the cache."""
-        return len(self.request.prompt_ids) + len(self.tokens) - 1
+        return len(self.request.prompt_ids) - self.prefilled + len(self.tokens) - 1
+
+    def rest(self) -> Request:
+        """Returns the request for what is left to draw, whose prompt holds the tokens so far."""
+        params = replace(self.params, max_new_tokens=self.params.max_new_tokens - len(self.tokens))
+        prompt_ids = (*self.request.prompt_ids, *self.tokens)
+        return replace(self.request, prompt_ids=prompt_ids, params=params, samples=(self.sample,))
+
+    def resumed(self, rest: Request, budget: int) -> ActiveSequence:
+        """Returns the sequence that draws at most `budget` more tokens for `rest()`."""
+        num_tokens = len(self.tokens)
+        return replace(self, request=rest, budget=num_tokens + budget, done=False, prefilled=num_tokens)
 
     def extend(self, tokens: Sequence[int], raw_logps: Sequence[float], logps: Sequence[float]) -> int:
         """Takes new tokens up to the budget or the first stop token; returns how many (none once it is done)."""

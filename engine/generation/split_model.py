@@ -22,7 +22,7 @@ from macpo.engine.distributed.world import World, team_of
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.generation.multilora import why_not
 from macpo.engine.models.policy import PolicyModule
-from macpo.engine.models.tensor_parallel import FIELD, head_counts, linear_parts, planned_layers
+from macpo.engine.models.tensor_parallel import FIELD, head_counts, layers_with_sinks, linear_parts, planned_layers
 
 
 def team_size(policy: PolicyModule, fits: Callable[[int], bool], world: World) -> int:
@@ -70,6 +70,8 @@ def split_policy(policy: PolicyModule, world: World, size: int) -> PolicyModule:
     tied = base.weight is embedding.weight
     for name, module, kind in [*planned_layers(model, size), ("the head", head, "colwise_gather_output")]:
         _split_linear(name, module, kind, team)
+    for layer in layers_with_sinks(model):
+        layer.sinks = _parameter(_part(layer.sinks, 0, team))
     embedding.weight = base.weight if tied else _parameter(_part(embedding.weight, 0, team))
     start = team.rank * embedding.weight.shape[0]
     vars(embedding)["forward"] = partial(_embed, embedding, start, team)

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import attention_hook
-from macpo.engine.models.lora_linear import LORA_LINEAR
+from macpo.engine.models.tuning.lora_linear import LORA_LINEAR
 
 _aten = torch.ops.aten
 PRODUCTS = (

@@ -20,26 +20,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from macpo.engine.errors import ConfigError
-from macpo.kernels import Segments, prefix_attention
+from macpo.engine.models.rotary import rotary_per_sequence
+from macpo.kernels import AttentionForm, Segments, prefix_attention
 
 HOOK_NAME = "macpo"
+_OTHER_MODEL = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma or Phi"
 
 
 class AttentionContext(Protocol):
     """How the tokens of one forward attend; passed to the model as `attention_context=`."""
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         """Attention of one layer.
 
         Args:
             module: the layer's attention module; `module.layer_idx` is its index.
             q: [B, Hq, T, D], rotated.
             k, v: [B, Hkv, T, D] of the same T new tokens, rotated; a cache keeps them itself.
-            scale: factor of the dot products.
-            window: a query sees keys at most `window - 1` positions back; None is unlimited.
+            form: the layer's scale, sliding window, softcap and sinks.
 
         Returns:
             [B, T, Hq, D].
@@ -53,11 +55,11 @@ class PackedAttention:
 
     segments: Segments
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         if q.shape[0] != 1:
             raise ValueError(f"packed attention takes one row of tokens, got {q.shape[0]}")
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
+        return prefix_attention(q, k, v, self.segments, **form._asdict())[None]
 
 
 def _hook(
@@ -72,39 +74,46 @@ def _hook(
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered function; raises ConfigError for options that it would otherwise silently ignore."""
+    """The registered function; raises ConfigError for options that it would otherwise silently ignore.
+
+    A layer's softcap and sinks are keywords of the interface, `softcap` and `s_aux`.
+    """
     if attention_context is None:
-        fix = "pass attention_context=..., or leave the attention_hook block before calling the model directly"
-        raise ConfigError("the macpo attention hook is active but the forward got no attention_context", fix)
-    refused = [name for name, bad in _unsupported(module, attention_mask, dropout, kwargs) if bad]
+        problem = f"{type(module).__name__} did not get the keywords of the model's forward, which say how it attends"
+        fix = "use an architecture that hands them on, like Llama; in code of your own, call the model outside the hook"
+        raise ConfigError(problem, fix)
+    if dropout > 0:
+        problem = f"{type(module).__name__} drops attention weights at random, which packed attention does not"
+        fix = "set the attention dropout in the model's config to 0 (attention_dropout, attn_pdrop)"
+        raise ConfigError(problem, fix)
+    refused = [name for name, has in _unsupported(module, attention_mask, kwargs) if has]
     if refused:
-        problem = f"{type(module).__name__} asks for {', '.join(refused)}, which packed attention does not implement"
-        raise ConfigError(problem, "use a model without it")
+        problem = f"{type(module).__name__} has {', '.join(refused)}, which packed attention does not implement"
+        raise ConfigError(problem, _OTHER_MODEL)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention_context.attend(module, query, key, value, scale, sliding_window), None
+    form = AttentionForm(scale, sliding_window, kwargs.get("softcap"), _own(kwargs.get("s_aux")))
+    return attention_context.attend(module, query, key, value, form), None
 
 
-def _unsupported(
-    module: nn.Module, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
-) -> tuple[tuple[str, bool], ...]:
+def _unsupported(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
     causal = kwargs.get("is_causal")
     return (
-        ("an attention mask", mask is not None),
-        ("attention dropout in training (call eval())", dropout > 0),
-        ("attention softcap", any(_given(x) for x in (kwargs.get("softcap"), _softcap(module)))),
-        ("attention sinks", kwargs.get("s_aux") is not None or hasattr(module, "sinks")),
+        ("an attention mask of its own", mask is not None),
+        ("a softcap that its forward does not pass on", _unsaid(module, "attn_logit_softcapping", kwargs, "softcap")),
+        ("sinks that its forward does not pass on", _unsaid(module, "sinks", kwargs, "s_aux")),
         ("bidirectional attention", (getattr(module, "is_causal", True) if causal is None else causal) is False),
         ("a position bias", kwargs.get("position_bias") is not None or kwargs.get("alibi") is not None),
         ("head masks", kwargs.get("head_mask") is not None),
     )
 
 
-def _given(value: object) -> bool:
-    return value is not None and value != 0
+def _unsaid(module: nn.Module, attribute: str, kwargs: dict[str, Any], keyword: str) -> bool:
+    return getattr(module, attribute, None) is not None and kwargs.get(keyword) is None
 
 
-def _softcap(module: nn.Module) -> float | None:
-    return getattr(module, "attn_logit_softcapping", None)
+def _own(sinks: Tensor | None) -> Tensor | None:
+    """The sinks of this rank's heads."""
+    return sinks.to_local() if isinstance(sinks, DTensor) else sinks
 
 
 AttentionInterface.register(HOOK_NAME, _hook)
@@ -132,11 +141,11 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
         return
     own = {id(config): (config, config._attn_implementation) for config in _configs(model)}
     if not model._can_set_attn_implementation():
-        fix = "use an architecture that supports attn_implementation='sdpa' in transformers 5"
-        raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", fix)
+        raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", _OTHER_MODEL)
     model.set_attn_implementation(HOOK_NAME)
     try:
-        yield
+        with rotary_per_sequence(model):
+            yield
     finally:
         for config, name in own.values():
             config._attn_implementation_internal = name

@@ -23,6 +23,7 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.activations import blocks_of
 from macpo.engine.models.loading import quiet_transformers
+from macpo.engine.models.tuning.text_path import only_text
 
 Tuning = Literal["lora", "full"]
 Targets = Sequence[str] | Literal["all-linear"]
@@ -251,7 +252,7 @@ def _shape(model_type: str, config_json: str) -> ModelShape:
     num_layers = config.num_hidden_layers
     alike = not any("expert" in key or "moe" in key or "block_type" in key for key in config.to_dict())
     model = meta_model(_first_block(config) if alike else config)
-    blocks = list(blocks_of(model))
+    blocks = list(blocks_of(only_text(model)))
     head: Any = model.get_output_embeddings()
     tied = bool(config.tie_word_embeddings)
     vocab, hidden = head.weight.shape
@@ -299,13 +300,15 @@ def _layer(block: nn.Module, config: Any, index: int) -> LayerShape:
     for name, parameter in block.named_parameters():
         path = name.removesuffix(".weight")
         last = path.rpartition(".")[2]
+        if last.endswith("bias"):  # of stacked experts it has two dimensions
+            continue
         if parameter.dim() == 2:
             outputs, inputs = parameter.shape
             matrices.append(Matrix(last, inputs, outputs, linear=name in linears, reads_input=last in reads))
         elif parameter.dim() == 3:
             count, outputs, inputs = parameter.shape
             matrices.append(Matrix(last, inputs, outputs, count, float(min(active, count)), linear=False))
-    vectors = sum(p.numel() for p in block.parameters() if p.dim() < 2)
+    vectors = sum(p.numel() for p in block.parameters()) - sum(m.numel for m in matrices)
     return LayerShape(tuple(matrices), vectors, _window(config, index))
 
 

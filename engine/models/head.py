@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -44,8 +45,12 @@ def head_of(model: PreTrainedModel) -> Head:
     """The model's output layer with the scale and softcap that its architecture's config names.
 
     Raises:
-        ConfigError: an output layer that is not linear, or an adapter on it that is not plain LoRA.
+        ConfigError: an output layer that is not linear, an adapter on it that is not plain LoRA, or a class that does
+            not tell its output layer from what lies below.
     """
+    if model.base_model is model:
+        problem = f"{type(model).__name__} does not name the model below its output layer (base_model_prefix)"
+        raise ConfigError(problem, "use the family's text-only model, or one such as Llama, Qwen, Mistral or Gemma 3")
     config = model.config.get_text_config()
     factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
     divisor = getattr(config, "logits_scaling", None)
@@ -65,26 +70,34 @@ def linear_head(layer: nn.Module) -> Head:
         ConfigError: a layer that is not linear, or an adapter on it that is not plain LoRA.
     """
     if not isinstance(layer, LoraLayer):
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            fix = "leave it out of modules_to_save and trainable_token_indices, or merge the adapter into its base"
+            raise ConfigError(f"the adapter replaces the output layer ({type(layer).__name__})", fix)
         if not isinstance(layer, nn.Linear):
             raise ConfigError(f"the output layer is a {type(layer).__name__}", "use a model with a linear lm_head")
         shard = vocab_shard(layer.weight)
         rows = whole if shard is None else own_rows
         return Head(rows(layer.weight), None if layer.bias is None else rows(layer.bias), shard)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not isinstance(layer, LoraLinear) or any(
-        layer.use_dora.get(name) or layer.lora_bias.get(name) for name in names
-    ):
+    adapters: tuple[Any, Any] = (layer.lora_A, layer.lora_B)
+    if not is_plain(layer):
         raise ConfigError("the adapter on the output layer is not plain LoRA", "leave lm_head out of target_modules")
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     shard = vocab_shard(base.weight)
     rows = whole if shard is None else own_rows
     weight = rows(base.weight)
     if not layer.disable_adapters and not layer.merged:
         for name in names:
-            a = whole(layer.lora_A[name].weight)  # every rank holds A and adds its rows' share to A's gradient
-            delta = rows(layer.lora_B[name].weight) @ (a if shard is None else shard.replicated(a))
+            a = whole(adapters[0][name].weight)  # every rank holds A and adds its rows' share to A's gradient
+            delta = rows(adapters[1][name].weight) @ (a if shard is None else shard.replicated(a))
             weight = weight + (delta * layer.scaling[name]).to(weight.dtype)
     return Head(weight, None if base.bias is None else rows(base.bias), shard)
+
+
+def is_plain(layer: LoraLayer) -> bool:
+    """Whether the layer's adapters are linear, W' = W + s B A: no variant such as DoRA, no bias of their own."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return isinstance(layer, LoraLinear) and not any(layer.lora_variant.get(n) or layer.lora_bias.get(n) for n in names)
 
 
 def whole(weight: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from macpo.engine.config import Quantization
 from macpo.engine.errors import ConfigError, IntegrityError
@@ -29,6 +32,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 _HASHED = {".safetensors", ".json", ".model", ".jinja", ".txt"}
 _WHOLE_BYTES = 64 * 1024 * 1024
 _BLOCK_BYTES = 64 * 1024
+_CACHE_DEPTH = 4  # hub/models/OWNER/NAME: how far above a folder the contents of its cache may lie
 _CONVERT = "convert it once with model.save_pretrained(FOLDER, safe_serialization=True) where you trust the file"
 
 
@@ -80,8 +84,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in peft's layout, and not a whole model."""
+    return (folder / "adapter_config.json").exists()
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ConfigError for an adapter where a whole model is needed; transformers would load another base under it."""
+    if is_adapter(folder):
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        named = f" ({base})" if base else ""
+        fix = (
+            f"name its base{named} as the model, and this folder as `positive` or `adapter`; or merge it into its base"
+        )
+        raise ConfigError("an adapter (adapter_config.json), where a whole model is needed", fix, file=folder)
+
+
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a folder, each checked: a plain name, a regular file inside, a sane header.
+    """The safetensors files that transformers loads from a folder, each checked: a plain name, a regular file, a sane
+    header.
 
     Args:
         folder: a model folder (`stem="model"`) or an adapter folder (`stem="adapter_model"`).
@@ -90,39 +111,70 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
         ConfigError: no safetensors file, only pickled ones, or an index that points outside the folder.
         IntegrityError: a damaged header.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=index)
-        names = sorted(set(weight_map.values()))
-    elif (folder / f"{stem}.safetensors").exists():
-        names = [f"{stem}.safetensors"]
-    else:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-        if pickled:
-            problem = f"holds only pickled weights ({pickled[0]}), which can run code when loaded"
-            raise ConfigError(problem, _CONVERT, file=folder)
-        raise ConfigError(f"holds no {stem}.safetensors", "name a complete Hugging Face folder", file=folder)
+    names = _weight_names(folder, stem)
     files = [_checked(folder, name) for name in names]
     for file in files:
         header(file)
     return files
 
 
+def _weight_names(folder: Path, stem: str) -> list[str]:
+    """What transformers loads: the file that config.json names, else the single file, else those of the index."""
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    named = None
+    if stem == "model" and (folder / "config.json").is_file():
+        named = read_json_object(folder / "config.json").get("transformers_weights")
+    if named is not None and not isinstance(named, str):
+        raise ConfigError("transformers_weights is not a file name", "get a fresh copy", file=folder / "config.json")
+    chosen = named or next((name for name in (single, index) if (folder / name).is_file()), single)
+    if chosen.endswith(".index.json"):
+        if chosen != Path(chosen).name:
+            raise ConfigError(f"config.json names {chosen!r}, which is not a plain file name", "get a fresh copy")
+        weight_map = read_json_object(folder / chosen).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConfigError("weight_map is missing or malformed", "get a fresh copy", file=folder / chosen)
+        return sorted(set(weight_map.values()))
+    if named is None and not os.path.lexists(folder / single):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        if pickled:
+            problem = f"holds only pickled weights ({pickled[0]}), which can run code when loaded"
+            raise ConfigError(problem, _CONVERT, file=folder)
+        raise ConfigError(f"holds no {single}", "name a complete Hugging Face folder", file=folder)
+    return [chosen]
+
+
 def _checked(folder: Path, name: str) -> Path:
     path = folder / name
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-        raise ConfigError(f"the index names {name!r}, which is not a plain file name", "get a fresh copy", file=folder)
-    # the Hub's cache links snapshots/REVISION/file to blobs/HASH of the same repository; nothing else may leave
-    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+        problem = f"names {name!r} as weights, which is not a plain file name"
+        raise ConfigError(problem, "get a fresh copy", file=folder)
     try:
         target = path.resolve(strict=True)
-    except OSError:
+    except (OSError, RuntimeError):
         raise ConfigError(f"{name} is missing", "get a fresh copy", file=folder) from None
-    if not target.is_relative_to(root.resolve()) or not stat.S_ISREG(target.stat().st_mode):
-        raise ConfigError(f"{name} is not a regular file inside the folder", "get a fresh copy", file=folder)
+    if not stat.S_ISREG(target.stat().st_mode) or not _belongs(target, folder):
+        fix = "copy the file that it links to into the folder (cp -L), if you trust it"
+        raise ConfigError(f"{name} is not a regular file inside the folder or its cache", fix, file=folder)
     return path
+
+
+def _belongs(target: Path, folder: Path) -> bool:
+    """Whether a file lies in the model's folder or in a cache whose layout links such folders to it.
+
+    Caches keep contents apart from names: the Hub's links `REPOSITORY/snapshots/REVISION/file` to
+    `REPOSITORY/blobs/HASH`, others to a folder `blobs` beside one of the folder's parents, and a folder made by
+    `hf download --local-dir` may link into the Hub's or ModelScope's cache. Nothing else may leave the folder.
+    """
+    home = folder.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent)
+    roots += [parent / "blobs" for parent in list(home.parents)[:_CACHE_DEPTH]]
+    repository = target.parent.parent
+    if target.parent.name == "blobs" and repository.name.startswith("models--"):
+        roots.append(repository)
+    roots.append(Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser())
+    return any(target.is_relative_to(root) or target.is_relative_to(root.resolve()) for root in roots)
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -151,6 +203,19 @@ def header(file: Path) -> dict[str, Any]:
 def num_parameters(files: Iterable[Path]) -> int:
     """How many numbers the safetensors files hold, from their headers."""
     return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
+
+
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most numbers of a model folder have on disk; float32 if none has one that models compute in."""
+    counts: Counter[torch.dtype] = Counter()
+    for file in weight_files(folder):
+        for entry in header(file).values():
+            if entry["dtype"] in _STORED:
+                counts[_STORED[entry["dtype"]]] += math.prod(entry["shape"])
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def fingerprint_model(path: str | Path) -> str:
@@ -206,7 +271,8 @@ def load_causal_lm(
     Args:
         path: Hugging Face layout with safetensors weights.
         dtype: dtype of the loaded weights; with quantization, of those that stay whole and of the computation.
-        quantization: "nf4" loads the linear layers, but not the head, in 4 bits.
+        quantization: "nf4" loads the linear layers, but not the head, in 4 bits. MXFP4 weights (gpt-oss) are unpacked,
+            which is exact.
         trust_remote_code: run the model's own Python; only the user can turn it on, never the files.
 
     Raises:
@@ -214,9 +280,16 @@ def load_causal_lm(
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
+    refuse_adapter(folder)
     config = read_json_object(folder / "config.json")
     weight_files(folder)
+    packed = has_mxfp4(config)
+    if packed and quantization == "nf4":
+        problem = "the weights are MXFP4 already, which quantization nf4 would pack a second time"
+        raise ConfigError(problem, "set quantization to none, which unpacks them", field="tuning.quantization")
     options = _in_4_bits(as_dtype(dtype), torch.device(device)) if quantization == "nf4" else {}
+    if packed:  # packed experts have no gradient with respect to their inputs, and other kernels on every device
+        options = {"quantization_config": Mxfp4Config(dequantize=True)}
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -233,19 +306,34 @@ def load_causal_lm(
         why = " ".join(str(error).split())[:300]
         remote = "auto_map" in config and not trust_remote_code
         fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
+        if "text_config" in config and not remote:
+            fix = "transformers has no causal LM in this model of text and images: use the family's text-only model"
         raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=path) from error
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if lost:
         problem = f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}"
         raise ConfigError(problem, "use weights that belong to this config.json", file=path)
-    ready: PreTrainedModel = (model if options else model.to(device)).eval()
-    for module in ready.modules() if options else ():
+    if packed:  # else transformers would save the unpacked weights under the packed ones' names
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not _unpacks(each)]
+    ready: PreTrainedModel = (model if "device_map" in options else model.to(device)).eval()
+    for module in ready.modules() if quantization == "nf4" else ():
         layer: Any = module
         if type(layer).__name__ == "Linear4bit":
             layer.quant_state = layer.weight.quant_state  # FSDP2 keeps the weight's numbers, not what hangs on it
             layer.support_avx512bf16_for_cpu = False  # it would repack the shared weight when first scored with
     return ready
+
+
+def has_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config.json has MXFP4 weights, which are unpacked when they are loaded."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+
+
+def _unpacks(conversion: Any) -> bool:
+    return any(name.endswith("_blocks") for name in conversion.source_patterns)
 
 
 def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

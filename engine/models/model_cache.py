@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from macpo.engine.config import FullSettings, LoraSettings, Quantization
 from macpo.engine.errors import ResourceError
-from macpo.engine.models import lora
+from macpo.engine.models.equivalence import passed_structures
 from macpo.engine.models.loading import as_dtype, load_causal_lm, local_folder, num_parameters, weight_files
 from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.tuning import lora
+from macpo.engine.models.tuning.text_path import freeze_outside_text
 
 
 class ModelCache:
@@ -61,8 +63,8 @@ class ModelCache:
         Args:
             ref: which weights.
             tuning: LoraSettings trains an adapter (a new one drawn from `seed`, or a copy of `ref.adapter`), on a
-                4-bit base if it says so; FullSettings trains a float32 copy of every weight, with `ref.adapter`
-                merged in, which `parallelize` makes compute in the cache's dtype.
+                4-bit base if it says so; FullSettings trains every weight on the text path of a float32 copy, with
+                `ref.adapter` merged in, which `parallelize` makes compute in the cache's dtype.
             spread: whether `parallelize` will spread it over ranks.
 
         Raises:
@@ -75,14 +77,16 @@ class ModelCache:
             if not spread or ref.adapter is not None:  # else `parallelize` makes float32 shards
                 model = model.float()
             if ref.adapter is not None:
-                model = lora.load_adapter(model, ref.adapter).merge_and_unload()
-            return PolicyModule(model.requires_grad_(True), **kind)
+                model = lora.merged(lora.load_adapter(model, ref.adapter), ref.adapter)
+            freeze_outside_text(model.requires_grad_(True))
+            return PolicyModule(model, **kind)
         twin = shared_copy(base)
         if ref.adapter is not None:
             wrapped = lora.load_adapter(twin, ref.adapter)
             if tuning is None:
                 return PolicyModule(wrapped.requires_grad_(False), **kind)
             lora.check_same_shape(wrapped, tuning, ref.adapter)
+            freeze_outside_text(twin)
             return PolicyModule(wrapped, **kind)
         return PolicyModule(twin if tuning is None else lora.new_adapter(twin, tuning, seed=seed), **kind)
 
@@ -123,6 +127,7 @@ class ModelCache:
             trust_remote_code=self.trust_remote_code,
         ).requires_grad_(False)
         self.loads += 1
+        passed_structures(model)  # its policies are copies: the first of each structure is compared with the model
         if not spread:
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             self._bases[name] = (version, model, size)

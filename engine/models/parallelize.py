@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -38,7 +39,8 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
     """
     devices = mesh(settings, world, policy.home)
     # where every weight is trained, they are float32 and FSDP2 casts what is computed with; an adapter is as it is
-    mixed = all(p.requires_grad for p in policy.parameters()) and policy.compute_dtype != torch.float32
+    full = not isinstance(policy.model, PeftModel) and any(p.requires_grad for p in policy.parameters())
+    mixed = full and policy.compute_dtype != torch.float32
     if mixed and devices is None:
         devices = _mesh(world.size, 1, 1, policy.home)
     use_liger(policy.base, settings, policy.home)

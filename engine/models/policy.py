@@ -16,13 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from macpo.engine.data.pack import PackedBatch
+from macpo.engine.data.pack import PackedBatch, unshared
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.equivalence import verify
 from macpo.engine.models.head import Head, aliased, head_of, response_logps, whole
-from macpo.engine.models.lora_linear import use_fused_lora
+from macpo.engine.models.rotary import switch_length
+from macpo.engine.models.tuning.adapter_rules import check_forward
+from macpo.engine.models.tuning.lora_linear import use_fused_lora
 
 T_ = TypeVar("T_")
 KEPT_GRADIENT_BYTES = 2 << 30
@@ -44,7 +46,8 @@ class PolicyModule(nn.Module):
         team: the ranks that `generation.split_policy` split it over, for generation alone.
 
     Raises:
-        ConfigError: the architecture's attention or head is not supported (see `engine/models/equivalence.py`).
+        ConfigError: the architecture's attention or head (see `engine/models/equivalence.py`), or the adapter's kind,
+            is not supported.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class PolicyModule(nn.Module):
         home: torch.device | None = None,
     ) -> None:
         super().__init__()
+        check_forward(model)
         use_fused_lora(model)
         self.model = model
         self.compute_dtype = compute_dtype or self.base.dtype
@@ -122,7 +126,7 @@ class PolicyModule(nn.Module):
         """
         if self.team is not None:
             raise ConfigError("the policy is split over ranks for generation", "load it again to train or score")
-        batch = batch.to(self.device)
+        batch = unshared(batch, switch_length(self.base)).to(self.device)
         return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
@@ -18,14 +19,17 @@ from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free, sha256
-from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.equivalence import spread_ids
+from macpo.engine.models.float32 import in_float32
 from macpo.engine.models.head import Head, whole
 from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers, weight_files
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference of logits that counts as equal, by the dtype of the computation; relative above 1."""
+"""Largest difference of logits that counts as equal, by the dtype of the policy; relative above 1. In the median of the
+rows, because a model's rounding can be ten times that at single tokens (`equivalence.py`)."""
 NUM_TOKENS = 32
 
 
@@ -41,7 +45,9 @@ def publish(
 ) -> None:
     """Write the policy to the new folder `out`; collective.
 
-    The folder appears only if plain transformers (and peft) load it again and compute the same logits.
+    The folder appears only if plain transformers (and peft) load it again and compute the same logits. Nothing that is
+    there already is touched: the files are made in a new folder beside `out`, named after it, which a killed export
+    leaves and the next one to the same `out` makes again.
 
     Args:
         policy: on one rank or spread over all; an adapter is written in peft's layout, else Hugging Face's.
@@ -52,30 +58,91 @@ def publish(
         expected: logits to compare with ([NUM_TOKENS - 1, V], `logits_of`); default the policy's own.
 
     Raises:
-        ConfigError (2): `out` exists. ResourceError (4): the disk is full. IntegrityError (5): the logits differ.
+        ConfigError (2): `out` or the new folder's name exists. ResourceError (4): the disk is full.
+        IntegrityError (5): the logits differ.
     """
-    world, tmp = World.current(), out.with_name(out.name + ".tmp")
+    world, work = World.current(), _work(out)
     with agreed(world), explained(out):
         if getattr(policy.base.config, "quantization_config", None) is not None:
             raise ConfigError("a policy on a 4-bit base cannot be compared", "load it without quantization first")
         if world.is_main:
-            if out.exists():
-                raise ConfigError(f"{out} exists", "name a new folder")
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-    if expected is None:
-        expected = logits_of(policy, len(chat.tokenizer))
-    save_policy(policy, tmp, base_name=base_name, chat=chat)
-    with agreed(world), explained(out):
+            _claim(out)
+    try:
+        if expected is None:
+            expected = logits_of(policy, len(chat.tokenizer))
+        save_policy(policy, work / _FOLDER, base_name=base_name, chat=chat)
+        with agreed(world), explained(out):
+            if world.is_main:
+                _finish(policy, work, out, base=base, expected=expected, num_ids=len(chat.tokenizer), card=card)
+    except BaseException:
         if world.is_main:
-            dtype = policy.compute_dtype
-            compare(expected, logits_of(reloaded(tmp, base, dtype), len(chat.tokenizer)), dtype, tmp)
-            atomic_write(tmp / "README.md", card)
-            for path in tmp.iterdir():
-                fsync_file(path)
-            fsync_dir(tmp)
-            os.rename(tmp, out)
-            fsync_dir(out.parent)
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _finish(
+    policy: PolicyModule, work: Path, out: Path, *, base: str, expected: Tensor, num_ids: int, card: str
+) -> None:
+    """Read back what was written, compare it, add the card and give it its name."""
+    compute = policy.compute_dtype
+    dtypes = {compute, *(parameter.dtype for parameter in written(policy))}
+    got = logits_of(reloaded(work / _FOLDER, base, compute), num_ids)
+    compare(expected, got, max(dtypes & MAX_LOGIT_ERROR.keys(), key=MAX_LOGIT_ERROR.__getitem__), work / _FOLDER)
+    _give_name(work, out, card)
+
+
+def _give_name(work: Path, out: Path, card: str) -> None:
+    folder = work / _FOLDER
+    atomic_write(folder / "README.md", card)
+    for path in folder.iterdir():
+        fsync_file(path)
+    fsync_dir(folder)
+    os.rename(folder, out)
+    fsync_dir(out.parent)
+    shutil.rmtree(work)
+
+
+_WORK = "macpo-export"  # ending of the folder that an export is made in
+_OURS = "made-by-macpo-export"
+_FOLDER = "folder"
+
+
+def _claim(out: Path) -> Path:
+    """Make the folder that an export to `out` is made in, anew where a killed export left it.
+
+    Raises:
+        ConfigError: there is an `out`, or something of the new folder's name that no export made.
+    """
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists", "name a new folder")
+    work = _work(out)
+    if os.path.lexists(work):
+        if work.is_symlink() or not (work / _OURS).is_file():
+            raise ConfigError(f"{work} exists and is not of an export", "move it, or choose another --out")
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    (work / _OURS).touch()
+    return work
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(f".{out.name}.{_WORK}")
+
+
+def written(policy: PolicyModule) -> list[nn.Parameter]:
+    """The parameters that `save_policy` writes: an adapter's own, else all."""
+    adapter = isinstance(policy.model, PeftModel)
+    return [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
+
+
+def cast(policy: PolicyModule, dtype: torch.dtype) -> None:
+    """Round the weights that `save_policy` writes to `dtype`, in place, but for those that their class keeps in
+    float32."""
+    kept = set(getattr(policy.base, "_keep_in_fp32_modules_strict", None) or ())
+    exempt = {id(p) for name, p in policy.model.named_parameters() if kept.intersection(name.split("."))}
+    for parameter in written(policy):
+        if parameter.is_floating_point() and id(parameter) not in exempt:
+            parameter.data = parameter.data.to(dtype)
 
 
 def publish_copy(folder: Path, out: Path, *, card: str) -> None:
@@ -89,36 +156,34 @@ def publish_copy(folder: Path, out: Path, *, card: str) -> None:
     Raises:
         ConfigError (2): no adapter in `folder`, or `out` exists. IntegrityError (5): a copy differs.
     """
-    tmp = out.with_name(out.name + ".tmp")
     weight_files(folder, "adapter_model")
     with explained(out):
-        if out.exists():
-            raise ConfigError(f"{out} exists", "name a new folder")
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            shutil.copyfile(path, tmp / path.name)
-            if sha256(path) != sha256(tmp / path.name):
-                raise IntegrityError("the copy differs from the file", "export again", file=tmp / path.name)
-        atomic_write(tmp / "README.md", card)
-        for path in tmp.iterdir():
-            fsync_file(path)
-        fsync_dir(tmp)
-        os.rename(tmp, out)
-        fsync_dir(out.parent)
+        work = _claim(out)
+        try:
+            (work / _FOLDER).mkdir()
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
+                copy = Path(shutil.copyfile(path, work / _FOLDER / path.name))
+                if sha256(path) != sha256(copy):
+                    raise IntegrityError("the copy differs from the file", "export again", file=copy)
+            _give_name(work, out, card)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 @torch.no_grad()
 def logits_of(model: PolicyModule | torch.nn.Module, num_ids: int) -> Tensor:
     """Logits of a fixed row of NUM_TOKENS ids below `num_ids`: [NUM_TOKENS - 1, V] float32 on the CPU.
 
-    A policy computes them as in training (collective if it is spread over ranks), a plain model by its own forward.
+    A policy computes them by its packed forward (collective if it is spread over ranks), a plain model by its own; from
+    16-bit weights in float32 (`in_float32`) unless it is spread.
     """
-    ids = [k % num_ids for k in range(3, 3 + NUM_TOKENS)]
+    ids = spread_ids(num_ids, NUM_TOKENS)
     if not isinstance(model, PolicyModule):
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float().cpu()
+        with in_float32(model):
+            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float().cpu()
     (batch,) = pack([PrefixGroup(ids[:1], [ids[1:]])], max_tokens=NUM_TOKENS)
-    with attention_hook(model.base):
+    with attention_hook(model.base), nullcontext() if model.collective else in_float32(model.base):
         logits: Tensor = model(batch, _logits)
     if model.collective:
         model.release()
@@ -127,7 +192,9 @@ def logits_of(model: PolicyModule | torch.nn.Module, num_ids: int) -> Tensor:
 
 def _logits(rows: Tensor, head: Head, _: PackedBatch) -> Tensor:
     """rows [N, H] -> [N, V], the whole vocabulary even if it is split over ranks."""
-    logits = F.linear(rows.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+    dtype = torch.promote_types(rows.dtype, head.weight.dtype)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    logits = F.linear(rows.to(dtype), head.weight.to(dtype), bias) * head.logit_scale
     if head.shard is not None:
         first, count = head.shard.first, head.shard.count
         logits = head.shard.total(F.pad(logits, (first, head.shard.vocab - first - count)))
@@ -143,8 +210,8 @@ def reloaded(folder: Path, base: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def compare(expected: Tensor, got: Tensor, dtype: torch.dtype, folder: Path) -> None:
-    """Raise IntegrityError if the logits differ by more than rounding in `dtype`."""
-    error = (got - expected).abs().max().item()
+    """Raise IntegrityError if the logits [N, V] differ by more than rounding in `dtype`."""
+    error = (got - expected).abs().amax(-1).median().item()
     limit = MAX_LOGIT_ERROR[dtype] * max(1.0, expected.abs().max().item())
     if not error <= limit:
         problem = f"the exported model's logits differ by {error:.2e} (allowed {limit:.0e} in {dtype})"
@@ -179,9 +246,7 @@ def save_policy(
     """
     world = World.current()
     state = _whole_state(policy) if policy.collective else None
-    adapter = isinstance(policy.model, PeftModel)
-    written = [p for name, p in policy.model.named_parameters() if "lora_" in name or not adapter]
-    needed = sum(p.numel() * p.element_size() for p in written)
+    needed = sum(p.numel() * p.element_size() for p in written(policy))
     with agreed(world if policy.collective else None), explained(out_dir, needed):
         if not world.is_main:
             return

@@ -5,6 +5,7 @@ all-reduce; embeddings and head are split by vocabulary, and so is the loss (`en
 Megatron-LM, arXiv 1909.08053.
 
 LoRA follows its layer: W' = W + B A splits B with the outputs of a colwise W, A with the inputs of a rowwise one.
+Attention sinks follow their heads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -28,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.models.head import is_plain
 
 FIELD = "compute.parallel.tensor"
 _SPLITS_OUTPUTS = ("colwise", "colwise_gather_output")
@@ -58,10 +60,22 @@ def planned_layers(model: PreTrainedModel, ranks: int) -> list[tuple[str, nn.Mod
     named = ((name, module, re.sub(r"\.\d+\.", ".*.", name)) for name, module in model.base_model.named_modules())
     embedding = model.get_input_embeddings()  # which transformers 5.17 adds to the plan where the head is tied to it
     layers = [(name, module, plan[key]) for name, module, key in named if key in plan and module is not embedding]
+    layers = [
+        (name, module, kind) for name, module, kind in layers if not (kind == "local_params" and _sinks_only(module))
+    ]
     for kind in (kind for _, _, kind in layers if kind not in _STYLES):  # experts, packed weights
         problem = f"{type(model).__name__} asks for tensor parallelism of the kind {kind}, which is not implemented"
         raise ConfigError(problem, "set compute.parallel.tensor to 1 and shard the model", field=FIELD)
     return layers
+
+
+def _sinks_only(module: nn.Module) -> bool:
+    return [name for name, _ in module.named_parameters(recurse=False)] == ["sinks"]
+
+
+def layers_with_sinks(model: PreTrainedModel) -> list[Any]:
+    """Attention layers that learn a logit for each query head, `sinks` [Hq], which is split as the heads are."""
+    return [layer for layer in model.base_model.modules() if isinstance(getattr(layer, "sinks", None), nn.Parameter)]
 
 
 def head_counts(model: PreTrainedModel) -> dict[str, int]:
@@ -80,6 +94,9 @@ def linear_parts(name: str, module: nn.Module) -> tuple[nn.Linear, list[nn.Linea
     factors: list[list[nn.Module]] = [[], []]
     base = module
     if isinstance(module, LoraLinear):
+        if not is_plain(module):
+            problem = f"the adapter on {name} is not plain LoRA, and cannot be split"
+            raise ConfigError(problem, "set compute.parallel.tensor to 1 and shard the model", field=FIELD)
         base, factors = module.get_base_layer(), [list(module.lora_A.values()), list(module.lora_B.values())]
     for layer in (base, *factors[0], *factors[1]):
         if type(layer) is not nn.Linear:
@@ -97,6 +114,9 @@ def split_layers(model: PreTrainedModel, ranks: DeviceMesh, home: torch.device) 
     """
     for name, module, kind in planned_layers(model, ranks.size()):
         _split(name, module.to(home), kind, ranks)
+    for layer in layers_with_sinks(model):
+        own = distribute_tensor(layer.sinks.detach().to(home), ranks, [Shard(0)], src_data_rank=None)
+        layer.sinks = nn.Parameter(own, requires_grad=layer.sinks.requires_grad)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     base, *_ = linear_parts("the head", head)
     weight: Any = embedding.weight

@@ -20,11 +20,11 @@ from macpo.engine import hardware
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import quiet_transformers
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 from macpo.engine.planning.memory import Row, Setup
 from macpo.engine.planning.step_time import Machine, step_time
 from macpo.engine.training.objectives import preference

@@ -24,11 +24,12 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from macpo.engine.config import FullSettings, LoraSettings
-from macpo.engine.models import lora
 from macpo.engine.models.activations import PRODUCTS
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.flops import meta_model
-from macpo.engine.models.lora_linear import LORA_LINEAR, products, use_fused_lora
+from macpo.engine.models.tuning import lora
+from macpo.engine.models.tuning.lora_linear import LORA_LINEAR, products, use_fused_lora
+from macpo.kernels import AttentionForm
 
 _aten = torch.ops.aten
 _PRODUCTS = {operator.overloadpacket for operator in PRODUCTS} | {_aten.addmm_}
@@ -124,7 +125,7 @@ class _StandIn:
 
     cost: AttentionCost
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         out: Tensor = _Attend.apply(q, k, v, self.cost)
         return out[None]

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import meta_model
-from macpo.engine.models.loading import header, local_folder, read_json_object, weight_files
+from macpo.engine.models.loading import (
+    has_mxfp4,
+    header,
+    local_folder,
+    read_json_object,
+    refuse_adapter,
+    weight_files,
+)
 from macpo.engine.planning.shapes import read_config
 
 FIX = "use weights that belong to this config.json"
@@ -29,7 +36,7 @@ class Folder:
 
     path: Path
     num_parameters: int
-    """That the weight files hold."""
+    """That the weight files hold, MXFP4 unpacked."""
     model: PreTrainedModel | None
     """On the meta device; None where the model brings its own code, which is not run here."""
 
@@ -45,11 +52,12 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
     """Look at a model's folder or Hub id as `load_causal_lm` would, without loading a weight.
 
     Raises:
-        ConfigError: not found, no config, weights pickled or missing, an architecture that transformers does not know,
-            or weights that do not fit the config.
+        ConfigError: not found, an adapter, no config, weights pickled or missing, an architecture that transformers
+            does not know, or weights that do not fit the config.
         IntegrityError: a damaged weight file.
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
+    refuse_adapter(folder)
     written = read_json_object(folder / "config.json")
     entries: dict[str, Sequence[int]] = {}
     for file in weight_files(folder):
@@ -65,6 +73,8 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
     model = _skeleton(folder)
     if "quantization_config" not in written:  # packed weights have shapes of their own
         _compare(folder, entries, model)
+    elif has_mxfp4(written):
+        held = sum(parameter.numel() for parameter in model.parameters())
     return Folder(folder, held, model)
 
 

@@ -125,9 +125,13 @@ MACPO_CLONES void span_values(const float* weights, const float* v, int64_t v_to
     MACPO_BY_VECTORS(mix_values, weights, v, v_token, size, count, next, out)
 }
 
-// x -> e^(x - max); returns their sum.
-MACPO_CLONES float exp_scores(float* x, int64_t n) {
-    const float top = max_of(x, n);
+MACPO_CLONES void cap_scores(float* x, int64_t n, float softcap) {
+    for (int64_t i = 0; i < n; ++i) x[i] = softcap * tanh_float(x[i] / softcap);
+}
+
+// x -> e^(x - max); returns their sum. The sink, -inf where there is none, is in the maximum and in the sum.
+MACPO_CLONES float exp_scores(float* x, int64_t n, float sink) {
+    const float largest = max_of(x, n), top = sink > largest ? sink : largest;
     float lanes[kLanes] = {}, sum = 0.0f;
     for (int64_t i = 0; i < n; ++i) x[i] = exp_float(x[i] - top);
     int64_t i = 0;
@@ -135,7 +139,7 @@ MACPO_CLONES float exp_scores(float* x, int64_t n) {
         for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
     for (; i < n; ++i) sum += x[i];
     for (int j = 0; j < kLanes; ++j) sum += lanes[j];
-    return sum;
+    return sum + exp_float(sink - top);
 }
 
 namespace {
@@ -192,7 +196,11 @@ void attend(const SlotAttention& call, int64_t item, const Scratch& memory) {
             span_scores(memory.q + g * width, k + key * call.k_token, call.k_token, size, std::min(kSpan, count - key),
                         rest(values, key, g), memory.scores + g * memory.pitch + key);
     float* sums = memory.q;  // q has been read
-    for (int64_t g = 0; g < group; ++g) sums[g] = exp_scores(memory.scores + g * memory.pitch, count);
+    for (int64_t g = 0; g < group; ++g) {
+        float* scores = memory.scores + g * memory.pitch;
+        if (call.softcap > 0.0f) cap_scores(scores, count, call.softcap);
+        sums[g] = exp_scores(scores, count, call.sinks != nullptr ? call.sinks[kv_head * group + g] : -kInf);
+    }
     for (int64_t key = 0; key < count; key += kSpan)
         for (int64_t g = 0; g < group; ++g)
             span_values(memory.scores + g * memory.pitch + key, v + key * call.v_token, call.v_token, size,

@@ -14,7 +14,9 @@ struct SlotAttention {
     float* out;           // [rows, heads, size], contiguous
     int64_t rows, heads, kv_heads, size;
     float scale;
-    int64_t window;  // 0: none
+    int64_t window;      // 0: none
+    float softcap;       // 0: none
+    const float* sinks;  // [heads], logits without a value in each row's softmax; or null
     const float *new_k, *new_v;  // [rows, kv_heads, size]: of each row's last token, to be written first; or null
     int64_t new_k_row, new_k_head, new_v_row, new_v_head;
 };

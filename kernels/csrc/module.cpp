@@ -171,8 +171,8 @@ void panel_product(Strided<const float> x, View<const float, 1> panels, Floats b
 void slot_attention(Heads q,
                     nb::ndarray<float, nb::ndim<4>, nb::device::cpu> k,
                     nb::ndarray<float, nb::ndim<4>, nb::device::cpu> v, View<const int64_t, 1> lens, float scale,
-                    int64_t window, std::optional<Heads> new_k, std::optional<Heads> new_v, View<float, 3> out,
-                    int threads) {
+                    int64_t window, float softcap, Floats sinks, std::optional<Heads> new_k, std::optional<Heads> new_v,
+                    View<float, 3> out, int threads) {
     const int64_t rows = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), size = q.shape(2);
     need(macpo::kMinHead <= size && size <= macpo::kMaxHead, "head size out of range");
     need(kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of the key-value heads");
@@ -184,11 +184,14 @@ void slot_attention(Heads q,
     need(static_cast<int64_t>(lens.shape(0)) == rows && window >= 0, "lens must have one length a row");
     for (int64_t i = 0; i < rows; ++i)
         need(lens.data()[i] >= 1 && lens.data()[i] <= static_cast<int64_t>(k.shape(2)), "a length outside the slot");
+    need(softcap >= 0.0f, "softcap must not be negative");
+    need(!sinks || static_cast<int64_t>(sinks->shape(0)) == heads, "sinks must have one entry a head");
     need(new_k.has_value() == new_v.has_value(), "a new token has a key and a value");
     macpo::SlotAttention call{q.data(),    k.data(),    v.data(),    q.stride(0), q.stride(1), k.stride(0),
                               k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), lens.data(),
                               out.data(),  rows,        heads,       kv_heads,    size,        scale,
-                              window,      nullptr,     nullptr,     0,           0,           0,
+                              window,      softcap,     sinks ? sinks->data() : nullptr,
+                              nullptr,     nullptr,     0,           0,           0,
                               0};
     if (new_k) {
         for (const Heads& x : {*new_k, *new_v})
@@ -276,8 +279,8 @@ NB_MODULE(_native, m) {
           arg("bias").noconvert().none(), arg("y").noconvert(), arg("threads"));
     m.def("has_slot_attention", &macpo::has_slot_attention);
     m.def("slot_attention", &slot_attention, arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
-          arg("lens").noconvert(), arg("scale"), arg("window"), arg("new_k").noconvert().none(),
-          arg("new_v").noconvert().none(), arg("out").noconvert(), arg("threads"));
+          arg("lens").noconvert(), arg("scale"), arg("window"), arg("softcap"), arg("sinks").noconvert().none(),
+          arg("new_k").noconvert().none(), arg("new_v").noconvert().none(), arg("out").noconvert(), arg("threads"));
     m.def("sample", &sample, arg("logits").noconvert(), arg("seed").noconvert(), arg("temperature").noconvert(),
           arg("top_p").noconvert(), arg("top_k").noconvert(), arg("min_p").noconvert(), arg("penalty").noconvert(),
           arg("seen").noconvert().none(), arg("request_keys").noconvert(), arg("positions").noconvert(),

@@ -16,7 +16,7 @@ from macpo.kernels.paged_attention import torch_impl
 
 def run_paged_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, scale: float | None,
-    window: int | None, backend: str | None,
+    window: int | None, softcap: float | None, sinks: Tensor | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
     """Run `op.paged_attention` after its checks of shapes."""
     if context_lens.device.type == "cpu" and context_lens.numel():
@@ -32,7 +32,9 @@ def run_paged_attention(
         from macpo.kernels.paged_attention import triton_impl
 
         implementation = triton_impl.paged_attention
-    return implementation(q, k_pool, v_pool, block_table, context_lens, scale=scale, window=window)
+    return implementation(
+        q, k_pool, v_pool, block_table, context_lens, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
 
 
 def run_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, backend: str | None) -> None:
@@ -54,9 +56,9 @@ def run_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Te
 @torch.library.custom_op("macpo::paged_attention", mutates_args=())
 def _paged_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, scale: float | None = None,
-    window: int | None = None, backend: str | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    return run_paged_attention(q, k_pool, v_pool, block_table, context_lens, scale, window, backend)
+    return run_paged_attention(q, k_pool, v_pool, block_table, context_lens, scale, window, softcap, sinks, backend)
 
 
 @_paged_attention.register_fake

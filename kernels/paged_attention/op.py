@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from macpo.kernels.attention_weights import checked_sinks
 from macpo.kernels.backend import explain
 from macpo.kernels.paged_attention import library
 
@@ -18,6 +19,8 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention of one query token a sequence over its own context; inference only.
@@ -32,6 +35,8 @@ def paged_attention(
             wait for a device.
         scale: factor on the scores; default D ** -0.5.
         window: only the last `window` tokens of the context; None for all.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
+        sinks: [Hq] float, a logit of each query head that joins the softmax and has no value (gpt-oss); None for none.
         backend: force one; default by device (`macpo.kernels.backend`).
 
     Returns:
@@ -60,8 +65,9 @@ def paged_attention(
         raise ValueError(f"context_lens must be int32 [{batch}], got {context_lens.dtype} {list(context_lens.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    sinks = checked_sinks(q, q.shape[1], softcap, sinks)
     run = torch.ops.macpo.paged_attention if torch.compiler.is_compiling() else library.run_paged_attention
-    return run(q, k_pool, v_pool, block_table, context_lens, scale, window, backend)
+    return run(q, k_pool, v_pool, block_table, context_lens, scale, window, softcap, sinks, backend)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:

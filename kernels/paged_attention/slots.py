@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from macpo.kernels import native
+from macpo.kernels.attention_weights import capped, checked_sinks, softmax
 from macpo.kernels.backend import BackendError, explain
 
 
@@ -21,6 +22,8 @@ def slot_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention of one query token a sequence over the first tokens of its own slot; inference only.
@@ -31,6 +34,8 @@ def slot_attention(
         lens: [B] int64, tokens of each sequence, the current one included (1 .. L).
         scale: factor on the scores; default D ** -0.5.
         window: only the last `window` tokens; None for all.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
+        sinks: [Hq] float, a logit of each query head that joins the softmax and has no value (gpt-oss); None for none.
         backend: force one; default by device (`macpo.kernels.backend`). Native is for float32 and 16 <= D <= 128 and
             reads nothing beyond a length; torch runs for the rest, and there what lies beyond must be finite.
 
@@ -56,11 +61,12 @@ def slot_attention(
         raise ValueError(f"lens must be int64 [{batch}], got {lens.dtype} {list(lens.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    sinks = checked_sinks(q, num_heads, softcap, sinks)
     if not batch:
         return torch.empty_like(q)
     scale = head**-0.5 if scale is None else scale
     if runs_native(q, backend):
-        return native.slot_attention(q, k_slots, v_slots, lens, scale, window)
+        return native.slot_attention(q, k_slots, v_slots, lens, scale, window, softcap, sinks)
     num_columns = k_slots.shape[2]
     if q.device.type == "cpu":
         low, high = (int(value) for value in lens.aminmax())
@@ -68,7 +74,7 @@ def slot_attention(
             raise ValueError(f"lens must be in 1..{num_columns} (a slot's tokens), got {low}..{high}")
         num_columns = high
     mask = slot_mask(lens, torch.arange(num_columns, device=q.device), window, q.dtype, num_kv_heads)
-    return masked_slot_attention(q, k_slots, v_slots, mask, scale)
+    return masked_slot_attention(q, k_slots, v_slots, mask, scale, softcap, sinks)
 
 
 def runs_native(q: Tensor, backend: str | None = None) -> bool:
@@ -96,13 +102,21 @@ def slot_mask(lens_b: Tensor, columns_l: Tensor, window: int | None, dtype: torc
     return mask.repeat_interleave(num_kv_heads, 0)[:, None]
 
 
-def masked_slot_attention(q_bhd: Tensor, k_skld: Tensor, v_skld: Tensor, mask: Tensor, scale: float) -> Tensor:
+def masked_slot_attention(
+    q_bhd: Tensor, k_skld: Tensor, v_skld: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`slot_attention` with torch, over as many columns as `slot_mask`'s mask has."""
     batch, num_kv_heads, num_columns = q_bhd.shape[0], k_skld.shape[1], mask.shape[-1]
     k = k_skld[:batch, :, :num_columns].flatten(0, 1)  # [B * Hkv, L, D], a view: slots are whole blocks
     v = v_skld[:batch, :, :num_columns].flatten(0, 1)
     q = q_bhd.reshape(batch * num_kv_heads, -1, q_bhd.shape[2])  # [B * Hkv, G, D]
-    if q.dtype in (torch.float32, torch.float64):
+    if softcap is not None or sinks is not None:
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        scores = capped(q @ k.transpose(1, 2) * scale, softcap) + mask
+        sinks_h1 = None if sinks is None else sinks.view(num_kv_heads, -1, 1).repeat(batch, 1, 1)
+        out = (softmax(scores, sinks_h1) @ v).to(q_bhd.dtype)
+    elif q.dtype in (torch.float32, torch.float64):
         out = torch.bmm(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1), v)
     else:  # the fused call accumulates half-precision products in float32
         q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
@@ -112,7 +126,7 @@ def masked_slot_attention(q_bhd: Tensor, k_skld: Tensor, v_skld: Tensor, mask: T
 
 def reference_slot_attention(
     q_bhd: Tensor, k_skld: Tensor, v_skld: Tensor, lens_b: Tensor, *, scale: float | None = None,
-    window: int | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The definition as a loop over sequences, that every backend is tested against."""
     scale = q_bhd.shape[-1] ** -0.5 if scale is None else scale
@@ -121,6 +135,7 @@ def reference_slot_attention(
     for row, length in enumerate(lens_b.tolist()):
         seen = slice(0 if window is None else max(0, length - window), length)
         k, v = (x[row, :, seen].repeat_interleave(repeats, dim=0) for x in (k_skld, v_skld))
-        weights_hl = (torch.einsum("hd,hld->hl", q_bhd[row], k) * scale).softmax(dim=-1)
+        scores_hl = capped(torch.einsum("hd,hld->hl", q_bhd[row], k) * scale, softcap)
+        weights_hl = softmax(scores_hl, None if sinks is None else sinks[:, None])
         out[row] = torch.einsum("hl,hld->hd", weights_hl, v)
     return out

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from macpo.kernels.attention_weights import capped, softmax
+
 
 def paged_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float | None = None,
-    window: int | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, Hq, D] -> [B, Hq, D]; see `op.paged_attention`."""
     batch, num_heads, _ = q.shape
@@ -33,8 +35,14 @@ def paged_attention(
         for pool in (k_pool, v_pool)
     )
     q_bhgd = q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)  # a kv head's queries as rows
-    out = F.scaled_dot_product_attention(q_bhgd, k_bhld, v_bhld, attn_mask=mask_bl[:, None, None], scale=scale)
-    return out.reshape(q.shape)
+    mask = mask_bl[:, None, None]
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(q_bhgd, k_bhld, v_bhld, attn_mask=mask, scale=scale).reshape(q.shape)
+    scale = head_dim**-0.5 if scale is None else scale
+    wide = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q_bhgd, k_bhld, v_bhld)]
+    scores = capped(wide[0] @ wide[1].mT * scale, softcap).masked_fill(~mask, float("-inf"))
+    weights = softmax(scores, None if sinks is None else sinks.view(num_kv_heads, -1, 1))
+    return (weights @ wide[2]).to(q.dtype).reshape(q.shape)
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:

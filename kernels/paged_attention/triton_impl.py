@@ -10,6 +10,7 @@ arXiv 2309.06180.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import dot, narrow
+from macpo.kernels.attention_weights import is_rare
+from macpo.kernels.linear_logp.triton_math import cap, dot, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -28,6 +30,7 @@ PROGRAMS_PER_SM = 4
 MIN_SPLIT_TOKENS = 128  # a shorter split costs more in partials than it gains
 MAX_SPLITS = 128
 NO_WINDOW = 2**31 - 1
+LOG2_E = tl.constexpr(1.4426950408889634)
 WRITE_ELEMENTS = 1024  # of k (and of v) that a program of write_kv moves
 
 
@@ -73,12 +76,13 @@ def decode_kernel(
     stride_kp, stride_kt, stride_kh,
     stride_vp, stride_vt, stride_vh,
     stride_table,
-    num_heads, num_kv_heads, num_tiles, num_splits, block_shift, window, scale_log2,
+    num_heads, num_kv_heads, num_tiles, num_splits, block_shift, window, scale_log2, p_sinks, cap_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A split of a sequence for up to 16 query heads of a kv head.
 
-    Not SPLIT: o [B, Hq, D] of q's dtype. SPLIT: o [S, B, Hq, D] float32 and base-2 logsumexp lse [S, B, Hq].
+    Not SPLIT: o [B, Hq, D] of q's dtype. SPLIT: o [S, B, Hq, D] float32 and base-2 logsumexp lse [S, B, Hq], without
+    sinks, which `combine_kernel` adds. Without a softcap or sinks cap_log2 or p_sinks is None.
     """
     b, split = tl.program_id(0), tl.program_id(2)
     kv_head, tile = tl.program_id(1) // num_tiles, tl.program_id(1) % num_tiles
@@ -102,6 +106,9 @@ def decode_kernel(
     p_k_head, p_v_head = p_k + kv_head * stride_kh, p_v + kv_head * stride_vh
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if not SPLIT and p_sinks is not None:
+        highest = tl.load(p_sinks + head, mask=m_g, other=0.0) * LOG2_E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_N):
         t = start + tl.arange(0, BLOCK_N)
@@ -111,6 +118,9 @@ def decode_kernel(
         m_kv = m_t[:, None] & m_d[None, :]
         k = tl.load(p_k_head + (block * stride_kp + offset * stride_kt)[:, None] + d[None, :], mask=m_kv, other=0.0)
         score = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+        if cap_log2 is not None:
+            tanh, _ = cap(score / cap_log2)
+            score = tanh * cap_log2
         score = tl.where(m_t[None, :], score, float("-inf"))
         risen = tl.maximum(highest, tl.max(score, 1))
         fade = tl.exp2(highest - risen)
@@ -131,7 +141,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "window"])
 def combine_kernel(
-    p_partial, p_lse, p_context, p_o, num_heads, num_splits, window,
+    p_partial, p_lse, p_context, p_o, num_heads, num_splits, window, p_sinks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Average of the splits of one (sequence, head), weighted by their softmax mass, in split order."""
@@ -141,6 +151,9 @@ def combine_kernel(
     m_d = d < HEAD_DIM
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
+    if p_sinks is not None:
+        highest = tl.load(p_sinks + head) * LOG2_E
+        total = total + 1.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for split in range(0, tl.cdiv(context - first, chunk)):  # the splits that had tokens; the others wrote nothing
         row = (tl.num_programs(0).to(tl.int64) * split + b) * num_heads + head
@@ -193,7 +206,7 @@ def why_not(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> str:
 
 def paged_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float | None = None,
-    window: int | None = None, splits: int | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, Hq, D] -> [B, Hq, D]; see `op.paged_attention`. `splits` overrides the count, for tests.
 
@@ -213,6 +226,8 @@ def paged_attention(
     chosen, block_d = config(head_dim, q.dtype), triton.next_power_of_2(head_dim)
     window = NO_WINDOW if window is None else window
     scale = head_dim**-0.5 if scale is None else scale
+    cap_log2 = None if softcap is None else softcap * LOG2_E.value
+    sinks = None if sinks is None else sinks.contiguous()
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial, lse = out, None
@@ -222,13 +237,14 @@ def paged_attention(
     decode_kernel[(batch, num_kv_heads * tiles, splits)](
         q, k_pool, v_pool, block_table, context_lens, partial, lse,
         q.stride(0), q.stride(1), *k_pool.stride()[:3], *v_pool.stride()[:3], block_table.stride(0),
-        num_heads, num_kv_heads, tiles, splits, block_tokens.bit_length() - 1, window, scale * 1.4426950408889634,
+        num_heads, num_kv_heads, tiles, splits, block_tokens.bit_length() - 1, window, scale * LOG2_E.value,
+        None if splits > 1 else sinks, cap_log2,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=chosen.block_n, SPLIT=splits > 1,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch, num_heads)](
-            partial, lse, context_lens, out, num_heads, splits, window,
+            partial, lse, context_lens, out, num_heads, splits, window, sinks,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=chosen.block_n, num_warps=1,
         )  # fmt: skip
     return out
@@ -268,36 +284,47 @@ def aot_kernels() -> list[AotKernel]:
         for head_dim in HEAD_DIMS:
             block_n, num_warps, num_stages = config(head_dim, dtype)
             sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-            for split in (False, True):
+            for split, capped, sunk in product((False, True), repeat=3):
+                if split and sunk:  # `combine_kernel` has them
+                    continue
                 pointers = {"p_q": name, "p_k": name, "p_v": name, "p_table": "i32", "p_context": "i32"}
                 pointers |= {"p_o": "fp32", "p_lse": "fp32"} if split else {"p_o": name}
                 signature = {key: f"*{value}" for key, value in pointers.items()}
                 signature |= dict.fromkeys((*strides, "stride_table", *ints), "i32") | {"scale_log2": "fp32"}
                 signature["stride_kp"] = signature["stride_vp"] = "i64"
-                constexprs = sizes | {"BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "SPLIT": split}
+                signature |= {"p_sinks": "*fp32", "cap_log2": "fp32"}
+                absent = [
+                    key for key, given in (("p_lse", split), ("p_sinks", sunk), ("cap_log2", capped)) if not given
+                ]
+                signature = {key: kind for key, kind in signature.items() if key not in absent}
+                constexprs = sizes | {"BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "SPLIT": split} | dict.fromkeys(absent)
+                variant = "/softcap" * capped + "/sinks" * sunk
                 kernels.append(
                     AotKernel(
-                        f"paged_attention_decode/d{head_dim}/{name}{'/split' if split else ''}",
+                        f"paged_attention_decode/d{head_dim}/{name}{'/split' * split}{variant}",
                         decode_kernel,
                         signature,
-                        constexprs if split else constexprs | {"p_lse": None},
+                        constexprs,
                         num_warps,
                         num_stages,
                         aligned=(*(key for key in signature if key.startswith("p_")), *strides),
                         max_spill_bytes=16,  # two registers, where ptxas stops at 64 or 168 of them
+                        rare=is_rare(variant, head_dim, dtype),
                     )
                 )
-            kernels.append(
-                AotKernel(
-                    f"paged_attention_combine/d{head_dim}/{name}",
-                    combine_kernel,
-                    {"p_partial": "*fp32", "p_lse": "*fp32", "p_context": "*i32", "p_o": f"*{name}"}
-                    | dict.fromkeys(("num_heads", "num_splits", "window"), "i32"),
-                    sizes | {"BLOCK_N": block_n},
-                    num_warps=1,
-                    aligned=("p_partial", "p_lse", "p_context", "p_o"),
+            for sinks in ({"p_sinks": "*fp32"}, {}):
+                pointers = {"p_partial": "*fp32", "p_lse": "*fp32", "p_context": "*i32", "p_o": f"*{name}"} | sinks
+                kernels.append(
+                    AotKernel(
+                        f"paged_attention_combine/d{head_dim}/{name}{'/sinks' if sinks else ''}",
+                        combine_kernel,
+                        pointers | dict.fromkeys(("num_heads", "num_splits", "window"), "i32"),
+                        sizes | {"BLOCK_N": block_n} | ({} if sinks else {"p_sinks": None}),
+                        num_warps=1,
+                        aligned=tuple(pointers),
+                        rare=is_rare("/sinks" if sinks else "", head_dim, dtype),
+                    )
                 )
-            )
     for bits in ("i16", "i32"):
         for block_d in (64, 128, 256):
             moved = ("p_k", "p_v", "p_k_pool", "p_v_pool")

@@ -2,7 +2,8 @@
 
 A prompt with its first response is plain causal text: one call, no mask, nothing copied. Each further response is a
 run of queries over [prompt, own tokens]. Runs are padded into one call only where that costs less than a call more.
-16-bit inputs are computed in float32, which the kernel does faster and more exactly.
+16-bit inputs are computed in float32, which the kernel does faster and more exactly. Sinks are added to each call's
+result; a softcap, which the flash kernel lacks, makes `cpu_softcap` run the calls.
 
 Legend: t packed tokens, b runs of a call, q queries and k keys of its longest run, h heads, d head size.
 """
@@ -12,16 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from macpo.kernels.attention_weights import sink_gradient, with_sink
+from macpo.kernels.prefix_attention import cpu_softcap
 from macpo.kernels.prefix_attention.segments import Segments
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # do, q, k, v, o, lse
 _CALL_WORK = 2**18  # scores times width (heads * head size) that take about as long as one call more
 
 
@@ -95,37 +99,62 @@ class _Call:
     mask: Tensor | None  # additive, [b, 1, q, k]; None is causal
     add: bool  # whether keys of an earlier call are among its keys
 
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """o [b, h, q, d] and the logarithm of each query's sum of exponentials [b, h, q]."""
+        if softcap is not None:
+            return cpu_softcap.forward(q, k, v, self.mask, _scale(q, scale), softcap)
+        o, lse = _FLASH(q, k, v, 0.0, self.mask is None, attn_mask=self.mask, scale=scale)
+        return o, lse
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, calls: list[_Call], scale: float | None) -> Tensor:
+    def backward(self, inputs: _Inputs, scale: float | None, softcap: float | None) -> tuple[Tensor, ...]:
+        """dq, dk, dv."""
+        if softcap is not None:
+            return cpu_softcap.backward(*inputs, self.mask, _scale(inputs[1], scale), softcap)
+        grads: tuple[Tensor, ...] = _FLASH_BACKWARD(*inputs, 0.0, self.mask is None, attn_mask=self.mask, scale=scale)
+        return grads
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, calls: list[_Call], scale: float | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; `calls` are `make_plan`'s."""
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out: Tensor = _Attention.apply(q, k, v, calls, scale)
+    out: Tensor = _Attention.apply(q, k, v, sinks, calls, (scale, softcap))
     return out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: list[_Call], scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, calls: list[_Call],
+        form: tuple[float | None, float | None],
+    ) -> Tensor:  # fmt: skip
         wide = _wide(q.dtype)
         q_thd, k_thd, v_thd = (x.to(wide) for x in (q, k, v))
         o_thd = torch.empty_like(q_thd, memory_format=torch.contiguous_format)
         lses = []
         for call in calls:
             inputs = call.queries.take(q_thd), call.keys.take(k_thd), call.keys.take(v_thd)
-            o_bhqd, lse = _FLASH(*inputs, 0.0, call.mask is None, attn_mask=call.mask, scale=scale)
+            o_bhqd, lse = call.forward(*inputs, *form)
+            if sinks is not None:
+                o_bhqd, lse = with_sink(o_bhqd, lse, sinks[:, None])
             call.queries.put(o_thd, o_bhqd, add=False)
             lses.append(lse)
-        ctx.save_for_backward(q, k, v, o_thd, *lses)
-        ctx.calls, ctx.scale = calls, scale
+        ctx.save_for_backward(q, k, v, sinks, o_thd, *lses)
+        ctx.calls, ctx.form = calls, form
         return o_thd.to(q.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o_thd, *lses = ctx.saved_tensors
+        q, k, v, sinks, o_thd, *lses = ctx.saved_tensors
         q_thd, k_thd, v_thd, do_thd = (x.to(o_thd.dtype) for x in (q, k, v, do))
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_thd, k_thd, v_thd)]
+        dsinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
         for call, lse in zip(ctx.calls, lses, strict=True):
             rows, keys = call.queries, call.keys
             inputs = (
@@ -136,12 +165,19 @@ class _Attention(torch.autograd.Function):
                 rows.take(o_thd),
                 lse,
             )
-            parts = _FLASH_BACKWARD(*inputs, 0.0, call.mask is None, attn_mask=call.mask, scale=ctx.scale)
+            parts = call.backward(inputs, *ctx.form)
+            if dsinks is not None:
+                delta_hbq = (inputs[0] * inputs[4]).sum(-1).transpose(0, 1)
+                dsinks += sink_gradient(delta_hbq.flatten(1), lse.transpose(0, 1).flatten(1), sinks)
             rows.put(grads[0], parts[0], add=False)
             keys.put(grads[1], parts[1], add=call.add)
             keys.put(grads[2], parts[2], add=call.add)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, dsinks, None, None
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

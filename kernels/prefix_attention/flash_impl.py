@@ -78,8 +78,9 @@ def runs(segments: Segments) -> Runs:
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """q [T, Hq, D], k, v [T, Hkv, D] on CUDA, 16-bit -> [T, Hq, D]; see `op.prefix_attention`.
 
     Source: the layout is that of flash-preference, a DPO trainer on flash-attn.
@@ -91,6 +92,6 @@ def prefix_attention(
     out: Any = flash_attn_varlen_func(
         q, k[plan.keys], v[plan.keys], plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
         softmax_scale=scale, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0),
-        deterministic=True,
+        deterministic=True, **({} if softcap is None else {"softcap": softcap}),
     )  # fmt: skip
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from macpo.kernels.attention_weights import checked_sinks
 from macpo.kernels.backend import BackendError, explain
 from macpo.kernels.prefix_attention import flash_impl, library, torch_impl
 from macpo.kernels.prefix_attention.segments import Segments
@@ -18,9 +19,11 @@ def prefix_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax attention under the shared-prefix rule; differentiable in q, k and v.
+    """Softmax attention under the shared-prefix rule; differentiable in q, k, v and sinks.
 
     Query token i sees the keys `[prefix_start, min(prefix_end, i + 1))` and `[segment_start, i]`.
     Query heads are grouped over the key/value heads in order (grouped-query attention).
@@ -32,14 +35,16 @@ def prefix_attention(
         scale: factor on the scores; default D ** -0.5.
         window: a token sees at most the last `window` positions of its own sequence, itself included
             (Hugging Face's `sliding_window`); None for all.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
+        sinks: [Hq] float, a logit of each query head that joins the softmax and has no value (gpt-oss); None for none.
         backend: force one; see `choose`.
 
     Returns:
         [T, Hq, D], dtype of q.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
-        BackendError: the forced backend is not there.
+        ValueError: shapes, dtypes or devices that do not fit together, or a softcap that is not above 0.
+        BackendError: the forced backend is not there, or has no sinks.
 
     Source: the sharing rule is that of prefix sharing for preference pairs (arXiv 2410.20305), for n responses.
     """
@@ -53,16 +58,19 @@ def prefix_attention(
         raise ValueError(f"segments describe {segments.num_tokens} tokens, q has {q.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    sinks = checked_sinks(q, q.shape[1], softcap, sinks)
     name, _ = choose(q, backend)
     if name == "triton":
-        return _triton(q, k, v, segments, scale, window)
+        return _triton(q, k, v, segments, scale, window, softcap, sinks)
     if name == "flash":
         if torch.compiler.is_compiling():
             raise BackendError("backend 'flash' lists its sequences on the host, which a compiled graph cannot do")
-        return flash_impl.prefix_attention(q, k, v, segments, scale=scale, window=window)
+        if sinks is not None:
+            raise BackendError("backend 'flash' has no attention sinks; leave the choice of the backend to macpo")
+        return flash_impl.prefix_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap)
     if torch.compiler.is_compiling():
-        return library.torch_forward(q, k, v, *_integers(segments, q), scale, window)
-    return torch_impl.prefix_attention(q, k, v, segments, scale=scale, window=window)
+        return library.torch_forward(q, k, v, *_integers(segments, q), scale, window, softcap, sinks)
+    return torch_impl.prefix_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
 def choose(q: Tensor, backend: str | None = None) -> tuple[str, str]:
@@ -92,13 +100,16 @@ def _choose(device: str, dtype: torch.dtype, head_dim: int, backend: str | None)
     return choice.backend, choice.why
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None) -> Tensor:
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     def make() -> tuple[Tensor, Tensor, Tensor]:
         return library.make_plan(*_integers(segments, q), window, q.shape[2], q.dtype)
 
     compiling = torch.compiler.is_compiling()  # a graph cannot keep anything on the Segments object
     plan = make() if compiling else segments.cached(("triton", q.device, q.dtype, q.shape[2], window), make)
-    return library.forward(q, k, v, *plan, q.shape[2] ** -0.5 if scale is None else scale)[0]
+    return library.forward(q, k, v, *plan, q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks)[0]
 
 
 def _not_for_triton(dtype: torch.dtype, head_dim: int) -> str:

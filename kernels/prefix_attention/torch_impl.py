@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from macpo.kernels.attention_weights import capped, sink_gradient, softmax
 from macpo.kernels.prefix_attention import cpu_impl
 from macpo.kernels.prefix_attention.segments import Segments
 
@@ -31,8 +32,9 @@ class _Bucket:
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; see `op.prefix_attention`."""
     if q.device.type == "cpu":
         width = q.shape[1] * q.shape[2]
@@ -41,54 +43,74 @@ def prefix_attention(
             lambda: cpu_impl.make_plan(segments.to("cpu"), window, width, q.dtype),
         )
         if calls is not None:
-            return cpu_impl.prefix_attention(q, k, v, calls, scale)
+            return cpu_impl.prefix_attention(q, k, v, calls, scale, softcap, sinks)
     buckets: list[_Bucket] = segments.cached(
         (q.device, q.dtype, window), lambda: _plan(segments.to(q.device), window, q.dtype)
     )
     if len(buckets) == 1:  # its tokens are in packed order
-        return _attend(q, k, v, buckets[0], scale)
+        return _attend(q, k, v, buckets[0], scale, softcap, sinks)
     outputs = []
     for bucket in buckets:
         q_part, k_part, v_part = (x.index_select(0, bucket.tokens) for x in (q, k, v))
-        outputs.append(_attend(q_part, k_part, v_part, bucket, scale))
+        outputs.append(_attend(q_part, k_part, v_part, bucket, scale, softcap, sinks))
     back = segments.cached((q.device, "back"), lambda: torch.cat([b.tokens for b in buckets]).argsort())
     return torch.cat(outputs).index_select(0, back)
 
 
 def gradients(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, Hq, D], dk and dv [T, Hkv, D] for do [T, Hq, D], without autograd; inside in at least float32.
+
+    The last is the gradient of the sinks [Hq], empty where there are none.
 
     A compiled graph calls this, because a custom operator cannot differentiate through its own forward.
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
     buckets = _plan(segments.to(q.device), window, torch.promote_types(q.dtype, torch.float32))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     for bucket in buckets:
         wide = [x.index_select(0, bucket.tokens).to(bucket.mask.dtype) for x in (do, q, k, v)]
         do_bhld, q_bhld, k_bhld, v_bhld = (_padded(x, bucket) for x in wide)
         # Query heads of a key/value head are rows of one product, so that sums over them need no step of their own.
         shape = (bucket.num_groups, k.shape[1], -1, q.shape[2])
         do_bhrd, q_bhrd = (x.reshape(shape) for x in (do_bhld, q_bhld))
-        scores = (q_bhrd @ k_bhld.mT * scale).unflatten(2, (-1, bucket.length)) + bucket.mask[:, :, None]
-        p_bhrl = scores.softmax(-1).flatten(2, 3)
+        scores = capped(q_bhrd @ k_bhld.mT * scale, softcap)
+        masked_bhgll = scores.unflatten(2, (-1, bucket.length)) + bucket.mask[:, :, None]
+        sinks_hg11 = None if sinks is None else sinks.view(k.shape[1], -1, 1, 1)
+        p_bhrl = softmax(masked_bhgll, sinks_hg11).flatten(2, 3)
         dp_bhrl = do_bhrd @ v_bhld.mT
-        ds_bhrl = p_bhrl * (dp_bhrl - (dp_bhrl * p_bhrl).sum(-1, keepdim=True)) * scale
+        delta_bhr1 = (dp_bhrl * p_bhrl).sum(-1, keepdim=True)
+        ds_bhrl = p_bhrl * (dp_bhrl - delta_bhr1) * scale
+        if softcap is not None:
+            ds_bhrl *= 1.0 - (scores / softcap).square()  # tanh' = 1 - tanh^2
+        if sinks is not None and sinks_hg11 is not None:
+            lse_bhgl = torch.logaddexp(masked_bhgll.logsumexp(-1), sinks_hg11[..., 0])
+            delta_hr, lse_hr = (x.reshape(len(x), len(sinks), -1).transpose(0, 1) for x in (delta_bhr1, lse_bhgl))
+            dsinks += sink_gradient(delta_hr.flatten(1), lse_hr.flatten(1), sinks)
         parts = ((ds_bhrl @ k_bhld).view_as(q_bhld), ds_bhrl.mT @ q_bhrd, p_bhrl.mT @ do_bhrd)
         for grad, part in zip((dq, dk, dv), parts, strict=True):
             grad.index_copy_(0, bucket.tokens, _packed(part, bucket).to(grad.dtype))
-    return dq, dk, dv
+    return dq, dk, dv, dsinks
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, scale: float | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Attention of one bucket's tokens; inputs and result are [n, H, D] in the bucket's token order."""
     q_bhld, k_bhld, v_bhld = _padded(q, bucket), _padded(k, bucket), _padded(v, bucket)
     if k_bhld.shape[1] != q_bhld.shape[1]:
         repeats = q_bhld.shape[1] // k_bhld.shape[1]
         k_bhld, v_bhld = (x.repeat_interleave(repeats, dim=1) for x in (k_bhld, v_bhld))
-    return _packed(F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=bucket.mask, scale=scale), bucket)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=bucket.mask, scale=scale)
+        return _packed(out, bucket)
+    wide = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q_bhld, k_bhld, v_bhld)]
+    scores = capped(wide[0] @ wide[1].mT * (q.shape[2] ** -0.5 if scale is None else scale), softcap) + bucket.mask
+    out = softmax(scores, None if sinks is None else sinks[:, None, None]) @ wide[2]
+    return _packed(out.to(q.dtype), bucket)
 
 
 def _padded(x: Tensor, bucket: _Bucket) -> Tensor:

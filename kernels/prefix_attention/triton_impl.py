@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from macpo.kernels.attention_weights import is_rare, sink_gradient
 from macpo.kernels.prefix_attention import triton_kernels as kernels
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
@@ -68,8 +69,9 @@ def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, visible_3t: Tensor, key_lists: Tensor, scale: float, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, visible_3t: Tensor, key_lists: Tensor, scale: float, tiles: Tiles,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [T, Hq, D] and lse [Hq, T] float32, the log2 of the sum of 2^(log2(e) * score).
 
     Args:
@@ -77,6 +79,8 @@ def forward(
         visible_3t, key_lists: `plan.visible_keys` and `plan.block_lists` with the forward tile's block sizes.
         scale: factor on the scores; a negative one is moved into q.
         tiles: from `tiles_of`, or smaller ones that make a test short.
+        softcap: the bound of the scores, None without one.
+        sinks: [Hq] float32, which then are in o and lse; None without.
     """
     q, scale = (-q, -scale) if scale < 0 else (q, scale)
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -85,46 +89,48 @@ def forward(
     lse = _empty((num_heads, num_tokens), torch.float32, q.device)
     tile = tiles.forward
     kernels.forward_kernel[num_heads, key_lists.shape[0]](
-        q, k, v, o, lse, visible_3t, key_lists, q.stride(0), k.stride(0),
-        num_tokens, head_dim, num_heads // k.shape[1], key_lists.stride(0), scale * _LOG2_E,
-        **_constants(tile, head_dim, q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        q, k, v, o, lse, visible_3t, key_lists, None if sinks is None else sinks.contiguous(), q.stride(0), k.stride(0),
+        num_tokens, head_dim, num_heads // k.shape[1], key_lists.stride(0), scale * _LOG2_E, _cap_log2(softcap),
+        **_constants(tile, head_dim, q.dtype), num_warps=_warps(tile, softcap is not None), num_stages=tile.num_stages,
     )  # fmt: skip
     return o, lse
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, visible_3t: Tensor, key_lists: Tensor,
-    query_lists: Tensor, scale: float, tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [T, Hq, D], dk and dv [T, Hkv, D] from do [T, Hq, D] and what `forward` took and gave.
+    query_lists: Tensor, scale: float, tiles: Tiles, softcap: float | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq [T, Hq, D], dk and dv [T, Hkv, D] from do [T, Hq, D] and what `forward` took and gave; and the gradient of the
+    sinks [Hq], empty where there are none.
 
     `query_lists` are `plan.block_lists(..., by_key=True)` with the dkv tile's block sizes.
     """
     flip = scale < 0
     q, scale = (-q, -scale) if flip else (q, scale)
     q, k, v, o, do = (x.contiguous() for x in (q, k, v, o, do))
-    dq, delta = dq_and_delta(do, q, k, v, o, lse, visible_3t, key_lists, scale, tiles.dq)
-    dk, dv = dk_and_dv(do, q, k, v, lse, delta, visible_3t, query_lists, scale, tiles.dkv)
-    return -dq if flip else dq, dk, dv
+    dq, delta = dq_and_delta(do, q, k, v, o, lse, visible_3t, key_lists, scale, tiles.dq, softcap)
+    dk, dv = dk_and_dv(do, q, k, v, lse, delta, visible_3t, query_lists, scale, tiles.dkv, softcap)
+    dsinks = q.new_empty(0) if sinks is None else sink_gradient(delta, lse / _LOG2_E, sinks)
+    return -dq if flip else dq, dk, dv, dsinks
 
 
 def dq_and_delta(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, visible_3t: Tensor, key_lists: Tensor,
-    scale: float, tile: Tile,
+    scale: float, tile: Tile, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq [T, Hq, D], and delta [Hq, T] = rowsum(do * o), which `dk_and_dv` takes. Contiguous inputs, scale >= 0."""
     (num_tokens, num_heads, head_dim), dq, delta = q.shape, _like(q), _like(lse)
     kernels.dq_kernel[num_heads, key_lists.shape[0]](
         q, k, v, o, do, lse, delta, dq, visible_3t, key_lists, q.stride(0), k.stride(0),
-        num_tokens, head_dim, num_heads // k.shape[1], key_lists.stride(0), scale, scale * _LOG2_E,
-        **_constants(tile, head_dim, q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_tokens, head_dim, num_heads // k.shape[1], key_lists.stride(0), scale, scale * _LOG2_E, _cap_log2(softcap),
+        **_constants(tile, head_dim, q.dtype), num_warps=_warps(tile, softcap is not None), num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, delta
 
 
 def dk_and_dv(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, visible_3t: Tensor, query_lists: Tensor,
-    scale: float, tile: Tile,
+    scale: float, tile: Tile, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv [T, Hkv, D]. Contiguous inputs, scale >= 0."""
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
@@ -133,9 +139,18 @@ def dk_and_dv(
         kernels.dkv_kernel[num_kv_heads, query_lists.shape[0]](
             q, k, v, do, lse, delta, dk, dv, visible_3t, query_lists, q.stride(0), k.stride(0),
             num_tokens, head_dim, num_heads // num_kv_heads, query_lists.stride(0), scale, scale * _LOG2_E,
-            **parts, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            _cap_log2(softcap), **parts, num_warps=_warps(tile, softcap is not None), num_stages=tile.num_stages,
         )  # fmt: skip
     return dk, dv
+
+
+def _warps(tile: Tile, capped: bool) -> int:
+    """The warps of a launch: tanh and its slope need registers, which four warps do not have left."""
+    return max(tile.num_warps, 8) if capped else tile.num_warps
+
+
+def _cap_log2(softcap: float | None) -> float | None:
+    return None if softcap is None else softcap * _LOG2_E
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -187,11 +202,19 @@ _SPILLS = {
     "dkv/d64-padded/16-bit/small": 8,
     "dkv/d128/16-bit/small": 8,
     "dkv/d128-padded/16-bit/small": 56,
+    "dk/d256/16-bit/large/softcap": 64,
 }
 
 
+# What each variant of a kernel is given; only the forward reads the sinks.
+_GIVEN: tuple[tuple[str, ...], ...] = ((), ("cap_log2",), ("p_sinks",), ("cap_log2", "p_sinks"))
+
+
 def aot_kernels() -> list[AotKernel]:
-    """Every kernel x padded head size (exactly filled or not) x dtype x device class. A window changes no kernel."""
+    """Every kernel x padded head size (exactly filled or not) x dtype x device class, with softcap and sinks or not.
+
+    A window changes no kernel.
+    """
     found = []
     for table, capabilities in ((_LARGE, (90, 100)), (_SMALL, (80,))):
         for (padded, itemsize), tiles in table.items():
@@ -204,7 +227,9 @@ def aot_kernels() -> list[AotKernel]:
                     (kernels.dq_kernel, tiles.dq, dq),
                     *((kernels.dkv_kernel, tiles.dkv, parts) for parts in _parts(tiles.dkv, head_dim, dtype)),
                 ):
-                    found.append(_entry(kernel, tile, constants, dtype, capabilities))
+                    for given in _GIVEN if kernel is kernels.forward_kernel else _GIVEN[:2]:
+                        options = dict.fromkeys(set(kernel.arg_names) & {"cap_log2", "p_sinks"} - set(given))
+                        found.append(_entry(kernel, tile, constants | options, dtype, capabilities))
     return found
 
 
@@ -215,22 +240,26 @@ def _entry(
     size = f"d{padded}-padded" if constants["PADDED"] else f"d{padded}"
     kind = "large" if 90 in capabilities else "small"
     part = name if constants.get("DK", True) and constants.get("DV", True) else "dk" if constants["DK"] else "dv"
-    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_visible": "*i32", "p_lists": "*i32"}
-    types |= {"scale": "fp32", "scale_log2": "fp32"}
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
+    configuration = f"{part}/{size}/{8 * dtype.itemsize}-bit/{kind}"
+    variant = "/softcap" * ("cap_log2" in arguments) + "/sinks" * ("p_sinks" in arguments)
+    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_visible": "*i32", "p_lists": "*i32"}
+    types |= {"scale": "fp32", "scale_log2": "fp32", "cap_log2": "fp32", "p_sinks": "*fp32"}
     pointers = [argument for argument in arguments if argument.startswith("p_")]
     return AotKernel(
-        name=f"prefix_attention_{part}/{size}/{TRITON_NAMES[dtype]}/{kind}",
+        name=f"prefix_attention_{part}/{size}/{TRITON_NAMES[dtype]}/{kind}{variant}",
         kernel=kernel,
         signature={
             argument: types.get(argument, f"*{TRITON_NAMES[dtype]}" if argument in pointers else "i32")
             for argument in arguments
         },
         constexprs=constants,
-        num_warps=tile.num_warps,
+        num_warps=_warps(tile, "cap_log2" in arguments),
         num_stages=tile.num_stages,
         aligned=(*pointers, "stride_q", "stride_k", "head_dim"),
         wgmma=dtype != torch.float32 and 90 in capabilities,
-        max_spill_bytes=_SPILLS.get(f"{part}/{size}/{8 * dtype.itemsize}-bit/{kind}", 0),
+        max_spill_bytes=max(_SPILLS.get(configuration + suffix, 0) for suffix in ("", variant)),
         capabilities=capabilities,
+        # of the softcap's backward the part that needs the most registers is enough for a quick check
+        rare=is_rare(variant, 0 if constants["PADDED"] or part in ("dq", "dv") else padded, dtype),
     )

@@ -7,6 +7,10 @@ accumulated between programs and two runs give the same bits.
     p = exp2(s - lse),  s = log2(e) * scale * q k'
     dv = p' do,  dp = do v',  ds = p (dp - rowsum(do * o)),  dq = scale * ds k,  dk = scale * ds' q
 
+A softcap c makes s = log2(e) * c * tanh(scale * q k' / c), and ds has the factor 1 - tanh^2. A sink begins the sum of
+every row of its head, and so is in o and lse, from which the backward follows without another look at it. Without
+them `cap_log2` and `p_sinks` are None, and what they need is not compiled.
+
 Legend: m query block, n key block, d head size. Tensors are contiguous [T, H, D], so that all of a kind share their
 offsets, for which registers are short: `stride_q` = Hq * D, `stride_k` = Hkv * D. `p_` pointers, `m_` masks. Pointers
 move by whole blocks in int64; offsets inside a block are small. What changes from batch to batch is not specialised,
@@ -18,12 +22,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from macpo.kernels.linear_logp.triton_math import cap
+
 # plan.NUM_FULL, NUM_ALL, FIRST
 _FULL = tl.constexpr(0)
 _ALL = tl.constexpr(1)
 _FIRST = tl.constexpr(2)
 # A masked score: finite, so that a row which has seen nothing yet needs no care; what it gathered is scaled by 0 later.
 _HIDDEN = tl.constexpr(-1.0e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -83,7 +90,7 @@ def _bounds(p_visible, token, num_tokens):
 
 @triton.jit
 def _forward_blocks(acc, total, peak, q, p_k, p_v, p_list, begin, end, lo, hi, own, token,
-                    stride_k, num_tokens, head_dim, scale_log2,
+                    stride_k, num_tokens, head_dim, scale_log2, cap_log2,
                     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """Online softmax over the key blocks `begin` .. `end - 1` of the list."""
@@ -91,16 +98,21 @@ def _forward_blocks(acc, total, peak, q, p_k, p_v, p_list, begin, end, lo, hi, o
         start = tl.load(p_list + at) * BLOCK_K
         k = _tile(p_k, start, stride_k, num_tokens, head_dim, BLOCK_K, BLOCK_D, PADDED, MASKED)
         s = _dot(q, tl.trans(k), None, PRECISION)
+        if cap_log2 is not None:
+            tanh, _ = cap(s * (scale_log2 / cap_log2))
+            s, unit = tanh * cap_log2, 1.0
+        else:
+            unit = scale_log2
         if MASKED:
             key = start + tl.arange(0, BLOCK_K)
             seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
             seen = seen | ((key[None, :] >= own[:, None]) & (key[None, :] <= token[:, None]))
-            s = tl.where(seen, s * scale_log2, _HIDDEN)
+            s = tl.where(seen, s * unit, _HIDDEN)
             new_peak = tl.maximum(peak, tl.max(s, 1))
             p = tl.exp2(s - new_peak[:, None])
         else:  # scale >= 0, so the largest product has the largest score
-            new_peak = tl.maximum(peak, tl.max(s, 1) * scale_log2)
-            p = tl.exp2(s * scale_log2 - new_peak[:, None])
+            new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
+            p = tl.exp2(s * unit - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
@@ -112,8 +124,8 @@ def _forward_blocks(acc, total, peak, q, p_k, p_v, p_list, begin, end, lo, hi, o
 
 @triton.jit(do_not_specialize=["num_tokens", "group", "list_width"])
 def forward_kernel(
-    p_q, p_k, p_v, p_o, p_lse, p_visible, p_lists,
-    stride_q, stride_k, num_tokens, head_dim, group, list_width, scale_log2,
+    p_q, p_k, p_v, p_o, p_lse, p_visible, p_lists, p_sinks,
+    stride_q, stride_k, num_tokens, head_dim, group, list_width, scale_log2, cap_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,15 +142,19 @@ def forward_kernel(
     p_v += head // group * head_dim
     q = _tile(p_q + head * head_dim, start, stride_q, num_tokens, head_dim, BLOCK_Q, BLOCK_D, PADDED, True)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    if p_sinks is not None:
+        total = tl.full([BLOCK_Q], 1.0, tl.float32)
+        peak = tl.zeros([BLOCK_Q], tl.float32) + tl.load(p_sinks + head) * _LOG2_E
+    else:
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     acc, total, peak = _forward_blocks(
         acc, total, peak, q, p_k, p_v, p_list + _FIRST, 0, num_full, lo, hi, own, token,
-        stride_k, num_tokens, head_dim, scale_log2, BLOCK_K, BLOCK_D, PADDED, False, PRECISION,
+        stride_k, num_tokens, head_dim, scale_log2, cap_log2, BLOCK_K, BLOCK_D, PADDED, False, PRECISION,
     )  # fmt: skip
     acc, total, peak = _forward_blocks(
         acc, total, peak, q, p_k, p_v, p_list + _FIRST, num_full, num_all, lo, hi, own, token,
-        stride_k, num_tokens, head_dim, scale_log2, BLOCK_K, BLOCK_D, PADDED, True, PRECISION,
+        stride_k, num_tokens, head_dim, scale_log2, cap_log2, BLOCK_K, BLOCK_D, PADDED, True, PRECISION,
     )  # fmt: skip
     tl.store(p_lse + head * num_tokens + token, peak + tl.log2(total), mask=token < num_tokens)
     out = acc / total[:, None]
@@ -147,7 +163,7 @@ def forward_kernel(
 
 @triton.jit
 def _dq_blocks(dq, q, do, lse, delta, p_k, p_v, p_list, begin, end, lo, hi, own, token,
-               stride_k, num_tokens, head_dim, scale_log2,
+               stride_k, num_tokens, head_dim, scale_log2, cap_log2,
                BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
                PRECISION: tl.constexpr):  # fmt: skip
     for at in range(begin, end):
@@ -155,7 +171,11 @@ def _dq_blocks(dq, q, do, lse, delta, p_k, p_v, p_list, begin, end, lo, hi, own,
         k = _tile(p_k, start, stride_k, num_tokens, head_dim, BLOCK_K, BLOCK_D, PADDED, MASKED)
         v = _tile(p_v, start, stride_k, num_tokens, head_dim, BLOCK_K, BLOCK_D, PADDED, MASKED)
         s = _dot(q, tl.trans(k), None, PRECISION)
-        s = s * scale_log2 - lse[:, None]
+        if cap_log2 is not None:
+            tanh, slope = cap(s * (scale_log2 / cap_log2))
+            s = tanh * cap_log2 - lse[:, None]
+        else:
+            s = s * scale_log2 - lse[:, None]
         if MASKED:
             key = start + tl.arange(0, BLOCK_K)
             seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
@@ -164,6 +184,8 @@ def _dq_blocks(dq, q, do, lse, delta, p_k, p_v, p_list, begin, end, lo, hi, own,
         p = tl.exp2(s)
         dp = _dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
+        if cap_log2 is not None:
+            ds = ds * slope
         dq = _dot(_narrow(ds, k.dtype, PRECISION), k, dq, PRECISION)
     return dq
 
@@ -171,7 +193,7 @@ def _dq_blocks(dq, q, do, lse, delta, p_k, p_v, p_list, begin, end, lo, hi, own,
 @triton.jit(do_not_specialize=["num_tokens", "group", "list_width"])
 def dq_kernel(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq, p_visible, p_lists,
-    stride_q, stride_k, num_tokens, head_dim, group, list_width, scale, scale_log2,
+    stride_q, stride_k, num_tokens, head_dim, group, list_width, scale, scale_log2, cap_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -196,18 +218,18 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     dq = _dq_blocks(
         dq, q, do, lse, delta, p_k, p_v, p_list + _FIRST, 0, num_full, lo, hi, own, token,
-        stride_k, num_tokens, head_dim, scale_log2, BLOCK_K, BLOCK_D, PADDED, False, PRECISION,
+        stride_k, num_tokens, head_dim, scale_log2, cap_log2, BLOCK_K, BLOCK_D, PADDED, False, PRECISION,
     )  # fmt: skip
     dq = _dq_blocks(
         dq, q, do, lse, delta, p_k, p_v, p_list + _FIRST, num_full, num_all, lo, hi, own, token,
-        stride_k, num_tokens, head_dim, scale_log2, BLOCK_K, BLOCK_D, PADDED, True, PRECISION,
+        stride_k, num_tokens, head_dim, scale_log2, cap_log2, BLOCK_K, BLOCK_D, PADDED, True, PRECISION,
     )  # fmt: skip
     _store(p_dq + head * head_dim, start, stride_q, num_tokens, head_dim, dq * scale, BLOCK_Q, BLOCK_D, PRECISION)
 
 
 @triton.jit
 def _dkv_blocks(dk, dv, k, v, p_q, p_do, p_lse, p_delta, p_visible, p_list, num, first_head, group, key,
-                stride_q, num_tokens, head_dim, scale_log2,
+                stride_q, num_tokens, head_dim, scale_log2, cap_log2,
                 BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
                 DK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The first `num` query blocks of the list, head after head in one loop: lists are short, heads are many.
@@ -221,16 +243,21 @@ def _dkv_blocks(dk, dv, k, v, p_q, p_do, p_lse, p_delta, p_visible, p_list, num,
         q = _tile(p_q + head * head_dim, start, stride_q, num_tokens, head_dim, BLOCK_Q, BLOCK_D, PADDED, MASKED)
         do = _tile(p_do + head * head_dim, start, stride_q, num_tokens, head_dim, BLOCK_Q, BLOCK_D, PADDED, MASKED)
         s = _dot(k, tl.trans(q), None, PRECISION)
+        if cap_log2 is not None:
+            tanh, slope = cap(s * (scale_log2 / cap_log2))
+            s, unit = tanh * cap_log2, 1.0
+        else:
+            unit = scale_log2
         if MASKED:  # the order of loads keeps few of them in registers
             lo, hi, own = _bounds(p_visible, token, num_tokens)
             seen = (key[:, None] >= lo[None, :]) & (key[:, None] < hi[None, :])
             seen = seen | ((key[:, None] >= own[None, :]) & (key[:, None] <= token[None, :]))
             lse = tl.load(p_lse + head * num_tokens + token, mask=token < num_tokens, other=0.0)
-            p = tl.exp2(tl.where(seen, s * scale_log2 - lse[None, :], _HIDDEN))
+            p = tl.exp2(tl.where(seen, s * unit - lse[None, :], _HIDDEN))
             if DK:
                 delta = tl.load(p_delta + head * num_tokens + token, mask=token < num_tokens, other=0.0)
         else:
-            p = tl.exp2(s * scale_log2 - tl.load(p_lse + head * num_tokens + token)[None, :])
+            p = tl.exp2(s * unit - tl.load(p_lse + head * num_tokens + token)[None, :])
             if DK:
                 delta = tl.load(p_delta + head * num_tokens + token)
         if DV:
@@ -238,6 +265,8 @@ def _dkv_blocks(dk, dv, k, v, p_q, p_do, p_lse, p_delta, p_visible, p_list, num,
         if DK:
             minus_delta = tl.broadcast_to(-delta[None, :], p.shape)  # where the sum starts: saves registers
             ds = p * _dot(v, tl.trans(do), minus_delta, PRECISION)
+            if cap_log2 is not None:
+                ds = ds * slope
             dk = _dot(_narrow(ds, q.dtype, PRECISION), q, dk, PRECISION)
     return dk, dv
 
@@ -245,7 +274,7 @@ def _dkv_blocks(dk, dv, k, v, p_q, p_do, p_lse, p_delta, p_visible, p_list, num,
 @triton.jit(do_not_specialize=["num_tokens", "group", "list_width"])
 def dkv_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_visible, p_lists,
-    stride_q, stride_k, num_tokens, head_dim, group, list_width, scale, scale_log2,
+    stride_q, stride_k, num_tokens, head_dim, group, list_width, scale, scale_log2, cap_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -266,12 +295,12 @@ def dkv_kernel(
     dv = tl.zeros([BLOCK_K if DV else 1, BLOCK_D], tl.float32)
     dk, dv = _dkv_blocks(
         dk, dv, k, v, p_q, p_do, p_lse, p_delta, p_visible, p_list + _FIRST, num_full, kv_head * group, group, key,
-        stride_q, num_tokens, head_dim, scale_log2, BLOCK_Q, BLOCK_D, PADDED, False, DK, DV, PRECISION,
+        stride_q, num_tokens, head_dim, scale_log2, cap_log2, BLOCK_Q, BLOCK_D, PADDED, False, DK, DV, PRECISION,
     )  # fmt: skip
     dk, dv = _dkv_blocks(
         dk, dv, k, v, p_q, p_do, p_lse, p_delta, p_visible, p_list + _FIRST + num_full, num_all - num_full,
         kv_head * group, group, key,
-        stride_q, num_tokens, head_dim, scale_log2, BLOCK_Q, BLOCK_D, PADDED, True, DK, DV, PRECISION,
+        stride_q, num_tokens, head_dim, scale_log2, cap_log2, BLOCK_Q, BLOCK_D, PADDED, True, DK, DV, PRECISION,
     )  # fmt: skip
     if DK:
         dk *= scale

@@ -3,73 +3,132 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from macpo.commands.model_card import Exported, model_card
 from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.compute import model_cache
+from macpo.engine.models.compute import device_of, memory_budget, model_cache
+from macpo.engine.models.loading import as_dtype, local_folder, stored_dtype
+from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyRef
-from macpo.engine.models.saving import logits_of, publish, publish_copy
+from macpo.engine.models.saving import cast, logits_of, publish, publish_copy
+from macpo.engine.paths import absolute_or_hub
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.keys import is_unknown
 from macpo.method.identities import Identities
-from macpo.method.policies import StageAgent, chat_of
+from macpo.method.policies import StageAgent, chat_of, policy_ref
 from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
 
 
-def export(
-    run_dir: Path, recipe: AnyRecipe, out: Path, *, agent: str, iteration: int, policy: str, merge: bool, arm: str = ""
-) -> Path:
-    """Write the policy of an agent (empty: the student) to `out`, which is there only once it was loaded again and gave
-    the same logits. Neither data nor models of other agents are read. An adapter whose base model is not here is copied
-    as the run saved it, and compared with that file by file.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which policy of a run is exported, and how."""
+
+    agent: str = ""
+    """Empty: the student, or the one that a standalone recipe trains."""
+    iteration: int = -1
+    """-1 is the last."""
+    policy: str = "positive"
+    arm: str = ""
+    merge: bool = False
+    dtype: str | None = None
+    """Of the weights that are written; None: of a whole model its base's, as stored; of an adapter its own."""
+
+
+def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple[Path, str | None]:
+    """Write a policy to `out`, which is there only once it was loaded again and gave the same logits.
+
+    Neither data nor models of other agents are read. An adapter whose base model is not here is copied as the run saved
+    it, and compared with that file by file.
+
+    Returns:
+        (`out`, the base that an exported adapter names: an absolute path or a Hub id; None of a whole model).
 
     Raises:
         ConfigError (2): no such agent, iteration or policy, `out` exists, or the base to merge into is not here.
         IntegrityError (5): what was read back differs.
     """
-    if out.exists():
+    run_dir, out = Path(os.path.abspath(run_dir)), Path(os.path.abspath(out.expanduser()))
+    if os.path.lexists(out):
         raise ConfigError(f"{out} exists", "name a new folder", field="--out")
-    agent = agent or recipe.agents[-1].name  # the student, or the one that a standalone recipe trains
+    agent = choice.agent or recipe.agents[-1].name
     settings = agent_settings(recipe, agent)
     if settings.served is not None:
         raise ConfigError(f"{agent} is served: its weights are not here", "export another agent", field="--agent")
-    chosen = choose(run_dir, plan_of(recipe, must_exist=False), settings, agent, iteration, policy, arm)
-    ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not merge
+    chosen = choose(run_dir, plan_of(recipe, must_exist=False), settings, replace(choice, agent=agent))
+    ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not choice.merge
+    loads_on = absolute_or_hub(ref.base) if is_adapter else None
     base_name = settings.model or f"base-{settings.name}"
-    if settings.init is not None and is_adapter:
-        base_name = os.path.relpath(ref.base, out.parent / "x")
     reading = Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(settings)
-    if Path(ref.base).is_absolute() and not Path(ref.base).is_dir():
-        if ref.adapter is None or not is_adapter:
-            fix = "put the model back" + (", or export the adapter without --merge" if merge and ref.adapter else "")
-            raise ConfigError(f"the model {ref.base} is not here", fix, field="--merge" if merge else "--agent")
+    if ref.adapter is not None and _is_missing(ref.base):
+        _without_base(ref, choice)
         chat = _saved_chat(reading, ref)
         card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
-        print(f"the base model {ref.base} is not here: the adapter is copied, its logits are not compared")
-        publish_copy(Path(ref.adapter), out, card=card)
-        return out
-    pool = model_cache(recipe.compute, recipe.trust_remote_code)
-    chat = _saved_chat(reading, ref) if is_unknown(reading.template) else chat_of(reading, ref.base)
+        publish_copy(local_folder(ref.adapter, kind="adapter"), out, card=card)
+        return out, loads_on
+    of_base = chosen.trained_by is None and not _is_missing(chosen.base)  # a policy of others' may have no tokenizer
+    at = chosen.base if of_base else ref.base
+    chat = _saved_chat(reading, ref) if is_unknown(reading.template) else chat_of(reading, at)
     if chat is None:
         name = settings.template or recipe.template
         raise ConfigError(f"the template {name} is not here", "put it back", field="template")
-    original = pool.policy(ref)
     card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
+    models = _models(recipe, ref, merge=choice.merge)
+    original = models.policy(ref)
+    expected = logits_of(original, len(chat.tokenizer))
+    policy = models.policy(ref, FullSettings()) if choice.merge else original
+    if choice.dtype is not None or not is_adapter:
+        cast(policy, as_dtype(choice.dtype) if choice.dtype is not None else _base_dtype(chosen, recipe))
     publish(
-        pool.policy(ref, FullSettings()) if merge else original,
+        policy,
         out,
         base=ref.base,
-        base_name=base_name,
+        base_name=loads_on or base_name,
         chat=chat,
         card=card,
-        expected=logits_of(original, len(chat.tokenizer)),
+        expected=expected,
     )
-    return out
+    return out, loads_on
+
+
+def _is_missing(path: str) -> bool:
+    return Path(path).is_absolute() and not Path(path).is_dir()
+
+
+def _without_base(ref: PolicyRef, choice: Choice) -> None:
+    """Raise ConfigError for what an adapter without its base cannot become; else say that it is only copied."""
+    if choice.merge:
+        fix = "put the model back, or export the adapter without --merge"
+        raise ConfigError(f"the model {ref.base} is not here", fix, field="--merge")
+    if choice.dtype is not None:
+        problem = f"the base model {ref.base} is not here, and what is written in another dtype is compared on it"
+        raise ConfigError(problem, "put the model back, or export without --dtype", field="--dtype")
+    print(f"the base model {ref.base} is not here: the adapter is copied, its logits are not compared")
+
+
+def _models(recipe: AnyRecipe, ref: PolicyRef, *, merge: bool) -> ModelCache:
+    """Models in the dtype that loses nothing: float32 to merge in, else that of a whole policy's own files."""
+    compute, trust = recipe.compute, recipe.trust_remote_code
+    if ref.adapter is not None and not merge:
+        return model_cache(compute, trust)
+    dtype = torch.float32 if merge else stored_dtype(local_folder(ref.base, trust_remote_code=trust))
+    return ModelCache(memory_budget(compute), dtype, device_of(compute), trust_remote_code=trust)
+
+
+def _base_dtype(chosen: Exported, recipe: AnyRecipe) -> torch.dtype:
+    """The dtype of the base model's files; where these are no longer here, of the policy's own."""
+    try:
+        folder = local_folder(chosen.base, trust_remote_code=recipe.trust_remote_code)
+    except ConfigError:
+        folder = local_folder(chosen.ref.base, trust_remote_code=recipe.trust_remote_code)
+    return stored_dtype(folder)
 
 
 def _saved_chat(reading: StageAgent, ref: PolicyRef) -> Chat | None:
@@ -89,10 +148,9 @@ def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:
     return found[agent]
 
 
-def choose(
-    run_dir: Path, plan: Plan, settings: AgentSettings, agent: str, iteration: int, policy: str, arm: str
-) -> Exported:
+def choose(run_dir: Path, plan: Plan, settings: AgentSettings, choice: Choice) -> Exported:
     """Where the weights of an agent's policy lie in the run's folder, and what is known of them."""
+    agent, iteration, policy, arm = choice.agent, choice.iteration, choice.policy, choice.arm
     at: int | None = None
     evaluated_by = None
     if policy == "negative":
@@ -111,7 +169,7 @@ def choose(
         point = found[iteration]
         stage, ready, at, evaluated_by = point.policy, settings.positive, iteration, point.evaluation
     base = settings.model or settings.positive or str(folder_of(run_dir, f"base-{settings.name}") / "model")
-    folder = folder_of(run_dir, stage) / "policy" if stage is not None else Path(str(ready or base))
-    adapter = (folder / "adapter_config.json").exists()
-    ref = PolicyRef(base, str(folder)) if adapter else PolicyRef(str(folder))
-    return Exported(ref, settings, agent, policy, at, stage, evaluated_by)
+    path = str(folder_of(run_dir, stage) / "policy") if stage is not None else str(ready or base)
+    if _is_missing(path):
+        raise ConfigError(f"the model {path} is not here", "put the model back", field="--agent")
+    return Exported(policy_ref(base, path), settings, agent, policy, at, stage, evaluated_by, base)

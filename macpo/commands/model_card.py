@@ -42,6 +42,8 @@ class Exported:
     iteration: int | None
     trained_by: str | None
     evaluated_by: str | None
+    base: str
+    """Folder or Hub id of the agent's base model."""
 
 
 def model_card(

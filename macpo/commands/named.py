@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from macpo.config import AgentSettings, Recipe
 from macpo.data.rows import Source
 from macpo.engine.config import LoraSettings, PreferenceSettings
+from macpo.engine.errors import ConfigError
+from macpo.engine.models import loading
 from macpo.method.data_sets import held_out_source, own_source, source_of
 from macpo.recipe_kinds import AnyRecipe
 
@@ -68,7 +70,7 @@ def sources_of(recipe: AnyRecipe) -> Iterator[tuple[str, Callable[[], Source | N
 
 
 def models_of(recipe: AnyRecipe) -> Iterator[Model]:
-    """Every whole model that is named; adapters are checked by `_adapter`."""
+    """Every whole model that is named; `adapters_of` has the adapters."""
     for where, agent in agents_of(recipe):
         if agent.model:
             yield Model(f"{where}model", agent.model, agent)
@@ -89,8 +91,25 @@ def _preferences(recipe: AnyRecipe) -> Iterator[tuple[str, PreferenceSettings, A
         yield "training.reference_model", recipe.training, recipe.agents[0]
 
 
+def adapters_of(recipe: AnyRecipe) -> Iterator[tuple[str, str, AgentSettings]]:
+    """Setting, path and agent of every adapter that is named as a policy or a reference."""
+    references = ((field_, settings.reference_model or "", agent) for field_, settings, agent in _preferences(recipe))
+    for name, path, agent in (*policies_of(recipe), *references):
+        if path and is_adapter(path):
+            yield name, path, agent
+
+
 def is_adapter(path: str) -> bool:
-    return (Path(path) / "adapter_config.json").exists()
+    """Whether a folder or Hub id is an adapter; what cannot be had is left to the checks of models."""
+    return loading.is_adapter(Path(path)) if Path(path).is_absolute() else _is_hub_adapter(path)
+
+
+@cache
+def _is_hub_adapter(name: str) -> bool:
+    try:
+        return loading.is_adapter(loading.local_folder(name))
+    except ConfigError:
+        return False
 
 
 def four_bits(agent: AgentSettings) -> bool:

@@ -9,6 +9,7 @@ OF_MODEL. Each reads small files and headers of weights alone. All problems are 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -17,13 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from macpo.commands.adapters import check_adapter, check_targets
 from macpo.commands.estimates import disk_needed
-from macpo.commands.named import Model, agents_of, four_bits, is_adapter, models_of, policies_of, sources_of
+from macpo.commands.named import Model, adapters_of, agents_of, four_bits, models_of, sources_of
 from macpo.config import AgentSettings, Recipe
 from macpo.data.folders import data_files
 from macpo.data.rows import Source, is_local
-from macpo.engine.config import LoraSettings
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ConfigError, MacpoError, Problem, ResourceError
 from macpo.engine.files import require_free
@@ -31,8 +33,10 @@ from macpo.engine.hardware import Gpu
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of, memory_budget
 from macpo.engine.models.equivalence import expected_window
+from macpo.engine.models.flops import meta_model
+from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.models.head import head_of
-from macpo.engine.models.loading import check_vocab, local_folder, read_json_object, weight_files
+from macpo.engine.models.loading import check_vocab, local_folder, refuse_adapter
 from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config
 from macpo.engine.planning.shapes import read_config
@@ -112,9 +116,10 @@ def _all(place: Place) -> Iterator[tuple[str, Callable[[], None]]]:
     for model in models_of(place.recipe):
         for each in OF_MODEL:
             yield model.field, lambda each=each, model=model: each(model, place)  # type: ignore[misc]
-    for name, path, agent in policies_of(place.recipe):
-        if is_adapter(path):
-            yield name, lambda name=name, path=path, agent=agent: _adapter(name, path, agent)  # type: ignore[misc]
+    for name, path, agent in adapters_of(place.recipe):
+        yield name, lambda path=path, agent=agent: _adapter(path, agent, place)  # type: ignore[misc]
+    for where, agent in agents_of(place.recipe):
+        yield "", lambda where=where, agent=agent: _targets(where, agent, place)  # type: ignore[misc]
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -253,6 +258,7 @@ def _tokens(model: Model, place: Place) -> None:
         return
     recipe, agent = place.recipe, model.agent
     folder = local_folder(model.path, trust_remote_code=recipe.trust_remote_code)
+    refuse_adapter(folder)
     if not recipe.trust_remote_code:
         read_config(folder)  # which tokenizers are loaded by; what is wrong with it is said once
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
@@ -272,22 +278,6 @@ def _reference_tokens(model: Model, place: Place) -> None:
     if vocabularies[0] != vocabularies[1]:
         problem, fix = f"{model.path!r} has another vocabulary than the policy", "name a model with the same tokenizer"
         raise ConfigError(problem, fix)
-
-
-def _targets(model: Model, place: Place) -> None:
-    """The names that a new adapter shall sit on are the model's."""
-    tuning, agent = model.agent.tuning, model.agent
-    is_base = model.path == agent.model or (not agent.model and model.path == agent.positive)
-    if not is_base or not model.is_loaded or not isinstance(tuning, LoraSettings):
-        return
-    skeleton, targets = place.folder(model.path).model, tuning.target_modules
-    if skeleton is None or isinstance(targets, str):
-        return
-    names = {name for name, _ in skeleton.named_modules()}
-    if not any(name == target or name.endswith(f".{target}") for target in targets for name in names):
-        linear = sorted({name.split(".")[-1] for name, m in skeleton.named_modules() if hasattr(m, "in_features")})
-        problem, fix = f"LoRA cannot target {', '.join(targets)}", f"choose from {', '.join(linear)}, or all-linear"
-        raise ConfigError(problem, fix, field="tuning.target_modules")
 
 
 def _memory(model: Model, place: Place) -> None:
@@ -325,7 +315,6 @@ OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
     _context,
     _tokens,
     _reference_tokens,
-    _targets,
     _memory,
     _tensor,
 )
@@ -335,17 +324,21 @@ OF_MODEL: tuple[Callable[[Model, Place], None], ...] = (
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-def _adapter(name: str, path: str, agent: AgentSettings) -> None:
-    """Safetensors of a LoRA in peft's layout, of the rank and alpha that training goes on with."""
-    folder = local_folder(path, kind="adapter")
-    config = read_json_object(folder / "adapter_config.json")
-    weight_files(folder, "adapter_model")
-    if config.get("peft_type") != "LORA":
-        problem = f"a {config.get('peft_type')} adapter"
-        raise ConfigError(problem, "only LoRA adapters are supported", file=path)
-    if name.endswith("negative") or not agent.train or not isinstance(agent.tuning, LoraSettings):
-        return
-    got, asked = (config.get("r"), config.get("lora_alpha")), (agent.tuning.rank, agent.tuning.alpha)
-    if got != asked:
-        problem = f"the adapter has rank {got[0]} and alpha {got[1]}, the settings say {asked[0]} and {asked[1]:g}"
-        raise ConfigError(problem, "set rank and alpha as the adapter has them", file=path)
+def _adapter(path: str, agent: AgentSettings, place: Place) -> None:
+    check_adapter(path, agent, _base(agent, place), place.plan)
+
+
+def _targets(where: str, agent: AgentSettings, place: Place) -> None:
+    check_targets(where, agent, _base(agent, place), place.plan)
+
+
+def _base(agent: AgentSettings, place: Place) -> PreTrainedModel | None:
+    """An agent's base model without storage; None of what cannot be looked at, which the checks of models say."""
+    if agent.init is not None:
+        return meta_model(llama_shape(agent.init))
+    path = agent.model or agent.positive
+    try:
+        found = place.folder(path).model if path else None
+    except MacpoError:
+        return None
+    return None if found is None else meta_model(copy.deepcopy(found.config))

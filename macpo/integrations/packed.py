@@ -20,13 +20,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack, unshared
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook, is_active
 from macpo.engine.models.head import Head
 from macpo.engine.models.head import response_logps as head_logps
 from macpo.engine.models.policy import PolicyModule
-from macpo.kernels import Segments
+from macpo.engine.models.rotary import check_length, switch_length
+from macpo.kernels import AttentionForm, Segments
 
 Reduce = Callable[[Tensor, Head, PackedBatch], Any]
 _MARK = "_macpo_packed_forward"
@@ -103,7 +104,6 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         raise ConfigError(f"{type(base).__name__} is an encoder-decoder", "use a decoder-only model")
     if getattr(base, _MARK, False):
         return base
-    _check_adapters(model)
     was_training, current = model.training, base.__dict__.get("forward")
     # The class's own forward: a trainer may already have put autocast around it, and the packed path has none.
     base.__dict__.pop("forward", None)
@@ -125,7 +125,8 @@ def enable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     ) -> Any:
         if packed is None or reduce is None:
             return original(*args, **kwargs)
-        packed = packed.to(self.device)
+        check_length(self, packed.max_length)
+        packed = unshared(packed, switch_length(self)).to(self.device)
         with attention_hook(self):
             out = self.base_model(
                 input_ids=packed.input_ids,
@@ -179,22 +180,11 @@ class _MixedPrecisionAttention:
 
     segments: Segments
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         dtype = _autocast_dtype(q.device) or q.dtype
         with no_autocast(q):
             packed = PackedAttention(self.segments.to(q.device))
-            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), scale, window)
-
-
-def _check_adapters(model: PreTrainedModel | PeftModel) -> None:
-    if not isinstance(model, PeftModel):
-        return
-    for name, config in model.peft_config.items():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if config.is_prompt_learning:
-            raise ConfigError(f"adapter {name!r} is {kind}: its virtual tokens cannot be packed", "use LoRA")
-        if getattr(config, "alora_invocation_tokens", None):
-            raise ConfigError(f"adapter {name!r} is an activated LoRA, which reads the padded ids", "use plain LoRA")
+            return packed.attend(module, q.to(dtype), k.to(dtype), v.to(dtype), form)
 
 
 def refuse(owner: str, reasons: Sequence[tuple[bool, str, str]]) -> None:

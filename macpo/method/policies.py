@@ -17,7 +17,7 @@ from macpo.engine.config import ComputeSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.generation.split_model import split_policy, team_size
 from macpo.engine.models.compute import model_cache
-from macpo.engine.models.loading import check_vocab
+from macpo.engine.models.loading import check_vocab, is_adapter, local_folder
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef
@@ -62,7 +62,7 @@ class PolicySource(BaseModel):
     weights: dict[str, str]
     """Identity of each model folder or Hub id that the stage may read."""
     ready: str | None = None
-    """Folder of an already trained policy that the recipe names."""
+    """Folder or Hub id of an already trained policy that the recipe names."""
 
 
 class PolicyInputs(StageInputs):
@@ -114,9 +114,7 @@ class PolicyStage(MethodStage):
         """The stage's policy; call it once a stage."""
         made = self.inputs.base
         base = str(ctx.input(made) / "model") if made is not None else str(self.agent.model)
-        folder = None if self.policy.ready is None else Path(self.policy.ready)
-        if self.inputs.policy is not None:
-            folder = ctx.input(self.inputs.policy) / "policy"
+        folder = self.policy.ready if self.inputs.policy is None else ctx.input(self.inputs.policy) / "policy"
         ref = PolicyRef(base) if folder is None else policy_ref(base, folder)
         return OpenPolicy(ctx, self.agent, self.compute, base, ref)
 
@@ -129,10 +127,13 @@ class PolicyStage(MethodStage):
         return Cost(tokens, 2 * (run.shapes[agent].num_parameters if agent else 0) * tokens)
 
 
-def policy_ref(base: str, folder: Path) -> PolicyRef:
-    """The policy in a folder: a whole model, or an adapter of the base."""
-    adapter = (folder / "adapter_config.json").exists()
-    return PolicyRef(base, str(folder)) if adapter else PolicyRef(str(folder))
+def policy_ref(base: str, path: str | Path) -> PolicyRef:
+    """The policy in a folder or Hub id: a whole model, or an adapter of the base.
+
+    Raises:
+        ConfigError: not found.
+    """
+    return PolicyRef(base, str(path)) if is_adapter(local_folder(path, kind="policy")) else PolicyRef(str(path))
 
 
 READING = ("template", "template_arguments", "template_date", "special_text", "eos_token", "trust_remote_code")

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import lora
 from macpo.engine.models.parallelize import data_world, parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 from macpo.engine.training.objectives import preference
 from macpo.engine.training.optim import Optimizer
 
@@ -44,6 +44,7 @@ EVERYTHING = ParallelSettings(sharding="shard", checkpointing="selective", offlo
 TIED = Case("llama", changes={"tie_word_embeddings": True})
 LORA = Case("qwen3", "all-linear")
 SOFTCAP = Case("gemma3_text", changes={"final_logit_softcapping": 5.0})
+SINKS = Case("granite_swa", changes={"num_key_value_heads": 2, "sliding_window": 5})
 BF16, BF16_ADAPTER = Case("llama", dtype=torch.bfloat16), Case("llama", "all-linear", dtype=torch.bfloat16)
 
 

@@ -53,6 +53,7 @@ def aot_kernels():
         AotKernel("gemm/32", gemm, matrices, {"BLOCK": 32}, aligned=aligned, capabilities=(80,)),
         AotKernel("gemm/256", gemm, matrices, {"BLOCK": 256}, num_stages=3, num_warps=8, aligned=aligned,
                   capabilities=(90,), max_spill_bytes=10**6),
+        AotKernel("gemm/rare", gemm, matrices, {"BLOCK": 16}, aligned=aligned, rare=True, capabilities=(80,)),
         AotKernel("rows/fits", normalise, rows, {"BLOCK": 1024}),
         AotKernel("rows/spills", normalise, rows, {"BLOCK": 16384}, num_warps=1),
         AotKernel("rows/may-spill", normalise, rows, {"BLOCK": 16384}, num_warps=1, max_spill_bytes=10**6),
@@ -82,11 +83,12 @@ def passes(done: subprocess.CompletedProcess) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
-# In parts, so that parallel test processes share one module's configurations.
+# In parts, so that parallel test processes share one module's configurations. Of the attention kernels' variants with a
+# softcap or sinks those of Gemma 2 and gpt-oss; `python -m bench.compile_report` compiles the others too.
 @pytest.mark.parametrize("shard", ["1/2", "2/2"])
 @pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
-def test_every_configuration_compiles_for_sm_90(module, shard, tmp_path):
-    done, rows = report(tmp_path, "--target", "90", "--module", module, "--shard", shard, "--skip", "fp16")
+def test_every_common_configuration_compiles_for_sm_90(module, shard, tmp_path):
+    done, rows = report(tmp_path, "--target", "90", "--module", module, "--shard", shard, "--common", "--skip", "fp16")
     passes(done)
     assert rows
 
@@ -127,11 +129,13 @@ CHOICE = """
 from bench.compile_report import ISOLATED, jobs_of, main
 import os
 module = "toy_kernels"
-every = jobs_of([module], [80, 90], "gemm/", False, "1/1")
+rare = (module, 3, 80)
+assert rare in jobs_of([module], [80, 90], "gemm/", False, "1/1")
+every = jobs_of([module], [80, 90], "gemm/", False, "1/1", common=True)
 assert every == [(module, 0, 80), (module, 0, 90), (module, 1, 80), (module, 2, 90)], every
 assert jobs_of([module], [80, 90], "gemm/", True, "1/1") == [(module, 0, 80), (module, 2, 90)]
-assert jobs_of([module], [80, 90], "gemm/", False, "1/1", "6") == [(module, 1, 80)]
-shards = [jobs_of([module], [80, 90], "gemm/", False, shard) for shard in ("1/3", "2/3", "3/3")]
+assert jobs_of([module], [80, 90], "gemm/", False, "1/1", "6", common=True) == [(module, 1, 80)]
+shards = [jobs_of([module], [80, 90], "gemm/", False, shard, common=True) for shard in ("1/3", "2/3", "3/3")]
 assert sorted(sum(shards, [])) == sorted(every) and len(shards[0]) == 2, shards
 os.environ[ISOLATED] = "1"
 assert main(["--module", module, "--only", "nothing"]) == 2

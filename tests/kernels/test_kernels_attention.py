@@ -284,5 +284,6 @@ def test_paged_operators_compile_whole():
     for one, other in zip(compiled_pools, expected_pools, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     pools = [pool.nan_to_num() for pool in pools]  # opcheck compares with ==
-    torch.library.opcheck(torch.ops.macpo.paged_attention, (q, *pools, table, context, None, 3, "torch"))
+    form = (None, 3, 1.5, torch.randn(6), "torch")  # scale, window, softcap, sinks, backend
+    torch.library.opcheck(torch.ops.macpo.paged_attention, (q, *pools, table, context, *form))
     torch.library.opcheck(torch.ops.macpo.write_kv, (k, v, *pools, slots))

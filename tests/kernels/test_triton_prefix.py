@@ -74,7 +74,7 @@ def small(tensors, segments, *, scale=0.3, window=None, block_q=16, block_k=16):
     q, k, v, grad = tensors
     o, lse = triton_impl.forward(q, k, v, visible_3t, key_lists, scale, tiles)
     grads = triton_impl.backward(grad, q, k, v, o, lse, visible_3t, key_lists, query_lists, scale, tiles)
-    return [o, *grads]
+    return [o, *grads[:3]]
 
 
 @needs_triton
@@ -279,11 +279,11 @@ def test_compiled_equals_eager(backend, window):
     segments = segments_of("pairs")
     tensors = qkvg(segments.num_tokens, 4, 2, 64)
 
+    form = {} if window is None else {"window": window, "softcap": 1.5, "sinks": torch.ones(4, device=DEVICE)}
+
     def two_layers(q, k, v, segments):
-        return prefix_attention(
-            prefix_attention(q, k, v, segments, window=window, backend=backend), k, v, segments, window=window,
-            backend=backend,
-        )  # fmt: skip
+        q = prefix_attention(q, k, v, segments, backend=backend, **form)
+        return prefix_attention(q, k, v, segments, backend=backend, **form)
 
     eager = run(two_layers, tensors, segments)
     compiled = run(torch.compile(two_layers, fullgraph=True, backend="aot_eager"), tensors, segments)
@@ -306,19 +306,20 @@ def test_triton_operators_are_well_formed(backend):
     integers = (segments.prefix_start, segments.prefix_end, segments.segment_start)
     torch.library.opcheck(library.make_plan, (*integers, 4, 64, q.dtype))
     plan_ = library.make_plan(*integers, None, 64, q.dtype)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(library.forward, (*leaves, *plan_, 0.3))
-    o, lse = library.forward(q, k, v, *plan_, 0.3)
-    torch.library.opcheck(library.backward, (grad, q, k, v, o, lse, *plan_, 0.3))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, torch.ones(2, device=DEVICE))]
+    torch.library.opcheck(library.forward, (*leaves[:3], *plan_, 0.3, 1.5, leaves[3]))
+    form = (*plan_, 0.3, 1.5, torch.ones(2, device=DEVICE))
+    torch.library.opcheck(library.backward, (grad, q, k, v, *library.forward(q, k, v, *form), *form))
 
 
 def test_torch_operators_are_well_formed():
     segments = segments_of("pairs")
     q, k, v, grad = qkvg(segments.num_tokens, 4, 2, 8)
     integers = (segments.prefix_start, segments.prefix_end, segments.segment_start)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(library.torch_forward, (*leaves, *integers, None, 4))
-    torch.library.opcheck(library.torch_backward, (grad, q, k, v, *integers, 0.3, None))
+    sinks = torch.ones(4, device=DEVICE)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks)]
+    torch.library.opcheck(library.torch_forward, (*leaves[:3], *integers, None, 4, 1.5, leaves[3]))
+    torch.library.opcheck(library.torch_backward, (grad, q, k, v, *integers, 0.3, None, 1.5, sinks))
 
 
 @needs_triton

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from macpo.engine.config import LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import DataError
-from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import preference
 from macpo.engine.training.reference import reference_logps, shared_sums

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from macpo.engine.generation.attention import layer_index, packed_prompts
 from macpo.engine.generation.pool.blocks import KVPool
-from macpo.kernels import paged_attention, prefix_attention
+from macpo.kernels import AttentionForm, paged_attention, prefix_attention
 
 
 class PagedPrefill:
@@ -34,12 +34,12 @@ class PagedPrefill:
         self._slots = torch.cat(slots).to(device)  # [T]
         self._copies = torch.tensor(copies).T.contiguous().to(device) if copies else None  # [2, copies]
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
         self.pool.write(layer_index(module), k, v, self._slots)
         if self._copies is not None:
             self.pool.copy(layer_index(module), *self._copies)
-        return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
+        return prefix_attention(q, k, v, self.segments, **form._asdict())[None]
 
 
 class PagedDecode:
@@ -52,7 +52,7 @@ class PagedDecode:
         self.lens = lens
         self.slots = slots
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
         pools = self.pool.write(layer_index(module), k, v, self.slots)
-        return paged_attention(q, *pools, self.table, self.lens, scale=scale, window=window)[None]
+        return paged_attention(q, *pools, self.table, self.lens, **form._asdict())[None]

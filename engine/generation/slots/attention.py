@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from macpo.engine.generation.attention import layer_index, packed_prompts
 from macpo.engine.generation.slots.cache import SlotCache
-from macpo.kernels import native, prefix_attention
+from macpo.kernels import AttentionForm, native, prefix_attention
 from macpo.kernels.paged_attention.slots import masked_slot_attention, runs_native, slot_mask
 
 
@@ -32,10 +32,10 @@ class PrefillAttention:
         self._position = torch.cat([torch.arange(n) for _, n, _ in copies]).to(device)
         self._slot = torch.cat([torch.full((n,), slot) for _, n, slot in copies]).to(device)
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
         self.cache.write(layer_index(module), k[self._token], v[self._token], self._slot, self._position)
-        return prefix_attention(q, k, v, self.segments, scale=scale, window=window)[None]
+        return prefix_attention(q, k, v, self.segments, **form._asdict())[None]
 
 
 class DecodeAttention:
@@ -55,18 +55,18 @@ class DecodeAttention:
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
         self._native: dict[tuple[torch.dtype, int], bool] = {}
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         q_bhd, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, D]
-        self.windows.add(window)
+        self.windows.add(form.window)
         if k.shape == v.shape and self._is_native(q_bhd):
             pools = self.cache.pools(layer_index(module), k, v)
-            return native.slot_attention(q_bhd, *pools, self.lens, scale, window, k, v)[None]
+            return native.slot_attention(q_bhd, *pools, self.lens, **form._asdict(), new_k=k, new_v=v)[None]
         k_pool, v_pool = self.cache.write(layer_index(module), k, v, self.rows, self.positions)
-        kind = (window, q.dtype, k_pool.shape[1])
+        kind = (form.window, q.dtype, k_pool.shape[1])
         mask = self._masks.get(kind)
         if mask is None:
             mask = self._masks[kind] = slot_mask(self.lens, self.columns, *kind)
-        return masked_slot_attention(q_bhd, k_pool, v_pool, mask, scale)[None]
+        return masked_slot_attention(q_bhd, k_pool, v_pool, mask, form.scale, form.softcap, form.sinks)[None]
 
     def _is_native(self, q_bhd: Tensor) -> bool:
         """Calls `runs_native` once for all layers of one kind."""

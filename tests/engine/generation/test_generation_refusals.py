@@ -55,10 +55,10 @@ def test_params_out_of_range(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
-    [  # recurrent layers; attention outside the interface, and with a softcap that the hook does not have
+    [  # recurrent layers; attention outside the interface, and with a softcap that its forward does not pass on
         ("mamba", {"state_size": 4}, "MambaForCausalLM has layers of type linear_attention"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM does not use transformers' attention interface"),
-        ("gemma2", {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2ForCausalLM: Gemma2Attention asks for attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 30.0}, "Gemma3ForCausalLM: Gemma3Attention has a softcap that its"),
     ],
 )
 def test_models_that_the_attention_hook_cannot_honour_are_refused(

@@ -44,7 +44,7 @@ from macpo.engine.models.attention_hook import attention_hook
 LENGTHS = [1, 3, 16, 12, 32, 31, 7, 2]  # one token; whole blocks; beyond the windows of 5 and 6; ragged ones
 FREE = SamplingParams(max_new_tokens=16, seed=5, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, top_k=20, min_p=0.01, max_new_tokens=16, n=2, seed=5)
-NAMES_OF_MODELS = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox", "olmo"]
+NAMES_OF_MODELS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt_neox", "gpt_oss"]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from generation_checks import (
     teacher_forced,
     three_adapters,
 )
-from parallel_cases import SHARD
+from parallel_cases import SHARD, SINKS
 from peft import LoraConfig, get_peft_model
 from tiny import tiny
 
@@ -38,10 +38,10 @@ from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Generator, Output, SamplingParams, sampling
 from macpo.engine.generation.split_model import split_policy, team_size
-from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
@@ -74,9 +74,10 @@ def stacked() -> PolicyModule:
     return PolicyModule(three_adapters().requires_grad_(False))
 
 
-# Grouped heads, norms of heads, biases behind a sum, fused projections that are gathered, windows, tied vocabularies.
+# Grouped heads, norms of heads, biases behind a sum, fused projections that are gathered, windows, sinks; tied words.
 POLICIES: dict[str, Callable[[], PolicyModule]] = {
     **{name: functools.partial(plain, name) for name in ("qwen3", "gpt_neox", "phi3", "gemma3_text", "olmo2")},
+    "sinks": functools.partial(plain, SINKS.architecture, **SINKS.changes),
     "qwen2, tied": functools.partial(plain, "qwen2", num_key_value_heads=2, tie_word_embeddings=True),
     "adapter": functools.partial(lora_of, "all-linear"),
     "adapter on the head": functools.partial(lora_of, ["lm_head", "o_proj", "up_proj"]),

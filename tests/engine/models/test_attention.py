@@ -15,6 +15,7 @@ from macpo.engine.data.pack import PrefixGroup, pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import HOOK_NAME, PackedAttention, attention_hook, is_active
 from macpo.engine.models.policy import PolicyModule
+from macpo.kernels import AttentionForm
 
 
 def packed_logps(model: Any, base: PreTrainedModel, groups: list[PrefixGroup]) -> Tensor:
@@ -53,8 +54,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int | None, float]] = []
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        self.calls.append((module.layer_idx, window, scale))
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
+        self.calls.append((module.layer_idx, form.window, form.scale))
         assert q.shape[0] == k.shape[0] == 2
         return q.transpose(1, 2)
 
@@ -82,19 +83,18 @@ def test_the_hook_is_restored_after_an_error_and_nests() -> None:
 
 def test_a_forward_without_context_is_refused() -> None:
     model = model_of("llama")
-    with attention_hook(model), pytest.raises(ConfigError, match="no attention_context"):
+    with attention_hook(model), pytest.raises(ConfigError, match="did not get the keywords"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
 def test_dropout_in_training_is_refused() -> None:
     model = model_of("llama", attention_dropout=0.1).train()
     (batch,) = pack([PrefixGroup([3, 4], [[5]])], max_tokens=8)
-    with attention_hook(model), pytest.raises(ConfigError, match="dropout"):
+    with attention_hook(model), pytest.raises(ConfigError, match=r"drops attention weights.*attention_dropout"):
         model(input_ids=batch.input_ids, attention_context=PackedAttention(batch.segments))
 
 
 MAMBA = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
-GPT_OSS = SIZES | {"head_dim": 8, "num_local_experts": 2, "rope_parameters": {"rope_type": "default"}}
 LLAMA4 = SIZES | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
 BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
@@ -102,8 +102,8 @@ BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gemma2", SIZES | {"head_dim": 8, "num_key_value_heads": 2}, "Gemma2Attention asks for attention softcap"),
-        ("gpt_oss", GPT_OSS, "sinks"),
+        ("gemma3_text", {"attn_logit_softcapping": 30.0}, "Gemma3Attention has a softcap that its forward does not"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "Gemma2ForCausalLM: softcap must be above 0, got 0.0"),
         ("mamba", MAMBA, "MambaForCausalLM has layers of type linear_attention"),
         ("bloom", BLOOM, "BloomForCausalLM does not use transformers' attention interface"),
         ("llama4_text", LLAMA4, "chunked_attention"),

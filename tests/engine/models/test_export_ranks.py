@@ -119,9 +119,10 @@ def test_what_goes_wrong_on_rank_0_stops_both_and_leaves_nothing(
 
     assert ranks(2, body) == [-signal.SIGKILL, 7]
     assert (tmp_path / "out").exists() and not (tmp_path / "killed").exists()
-    assert (tmp_path / "killed.tmp" / "model.safetensors").exists()
+    assert (tmp_path / ".killed.macpo-export" / "folder" / "model.safetensors").exists()
     write(policy_of(base, FullSettings()), base, tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"killed", "out"}
 
 
 def test_a_large_model_is_cut_into_files_with_an_index(base: Path, tmp_path: Path) -> None:

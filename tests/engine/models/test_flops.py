@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.pack import pack
-from macpo.engine.models import lora
 from macpo.engine.models.flops import Counts, ModelShape, counts_of, forward_flops, model_flops
+from macpo.engine.models.tuning import lora
 from macpo.kernels.prefix_attention.segments import visible
 
 TOKENS = 24
@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = ARCHITECTURES | {
         "v_head_dim": 8,
     },
 }
-DENSE = [name for name in SHAPES if name not in ("mixtral", "qwen3_moe", "deepseek_v3")]
+DENSE = [name for name in SHAPES if name not in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")]
 
 
 def plain(name: str) -> PreTrainedModel:

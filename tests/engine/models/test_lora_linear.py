@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from macpo.engine.config import LoraSettings, ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import lora, lora_linear
 from macpo.engine.models.flops import Counts, ModelShape, model_flops
-from macpo.engine.models.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.models.parallelize import parallelize
+from macpo.engine.models.tuning import lora, lora_linear
+from macpo.engine.models.tuning.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.planning.dry_run import Recorder
 from macpo.engine.training.objectives import sft
 

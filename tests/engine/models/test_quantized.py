@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from architectures import model_of, some_groups
 from forks import ranks
 from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, Tuning
@@ -21,6 +23,7 @@ from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.planning.headers import inspect
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.optim import Optimizer
@@ -107,3 +110,35 @@ def test_a_4_bit_base_is_sharded(folder: Path, tmp_path: Path) -> None:
             parallelize(nf4_policy(folder, spread=True), ParallelSettings(tensor=2), world)
 
     assert ranks(2, body) == [0, 0]
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def test_mxfp4_weights_are_unpacked_exactly(tmp_path: Path) -> None:
+    """As gpt-oss is published: two numbers a byte and a power of two for each 32 (OCP Microscaling Formats, 1.0)."""
+    model_of("gpt_oss", intermediate_size=32).save_pretrained(tmp_path)
+    tensors, wanted = load_file(tmp_path / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        count, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(256, (count, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(122, 128, (count, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers = torch.cat((FP4, -FP4))[torch.stack((blocks & 15, blocks >> 4), -1).long()].flatten(-2)
+        wanted[name] = (numbers * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"MXFP4 already.*Fix: set quantization to none"):
+        load_causal_lm(tmp_path, quantization="nf4")
+    loaded = load_causal_lm(tmp_path)
+    assert inspect(tmp_path).num_parameters == sum(parameter.numel() for parameter in loaded.parameters())
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, weight in wanted.items():
+        assert torch.equal(loaded.get_parameter(name), weight), name
+    loaded.save_pretrained(tmp_path / "again")  # whole, and says so
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    again = load_causal_lm(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in loaded.state_dict().items())

@@ -20,11 +20,11 @@ from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, Pr
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
-from macpo.engine.models import lora
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning import lora
 from macpo.engine.planning.dry_run import Recorder
 from macpo.engine.planning.memory import Setup, checkpoint_bytes, head_bytes, memory, tensor_config
 from macpo.engine.training.objectives import preference

@@ -24,8 +24,8 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import Stopped
 from macpo.engine.hardware import GPUS
 from macpo.engine.models.flops import ModelShape
-from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.processes import StopFlag
 from macpo.engine.training.metrics import MetricsLog
 from macpo.engine.training.objectives import sft

@@ -22,9 +22,9 @@ from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, NumericsError
 from macpo.engine.models.loading import load_causal_lm
-from macpo.engine.models.lora import new_adapter
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
+from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 from macpo.engine.training.reference import cached, reference_key, reference_logps, shared_sums

@@ -11,17 +11,19 @@ import pytest
 import torch
 from forks import forked
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
+from standalone_runs import make_base, recipe_of
 from tiny import OPTIM, init, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from macpo.commands.export import export
+from macpo.commands.export import Choice, export
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
 from macpo.engine.models import saving as exporting
+from macpo.engine.models.loading import header, stored_dtype
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
@@ -40,8 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
 
 def exported(finished: tuple[Path, Recipe], out: Path, agent: str, **changes: object) -> Path:
     run_dir, recipe = finished
-    choice = {"agent": agent, "iteration": -1, "policy": "positive", "merge": False} | changes
-    return export(run_dir, recipe, out, **choice)  # type: ignore[arg-type]
+    return export(run_dir, recipe, out, Choice(agent=agent, **changes))[0]  # type: ignore[arg-type]
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -109,11 +110,11 @@ def test_a_standalone_run_exports_its_one_policy(tmp_path: Path) -> None:
     data = {"world": tree["data"]["world"]}
     recipe = SftRecipe.model_validate({"output": str(tmp_path / "run"), "data": data, "training": OPTIM} | agent | kept)
     run(recipe)
-    out = export(tmp_path / "run", recipe, tmp_path / "out", agent="", iteration=-1, policy="positive", merge=True)
+    out, _ = export(tmp_path / "run", recipe, tmp_path / "out", Choice(merge=True))
     assert (out / "model.safetensors").exists()
     data, text = card_of(out)
     assert data["tags"] == ["macpo", "sft"] and "supervised fine-tuning" in text and "| perplexity |" in text
-    out = export(tmp_path / "run", recipe, tmp_path / "before", agent="", iteration=0, policy="positive", merge=False)
+    out, _ = export(tmp_path / "run", recipe, tmp_path / "before", Choice(iteration=0))
     assert "not trained in this run" in card_of(out)[1]
 
 
@@ -160,11 +161,11 @@ def test_what_reads_back_differently_never_counts(
     """A weight that changes on its way to the disk is found by the logits."""
     save = exporting.save_policy
 
-    def damaging(policy: PolicyModule, *arguments: object, **words: object) -> None:
-        save(policy, *arguments, **words)  # type: ignore[arg-type]
+    def damaging(policy: PolicyModule, folder: Path, **words: object) -> None:
+        save(policy, folder, **words)  # type: ignore[arg-type]
         from safetensors.torch import load_file, save_file
 
-        file = tmp_path / "out.tmp" / "model.safetensors"
+        file = folder / "model.safetensors"
         tensors = load_file(file)
         tensors["model.norm.weight"] = tensors["model.norm.weight"] + 0.5
         save_file(tensors, file, metadata={"format": "pt"})
@@ -172,7 +173,7 @@ def test_what_reads_back_differently_never_counts(
     monkeypatch.setattr(exporting, "save_policy", damaging)
     with pytest.raises(IntegrityError, match="logits differ"):
         exported(finished, tmp_path / "out", "student")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_export_leaves_nothing_that_looks_done(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
@@ -183,3 +184,83 @@ def test_an_interrupted_export_leaves_nothing_that_looks_done(finished: tuple[Pa
     assert forked(dying) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert (exported(finished, tmp_path / "out", "student") / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "out.tmp", ".out.macpo-export"])
+def test_what_was_there_before_stays_as_it_is(finished: tuple[Path, Recipe], tmp_path: Path, name: str) -> None:
+    """FAULTS 52, also where the user's folder bears the very name that the export works under."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("mine")
+    if name == "out.tmp":
+        exported(finished, tmp_path / "out", "student")
+    else:
+        with pytest.raises(ConfigError, match="exists"):
+            exported(finished, tmp_path / "out", "student")
+    assert (tmp_path / name / "mine.txt").read_text() == "mine"
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists"):
+        exported(finished, tmp_path / "out", "student")
+
+
+def test_an_adapter_names_its_base_for_every_working_directory(
+    finished: tuple[Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a base that the run made, from a run folder and a target that were given relative to another folder."""
+    run_dir, recipe = finished
+    monkeypatch.chdir(run_dir.parent)
+    out, base = export(Path(run_dir.name), recipe, Path("relative"), Choice(agent="teacher1"))
+    monkeypatch.chdir(tmp_path)
+    named = read_json(out / "adapter_config.json")["base_model_name_or_path"]
+    assert named == base and Path(named).is_absolute()
+    again = AutoPeftModelForCausalLM.from_pretrained(out)
+    own = folder_of(run_dir, "iter1-teacher1-train") / "policy"
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), own)
+    assert torch.equal(logits(again), logits(theirs))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_weights_are_written_in_the_dtype_that_is_asked_for(
+    finished: tuple[Path, Recipe], tmp_path: Path, merge: bool
+) -> None:
+    out = exported(finished, tmp_path / "half", "teacher1", merge=merge, dtype="bfloat16")
+    file = out / ("model.safetensors" if merge else "adapter_model.safetensors")
+    assert {entry["dtype"] for entry in header(file).values()} == {"BF16"}
+    if merge:
+        assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_whole_model_is_written_in_the_dtype_of_its_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    recipe = recipe_of("sft", base, tmp_path / "run", tuning={"type": "full"})
+    run(recipe)
+    out, named = export(tmp_path / "run", recipe, tmp_path / "out", Choice())
+    assert named is None and stored_dtype(out) == torch.bfloat16
+    out, _ = export(tmp_path / "run", recipe, tmp_path / "whole", Choice(dtype="float32"))
+    trained = AutoModelForCausalLM.from_pretrained(folder_of(tmp_path / "run", "train-policy") / "policy")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(trained))
+
+
+def test_an_adapter_of_the_run_names_a_given_base_for_every_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter sits on the output layer, which is tied to the embedding: only the merged model is untied."""
+    make_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    tuning = {"type": "lora", "rank": 2, "target_modules": ["q_proj", "lm_head"]}
+    training = {"learning_rate": 0.05, "batch": 8}
+    recipe = recipe_of("sft", Path("base"), Path("run"), tuning=tuning, training=training)
+    run(recipe)
+    made = folder_of(Path("run"), "train-policy") / "policy"
+    assert read_json(made / "adapter_config.json")["base_model_name_or_path"] == str(tmp_path / "base")
+    (adapter, _), (merged, _) = (export(Path("run"), recipe, Path(n), Choice(merge=n == "m")) for n in ("a", "m"))
+    monkeypatch.chdir("/")
+    with_adapter = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    alone = AutoModelForCausalLM.from_pretrained(merged)
+    assert not alone.config.tie_word_embeddings
+    assert torch.equal(alone.get_input_embeddings().weight, with_adapter.get_base_model().get_input_embeddings().weight)
+    torch.testing.assert_close(logits(alone), logits(with_adapter), rtol=1e-5, atol=1e-5)
