@@ -145,5 +145,6 @@ def test_the_recipes_that_come_along_are_valid(name: str, capsys: pytest.Capture
         assert macpo("demo", "--seeds", "1-2", "--print-config") == 0
         assert "own-positives" in capsys.readouterr().out
         return
-    needed = ("--set", "data.path=x", "--set", "teachers.0.model=y") if name == "hh-local" else ()
+    missing = {"hh-local": ("data.path=x", "teachers.0.model=y"), "small-models": ("data.path=x",)}
+    needed = [word for one in missing.get(name, ()) for word in ("--set", one)]
     assert macpo("run", RECIPES / f"{name}.yaml", "--print-config", *needed) == 0
