@@ -333,8 +333,6 @@ def load_causal_lm(
         why = " ".join(str(error).split())[:300]
         remote = "auto_map" in config and not trust_remote_code
         fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
-        if "text_config" in config and not remote:
-            fix = "transformers has no causal LM in this model of text and images: use the family's text-only model"
         raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=path) from error
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from macpo.engine.errors import ConfigError
 
 FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma 3 or Phi"
+TEXT_ONLY = "use the text-only model of the family, or a decoder-only one such as Llama, Qwen, Mistral, Gemma 3 or Phi"
 ROUTER_OFF = 'set "output_router_logits": false in the model\'s config.json to train without it'
 _PACKED_LAYERS = {"full_attention", "sliding_attention"}
 # What neither layer types nor classes say; tests/project/test_compatibility_page.py compares the list with the probe.
@@ -38,7 +39,7 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
     reason = _reason(config, kind)
     if reason:
         name = config.model_type if kind is None else kind.__name__
-        raise ConfigError(f"{name} {reason}", FIX)
+        raise ConfigError(f"{name} {reason}", TEXT_ONLY if kind is None and config.sub_configs else FIX)
 
 
 def _reason(config: PreTrainedConfig, kind: Any) -> str:

@@ -359,7 +359,7 @@ def test_fingerprint_follows_content(published: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_real_files(path: str, pairs: int, prompts: int, dropped: dict[str, int]) -> None:
-    loaded, counts = load_preferences(REAL / path)
+    loaded, counts = load_preferences(Source(REAL / path, split="test" if path.startswith("hh") else "train"))
     assert (len(loaded), counts["pairs"], counts["prompts"]) == (pairs, pairs, prompts)
     assert {name: n for name, n in counts.items() if name.endswith("_dropped") and n} == dropped
     assert counts["rows"] == pairs + sum(dropped.values())

@@ -55,9 +55,9 @@ def test_params_out_of_range(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
-    [  # recurrent layers; attention outside the interface, and with a softcap that its forward does not pass on
+    [  # recurrent layers; biases in the mask, and attention with a softcap that its forward does not pass on
         ("mamba", {"state_size": 4}, "MambaForCausalLM has layers of type linear_attention"),
-        ("bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM does not use transformers' attention interface"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM adds ALiBi's biases to its attention"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "Gemma3ForCausalLM: Gemma3Attention has a softcap that its"),
     ],
 )

@@ -315,8 +315,8 @@ def step_without_values(
 ) -> PreTrainedModel:
     """Runs a step on tensors that have shapes but no values, with the operators' shape rules in place of their work."""
 
-    def attention(q: Any, k: Any, v: Any, table: Any, lens: Any, *, scale: float, window: int | None) -> Any:
-        return torch.ops.macpo.paged_attention(q, k, v, table, lens, scale, window, None)
+    def attention(q: Any, k: Any, v: Any, table: Any, lens: Any, **form: Any) -> Any:
+        return torch.ops.macpo.paged_attention(q, k, v, table, lens, **form)
 
     def drawn(logits: Any, params: Any, keys: Any, counts: Any) -> Any:
         return torch.empty_like(counts), *(logits.new_empty(counts.shape, dtype=torch.float32) for _ in range(2))
@@ -345,7 +345,10 @@ def step_without_values(
 def test_a_step_asks_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph needs: shapes alone decide what a step does. A value that the host reads raises here."""
     mixed = [FREE, SAMPLED, SamplingParams(temperature=0, repetition_penalty=1.2)]
-    assert not waiting_part(step_without_values(monkeypatch, model_of(name), mixed))
+    model = model_of(name)
+    if name == "gpt_oss":  # torch's shape rule of the default, grouped products, knows bfloat16 alone
+        model.set_experts_implementation("batched_mm")
+    assert not waiting_part(step_without_values(monkeypatch, model, mixed))
 
 
 def test_a_step_of_stacked_adapters_asks_for_no_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from macpo.engine.errors import ConfigError, PeerError
 from macpo.engine.generation import Generator, Sample, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.run.folder import folder_of
 
-TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{{ 'q' if add_generation_prompt }}"
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{{ 'a' if add_generation_prompt }}"
 NEW_TOKENS, TIE = 12, 1e-4
 GREEDY = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
 DIALOGUES = [[{"role": "user", "content": text}] for text in ("ab", "hello", "to be or not", "zzz", "q", "some words")]
