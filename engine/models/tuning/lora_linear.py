@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import addmm_flop, register_flop_formula
 
-from macpo.kernels.wide_products import is_emulated
-
 
 def use_fused_lora(model: nn.Module) -> None:
     """Make the model's peft LoRA layers run through `lora_linear`, in place; names, weights and files stay."""
@@ -45,16 +43,13 @@ class FusedLinear(PeftLinear):
     def _plain(self, x: Tensor) -> str | None:
         """The one active adapter if it is plain LoRA without dropout over a frozen nn.Linear in the dtype of x.
 
-        Returns None if tensor parallelism has split the layer, under autocast, which chooses dtypes itself, and where
-        the CPU has no products of this dtype: peft's, in float32, are several times as fast there.
+        Returns None if tensor parallelism has split the layer, and under autocast, which chooses dtypes itself.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         if len(names) != 1 or self.disable_adapters or self.merged:
             return None
         (name,), base = names, self.base_layer
         if type(base) is not nn.Linear or isinstance(base.weight, DTensor) or base.weight.dtype != x.dtype:
-            return None
-        if is_emulated(x):
             return None
         trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
         if trains or name in self.lora_variant or self.lora_bias[name]:
