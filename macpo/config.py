@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from macpo.demo_world import WorldSettings
+from macpo.data_settings import DataSettings
 from macpo.engine import recipe as recipes
 from macpo.engine.config import (
     ComputeSettings,
@@ -44,88 +44,6 @@ def _template(text: str, info: ValidationInfo) -> str:
 
 
 Template = Annotated[str, AfterValidator(_template)]
-_OF_TOKENS = ("long_prompt", "special_text", "refused")
-"""Settings of the data block that are about tokens, not about rows."""
-
-
-class SourceSettings(Settings):
-    """Where text comes from, and how it becomes tokens.
-
-    `format`, `columns`, `preference`, `empty`, `contradictions`, `subset` and `split` hold for every file that is read:
-    this one, `test_path`, and a teacher's own. `subset` and `split` choose among the files of a folder; a teacher's own
-    data that is a single file is read whole.
-    """
-
-    later: ClassVar[tuple[str, ...]] = ("empty", "contradictions")
-    """Settings that keys leave out at their default."""
-
-    path: HubPath | None = None
-    """A file, a folder in HH-RLHF's layout, or a Hub id."""
-    world: WorldSettings | None = None
-    """Instead of `path`: text made by the project, with an exact gold score."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Other names for `prompt`, `chosen`, `rejected`: {prompt: question}."""
-    preference: Literal["better", "safer"] = "better"
-    """PKU-SafeRLHF only: which label decides."""
-    subset: str | None = None
-    """One sub-folder of the data set, such as `harmless-base` of HH-RLHF; default all."""
-    split: str = "train"
-    """Which published split to read; another is never read in its place."""
-    test_split: str | None = None
-    """Published split to evaluate on, instead of a part of `split`; its prompts are left out of training."""
-    test_path: HubPath | None = None
-    """File, folder or Hub id to evaluate on, in the same layout; its prompts are left out of training."""
-    empty: Literal["auto", "error", "drop"] = "auto"
-    """Rows with a prompt or answer of white space: an error, or dropped and counted; `auto` drops in the layouts of
-    HH-RLHF and PKU-SafeRLHF, whose published files hold some, and is an error in the others."""
-    contradictions: Literal["keep", "drop"] = "keep"
-    """Pairs of one prompt that prefer the same two answers both ways: kept, or all dropped; counted either way."""
-    refused: Literal["error", "drop"] = "error"
-    """Rows that an agent's chat template refuses: an error, or dropped and counted wherever that agent reads them."""
-    long_prompt: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
-    special_text: Literal["plain", "error"] = "plain"
-    """Text of special tokens inside the data: encoded as plain text, or refused."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.world is None):
-            raise ValueError("give exactly one of `path` and `world`")
-        if self.world is not None:  # the world has sizes of its own
-            for name, field in type(self).model_fields.items():
-                both = name in ("path", "world", *_OF_TOKENS)
-                if not both and getattr(self, name) != field.get_default(call_default_factory=True):
-                    raise ValueError(f"{name} is for `path`; the world's settings are in `world`")
-        if self.test_path is not None and self.test_split is not None:
-            raise ValueError("test_split is for `path`; test_path is a data set of its own")
-        return self
-
-    def key(self) -> dict[str, Any]:
-        """What decides which rows there are, as keys of stages have it.
-
-        How prompts become tokens does not; settings that came later are left out at their default, so that runs that an
-        earlier version finished stay finished.
-        """
-        found = self.model_dump(mode="json", exclude=set(_OF_TOKENS))
-        for name in self.later:
-            if found[name] == type(self).model_fields[name].default:
-                del found[name]
-        return found
-
-
-class DataSettings(SourceSettings):
-    """Preference data and its three disjoint sets of prompts."""
-
-    later: ClassVar[tuple[str, ...]] = (*SourceSettings.later, "test_split", "test_path")
-
-    format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
-    """Layout of the rows; `auto` goes by the keys of the first row."""
-    teacher_prompts: PositiveInt = 5000
-    """Prompts with human answers, for the teachers alone."""
-    student_prompts: PositiveInt = 5000
-    """Prompts whose human answers training never reads."""
-    test_prompts: PositiveInt = 2000
-    """Prompts for evaluation alone."""
 
 
 class ServedAgent(ServedSettings):

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.models.loading import embedding_rows
 
 NEVER = -1e30
 """Logit of an id that is not drawn. It is finite because the sampling operator reads infinite logits as broken; its
@@ -73,3 +75,14 @@ class Columns(NamedTuple):
         """logits [B, W >= num_tokens] -> [B, num_tokens], in which holes have probability 0; a view where it can be."""
         kept = logits[:, : self.num_tokens]
         return kept if self.holes is None else kept.float().index_fill(1, self.holes, NEVER)
+
+
+def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError if the tokenizer can produce an id that the model has no embedding for."""
+    rows = embedding_rows(model)
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed > rows:
+        raise ConfigError(
+            f"the tokenizer has ids up to {needed - 1} (vocabulary {needed}) but the model has {rows} embedding rows",
+            "use the model's own tokenizer, or resize the model's embeddings",
+        )

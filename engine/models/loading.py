@@ -22,7 +22,6 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -382,17 +381,6 @@ def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids the model has an embedding for."""
     table: Any = model.get_input_embeddings()
     return int(getattr(table, "num_embeddings", table.weight.shape[0]))  # the weight may be one rank's part
-
-
-def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError if the tokenizer can produce an id that the model has no embedding for."""
-    rows = embedding_rows(model)
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if needed > rows:
-        raise ConfigError(
-            f"the tokenizer has ids up to {needed - 1} (vocabulary {needed}) but the model has {rows} embedding rows",
-            "use the model's own tokenizer, or resize the model's embeddings",
-        )
 
 
 @contextmanager

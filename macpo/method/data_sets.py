@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from macpo.config import SourceSettings
 from macpo.data.examples import load_examples
 from macpo.data.folders import has_split
 from macpo.data.preferences import load_preferences
 from macpo.data.prompts import ids_of
 from macpo.data.rows import Source
 from macpo.data.spool import Records, View
+from macpo.data_settings import SourceSettings
 from macpo.engine.data.records import Example, Pair
 from macpo.engine.errors import ConfigError
 

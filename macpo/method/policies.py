@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from macpo.engine.config import ComputeSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.generation.split_model import split_policy, team_size
+from macpo.engine.generation.vocabulary import check_vocab
 from macpo.engine.models.compute import model_cache
-from macpo.engine.models.loading import check_vocab, is_adapter, local_folder
+from macpo.engine.models.loading import is_adapter, local_folder
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize, spreads
 from macpo.engine.models.policy import PolicyModule, PolicyRef

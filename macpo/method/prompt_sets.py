@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field, field_serializer
 
 from macpo import demo_world
-from macpo.config import DataSettings
 from macpo.data.preferences import split
 from macpo.data.prompts import Prompts, ids_of
+from macpo.data_settings import DataSettings
 from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.files import write_json
 from macpo.engine.run.context import StageContext

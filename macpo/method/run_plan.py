@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from macpo.config import AgentSettings, SourceSettings, TemplateArguments
+from macpo.config import AgentSettings, TemplateArguments
+from macpo.data_settings import SourceSettings
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.template_settings import date_of
 from macpo.engine.run.stages import Graph, Stage, StageWork

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from macpo.config import AgentSettings, SourceSettings, Template, TemplateArguments, check_reference
+from macpo.config import AgentSettings, Template, TemplateArguments, check_reference
+from macpo.data_settings import SourceSettings
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,

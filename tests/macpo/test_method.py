@@ -11,7 +11,8 @@ import torch
 from tiny import tiny
 
 from macpo.commands.run import run
-from macpo.config import DataSettings, Recipe
+from macpo.config import Recipe
+from macpo.data_settings import DataSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError

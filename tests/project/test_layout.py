@@ -54,9 +54,10 @@ MAY_IMPORT = {
         "evaluation": "engine",
         "integrations": "engine kernels",
         "report": "engine evaluation",
-        "config": "engine data evaluation demo_world",
-        "method": "engine data evaluation demo_world config",
-        "standalone": "engine kernels data evaluation demo_world config method",  # kernels: the names of the losses
+        "data_settings": "engine demo_world",
+        "config": "engine data evaluation demo_world data_settings",
+        "method": "engine data evaluation demo_world data_settings config",
+        "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
         "iteration": "engine config method",
         "recipe_kinds": "engine config method standalone iteration",
         "commands": "engine data evaluation demo_world report config method standalone iteration recipe_kinds",

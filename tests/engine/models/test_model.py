@@ -342,7 +342,7 @@ def test_more_tokens_than_embedding_rows_are_refused(llama: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from macpo.engine.models.loading import check_vocab
+    from macpo.engine.generation.vocabulary import check_vocab
 
     model = load_causal_lm(llama)
     words = {f"w{k}": k for k in range(VOCAB + 1)}

@@ -13,9 +13,9 @@ import pytest
 from standalone_runs import COMPUTE, INIT, OPTIM
 
 from macpo.commands.check import check
-from macpo.config import DataSettings
 from macpo.data.prompts import Prompts
 from macpo.data.spool import Spool, spooled, whole
+from macpo.data_settings import DataSettings
 from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError, MacpoError
 from macpo.engine.files import read_json, read_jsonl
