@@ -262,7 +262,8 @@ def _lone_surrogate(raw: bytes) -> int | None:
     return high
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # made once: `json.dumps` would make one a row
+# Made once: `json.dumps` would make one a row.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)
 
 
 def _dumps(value: Any, name: str, line: int | None, indent: int | None = None) -> str:

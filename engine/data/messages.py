@@ -36,6 +36,8 @@ def message_of(value: Any) -> Message:
     if not isinstance(value, Mapping) or value.get("role") not in ROLES:
         fix = f"each message is {{role: {', '.join(ROLES[:-1])} or {ROLES[-1]}, content: text}}"
         raise DataError(f"not a chat message: {value!r:.60}", fix, field="role")
+    if len(value) == 2 and isinstance(content := value.get("content"), str):  # as nearly all are
+        return {"role": value["role"], "content": _string(content, "content")}
     given = {name: part for name, part in value.items() if part is not None}
     unknown = [name for name in given if name not in ("role", "content", *PARTS)]
     if unknown:

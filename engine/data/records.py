@@ -32,6 +32,11 @@ def messages_text(messages: Sequence[Message]) -> str:
     return f"[{', '.join(texts)}]"
 
 
+def prompt_id(messages: Sequence[Message]) -> str:
+    """The id of a prompt of these messages: 16 hexadecimal digits, a hash of their content."""
+    return hashlib.sha256(messages_text(messages).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A dialogue that ends before the assistant's response; `id` is the hash of its content.
@@ -48,8 +53,8 @@ class Prompt:
     def of(cls, messages: str | Iterable[Message], origin: tuple[str, int] | None = None) -> Self:
         """A prompt from chat messages with all their parts, or from a string that becomes one user turn."""
         turns: Iterable[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        kept = tuple(dict(m) for m in turns)
-        return cls(hashlib.sha256(messages_text(kept).encode()).hexdigest()[:16], kept, origin)
+        kept = tuple(map(dict, turns))
+        return cls(prompt_id(kept), kept, origin)
 
     def to_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"prompt_id": self.id, "prompt": list(self.messages)}
@@ -159,9 +164,10 @@ class Pair:
 
     def to_json(self) -> dict[str, Any]:
         row = self.prompt.to_json()
-        for name in self.__slots__:
-            if name != "prompt" and (name not in _PARTS or getattr(self, name) is not None):
-                row[name] = getattr(self, name)
+        for name in _PLAIN:
+            row[name] = getattr(self, name)
+        if self.chosen_parts is not None or self.rejected_parts is not None:
+            row |= {name: parts for name in _PARTS if (parts := getattr(self, name)) is not None}
         return row
 
     @classmethod
@@ -171,6 +177,7 @@ class Pair:
 
 
 _PARTS = ("chosen_parts", "rejected_parts")  # absent where the response is its text
+_PLAIN = tuple(name for name in Pair.__slots__ if name not in ("prompt", *_PARTS))
 
 
 Record: TypeAlias = Prompt | Response | Example | Pair

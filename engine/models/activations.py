@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.tuning.lora_linear import LORA_LINEAR
+from macpo.kernels.wide_products import WIDE_MM
 
 _aten = torch.ops.aten
 PRODUCTS = (
@@ -29,6 +30,7 @@ PRODUCTS = (
     _aten.baddbmm.default,
     _aten._grouped_mm.default,
     LORA_LINEAR,
+    WIDE_MM,
 )
 """Operators whose results `selective` keeps, because they cost most to recompute; attention's share is small."""
 COMPILED_VARIANTS = 64  # torch.compile caches by code object, which all models of a process share

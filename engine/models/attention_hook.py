@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.rotary import rotary_per_sequence
 from macpo.kernels import AttentionForm, Segments, prefix_attention
+from macpo.kernels.wide_products import wide_products
 
 HOOK_NAME = "macpo"
 _OTHER_MODEL = "use a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma or Phi"
@@ -148,7 +149,7 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
         raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", _OTHER_MODEL)
     model.set_attn_implementation(HOOK_NAME)
     try:
-        with rotary_per_sequence(model):
+        with rotary_per_sequence(model), wide_products(model.dtype, model.device):
             yield
     finally:
         for config, name in own.values():

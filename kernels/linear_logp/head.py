@@ -23,6 +23,7 @@ from torch import Tensor
 from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
 from macpo.kernels.linear_logp.scaling import scale_rows
+from macpo.kernels.wide_products import is_emulated
 
 # Size of a default chunk's logits, or of its d where no logits are kept. On a GPU this is 512 and 1,024 response tokens
 # at a vocabulary of 128 Ki, where the GEMMs are near full speed; beside the gradients 4,096 then need under 0.30 GB.
@@ -275,7 +276,7 @@ class Gradients:
         through_nr = self._through_lora(d_nv) if head.lora_b_vr is not None else None
         if self.hidden is not None:
             dx_nh = self.hidden[part]
-            torch.mm(d_nv, head.weight_vh, out=dx_nh)
+            _input_product_(d_nv, head.weight_vh, dx_nh)
             if factor_n is not None:
                 scale_rows(dx_nh, factor_n, in_place=True)
             if through_nr is not None and head.lora_a_rh is not None:
@@ -337,6 +338,17 @@ def add_product_(
         x_nk = x_nk.to(out_vk.dtype)
         for part in _convert_blocks(d_vn):
             out_vk[part].addmm_(d_vn[part].to(out_vk.dtype), x_nk, beta=0 if overwrite else 1)
+
+
+def _input_product_(d_nv: Tensor, weight_vh: Tensor, out_nh: Tensor) -> None:
+    """out = d W, accumulated in float32 and rounded once."""
+    if not is_emulated(d_nv.dtype, d_nv.device):
+        torch.mm(d_nv, weight_vh, out=out_nh)
+        return
+    wide_nh = torch.zeros(out_nh.shape, dtype=torch.float32)
+    for part in _convert_blocks(weight_vh):
+        wide_nh.addmm_(d_nv[:, part].float(), weight_vh[part].float())
+    out_nh.copy_(wide_nh)
 
 
 def _convert_blocks(x_vk: Tensor) -> Iterator[slice]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from macpo.data.rows import EmptyText, Row
 from macpo.engine.data.messages import Message, message_of, parts_of, tools_of, with_tools
-from macpo.engine.data.records import Prompt
+from macpo.engine.data.records import Prompt, prompt_id
 from macpo.engine.errors import DataError
 
 LAST = "\n\nAssistant:"
@@ -70,12 +70,12 @@ def prompt_before_answer(row: Row, messages: Sequence[Message]) -> Prompt:
         )
         fix = "end the prompt with the user's message; an answer that was begun belongs into the answers"
         row.fail("prompt", problem, fix)
-    if not any(message["content"].strip() for message in messages if message["role"] == "user"):
+    if not any(message["role"] == "user" and message["content"].strip() for message in reversed(messages)):
         row.fail("prompt", "the prompt is empty or white space", _EMPTY_FIX, EmptyText)
     messages = _with_system(row, messages)
     if row.fields.get("tools") is not None:
         messages = with_tools(messages, _part(row, "tools", tools_of, row.fields["tools"]))
-    return Prompt.of(messages, origin=(row.file, row.line))
+    return Prompt(prompt_id(messages), tuple(messages), (row.file, row.line))
 
 
 def _with_system(row: Row, messages: Sequence[Message]) -> Sequence[Message]:

@@ -61,11 +61,11 @@ def load_preferences(
     _check(format, source.columns, preference, empty, contradictions)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", *_DROPPED, "prefix_pairs"), 0))
     spool, repeats, layout = Spool(Pair), Repeats(), format
-    for row in source.rows():
-        counts["rows"] += 1
-        if counts["rows"] == 1:
+    for number, row in enumerate(source.rows(), 1):
+        if number == 1:
             layout = detect(row) if format == "auto" else format
             check_read(source.columns, layout, reads(layout, preference))
+        counts["rows"] = number
         try:
             sides = FORMATS[layout](row, preference)
             dropped = "malformed_dropped" if sides is None else sides.why_dropped

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from typing import Generic
 
@@ -16,8 +17,6 @@ from numpy.typing import NDArray
 from macpo.data.spool import Ids, Indices, R, Records
 from macpo.engine.data.messages import Message
 from macpo.engine.data.records import Example, Pair
-
-_DIGEST_BYTES = 16
 
 
 class Prompts(Generic[R]):
@@ -61,7 +60,10 @@ class Repeats:
     """Which records say the same again, and which pairs of answers are preferred both ways."""
 
     def __init__(self) -> None:
-        self._digests, self._flipped = bytearray(), bytearray()
+        # The prompt's id and the hashes of the two texts: with 64 bits each, no two of any number of rows agree by
+        # chance. Python's hashes are keyed by process, so nobody can write rows that do.
+        self._ids, self._low, self._high = array("Q"), array("q"), array("q")
+        self._flipped = bytearray()
 
     def add(self, record: Pair | Example) -> None:
         """Take the next record."""
@@ -71,18 +73,21 @@ class Repeats:
             chosen, rejected = _text(record.chosen, record.chosen_parts), _text(record.rejected, record.rejected_parts)
             flipped = chosen > rejected
             low, high = (rejected, chosen) if flipped else (chosen, rejected)
-        text = f"{record.prompt.id}{len(low)} {low}{high}"
-        self._digests += hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
+        self._ids.append(int(record.prompt.id, 16))
+        self._low.append(hash(low))
+        self._high.append(hash(high))
         self._flipped.append(flipped)
 
     def found(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Return which records repeat an earlier one, and which are contradicted by another."""
         if not self._flipped:
             return np.zeros(0, np.bool_), np.zeros(0, np.bool_)
-        digests = np.frombuffer(bytes(self._digests), np.uint64).reshape(-1, 2)
+        columns = (self._ids, self._low, self._high)
+        digests = np.stack([np.frombuffer(column.tobytes(), np.uint64) for column in columns])
         flipped = np.frombuffer(bytes(self._flipped), np.uint8)
-        order = np.lexsort((flipped, *digests.T))  # stable: an earlier record stays before its repetition
-        new_set = np.concatenate(([True], (digests[order][1:] != digests[order][:-1]).any(1)))
+        order = np.lexsort((flipped, *digests))  # stable: an earlier record stays before its repetition
+        changes = (np.diff(digests[:, order]) != 0).any(0)
+        new_set = np.concatenate(([True], changes))
         new = new_set | np.concatenate(([True], flipped[order][1:] != flipped[order][:-1]))
         set_of = np.cumsum(new_set) - 1
         both = np.bincount(set_of, weights=new) > 1

@@ -5,32 +5,31 @@
     pairs = whole(spool)
     pairs[5], pairs[5].prompt.origin, len(pairs)        # a pair, (file, line), number of pairs
 
-Only numbers stay in memory, about 60 bytes a record. The text goes to the folder that the environment variable TMPDIR
+Only numbers stay in memory, about 45 bytes a record. The text goes to the folder that the environment variable TMPDIR
 names; the file has no name there and is gone when the records are, also after a kill.
 """
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import tempfile
 import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from macpo.engine.data.messages import Message
-from macpo.engine.data.records import Example, Pair, Prompt, messages_text
+from macpo.engine.data.records import Example, Pair, Prompt, prompt_id
+from macpo.engine.errors import DataError
 from macpo.engine.files import explain, explained
 
 _BUFFER_BYTES = 2**20
-_PLAIN = {"role", "content"}
-_ENCODER = json.JSONEncoder()  # made once: `json.dumps` would look for it at every call
+_FORMAT = 2  # of marshal: the last one without references, which cost more than they save here
 
 T = TypeVar("T")
 R = TypeVar("R", Pair, Example)
@@ -72,13 +71,12 @@ class Spool(Generic[R]):
 
     def __init__(self, kind: type[R]) -> None:
         """`kind`: Example for one response each, Pair for two, chosen and rejected."""
-        self._kind: Any = kind
-        self._names = ("parts",) if kind is Example else ("chosen_parts", "rejected_parts")
-        self._parts = 1 + len(self._names)  # the prompt's messages, and each response
+        self._make: Any = _example if kind is Example else _pair
         with explained(tempfile.gettempdir()):
             self._file = tempfile.TemporaryFile(prefix="macpo-", buffering=0)  # noqa: SIM115 - lives as long as self
         weakref.finalize(self, self._file.close)
-        self._unwritten = bytearray()
+        self._unwritten: list[bytes] = []
+        self._written = 0
         self._ends, self._ids = array("Q", [0]), array("Q")
         self._files: list[str] = []
         self._file_of, self._lines = array("I"), array("Q")
@@ -88,24 +86,23 @@ class Spool(Generic[R]):
         return len(self._ids)
 
     def add(self, record: R) -> None:
-        """Append a record. Raises ResourceError where the disk is full."""
+        """Append a record. Raises ResourceError where the disk is full, DataError for absurd nesting."""
         prompt = record.prompt
-        answers: tuple[str, ...]
+        parts: tuple[Any, ...]
         if isinstance(record, Example):
-            answers = (_spelled_answer(record.answer, record.parts),)
+            parts = (record.answer, record.parts)
         else:
             pair: Pair = record
-            answers = (
-                _spelled_answer(pair.chosen, pair.chosen_parts),
-                _spelled_answer(pair.rejected, pair.rejected_parts),
-            )
-        end = self._ends[-1]
-        for text in (_spelled(prompt.messages), *answers):
-            raw = text.encode()
-            self._unwritten += raw
-            end += len(raw)
-            self._ends.append(end)
-        if len(self._unwritten) > _BUFFER_BYTES:
+            parts = (pair.chosen, pair.rejected, pair.chosen_parts, pair.rejected_parts)
+        try:
+            raw = marshal.dumps((prompt.messages, *parts), _FORMAT)
+        except ValueError as error:
+            where, line = prompt.origin or ("", None)
+            problem = f"a message cannot be kept ({error})"
+            raise DataError(problem, "give plain text, numbers, lists and objects", file=where, line=line) from None
+        self._unwritten.append(raw)
+        self._ends.append(end := self._ends[-1] + len(raw))
+        if end - self._written > _BUFFER_BYTES:
             self._write()
         self._ids.append(int(prompt.id, 16))
         file, line = prompt.origin or ("", 0)
@@ -115,37 +112,29 @@ class Spool(Generic[R]):
         self._lines.append(line)
         if len(prompt.messages) > 1:
             for shorter in beginnings(prompt):
-                self._begins.append(int(shorter.id, 16))
+                self._begins.append(int(shorter, 16))
                 self._begin_of.append(len(self) - 1)
 
     def at(self, index: int) -> R:
         """Return the record that was added at this place."""
         if self._unwritten:
             self._write()
-        first = index * self._parts
-        start, *ends = self._ends[first : first + self._parts + 1]
+        start, end = self._ends[index], self._ends[index + 1]
         try:
-            raw = os.pread(self._file.fileno(), ends[-1] - start, start)
+            raw = os.pread(self._file.fileno(), end - start, start)
         except OSError as error:
             raise explain(error, tempfile.gettempdir()) from error
-        texts, at = [], 0
-        for end in ends:
-            texts.append(raw[at : end - start].decode())
-            at = end - start
+        messages, *answers = marshal.loads(raw)
         file, line = self._files[self._file_of[index]], self._lines[index]
-        prompt = Prompt(f"{self._ids[index]:016x}", _messages(texts[0]), (file, line) if line else None)
-        answers, parts = zip(*map(_answer, texts[1:]), strict=True)
-        record: R = self._kind(prompt, *answers)
-        if any(parts):
-            record = replace(record, **dict(zip(self._names, parts, strict=True)))
-        return record
+        prompt = Prompt(f"{self._ids[index]:016x}", messages, (file, line) if line else None)
+        return self._make(prompt, *answers)
 
     def _write(self) -> None:
         with explained(tempfile.gettempdir()):
-            view = memoryview(self._unwritten)
+            view = memoryview(b"".join(self._unwritten))
             while view:
                 view = view[self._file.write(view) :]
-        self._unwritten = bytearray()
+        self._unwritten, self._written = [], self._ends[-1]
 
     @property
     def ids(self) -> Ids:
@@ -204,35 +193,16 @@ def whole(spool: Spool[R]) -> Records[R]:
     return Records(spool, np.arange(len(spool), dtype=np.int64))
 
 
-def _spelled(messages: tuple[Message, ...]) -> str:
-    """Return messages as one text: JSON, or for the commonest prompt, one text of the user's, a mark and the text."""
-    if len(messages) == 1 and messages[0].keys() == _PLAIN and messages[0]["role"] == "user":
-        return "u" + messages[0]["content"]
-    return messages_text(messages)
+def _example(prompt: Prompt, answer: str, parts: Message | None) -> Example:
+    return Example(prompt, answer, parts=parts)
 
 
-def _messages(text: str) -> tuple[Message, ...]:
-    """Return the messages that a text spells."""
-    if text[0] == "u":
-        return ({"role": "user", "content": text[1:]},)
-    return tuple(json.loads(text))
+def _pair(prompt: Prompt, chosen: str, rejected: str, *parts: Message | None) -> Pair:
+    return Pair(prompt, chosen, rejected, chosen_parts=parts[0], rejected_parts=parts[1])
 
 
-def _spelled_answer(text: str, parts: Message | None) -> str:
-    """Return a response as one text: a mark and the text, or JSON of the text and its whole message."""
-    return f"t{text}" if parts is None else _ENCODER.encode([text, parts])
-
-
-def _answer(text: str) -> tuple[str, Message | None]:
-    """Return the response that a text spells, and its whole message if it has further parts."""
-    if text[0] == "t":
-        return text[1:], None
-    answer, parts = json.loads(text)
-    return answer, parts
-
-
-def beginnings(prompt: Prompt) -> Iterator[Prompt]:
-    """Yield the shorter dialogues with which a prompt begins and that are prompts themselves."""
+def beginnings(prompt: Prompt) -> Iterator[str]:
+    """Yield the ids of the shorter dialogues with which a prompt begins and that are prompts themselves."""
     for end in range(1, len(prompt.messages)):
         if prompt.messages[end - 1]["role"] in ("user", "tool"):
-            yield Prompt.of(prompt.messages[:end])
+            yield prompt_id(prompt.messages[:end])

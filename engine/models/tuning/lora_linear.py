@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import addmm_flop, register_flop_formula
 
+from macpo.kernels.wide_products import widens
+
 
 def use_fused_lora(model: nn.Module) -> None:
     """Make the model's peft LoRA layers run through `lora_linear`, in place; names, weights and files stay."""
@@ -95,11 +97,13 @@ class _LoraLinear(torch.autograd.Function):
         (dy,) = grads
         x, u, weight, a, b = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        if widens(dy):
+            dy, u = dy.float(), u.float()
         du = torch.mm(dy, b.to(dy.dtype)).mul_(ctx.scaling)
-        dx = torch.mm(dy, weight).addmm_(du, a.to(dy.dtype)) if needs_x else None
-        da = _mm(du.t(), x, a.dtype) if needs_a else None
+        dx = torch.mm(dy, weight.to(dy.dtype)).addmm_(du, a.to(dy.dtype)) if needs_x else None
+        da = _mm(du.t(), x.to(dy.dtype), a.dtype) if needs_a else None
         db = _mm(dy.t(), u, b.dtype).mul_(ctx.scaling) if needs_b else None
-        return dx, None, None, da, db, None
+        return None if dx is None else dx.to(x.dtype), None, None, da, db, None
 
 
 def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,6 +117,9 @@ def products(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """x [T, I] -> (y [T, O], u = x A' [T, r]); the adapter's part is added to y in place."""
+    if widens(x):
+        y, u = products(x.float(), weight.float(), None if bias is None else bias.float(), a, b, scaling)
+        return y.to(x.dtype), u.to(x.dtype)
     y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     u = torch.mm(x, a.to(x.dtype).t())
     return y.addmm_(u, b.to(x.dtype).t(), alpha=scaling), u

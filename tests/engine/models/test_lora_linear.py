@@ -29,6 +29,7 @@ from macpo.engine.models.tuning import lora, lora_linear
 from macpo.engine.models.tuning.lora_linear import FusedLinear, use_fused_lora
 from macpo.engine.planning.dry_run import Recorder
 from macpo.engine.training.objectives import sft
+from macpo.kernels import wide_products
 
 SIZES = [(1, 24, 40, 3), (37, 33, 17, 1), (130, 64, 48, 8)]  # T, I, O, r: one token; odd and rank 1; many tokens
 
@@ -159,7 +160,9 @@ def test_x_as_it_is_and_u_are_all_that_is_kept() -> None:
     assert (second.shape, second.dtype) == ((50, 3), torch.bfloat16)
 
 
-def test_no_second_output_and_no_second_gradient_is_ever_made() -> None:
+def test_no_second_output_and_no_second_gradient_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device has 16-bit products; else they are in float32."""
+    monkeypatch.setattr(wide_products, "EMULATED", frozenset())
     layer = layer_of(dtype=torch.bfloat16)
     x = torch.randn(1, 512, 24, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(1, 512, 40, dtype=torch.bfloat16)
