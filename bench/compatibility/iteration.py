@@ -1,9 +1,10 @@
-"""One MACPO iteration of real models in float32 and in bfloat16: wall time, peak memory and the run's own scores.
+"""One MACPO iteration of real models in float32 and in bfloat16: time, peak memory and the run's own scores.
 
     python -m bench.compatibility.iteration --set data.path=PATH [--set teachers.0.model=DIR] [--out DIR] [--json PATH]
 
 Runs recipes/small-models.yaml once a dtype, in a process of its own, one after the other; the recipe's other settings
-are overridden with --set. Times are those of this machine at this hour: read their ratio.
+are overridden with --set. Times are those of this machine at this hour: read their ratio, and on a machine that does
+other work too the ratio of the processors' time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SHOWN = ("preference_accuracy", "preference_accuracy_se", "logp_margin_per_token
 
 
 def run(dtype: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
-    """Run the recipe; returns seconds, the peak resident bytes of its process, and each agent's scores by iteration.
+    """Run the recipe; returns seconds by the clock and of the processors, the peak resident bytes of its process, and
+    each agent's scores by iteration.
 
     Raises:
         RuntimeError: the run failed.
@@ -45,14 +47,15 @@ def run(dtype: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
         raise RuntimeError(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
     summary = json.loads((out / "summary.json").read_text())
     scores = {name: agent["scores"] for name, agent in summary["agents"].items()}
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, "scores": scores}
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": usage.ru_maxrss * 1024, "scores": scores}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    lines = ["| dtype | minutes | peak memory |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {row['seconds'] / 60:.1f} | {row['peak_bytes'] / 1e9:.2f} GB |" for name, row in found.items()
-    ]
+    lines = ["| dtype | minutes | CPU minutes | peak memory |", "|---|---|---|---|"]
+    for name, row in found.items():
+        minutes, cpu = row["seconds"] / 60, row["cpu_seconds"] / 60
+        lines.append(f"| {name} | {minutes:.1f} | {cpu:.1f} | {row['peak_bytes'] / 1e9:.2f} GB |")
     lines += ["", f"| agent | iteration | dtype | {' | '.join(SHOWN)} |", "|---|---|---|" + "---|" * len(SHOWN)]
     for name, row in found.items():
         for agent, scores in row["scores"].items():
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {dtype: run(dtype, args.set, out / dtype) for dtype in args.dtype}
     print(table(found))
     if args.json:
-        made = {"about": provenance(torch.device("cpu")), "runs": found}
+        made = {"about": provenance(torch.device("cpu")), "settings": args.set, "runs": found}
         args.json.write_text(json.dumps(made, indent=1) + "\n")
     return 0
 
