@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {dtype: run(dtype, args.set, out / dtype) for dtype in args.dtype}
     print(table(found))
     if args.json:
-        made = {"about": provenance(torch.device("cpu")), "settings": args.set, "runs": found}
+        made = {"about": provenance(torch.device("cpu")), "runs": found}
         args.json.write_text(json.dumps(made, indent=1) + "\n")
     return 0
 
