@@ -1,4 +1,4 @@
-"""Stated specifications of the GPUs that plans and MFU support.
+"""Stated specifications of the GPUs that plans and MFU support, and the memory of this machine.
 
 Sources, all for the SXM boards, dense (NVIDIA's tables print bf16 "with sparsity", which is twice the dense figure):
 A100 80GB datasheet (2021); H100 datasheet and Hopper white paper (2022); H200 datasheet (2023); Blackwell datasheet,
@@ -8,11 +8,17 @@ Network: one NIC a GPU of NVIDIA's own 8-GPU systems: DGX A100 200 Gb/s, DGX H10
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 MIB = 2**20
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much memory a container may use: control groups of version 2 and 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +61,12 @@ def of_device(device: torch.device | str) -> Gpu | None:
         return None
     found = torch.cuda.get_device_name(device)
     return next((gpu for gpu in GPUS.values() if gpu.device_name == found), None)
+
+
+def host_memory(limits: Sequence[Path] = CONTAINER_LIMITS) -> int:
+    """Bytes of memory that this process may use: the machine's, or fewer where a container is limited."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            found.append(int(path.read_text()))
+    return min(found)

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from macpo.engine.distributed.failures import free_memory, is_out_of_memory
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.generation.batch_runner import BatchRunner, Job
 from macpo.engine.generation.equivalence import verified_cache_shapes
 from macpo.engine.generation.model_facts import CacheShape, disabled, eos_ids, head_width, unwrap
@@ -52,7 +53,7 @@ class Generator:
     Args:
         model: the model with its weights on their device; it is in eval mode while generating and restored afterwards.
         tokenizer: needed for stop texts and for `Sample.text`; only ids that it has are drawn.
-        max_batch: sequences decoded together.
+        max_batch: sequences decoded together; halved where memory runs out.
         max_cache_tokens: limit of the key-value cache in tokens; None: enough for `max_batch` of the longest requests.
         block_tokens: each sequence's share of the cache is rounded up to a multiple of this.
         cache: "pool" keeps keys and values in blocks that a request's samples share, and decodes by device work of
@@ -132,6 +133,7 @@ class Generator:
         Raises:
             ConfigError, DataError: bad requests, all at once, before any work; or an unsupported architecture.
             NumericsError: logits that are not finite.
+            ResourceError: memory runs out even for one sequence, or on a rank of several.
         """
         ids = content_ids(prompts) if request_ids is None else list(request_ids)
         names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
@@ -172,12 +174,42 @@ class Generator:
             stacked = self._stacked(names) if len(names) > 1 else None
             if stacked is not None:
                 with stacked.active():
-                    self._run(requests, replace(job, adapters=stacked), on_done)
+                    self._run_within_memory(requests, replace(job, adapters=stacked), on_done)
                 names = []
             for name in names:
                 with self._adapter(name):
-                    self._run([request for request in requests if request.adapter == name], job, on_done)
+                    part = [request for request in requests if request.adapter == name]
+                    self._run_within_memory(part, job, on_done)
         return [Output(r.id, [found[r.id, r.attempt, sample] for sample in r.samples]) for r in requests]
+
+    def _run_within_memory(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
+        """Runs the requests; where memory runs out, the unfinished ones again in smaller batches, from now on."""
+        done: set[tuple[str, int, int]] = set()
+
+        def take(sequence: ActiveSequence) -> None:
+            done.add(sequence.key)
+            on_done(sequence)
+
+        while part:
+            try:
+                return self._run(part, job, take)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve_batch(max(map(self._reserved, part)))
+            left = [(r, tuple(s for s in r.samples if (r.id, r.attempt, s) not in done)) for r in part]
+            part = [replace(request, samples=samples) for request, samples in left if samples]
+
+    def _halve_batch(self, tokens: int) -> None:
+        self._session = None
+        free_memory()
+        if self.max_batch == 1 or self.team.size > 1:  # the ranks of a team would have to fail together
+            fix = "lower compute.generation_batch (max_batch of a Generator)" if self.max_batch > 1 else ""
+            fix = fix or "lower sampling.max_new_tokens or context_tokens, or use a smaller model or dtype"
+            problem = f"decoding {self.max_batch} sequences of up to {tokens:,} tokens does not fit in memory"
+            raise ResourceError(problem, fix)
+        self.max_batch //= 2
+        _log.warning("memory ran out while decoding: %d sequences together from now on", self.max_batch)
 
     def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
         paused: dict[tuple[str, int, int], ActiveSequence] = {}  # at the length where the model's rotary factors switch

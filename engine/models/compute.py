@@ -9,6 +9,7 @@ import torch
 
 from macpo.engine.config import ComputeSettings
 from macpo.engine.errors import ConfigError
+from macpo.engine.hardware import host_memory
 from macpo.engine.models.model_cache import ModelCache
 
 RESIDENT_SHARE = 0.6
@@ -32,14 +33,17 @@ def dtype_of(compute: ComputeSettings) -> torch.dtype:
 
 
 def memory_budget(compute: ComputeSettings) -> int:
-    """Bytes that the base models loaded in one process may take."""
+    """Bytes that the base models loaded in one process may take: by default a share of what its device has.
+
+    Parallel jobs share the device; on a CPU, so do the ranks of a node.
+    """
     if compute.memory_gb is not None:
         return int(compute.memory_gb * 1e9)
     if device_of(compute).type == "cuda":
-        total = torch.cuda.get_device_properties(device_of(compute)).total_memory
+        total, ranks = torch.cuda.get_device_properties(device_of(compute)).total_memory, 1
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(RESIDENT_SHARE * total / compute.jobs)
+        total, ranks = host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(RESIDENT_SHARE * total / (compute.jobs * ranks))
 
 
 @lru_cache(maxsize=1)

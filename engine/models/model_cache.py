@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,6 +103,15 @@ class ModelCache:
     def _part_bytes(self, name: str, ranks: int) -> int:
         files = weight_files(local_folder(name, trust_remote_code=self.trust_remote_code))
         return num_parameters(files) * self.dtype.itemsize // ranks
+
+    def keep(self, folder: Path, needed: Collection[Path]) -> None:
+        """Drop the bases below a folder that are in none of the folders `needed`; others stay."""
+        paths = {name: Path(name) for name in self._bases}
+        for name, path in paths.items():
+            if path.is_relative_to(folder) and not any(path.is_relative_to(each) for each in needed):
+                del self._bases[name]
+        if len(self._bases) < len(paths):
+            self._collect()
 
     def release(self) -> None:
         """Empty the cache; bases that a living policy uses stay in memory."""

@@ -30,6 +30,8 @@ class StageContext:
     stop: StopFlag
     group: World | None = None
     counts: dict[str, Any] = field(default_factory=dict)
+    needed: frozenset[Path] | None = None
+    """Folders of finished stages that this stage or one after it reads; None where that is not known."""
 
     @property
     def world(self) -> World:

@@ -47,7 +47,8 @@ class Executor:
         folder, timing = Path(plan["folder"]), plan["timing"]
         inputs = {name: Path(path) for name, path in plan["inputs"].items()}
         if not plan["ready"]:
-            context = StageContext(stage.name, folder, inputs, self.stop, self.world)
+            needed = frozenset(map(Path, plan["needed"]))
+            context = StageContext(stage.name, folder, inputs, self.stop, self.world, needed=needed)
             context.counts.update(timing.get("counts", {}))
             began, before = time.monotonic(), timing.get("seconds", 0.0)
             try:
@@ -88,7 +89,15 @@ class Executor:
         for path in folder.glob("error-rank*.log"):
             path.unlink()
         point("stage-started")
-        return {"folder": str(folder), "inputs": inputs, "ready": False, "timing": read_timing(folder)}
+        timing, needed = read_timing(folder), self._needed()
+        return {"folder": str(folder), "inputs": inputs, "ready": False, "timing": timing, "needed": needed}
+
+    def _needed(self) -> list[str]:
+        """The folders of finished stages that unfinished ones read."""
+        finished = self.run.finished()
+        readers = [stage for stage in self.graph.stages if stage.name not in finished]
+        read = {name for stage in readers for name in stage.inputs.values()}
+        return [str(path) for name, path in finished.items() if name in read]
 
     def _verified_input(self, name: str, digest: str) -> Path:
         folder = self.run.committed(name)

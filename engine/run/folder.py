@@ -33,6 +33,11 @@ class RunFolder:
         """The folder that the stage was writing into when it was last heard of."""
         return self._find(name, ".tmp")
 
+    def finished(self) -> dict[str, Path]:
+        """The folders of all finished stages, by name."""
+        matches = [(path, _FOLDER.fullmatch(path.name)) for path in sorted(self.path.iterdir())]
+        return {match["name"]: path for path, match in matches if match and match["state"] is None}
+
     def _find(self, name: str, state: str | None) -> Path | None:
         if not self.path.is_dir():
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from macpo.config import AgentSettings, Recipe
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, MacpoError
+from macpo.engine.hardware import host_memory
 from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import llama_shape
@@ -87,16 +87,14 @@ def hardware_of(recipe: AnyRecipe, gpu: str | None = None, gpus: int | None = No
         return Hardware(Machine.of_gpu(planned), float(planned.memory_bytes), ranks)
     device = device_of(compute).type
     threads = compute.threads or torch.get_num_threads()
-    if device == "cuda":
-        room = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / compute.jobs
+    on_gpu = device == "cuda"
+    room = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory() / compute.jobs
     machine = this_machine(device, threads)
     if measure:
         torch.set_num_threads(threads)
-        setup = Setup(FullSettings(), dtype=dtype_of(compute), device="cuda" if device == "cuda" else "cpu")
+        setup = Setup(FullSettings(), dtype=dtype_of(compute), device="cuda" if on_gpu else "cpu")
         machine = calibrate(setup, machine)
-    return Hardware(machine, room, ranks)
+    return Hardware(machine, float(room), ranks)
 
 
 def shape_of(agent: AgentSettings, dtype: torch.dtype) -> Shape:

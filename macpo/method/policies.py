@@ -216,4 +216,8 @@ class OpenPolicy:
         return split_policy(policy, world, ranks)
 
     def _models(self) -> ModelCache:
-        return model_cache(self.compute, self.agent.trust_remote_code)
+        """The process's cache, without whole models of this run that no stage reads any more."""
+        models = model_cache(self.compute, self.agent.trust_remote_code)
+        if self.ctx.needed is not None:
+            models.keep(self.ctx.dir.parent, self.ctx.needed)
+        return models

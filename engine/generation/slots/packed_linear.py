@@ -8,7 +8,6 @@ run of the generator, so they never outlive a change of the weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from macpo.engine.hardware import host_memory
 from macpo.kernels import native
 
 MIN_ELEMENTS = 2**12
@@ -108,4 +108,4 @@ def onednn_product(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _bytes_at_most() -> int:
-    return int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(MEMORY_SHARE * host_memory())

@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from macpo.engine.config import SamplingSettings
-from macpo.engine.errors import NumericsError, Stopped
+from macpo.engine.errors import NumericsError, ResourceError, Stopped
 from macpo.engine.generation import Generator, Request, SamplingParams, request_key
 from macpo.engine.generation.scheduler import Scheduler
 from macpo.engine.generation.sequence import ActiveSequence
@@ -308,6 +308,28 @@ def test_broken_weights_and_a_wish_to_stop(llama: PreTrainedModel) -> None:
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
         Generator(llama).run([request], should_stop=lambda: next(asked))
+
+
+@pytest.mark.parametrize("cache", ["slots", "pool"])
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_text(cache: Any) -> None:
+    model = model_of("llama")
+    prompts = some_prompts(LENGTHS)
+    wanted = Generator(model, cache=cache, max_batch=8).generate(prompts, SAMPLED)
+    calls, fails = [], {20, 35}  # decode steps when some answers are complete and others are not
+
+    def run_out(*_: Any) -> None:
+        calls.append(len(calls))
+        if calls[-1] in fails:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    model.model.layers[0].register_forward_pre_hook(run_out)
+    generator = Generator(model, cache=cache, max_batch=8)
+    outputs = generator.generate(prompts, SAMPLED)
+    assert [[s.token_ids for s in o.samples] for o in outputs] == [[s.token_ids for s in o.samples] for o in wanted]
+    assert generator.max_batch == 2
+    fails.update(range(1000))
+    with pytest.raises(ResourceError, match=r"decoding 1 sequences of up to .* lower sampling.max_new_tokens"):
+        generator.generate(prompts, SAMPLED)
 
 
 def test_half_precision_runs_the_same_loop() -> None:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
+from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings, PreferenceSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
+from macpo.engine.hardware import host_memory
+from macpo.engine.models.compute import memory_budget
 from macpo.engine.models.loading import fingerprint_model, load_causal_lm, weight_files
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyModule, PolicyRef
@@ -224,6 +226,27 @@ def test_the_pool_drops_the_least_recently_used_base(tmp_path: Path) -> None:
     assert cache.resident == ()
     with pytest.raises(ResourceError, match="the budget is"):
         ModelCache(budget_bytes=size - 1).policy(PolicyRef(names[0]))
+
+
+def test_whole_models_of_a_run_are_dropped_once_no_stage_reads_them(tmp_path: Path) -> None:
+    names = [tmp_path / "run" / stage / "policy" for stage in ("01-one", "02-two")] + [tmp_path / "base"]
+    cache = ModelCache()
+    for k, name in enumerate(names):
+        model_of("llama", seed=k).save_pretrained(name)
+        cache.policy(PolicyRef(str(name)))
+    cache.keep(tmp_path / "run", [names[1].parent])
+    assert cache.resident == (str(names[1]), str(names[2]))
+
+
+def test_the_host_memory_is_what_a_container_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = host_memory([])
+    for text, wanted in (("max\n", whole), (f"{2**30}\n", 2**30), (f"{2**62}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert host_memory([tmp_path / "memory.max", tmp_path / "none"]) == wanted
+    compute = ComputeSettings(device="cpu", jobs=2)
+    alone = memory_budget(compute)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert abs(memory_budget(compute) - alone / 4) < 2
 
 
 def test_an_adapter_that_differs_from_the_settings_is_refused(llama: Path, tmp_path: Path) -> None:
