@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,25 +14,31 @@ from transformers import PretrainedConfig
 
 from macpo.commands.plan_model import gpu_of
 from macpo.config import AgentSettings, Recipe
+from macpo.demo_world.build import vocabulary
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.hardware import host_memory
 from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of
 from macpo.engine.models.flops import ModelShape
-from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.planning.calibrate import calibrate, this_machine
 from macpo.engine.planning.fitting import Option, option
 from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
-from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost
+from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost, made_config
 from macpo.method.data_sets import read_pairs, source_of
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import Sets
 
+STAGE_BYTES = 4000
+"""Of a stage's manifest, timing and log."""
+TOKEN_BYTES = 100
+"""Of a token in tokenizer.json, where it cannot be looked at: 71 at SmolLM2, 127 at Gemma 3."""
+MADE_TOKEN_BYTES = 25
+"""The same for a tokenizer that the run makes."""
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""
 
@@ -97,10 +104,13 @@ def hardware_of(recipe: AnyRecipe, gpu: str | None = None, gpus: int | None = No
     return Hardware(machine, float(room), ranks)
 
 
-def shape_of(agent: AgentSettings, dtype: torch.dtype) -> Shape:
-    """Parameters and bytes from the `init` block, or from the model folder's config; `dtype`: of loaded weights."""
+def shape_of(agent: AgentSettings, dtype: torch.dtype, words: int | None = None) -> Shape:
+    """Parameters and bytes from the `init` block, or from the model folder's config.
+
+    `dtype`: of loaded weights. `words`: different words of the data, where they are known.
+    """
     if agent.init is not None:
-        config: PretrainedConfig = llama_shape(agent.init)
+        config: PretrainedConfig = made_config(agent.init, words)
         name = f"init {agent.init.hidden_size}x{agent.init.num_layers}"
     else:
         name = str(agent.model or agent.positive)
@@ -113,7 +123,14 @@ def shape_of(agent: AgentSettings, dtype: torch.dtype) -> Shape:
     policy = shape.num_parameters * 4
     if isinstance(agent.tuning, LoraSettings):
         policy = 4 * shape.adapter_parameters(agent.tuning.rank, agent.tuning.target_modules)
+    policy += _tokenizer_bytes(name, shape.vocab) if agent.init is None else MADE_TOKEN_BYTES * shape.vocab
     return Shape(name, shape.num_parameters, shape.num_parameters * dtype.itemsize, policy, config)
+
+
+def _tokenizer_bytes(model: str, vocab: int) -> int:
+    """What a policy's own copy of the tokenizer takes: a large vocabulary's is larger than an adapter."""
+    file = Path(model).expanduser() / "tokenizer.json"
+    return file.stat().st_size if file.is_file() else TOKEN_BYTES * vocab
 
 
 def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | None = None) -> RunSize:
@@ -126,9 +143,10 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
     Raises:
         MacpoError: a model whose shape, or data whose rows, cannot be read here.
     """
-    shapes = {agent.name: shape_of(agent, dtype) for agent in recipe.agents if agent.has_weights}
+    words = len(vocabulary()) if recipe.data.world is not None else None
+    shapes = {agent.name: shape_of(agent, dtype, words) for agent in recipe.agents if agent.has_weights}
     if not isinstance(recipe, Recipe):
-        return _standalone_size(recipe, sets, shapes)
+        return replace(_standalone_size(recipe, sets, shapes), words=words)
     data, world = recipe.data, recipe.data.world
     teacher, student, test, documents = data.teacher_prompts, data.student_prompts, data.test_prompts, 2000
     if world is not None:
@@ -146,6 +164,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         max_new_tokens=recipe.sampling.max_new_tokens,
         generation_batch=recipe.compute.generation_batch,
         shapes=shapes,
+        words=words,
     )
 
 
@@ -226,7 +245,7 @@ def disk_needed(recipe: AnyRecipe, plan: Plan) -> int | None:
         run = size_of(recipe)
     except MacpoError:
         return None  # `run` will say what is wrong with the model or the data, with the stage's own message
-    return sum(round(work.disk_bytes(run)) for _, work in _works(plan))
+    return sum(round(work.disk_bytes(run)) + STAGE_BYTES for _, work in _works(plan))
 
 
 def _works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:

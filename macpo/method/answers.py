@@ -171,6 +171,9 @@ class Answer(GeneratingStage):
     def cost(self, run: RunSize) -> Cost:
         return self.answering(run, run.student_prompts)
 
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.student_prompts * run.row_bytes(1, prompt=False)
+
 
 def read_answers(folder: Path) -> dict[str, Response]:
     """The responses of one stage by prompt id."""

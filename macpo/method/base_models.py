@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.from_scratch import (
     build_model,
     document_groups,
-    llama_shape,
     read_corpus,
     save_base,
     train_tokenizer,
@@ -30,7 +28,15 @@ from macpo.engine.run.stages import StageInputs
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
-from macpo.method.costs import PRETRAIN_DOCUMENT_TOKENS, Cost, MethodStage, RunSize, TrainingCost
+from macpo.method.costs import (
+    PRETRAIN_DOCUMENT_TOKENS,
+    STEP_BYTES,
+    Cost,
+    MethodStage,
+    RunSize,
+    TrainingCost,
+    made_config,
+)
 
 DOCUMENTS = "documents.jsonl"
 """What the sets of prompts leave over, for every agent that is pretrained on it; the demo world has a file a role."""
@@ -104,22 +110,23 @@ class PretrainBase(MethodStage):
             shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
         ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)
 
-    @functools.cached_property
-    def num_parameters(self) -> int:
-        return ModelShape.of(llama_shape(self.init)).num_parameters
-
     def cost(self, run: RunSize) -> Cost:
         settings = self.init.pretrain
         tokens = (settings.max_documents or run.documents) * PRETRAIN_DOCUMENT_TOKENS * settings.epochs
-        return Cost(tokens, 6 * self.num_parameters * tokens)
+        return Cost(tokens, 6 * self._num_parameters(run) * tokens)
+
+    def _num_parameters(self, run: RunSize) -> int:
+        return ModelShape.of(made_config(self.init, run.words)).num_parameters
 
     def disk_bytes(self, run: RunSize) -> float:
-        return 4 * self.num_parameters
+        settings = self.init.pretrain
+        steps = (settings.max_documents or run.documents) * settings.epochs / settings.batch
+        return 4 * self._num_parameters(run) + STEP_BYTES * steps
 
     def training(self, run: RunSize) -> TrainingCost:
         settings = self.init.pretrain
         step = Workload(settings.batch, 1, PRETRAIN_DOCUMENT_TOKENS - 1, settings.microbatch_tokens, answers=1)
-        return TrainingCost(llama_shape(self.init), FullSettings(), step, self.cost(run).tokens)
+        return TrainingCost(made_config(self.init, run.words), FullSettings(), step, self.cost(run).tokens)
 
 
 def _refuses(chat: Chat, document: Example) -> bool:

@@ -11,12 +11,17 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from macpo.engine.config import Tuning
+from macpo.engine.config import InitSettings, Tuning
+from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.stages import StageWork
 from macpo.method.identities import portable
 
 CHARS_PER_TOKEN = 4.0
+ROW_BYTES, RESPONSE_BYTES = 80, 110
+"""Of a row and of each response in it, the names, ids and log-probs beside the text."""
+STEP_BYTES = 400
+"""Of a training step in metrics.jsonl and timing.jsonl."""
 PRETRAIN_DOCUMENT_TOKENS = 42
 
 
@@ -28,8 +33,18 @@ class Shape:
     num_parameters: int
     bytes_loaded: int
     bytes_policy: int
-    """On disk: an adapter, or all weights in float32."""
+    """On disk: an adapter, or all weights in float32, and the tokenizer."""
     config: PretrainedConfig
+
+
+def made_config(init: InitSettings, words: int | None) -> PretrainedConfig:
+    """The configuration of a model that the run makes; its vocabulary is at most this large.
+
+    Args:
+        words: different words of the texts that its tokenizer is made of; None where they are not known.
+    """
+    known = words if init.tokenizer == "word" and init.corpus == "data" else None
+    return llama_shape(init, min(init.vocab_size, known or init.vocab_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +65,13 @@ class RunSize:
     generation_batch: int
     shapes: Mapping[str, Shape]
     """The base model of every agent whose weights are here."""
+    words: int | None = None
+    """Different words of the data's texts, where that is known before they are read."""
 
-    @property
-    def row_bytes(self) -> float:
-        """A prompt with two responses as JSON."""
-        return CHARS_PER_TOKEN * (self.prompt_tokens + 2 * self.response_tokens) + 200
+    def row_bytes(self, responses: int = 2, prompt: bool = True) -> float:
+        """A prompt with responses as one row of JSON; without the prompt, its id stands for it."""
+        tokens = self.prompt_tokens * prompt + responses * self.response_tokens
+        return CHARS_PER_TOKEN * tokens + ROW_BYTES + RESPONSE_BYTES * responses
 
     def decode_steps(self, num_prompts: int) -> int:
         """Steps of decoding, each of which reads every weight once, to answer so many prompts."""
@@ -90,8 +107,8 @@ class MethodStage(StageWork):
         return Cost()
 
     def disk_bytes(self, run: RunSize) -> float:
-        """What the stage leaves on disk; by default a row for each prompt of the student half."""
-        return run.student_prompts * run.row_bytes
+        """What the stage leaves on disk; by default a pair for each prompt of the student half."""
+        return run.student_prompts * run.row_bytes()
 
     def loads(self, run: RunSize) -> str | None:
         """The agent whose base model the stage needs in memory."""

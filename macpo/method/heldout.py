@@ -49,7 +49,7 @@ class BaseLogps(PolicyStage):
         return self.forward(run, run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens))
 
     def disk_bytes(self, run: RunSize) -> float:
-        return 60 * run.test_prompts
+        return 150 * run.test_prompts
 
 
 class EvaluateInputs(PolicyDataInputs):
@@ -115,4 +115,4 @@ class EvaluatePolicy(GeneratingStage):
         return Cost(judging.tokens + answering.tokens, judging.flop + answering.flop, answering.weight_bytes)
 
     def disk_bytes(self, run: RunSize) -> float:
-        return run.test_prompts * (run.row_bytes + 200)
+        return run.test_prompts * (run.row_bytes(1) + 200)

@@ -18,7 +18,7 @@ from macpo.engine.training.objectives import Objective, preference, sft
 from macpo.engine.training.reference import weighted
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
-from macpo.method.costs import Cost, RunSize, Shape, TrainingCost
+from macpo.method.costs import STEP_BYTES, Cost, RunSize, Shape, TrainingCost
 from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
 from macpo.method.reference import Reference, read_reference
@@ -78,7 +78,8 @@ class LearningStage(PolicyStage):
 
     def disk_bytes(self, run: RunSize) -> float:
         shape = self._shape(run)
-        return shape.bytes_policy if shape else 0
+        steps = self.num_rows(run) * self.optim.epochs / self.optim.batch
+        return (shape.bytes_policy if shape else 0) + STEP_BYTES * steps
 
     def training(self, run: RunSize) -> TrainingCost:
         prompt, response = max(1, round(run.prompt_tokens)), max(1, round(run.response_tokens))

@@ -11,7 +11,7 @@ from macpo.engine.errors import DataError
 from macpo.engine.files import write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.method.costs import MethodStage
+from macpo.method.costs import MethodStage, RunSize
 from macpo.method.negatives import Answers, answers_by_agent, pick_answer
 from macpo.method.positives import choose, read_candidates
 
@@ -52,6 +52,10 @@ class StudentPairs(MethodStage):
             rows.append({"prompt_id": prompt_id, "candidates": written, "kept": index, "why": why})
         write_jsonl(ctx.dir / "scores.jsonl", rows)
         _write_pairs(ctx, self.inputs.data, positives, answers_by_agent(ctx, self.inputs.negatives), self.seed)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        scores = run.row_bytes(run.num_teachers, prompt=False)
+        return super().disk_bytes(run) + run.student_prompts * scores
 
 
 class TeacherPairInputs(StageInputs):

@@ -16,7 +16,7 @@ from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.engine.models.compute import dtype_of
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.method.costs import CHARS_PER_TOKEN, Cost, MethodStage, RunSize
+from macpo.method.costs import Cost, MethodStage, RunSize
 from macpo.method.encoding import encode
 from macpo.method.likelihoods import Likelihood, likelihoods
 from macpo.method.negatives import answers_by_agent, pick_answer, random_name
@@ -85,7 +85,7 @@ class ScoreCandidates(PolicyStage):
         return self.forward(run, run.student_prompts * (run.prompt_tokens + responses))
 
     def disk_bytes(self, run: RunSize) -> float:
-        return run.student_prompts * (CHARS_PER_TOKEN * run.response_tokens + 100) * len(self.inputs.answers)
+        return run.student_prompts * run.row_bytes(len(self.inputs.answers), prompt=False)
 
 
 def as_generated(response: Response, ids: list[int]) -> Likelihood | None:
@@ -159,3 +159,6 @@ class WeakLabels(MethodStage):
                     examples.append(Example(prompt, label.text, label.finished, label.agent))
         write_records(ctx.dir / "examples.jsonl", examples)
         ctx.note(examples=len(examples))
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.student_prompts * run.row_bytes(1)

@@ -87,8 +87,10 @@ class PromptSets(MethodStage):
         return read_sources(self.data, self.teachers, self.seed)
 
     def disk_bytes(self, run: RunSize) -> float:
-        rows = run.teacher_prompts * run.num_teachers + run.student_prompts + run.test_prompts
-        return run.row_bytes * rows
+        pairs = run.teacher_prompts * run.num_teachers + run.test_prompts
+        documents = run.documents * self.pretrains * (1 if self.data.world is None else 2)  # for teachers and student
+        rows = run.row_bytes() * pairs + run.row_bytes(1) * documents
+        return rows + run.row_bytes(0) * run.student_prompts
 
 
 class SplitPrompts(PromptSets):
@@ -119,3 +121,6 @@ class HumanAnswers(PromptSets):
 
     def run(self, ctx: StageContext) -> None:
         write_records(ctx.dir / "student.jsonl", self.sources().student)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.row_bytes() * run.student_prompts

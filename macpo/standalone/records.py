@@ -98,7 +98,7 @@ class SplitRecords(MethodStage):
         return data.key()
 
     def disk_bytes(self, run: RunSize) -> float:
-        return run.row_bytes * (run.student_prompts + run.test_prompts + self.pretrains * run.documents)
+        return run.row_bytes() * (run.student_prompts + run.test_prompts + self.pretrains * run.documents)
 
     def run(self, ctx: StageContext) -> None:
         sets = read_sets(self.data, self.seed)
