@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from macpo.commands.plan_model import gpu_of
 from macpo.config import AgentSettings, Recipe
 from macpo.demo_world.build import vocabulary
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
-from macpo.engine.data.records import Example
+from macpo.engine.data.records import Example, Pair
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.hardware import host_memory
 from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of
@@ -31,7 +31,7 @@ from macpo.method.data_sets import read_pairs, source_of
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe
 from macpo.standalone.config import Standalone
-from macpo.standalone.records import Sets
+from macpo.standalone.records import Sets, sample_rows
 
 STAGE_BYTES = 4000
 """Of a stage's manifest, timing and log."""
@@ -138,7 +138,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
 
     Args:
         dtype: of loaded weights.
-        sets: the data of a standalone recipe; without it only what its settings say of their number is known.
+        sets: the data of a standalone recipe; without it the number of rows is judged by the size of the files.
 
     Raises:
         MacpoError: a model whose shape, or data whose rows, cannot be read here.
@@ -171,16 +171,24 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
 def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Shape]) -> RunSize:
     data, world = recipe.data, recipe.data.world
     prompt, response = 18.0, 24.0
+    train, test = data.train_prompts or 0, data.test_prompts
+    rows: Sequence[Pair | Example] = ()
     if sets is not None:
-        rows = [*sets.train[:200], *sets.test[:200]]
+        rows, train, test = [*sets.train[:200], *sets.test[:200]], len(sets.train), len(sets.test)
+    elif world is not None:
+        train, test = world.student_prompts, world.test_prompts
+    else:
+        rows, found = sample_rows(data, 200)
+        train = data.train_prompts or max(1, found - test)
+    if rows:
         answers = [[row.answer] if isinstance(row, Example) else [row.chosen, row.rejected] for row in rows]
         prompt = statistics.fmean(sum(len(m["content"]) for m in row.prompt.messages) for row in rows) / CHARS_PER_TOKEN
         response = statistics.fmean(len(text) for texts in answers for text in texts) / CHARS_PER_TOKEN
     prompt = min(prompt, recipe.max_prompt_tokens)
     return RunSize(
         teacher_prompts=0,
-        student_prompts=len(sets.train) if sets is not None else data.train_prompts or 0,
-        test_prompts=len(sets.test) if sets is not None else data.test_prompts,
+        student_prompts=train,
+        test_prompts=test,
         num_teachers=0,
         documents=world.student_documents if world is not None else len(sets.documents) if sets is not None else 0,
         prompt_tokens=prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from tiny import tiny
 
 from macpo.cli import parser
-from macpo.commands.estimates import Estimate, Hardware, estimate, hardware_of, shape_of
+from macpo.commands.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
 from macpo.commands.plan import show
 from macpo.commands.plan_model import tuning_of
 from macpo.config import Recipe
@@ -22,6 +23,9 @@ from macpo.engine.planning.fitting import HOST_BYTES, Workload, options
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.iteration import build_plan
+from macpo.recipe_kinds import load, plan_of
+
+RUNS = Path(__file__).parents[1] / "data" / "finished-runs.tar.xz"
 
 
 def rows(recipe: Recipe) -> list[Estimate]:
@@ -43,7 +47,8 @@ def test_the_budget_decides_how_many_bases_stay_loaded(tmp_path: Path) -> None:
     """K + 1 bases fit, or only one at a time does."""
     recipe = tiny(tmp_path)
     names = [agent.name for agent in (*recipe.teachers, recipe.student)]
-    sizes = [shape_of(agent, torch.float32).bytes_loaded for agent in (*recipe.teachers, recipe.student)]
+    shapes = size_of(recipe).shapes
+    sizes = [shapes[name].bytes_loaded for name in names]
     roomy, tight = rows(with_memory(recipe, 1.0)), rows(with_memory(recipe, max(sizes) / 1e9))
     assert sum(row.load for row in roomy) == len(names) and roomy[-1].resident_bytes == sum(sizes)
     assert sum(row.load for row in tight) > 2 * len(names)
@@ -53,9 +58,20 @@ def test_the_budget_decides_how_many_bases_stay_loaded(tmp_path: Path) -> None:
 
 def test_adapters_cost_less_disk_than_whole_models(tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
-    full, lora = (shape_of(agent, torch.float32) for agent in recipe.teachers)
-    assert full.bytes_policy == 4 * full.num_parameters
-    assert lora.bytes_policy < lora.bytes_loaded / 4
+    full, lora = (size_of(recipe).shapes[agent.name] for agent in recipe.teachers)
+    tokenizer = full.bytes_policy - 4 * full.num_parameters
+    assert 0 < tokenizer < 100 * ModelShape.of(full.config).vocab
+    assert lora.bytes_policy - tokenizer < lora.bytes_loaded / 4
+
+
+@pytest.mark.parametrize("kind", ["macpo", "preference", "sft"])
+def test_the_disk_that_a_run_needs_is_what_it_writes(kind: str, tmp_path: Path) -> None:
+    with tarfile.open(RUNS) as archive:
+        archive.extractall(tmp_path, [each for each in archive if each.name.split("/")[0] == kind], filter="data")
+    recipe = load(tmp_path / kind)
+    written = sum(file.stat().st_size for file in (tmp_path / kind).rglob("*") if file.is_file())
+    needed = disk_needed(recipe, plan_of(recipe))
+    assert needed is not None and written / 1.25 < needed < written * 1.25
 
 
 def test_more_iterations_cost_more(tmp_path: Path) -> None:
@@ -77,7 +93,7 @@ def test_training_stages_have_memory_step_time_and_checkpoint(tmp_path: Path) ->
         assert row.seconds >= row.training.time.total / 2
     full = next(row for row in trained if row.stage == "base-student")
     assert full.training is not None
-    assert full.training.checkpoint == 12 * shape_of(recipe.student, torch.float32).num_parameters
+    assert full.training.checkpoint == 12 * size_of(recipe).shapes[recipe.student.name].num_parameters
     text = show(recipe, hardware_of(recipe))
     assert max(map(len, text.splitlines()[1:])) <= 100 and "ckpt" in text and "DOES NOT FIT" not in text
     small = Hardware(Machine.of_gpu(GPUS["H100"]), room=1e6)
