@@ -63,7 +63,6 @@ class Metered:
     """
 
     def __init__(self, source: str) -> None:
-        self._lock = threading.Lock()
         self._meter = _Meter()
         made = _environment(self._meter)
         try:
@@ -86,13 +85,12 @@ class Metered:
         Raises:
             Overspent: a limit is reached. Uncountable: a value of a type that is not measured. Whatever jinja raises.
         """
-        with self._lock:
-            self._meter.left, self._meter.deadline = budget, time.monotonic() + seconds
-            return self._template.render(values)
+        self._meter.left, self._meter.deadline = budget, time.monotonic() + seconds
+        return self._template.render(values)
 
 
-class _Meter:
-    """What is left to spend; its methods are filters of the environment."""
+class _Meter(threading.local):
+    """What is left for this thread to spend; its methods are filters of the environment."""
 
     left, deadline = 0, 0.0
 

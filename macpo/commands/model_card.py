@@ -14,6 +14,7 @@ from macpo import __version__
 from macpo.config import AgentSettings
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.chat import Chat
+from macpo.engine.errors import printable
 from macpo.engine.files import read_json
 from macpo.engine.models.policy import PolicyRef
 from macpo.engine.run.folder import folder_of
@@ -71,7 +72,7 @@ def model_card(
         f"# {title}",
         f"{_kind(recipe, agent)}, {made}.",
         *([NEGATIVE] if policy.policy == "negative" else []),
-        f"- Base model: `{base_name}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
+        f"- Base model: `{printable(base_name)}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
         f"- Data: {_data(recipe)}\n- Prompts and answers together up to {recipe.context_tokens:,} tokens"
         + ("" if chat is None else _reading(settings.template or recipe.template, chat)),
         "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy.policy)),
@@ -82,7 +83,7 @@ def model_card(
         ),
         f"## Licence\n\n{LICENCE}",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(map(printable, "\n\n".join(parts).split("\n"))) + "\n"
 
 
 def _reading(name: str, chat: Chat) -> str:
@@ -126,7 +127,7 @@ def _data(recipe: AnyRecipe) -> str:
     data = recipe.data
     if data.path is None:
         return "the project's demo world: text from a seeded grammar"
-    return ", ".join([f"`{data.path}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"])
+    return ", ".join([f"`{printable(data.path)}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"])
 
 
 def _licence_of(settings: AgentSettings) -> str:
@@ -165,4 +166,5 @@ def _table(name: str, rows: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(text, 1000).replace("|", "\\|")
