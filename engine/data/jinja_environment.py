@@ -73,10 +73,8 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def values(
-    messages: Sequence[Mapping[str, Any]], tools: Any, generation: bool, **others: Any
-) -> dict[str, Any]:
-    """What a template is given, as transformers gives it: thoughts under all their names, parts that are null absent."""
+def values(messages: Sequence[Mapping[str, Any]], tools: Any, generation: bool, **others: Any) -> dict[str, Any]:
+    """What a template is given, as transformers gives it: thoughts by all their names, parts that are null left out."""
     turns = []
     for message in messages:
         turn = {name: part for name, part in message.items() if part is not None}

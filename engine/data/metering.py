@@ -30,20 +30,23 @@ MAX_NODES = 6000
 MAX_DEPTH = 32
 """Levels of nested values that are measured or written with an indent."""
 _ELEMENT = 8  # what an element of a list costs beside its content
-_NODES = frozenset(
-    """Template Output TemplateData Const Name NSRef Getattr Getitem Slice If For Assign AssignBlock Macro Call Keyword
+_COUNTABLE_NODES = """
+    Template Output TemplateData Const Name NSRef Getattr Getitem Slice If For Assign AssignBlock Macro Call Keyword
     Filter Test Compare Operand And Or Not CondExpr Add Sub Div FloorDiv Mod Concat Neg Pos List Tuple Dict Pair Break
-    Continue With Scope""".split()
+    Continue With Scope
+"""
+_COUNTABLE_METHODS = """
+    strip lstrip rstrip startswith endswith removeprefix removesuffix split rsplit splitlines upper lower title
+    capitalize find rfind index count isdigit isnumeric isalpha isspace items keys values get replace join
+"""
+_COUNTABLE_FILTERS = """
+    trim upper lower capitalize title string safe length count first last default d list items dictsort reverse int
+    float abs select reject selectattr rejectattr map tojson join replace
+"""
+_NODES, _METHODS, _FILTERS = (
+    frozenset(words.split()) for words in (_COUNTABLE_NODES, _COUNTABLE_METHODS, _COUNTABLE_FILTERS)
 )
 _FUNCTIONS = frozenset({"raise_exception", "strftime_now", "namespace", "range"})
-_METHODS = frozenset(
-    """strip lstrip rstrip startswith endswith removeprefix removesuffix split rsplit splitlines upper lower title
-    capitalize find rfind index count isdigit isnumeric isalpha isspace items keys values get replace join""".split()
-)
-_FILTERS = frozenset(
-    """trim upper lower capitalize title string safe length count first last default d list items dictsort reverse int
-    float abs select reject selectattr rejectattr map tojson join replace""".split()
-)
 _NUMBERS = frozenset({"length", "count"})
 
 
@@ -217,7 +220,7 @@ def _is_countable(node: nodes.Node) -> bool:
     return True
 
 
-def _is_layout(name: str, value: nodes.Expr) -> bool:
+def _is_layout(name: Any, value: Any) -> bool:
     """Whether an argument of `tojson` is a constant that makes little more text than there is."""
     if name == "separators":
         texts = value.items if isinstance(value, nodes.Tuple) else []
@@ -274,12 +277,13 @@ def _makes_value(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Add | nodes.Sub | nodes.Concat | nodes.Dict)
 
 
-def _metered(name: str, node: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+def _metered(name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, f"meter.{name}", list(args), [], None, None)
 
 
-def _grown(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Filter) and node.name == "meter.grown" else _metered("grown", node)
+def _grown(node: Any) -> nodes.Expr:
+    is_measured = isinstance(node, nodes.Filter) and node.name == "meter.grown"
+    return node if is_measured else _metered("grown", node)  # type: ignore[no-any-return]
 
 
 def _cost(node: nodes.Node) -> int:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from macpo.engine.data.messages import LINKS, PARTS, THOUGHTS, Message, split_tools
 from macpo.engine.data.jinja_environment import values
+from macpo.engine.data.messages import LINKS, PARTS, THOUGHTS, Message, split_tools
 from macpo.engine.data.templates import TEMPLATES, SafeTemplate, one_line
 from macpo.engine.data.token_text import Piece, TokenText, closing, open_tag
 from macpo.engine.errors import ConfigError, DataError, MacpoError, TemplateRefusal

@@ -126,7 +126,9 @@ class SafeTemplate:
     @staticmethod
     def _checked(text: Any, most: int) -> str:
         if len(text) > most:
-            raise ConfigError(f"the chat template wrote {len(text)} characters", "use another template", field="template")
+            raise ConfigError(
+                f"the chat template wrote {len(text)} characters", "use another template", field="template"
+            )
         return str(text)
 
 

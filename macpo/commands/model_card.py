@@ -127,7 +127,9 @@ def _data(recipe: AnyRecipe) -> str:
     data = recipe.data
     if data.path is None:
         return "the project's demo world: text from a seeded grammar"
-    return ", ".join([f"`{printable(data.path)}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"])
+    return ", ".join(
+        [f"`{printable(data.path)}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"]
+    )
 
 
 def _licence_of(settings: AgentSettings) -> str:

@@ -27,7 +27,7 @@ COUNTED = {
     "nested loops": NEVER,
     "loops over the dialogue": "{% for a in messages %}" * 9 + "x" + "{% endfor %}" * 9,
     "a macro that calls itself twice": "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-    "a branching macro": "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a branching macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a namespace that doubles": "{% set ns = namespace(a='aa') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}"
     "{% endfor %}{{ ns.a }}",
     "a chain of doublings": "{% set a = 'aaaaaaaa' %}" + "{% set a = a ~ a %}" * 60,
@@ -94,7 +94,7 @@ def test_what_cannot_be_counted_is_rendered_with_limits_in_a_process(kind: str) 
 def test_a_template_that_is_harmless_until_a_long_dialogue_comes(part: str) -> None:
     source = LATE.replace("PART", part)
     assert render(source, 3) == "xxx"
-    with pytest.raises(ConfigError, match="does not end|memory"):
+    with pytest.raises(ConfigError, match=r"does not end|memory"):
         render(source, 4)
     assert render(source, 3) == "xxx"  # the process is started again
 
