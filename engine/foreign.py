@@ -91,9 +91,10 @@ def header(file: Path) -> dict[str, StoredTensor]:
             )
         try:
             written = json.loads(stream.read(length))
-            written.pop("__metadata__", None)
-            found = {str(name): _tensor(str(name), entry) for name, entry in written.items()}
-        except (ValueError, AttributeError, RecursionError) as error:
+            if not isinstance(written, dict):
+                raise ValueError("it is no JSON object")
+            found = {name: _tensor(name, entry) for name, entry in written.items() if name != "__metadata__"}
+        except (ValueError, RecursionError) as error:
             raise IntegrityError(f"damaged header ({error})", f"{_COPY} of the file", file=file) from error
     end = 0
     for name, tensor in sorted(found.items(), key=lambda item: item[1][2:]):

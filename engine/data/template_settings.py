@@ -16,6 +16,8 @@ from jinja2 import nodes
 from macpo.engine.data.jinja_environment import environment
 from macpo.engine.data.templates import TEMPLATES, names_read, one_line
 from macpo.engine.errors import ConfigError
+from macpo.engine.foreign import read_json_object
+from macpo.engine.paths import expanded
 
 DATE = datetime.date(2024, 7, 26)
 """Day that dated templates write by default: Llama 3's own, so that prompts do not depend on the day of the run."""
@@ -72,11 +74,11 @@ def template_of(folder: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     config = folder / "tokenizer_config.json"
     try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    except (ValueError, AttributeError):  # loading the tokenizer says what is wrong with it
+        found = read_json_object(config).get("chat_template") if config.is_file() else None
+    except ConfigError:  # loading the tokenizer says what is wrong with it
         return ""
     if isinstance(found, list):
-        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = {str(each.get("name")): each.get("template") for each in found if isinstance(each, dict)}
     return str((found.get("default") if isinstance(found, dict) else found) or "")
 
 
@@ -91,10 +93,10 @@ def date_of(template: str, model: str | None, date: datetime.date) -> datetime.d
         model: folder or Hub id of the model whose template "auto" is; None for one that the run trains.
     """
     text = TEMPLATES.get(template, template)
-    if template == "auto" and model is not None and not Path(model).expanduser().is_dir():
+    if template == "auto" and model is not None and not expanded(model).is_dir():
         return date if date != DATE else None
     if template == "auto":
-        text = template_of(Path(model).expanduser()) if model is not None else ""
+        text = template_of(expanded(model)) if model is not None else ""
     if reads_clock(text):
         return date
     return date if date != DATE and reads_date_string(text) else None

@@ -173,7 +173,7 @@ def _limit(name: str, value: int) -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """{"text"} of a rendering, {"wrote"}: its length if that is too much, {"names"} that a template reads, {"error"}."""
+    """The "text" of a rendering, or what it "wrote" if that is too long; the "names" a template reads; an "error"."""
     try:
         if "names" in request:
             return {"names": sorted(names_of(_environment().parse(request["names"])))}

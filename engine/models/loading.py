@@ -31,6 +31,7 @@ from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import explained
 from macpo.engine.foreign import MAX_HEADER_BYTES, check_model_config, header, largest_size, read_json_object
 from macpo.engine.models.support import refuse_unsupported
+from macpo.engine.paths import expanded
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -50,7 +51,7 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
         ConfigError: no such folder; or a Hub id that is neither cached nor reachable.
     """
     text = str(path)
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -160,7 +161,7 @@ def _belongs(target: Path, folder: Path) -> bool:
     repository = target.parent.parent
     if target.parent.name == "blobs" and repository.name.startswith("models--"):
         roots.append(repository)
-    roots.append(Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser())
+    roots.append(expanded(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"))
     return any(target.is_relative_to(root) or target.is_relative_to(root.resolve()) for root in roots)
 
 
@@ -192,7 +193,7 @@ def fingerprint_model(path: str | Path) -> str:
     Raises:
         ConfigError: neither a folder nor a Hub id.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         if isinstance(path, Path) or not _HUB_ID.fullmatch(path):
             fix = "check the path; a Hub id looks like owner/name"

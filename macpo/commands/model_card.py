@@ -17,6 +17,7 @@ from macpo.engine.data.chat import Chat
 from macpo.engine.errors import printable
 from macpo.engine.files import read_json
 from macpo.engine.models.policy import PolicyRef
+from macpo.engine.paths import expanded
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
 from macpo.recipe_kinds import AnyRecipe
@@ -134,7 +135,7 @@ def _data(recipe: AnyRecipe) -> str:
 
 def _licence_of(settings: AgentSettings) -> str:
     """What the base model's own folder says about its licence; nothing where it is no folder or says nothing."""
-    folder = Path(settings.model or "").expanduser()
+    folder = expanded(settings.model or "")
     readme = folder / "README.md"
     if settings.model is None or not readme.is_file():
         return ""

@@ -29,7 +29,7 @@ MAY_IMPORT = {
         "foreign": "errors",
         "console": "errors faults files",
         "connection": "errors",
-        "paths": "",
+        "paths": "errors",
         "config": "errors connection paths kernels",  # kernels: the names of the losses
         "hardware": "",
         "processes": "",
