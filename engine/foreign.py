@@ -137,12 +137,12 @@ def check_model_config(values: Mapping[str, Any], file: Path) -> None:
         for name in ("model_type", "torch_dtype", "dtype", "transformers_version"):
             kinds = (str, dict) if "dtype" in name else (str,)  # a dtype may be given for each part
             if not isinstance(part.get(name), (*kinds, type(None))):
-                raise ConfigError(f"got {part[name]!r:.60}", "it is text", file=file, field=name)
+                raise _odd(part[name], "it is text", file, name)
         sizes = {name: part[name] for name in _SIZES if part.get(name) is not None}
         for name, value in sizes.items():
             each = value if isinstance(value, list) else [value]  # some families give a list, a number for each layer
             if not all(type(size) is int and size >= -1 for size in each):
-                raise ConfigError(f"got {value!r:.60}", "it is a whole number", file=file, field=name)
+                raise _odd(value, "it is a whole number", file, name)
             if max(each, default=0) > (MAX_LAYERS if name in LAYERS else MAX_SIZE):
                 raise _too_large(f"{name} is {max(each):,}", file, name)
         width = _most(sizes, _WIDTHS)
@@ -161,13 +161,18 @@ def _parts(values: Mapping[str, Any], file: Path) -> Iterator[dict[str, Any]]:
     for name, part in values.items():
         if name.endswith("_config") and part is not None:
             if not isinstance(part, dict):
-                raise ConfigError(f"got {part!r:.60}", "it is an object", file=file, field=name)
+                raise _odd(part, "it is an object", file, name)
             yield part
 
 
 def _most(sizes: Mapping[str, Any], names: tuple[str, ...]) -> int:
     found = (sizes.get(name) for name in names)
     return max((size for value in found for size in (value if isinstance(value, list) else [value or 0])), default=0)
+
+
+def _odd(value: Any, fix: str, file: Path, field: str) -> ConfigError:
+    problem = f"the config is not one of a model that can be built (got {value!r:.60})"
+    return ConfigError(problem, fix, file=file, field=field)
 
 
 def _too_large(problem: str, file: Path, field: str) -> ResourceError:

@@ -315,6 +315,6 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         why = f"no tokenizer loads from {str(path)!r}: {one_line(problem)}"
         raise ConfigError(why, fix, field="model") from problem
     if largest > MAX_TOKEN_ID:
-        problem = f"the tokenizer has the token id {largest:,}: no machine holds the embeddings of so many"
-        raise ResourceError(problem, "get a fresh copy of the tokenizer", file=path)
+        too_many = f"the tokenizer has the token id {largest:,}: no machine holds the embeddings of so many"
+        raise ResourceError(too_many, "get a fresh copy of the tokenizer", file=path)
     return found

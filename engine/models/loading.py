@@ -266,7 +266,9 @@ def load_causal_lm(
     check_model_config(config, folder / "config.json")
     own_code = trust_remote_code and "auto_map" in config
     if config.get("model_type") in CONFIG_MAPPING and not own_code:  # the probe judges a model's own code
-        _refuse_larger(config, read_config(folder), num_parameters(weight_files(folder)), folder)
+        found = read_config(folder)
+        refuse_unsupported(found)
+        _refuse_larger_config(config, found, num_parameters(weight_files(folder)), folder)
     weight_files(folder)
     packed = has_mxfp4(config)
     if packed and quantization == "nf4":
@@ -311,9 +313,8 @@ def load_causal_lm(
     return ready
 
 
-def _refuse_larger(written: Mapping[str, Any], config: PretrainedConfig, held: int, folder: Path) -> None:
-    """Raise ResourceError where the config's model is far larger than its weights, which loading would make up."""
-    refuse_unsupported(config)
+def _refuse_larger_config(written: Mapping[str, Any], config: PretrainedConfig, held: int, folder: Path) -> None:
+    """As `refuse_larger`, for the model of a config, which is built without storage where it could be large."""
     if largest_size(written) < _SUSPICIOUS:
         return
     try:
@@ -321,8 +322,18 @@ def _refuse_larger(written: Mapping[str, Any], config: PretrainedConfig, held: i
             made: Any = AutoModelForCausalLM.from_config(config)
     except Exception:  # loading says why
         return
-    total = sum(parameter.numel() for parameter in made.parameters())
-    if total > 8 * max(held, _SUSPICIOUS):  # packed weights hold up to eight numbers in one
+    refuse_larger(made, held, folder)
+
+
+def refuse_larger(model: torch.nn.Module, held: int, folder: Path) -> None:
+    """Raise ResourceError where a config's model is far larger than its weights, which loading would make up.
+
+    Args:
+        model: on the meta device.
+        held: how many numbers the weight files hold; packed ones hold up to eight in one.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if total > 8 * max(held, _SUSPICIOUS):
         problem = f"the config's model has {total:,} parameters, the weights hold {held:,}"
         raise ResourceError(problem, "use weights that belong to this config.json", file=folder)
 

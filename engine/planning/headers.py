@@ -22,6 +22,7 @@ from macpo.engine.models.loading import (
     local_folder,
     read_config,
     refuse_adapter,
+    refuse_larger,
     weight_files,
 )
 from macpo.engine.models.support import refuse_unsupported
@@ -71,6 +72,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
             f"the config has {layers:,} layers, the weights are {len(entries):,} tensors", FIX, file=folder
         )
     model = _skeleton(folder)
+    refuse_larger(model, held, folder)
     if "quantization_config" not in written:  # packed weights have shapes of their own
         _compare(folder, entries, model)
     elif has_mxfp4(written):

@@ -128,8 +128,9 @@ def _repeats(tree: Any, inside: bool) -> int:
         if inside and (repeats or str(operation) == "BRANCH"):
             return _MAX_REPEATS + 1
         for part in argument if isinstance(argument, tuple | list) else ():
-            branches = part if isinstance(part, list) else [part]
-            found += sum(_repeats(b, inside or repeats) for b in branches if isinstance(b, re._parser.SubPattern))  # type: ignore[attr-defined]
+            for branch in part if isinstance(part, list) else [part]:
+                if isinstance(branch, re._parser.SubPattern):  # type: ignore[attr-defined]
+                    found += _repeats(branch, inside or repeats)
     return found
 
 
@@ -138,7 +139,7 @@ def _written(values: Mapping[str, Any], file: Path) -> _Written:
         found = _Written.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        problem = f"{first['msg']}, got {first['input']!r:.60}"
+        problem = f"the adapter's config is not understood ({first['msg']}, got {first['input']!r:.60})"
         field = str(first["loc"][0]) if first["loc"] else ""
         raise ConfigError(problem, "use peft's layout", file=file, field=field) from error
     for pattern in found.patterns:
@@ -156,11 +157,11 @@ def read_config(folder: Path) -> LoraConfig:
     """
     file = folder / CONFIG
     values = read_json_object(file)
-    _written(values, file)
     kind = str(values.get("peft_type")).upper()
     if kind != "LORA":
         merges = kind in _MERGEABLE_TUNING or not _UNMERGEABLE.fullmatch(kind)
         raise ConfigError(f"a {kind} adapter: only LoRA is supported", MERGE if merges else _TRAIN_LORA, file=folder)
+    _written(values, file)
     init = str(values.get("init_lora_weights", True)).lower()
     if init not in _EXACT_INITS:
         problem = (
