@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from macpo.engine.errors import MacpoError, Stopped
+from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, printable
 from macpo.engine.files import explain, is_expected
+
+MAX_ERRORS = 100
+"""Problems of one command that are printed."""
+
+
+class _OneLine(logging.Formatter):
+    """Log lines, which may name files, models and keys of other people."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record), 2 * MAX_CHARS)
+
+
+def say(text: str, *, error: bool = True) -> None:
+    """Print one line, on standard error or standard output; what would control the terminal is escaped."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def run_cli(
@@ -21,6 +37,8 @@ def run_cli(
     anything unexpected 1. `debug` adds the traceback. An error that another rank reports is not printed again.
     `report` gets the error and, for an unexpected one, its text; if it returns True, the error is reported elsewhere.
     """
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
     try:
         command()
         sys.stdout.flush()
@@ -36,13 +54,15 @@ def run_cli(
         error = found
     if debug:
         traceback.print_exception(error)
-    text = "unexpected " + " ".join(f"{type(error).__name__}: {error}".split())
+    text = printable("unexpected " + " ".join(f"{type(error).__name__}: {error}".split()), MAX_CHARS - 60)
     reported = report is not None and report(error, text)
     if not isinstance(error, MacpoError):
         if not reported:
             print(f"error: {text}. Fix: rerun with --debug and report it.", file=sys.stderr)
         return 1
     if not reported and not error.relayed:
-        for problem in error.problems:
+        for problem in error.problems[:MAX_ERRORS]:
             print(problem, file=sys.stderr)
+        if len(error.problems) > MAX_ERRORS:
+            say(f"error: {len(error.problems) - MAX_ERRORS} more problems. Fix: mend these first.")
     return error.code

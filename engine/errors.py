@@ -5,9 +5,39 @@ error: FILE:LINE: FIELD: problem. Fix: remedy.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+MAX_CHARS = 500
+"""Longest line of an error; longer parts lose their middle."""
+_JOINERS = "\u200c\u200d"  # of letters in Persian and of emoji: they turn nothing around and end no line
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """The text on one line, as a person may see it: what controls a terminal, ends a line or turns text is escaped.
+
+    Args:
+        limit: number of characters above which the middle is left out; None sets none.
+    """
+    if not text.isprintable():
+        text = "".join(
+            each if each.isprintable() or each in _JOINERS or unicodedata.category(each) == "Zs" else _escaped(each)
+            for each in (text if limit is None else _cut(text, 4 * limit))
+        )
+    return text if limit is None else _cut(text, limit)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) // 2
+    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +51,16 @@ class Problem:
     field: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}" if self.file and self.line else self.file
-        head = ": ".join(part for part in ("error", where, self.field) if part)
-        text = f"{head}: {self.message.rstrip('.')}."
-        return f"{text} Fix: {self.fix.rstrip('.')}." if self.fix else text
+        texts = (self.file, self.field, self.message.rstrip("."), self.fix.rstrip("."))
+        parts = [printable(text, MAX_CHARS) for text in texts]
+        room = MAX_CHARS - len(f"error: :{self.line}: :. Fix: .")
+        if sum(map(len, parts)) > room:
+            longest = next(n for n in range(room, 0, -1) if sum(min(len(part), n) for part in parts) <= room)
+            parts = [_cut(part, longest) for part in parts]
+        file, field, message, fix = parts
+        where = f"{file}:{self.line}" if file and self.line else file
+        head = ": ".join(part for part in ("error", where, field) if part)
+        return f"{head}: {message}. Fix: {fix}." if fix else f"{head}: {message}."
 
 
 class MacpoError(Exception):

@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, ValidationInfo
 
+from macpo.engine.errors import ConfigError
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".jinja", ".safetensors", ".yaml")
@@ -56,6 +58,15 @@ def absolute_or_hub(text: str, base: Path | None = None) -> str:
     found = absolute(text, base)
     could_be_hub = _HUB_ID.fullmatch(text) and not text.endswith(_FILE_ENDINGS)
     return text if could_be_hub and not os.path.exists(found) else found
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` expanded, outside of recipes. Raises ConfigError for `~` of an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        problem = f"got {_shown(str(path))}, and that user has no home folder here"
+        raise ConfigError(problem, "write the path out") from None
 
 
 def _shown(text: str) -> str:

@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from macpo.engine.errors import printable
+
 PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.1
 
 
@@ -34,7 +36,7 @@ class _Shown:
             auto_refresh=False,
             disable=not self._live,
         )
-        self._task = self._bar.add_task(label, total=total, completed=done, **fields)  # type: ignore[arg-type]
+        self._task = self._bar.add_task(printable(label), total=total, completed=done, **fields)  # type: ignore[arg-type]
         self._shown = time.monotonic()
         self._bar.start()
 
@@ -50,7 +52,7 @@ class _Shown:
             return
         left = self._bar.tasks[0].time_remaining
         eta = "" if left is None or last else f" ETA {timedelta(seconds=round(left))}"
-        self._console.file.write(f"{line}{eta}\n")
+        self._console.file.write(printable(f"{line}{eta}") + "\n")
         self._console.file.flush()
 
     def close(self) -> None:

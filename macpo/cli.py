@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macpo import __version__
-from macpo.engine.console import run_cli
+from macpo.engine.console import run_cli, say
 from macpo.engine.paths import argument as path_argument
 
 COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "export")
@@ -154,7 +154,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if _printed(arguments, recipe):
         return
     for line in check(recipe, arguments.examples):
-        print(line)
+        say(line, error=False)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -207,9 +207,9 @@ def _status(arguments: argparse.Namespace) -> None:
     plan = plan_of(recipe, must_exist=False)
     for row in runner_of(recipe, plan).status():
         seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else " " * 10
-        print(f"{row.state:8} {seconds}  {row.name}" + (f"  ({row.why})" if row.why else ""))
+        say(f"{row.state:8} {seconds}  {row.name}" + (f"  ({row.why})" if row.why else ""), error=False)
     for path in plan.identities.unknown:
-        print(f"note: {path} is not here; finished stages count as made from it", file=sys.stderr)
+        say(f"note: {path} is not here; finished stages count as made from it")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
-from macpo.engine.paths import absolute
+from macpo.engine.paths import absolute, expanded
 from macpo.engine.run.stages import Graph
 from macpo.iteration import build_plan
 from macpo.method.identities import Identities
@@ -58,7 +58,7 @@ def _began_in(run_dir: Path) -> Path | None:
     Its `output` is relative too and ends the path of its folder; None where paths are absolute or it was moved.
     """
     output, _ = recipes.written(run_dir, "output")
-    if output is None or Path(output).expanduser().is_absolute():
+    if output is None or expanded(output).is_absolute():
         return None
     parts, here = Path(output).parts, run_dir.absolute()
     return Path(*here.parts[: -len(parts)]) if parts and here.parts[-len(parts) :] == parts else None

@@ -33,10 +33,13 @@ from macpo.engine.data.template_settings import (
 from macpo.engine.data.templates import one_line, template_text
 from macpo.engine.data.token_text import Piece, TokenText
 from macpo.engine.data.truncation import shortened
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, ResourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MAX_TOKEN_ID = 1 << 24
 
 
 class Chat:
@@ -301,10 +304,17 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as problem:  # transformers wraps network, format and trust failures in many types
+        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        largest = max(found.get_vocab().values(), default=0)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as problem:  # of many types, and the panics of tokenizers are no Exception
         fix = "check the path; without a network download the model first and give its folder"
         if "trust_remote_code" in str(problem):
             fix = "use a model without code of its own, or set trust_remote_code if you trust its authors"
         why = f"no tokenizer loads from {str(path)!r}: {one_line(problem)}"
         raise ConfigError(why, fix, field="model") from problem
+    if largest > MAX_TOKEN_ID:
+        too_many = f"the tokenizer has the token id {largest:,}: no machine holds the embeddings of so many"
+        raise ResourceError(too_many, "get a fresh copy of the tokenizer", file=path)
+    return found

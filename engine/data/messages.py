@@ -64,7 +64,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
-        except ValueError:
+        except (ValueError, RecursionError):
             value = False
     if value is None:
         return []
@@ -135,7 +135,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 function["arguments"] = _plain(json.loads(arguments))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(
                     f"the arguments of a call of {function['name']!r} are not JSON: {arguments!r:.60}",
                     "give an object",
@@ -148,7 +148,11 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """A copy made of JSON's own types. Raises DataError for text that no file can hold."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        why = f"it cannot be written as JSON ({error})"
+        raise DataError(why, "give plain objects", field="tool_calls") from None
     try:
         text.encode()
     except UnicodeEncodeError as error:

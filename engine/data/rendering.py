@@ -14,20 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from macpo.engine.data.jinja_environment import values
 from macpo.engine.data.messages import LINKS, PARTS, THOUGHTS, Message, split_tools
-from macpo.engine.data.templates import TEMPLATES, one_line, within
+from macpo.engine.data.templates import TEMPLATES, SafeTemplate, one_line
 from macpo.engine.data.token_text import Piece, TokenText, closing, open_tag
-from macpo.engine.errors import ConfigError, DataError, TemplateRefusal
+from macpo.engine.errors import ConfigError, DataError, MacpoError, TemplateRefusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("macpo.chat")
 
-MAX_RENDERED_CHARS = 1024 * 1024
-"""Characters that a template may write beyond four times the dialogue itself."""
-PROBE_SECONDS = 10.0
-"""A template that cannot render two words in this time is rejected."""
 FIX = "set template to vicuna, chatml, plain or a jinja file"
 _FIRST_MARK = 0xF0000  # private-use plane 15: placeholders for contents, never part of a template
 _MARK = re.compile("[\U000f0000-\U000fffff]")
@@ -74,6 +71,7 @@ class Rendering:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, *, eos: str, date: str) -> None:
         self.tokenizer, self.source, self._eos, self._date = tokenizer, source, eos, date
         self.is_ours = source in TEMPLATES.values()
+        self._template = SafeTemplate(source)
         self.frame = Frame()
         self.before = self._probe()
 
@@ -113,30 +111,25 @@ class Rendering:
         self.frame = Frame(header, prefix, lead, tail, end, extra)
 
     def render(self, messages: Sequence[Message], generation: bool = True) -> str:
-        """The dialogue rendered by transformers in jinja's ImmutableSandboxedEnvironment, header included.
+        """The dialogue as transformers would render it, header included.
 
         Raises:
-            TemplateRefusal: the template raises an error. ConfigError: it writes far more than it was given.
+            TemplateRefusal: the template raises an error. ConfigError: it does not end, or does far more than it was
+                asked for.
         """
+        return self._write(messages, generation) + (self.frame.header if generation else "")
+
+    def _write(self, messages: Sequence[Message], generation: bool, **arguments: Any) -> str:
         turns, tools = split_tools(messages)
-        given: dict[str, Any] = {} if tools is None else {"tools": tools}
+        tokens = {**self.tokenizer.special_tokens_map, "eos_token": self._eos, "date_string": self._date}
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=generation,
-                eos_token=self._eos,
-                date_string=self._date,
-                **given,
-            )
+            given = values(turns, tools, generation, **{**tokens, **arguments})
+            return self._template.render(given, len(str(messages)))
+        except MacpoError:
+            raise
         except Exception as problem:  # templates raise whatever they like; the person gets the template's own words
             why = f"the chat template refuses this dialogue: {one_line(problem)}"
             raise TemplateRefusal(why, f"change the dialogue's roles, or {FIX}", field="template") from problem
-        if len(text) > MAX_RENDERED_CHARS + 4 * len(str(messages)):
-            why = f"the chat template wrote {len(text)} characters"
-            raise ConfigError(why, "use another template", field="template")
-        return str(text) + (self.frame.header if generation else "")
 
     # -- dialogues
 
@@ -217,11 +210,8 @@ class Rendering:
         """The template's own argument against thoughts, where it has one."""
         user: Message = {"role": "user", "content": "x"}
         for name in ("enable_thinking", "thinking"):
-            options: dict[str, Any] = {"chat_template": self.source, name: False, "eos_token": self._eos}
-            if name in self.source:
-                text = self.tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True, **options)
-                if open_tag(str(text)) is None:
-                    return f"set template_arguments: {{{name}: false}}, or give answers with their thoughts"
+            if name in self.source and open_tag(self._write([user], True, **{name: False})) is None:
+                return f"set template_arguments: {{{name}: false}}, or give answers with their thoughts"
         return "give answers with their thoughts, or set template to one that opens none"
 
     def dialogue(self, messages: Sequence[Message], tokens: TokenText) -> list[Piece]:
@@ -281,12 +271,11 @@ class Rendering:
         return messages[-1]["role"] != "assistant"
 
     def _probe(self) -> str:
-        """The text that the template writes around a short dialogue; ConfigError if it fails or does not end."""
+        """The text that the template writes around a short dialogue; ConfigError if it fails."""
         try:
-            return within(PROBE_SECONDS, lambda: self.render([{"role": "user", "content": _PROBE}]))
-        except (DataError, TimeoutError) as problem:
-            said = problem.problems[0].message if isinstance(problem, DataError) else "the chat template does not end"
-            raise ConfigError(said, FIX, field="template") from problem
+            return self.render([{"role": "user", "content": _PROBE}])
+        except DataError as problem:
+            raise ConfigError(problem.problems[0].message, FIX, field="template") from problem
 
 
 _THOUGHT = "the generation prefix opens a thought, which the template's whole dialogue has not"

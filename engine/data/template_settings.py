@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
+from jinja2 import nodes
 
-from macpo.engine.data.templates import TEMPLATES, one_line
+from macpo.engine.data.jinja_environment import environment
+from macpo.engine.data.templates import TEMPLATES, names_read, one_line
 from macpo.engine.errors import ConfigError
+from macpo.engine.foreign import read_json_object
+from macpo.engine.paths import expanded
 
 DATE = datetime.date(2024, 7, 26)
 """Day that dated templates write by default: Llama 3's own, so that prompts do not depend on the day of the run."""
@@ -31,8 +32,7 @@ def with_settings(template: str, arguments: Mapping[str, Any], date: datetime.da
     Raises:
         ConfigError: a template that is no jinja; an argument that it does not read; a clock instead of a date.
     """
-    tree = _parsed(template)
-    names = meta.find_undeclared_variables(tree)
+    tree, names = _parsed(template), names_read(template)
     known = sorted(names - {*_OURS, "strftime_now", "raise_exception", "namespace", "dict"})
     for name, value in arguments.items():
         if name in _OURS or name not in names:
@@ -59,7 +59,7 @@ def with_date_string(template: str, date: datetime.date) -> str:
 
 def reads_date_string(template: str) -> bool:
     """Whether the template writes a date that it is given as an argument."""
-    return "date_string" in template and "date_string" in meta.find_undeclared_variables(_parsed(template))
+    return "date_string" in template and "date_string" in names_read(template)
 
 
 def reads_clock(template: str) -> bool:
@@ -74,11 +74,11 @@ def template_of(folder: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     config = folder / "tokenizer_config.json"
     try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    except (ValueError, AttributeError):  # loading the tokenizer says what is wrong with it
+        found = read_json_object(config).get("chat_template") if config.is_file() else None
+    except ConfigError:  # loading the tokenizer says what is wrong with it
         return ""
     if isinstance(found, list):
-        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = {str(each.get("name")): each.get("template") for each in found if isinstance(each, dict)}
     return str((found.get("default") if isinstance(found, dict) else found) or "")
 
 
@@ -93,10 +93,10 @@ def date_of(template: str, model: str | None, date: datetime.date) -> datetime.d
         model: folder or Hub id of the model whose template "auto" is; None for one that the run trains.
     """
     text = TEMPLATES.get(template, template)
-    if template == "auto" and model is not None and not Path(model).expanduser().is_dir():
+    if template == "auto" and model is not None and not expanded(model).is_dir():
         return date if date != DATE else None
     if template == "auto":
-        text = template_of(Path(model).expanduser()) if model is not None else ""
+        text = template_of(expanded(model)) if model is not None else ""
     if reads_clock(text):
         return date
     return date if date != DATE and reads_date_string(text) else None
@@ -104,24 +104,11 @@ def date_of(template: str, model: str | None, date: datetime.date) -> datetime.d
 
 def _parsed(template: str) -> nodes.Template:
     try:
-        return _ENVIRONMENT.parse(template)
-    except TemplateError as problem:
+        return environment().parse(template)
+    except Exception as problem:  # also of the parser itself: too deep, or a number of a million digits
         why = f"the chat template refuses this dialogue: {one_line(problem)}"
         fix = "set template to vicuna, chatml, plain or a jinja file"
         raise ConfigError(why, fix, field="template") from problem
-
-
-class _Generation(Extension):
-    """`{% generation %}`: transformers' tag around what an assistant wrote."""
-
-    tags = {"generation"}  # noqa: RUF012 (declared so by jinja)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-_ENVIRONMENT = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])  # reads templates, renders none
 
 
 def _date_formats(tree: nodes.Template) -> list[str]:

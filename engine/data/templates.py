@@ -10,14 +10,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from macpo.engine.data import template_worker
+from macpo.engine.data.metering import Metered, Overspent, Uncountable
 from macpo.engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ TEMPLATES = {
 }
 MAX_TEMPLATE_CHARS = 256 * 1024
 """Size limit for foreign templates; the largest published ones have about 30 thousand characters."""
+MAX_RENDERED_CHARS = 1024 * 1024
+"""Characters that a template may write beyond four times the dialogue itself."""
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
@@ -64,7 +65,10 @@ def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     elif "{{" in template or "{%" in template:
         text = template
     elif Path(template).is_file():
-        text = Path(template).read_text(encoding="utf-8")
+        try:
+            text = Path(template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as problem:
+            raise ConfigError(f"invalid UTF-8 at byte {problem.start}", "save it as UTF-8", file=template) from None
     else:
         known = ", ".join(["auto", *TEMPLATES])
         raise ConfigError(f"no template or file named {template!r}", f"use {known}, or a jinja file", field="template")
@@ -82,23 +86,68 @@ def one_line(problem: BaseException) -> str:
     return " ".join(str(problem).split())[:200] or type(problem).__name__
 
 
-def within(seconds: float, call: Callable[[], str]) -> str:
-    """Call `call` in a thread; after `seconds` raise TimeoutError here and in the thread."""
-    results: list[str] = []
-    errors: list[BaseException] = []
+class SafeTemplate:
+    """A template that is nobody's to trust: counted here if it can be, else rendered by a process with limits."""
 
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as problem:
-            errors.append(problem)
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._metered = _metered(source)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError))
-        raise TimeoutError
-    if errors:
-        raise errors[0]
-    return results[0]
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is rendered in this process."""
+        return self._metered is not None
+
+    def render(self, values: dict[str, Any], num_chars: int) -> str:
+        """The text that it writes.
+
+        Args:
+            values: what it is given, of JSON's own types.
+            num_chars: characters of the dialogue in them.
+
+        Raises:
+            ConfigError: it takes too long, or too much memory, or writes far more than it was given. Any other type:
+                what the template raises.
+        """
+        most = MAX_RENDERED_CHARS + 4 * num_chars
+        if self._metered is not None and num_chars <= MAX_RENDERED_CHARS:
+            try:
+                return self._checked(self._metered.render(values, 8 * most, template_worker.SECONDS), most)
+            except Overspent:
+                why = "the chat template does not end, or does far more than its dialogue asks for"
+                raise ConfigError(why, "use another template", field="template") from None
+            except Uncountable:
+                pass
+        reply = template_worker.ask({"source": self.source, "values": values, "max_chars": most})
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return self._checked(reply["text"], most) if "text" in reply else self._checked(range(reply["wrote"]), most)
+
+    @staticmethod
+    def _checked(text: Any, most: int) -> str:
+        if len(text) > most:
+            raise ConfigError(
+                f"the chat template wrote {len(text)} characters", "use another template", field="template"
+            )
+        return str(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _metered(source: str) -> Metered | None:
+    try:
+        return Metered(source)
+    except Uncountable:
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def names_read(source: str) -> frozenset[str]:
+    """The names that a template reads besides those it defines. Raises ConfigError for a template that is no jinja."""
+    metered = _metered(source)
+    if metered is not None:
+        return frozenset(template_worker.names_of(metered.tree))
+    reply = template_worker.ask({"names": source})
+    if "error" in reply:
+        why = f"the chat template refuses this dialogue: {one_line(ValueError(reply['error']))}"
+        raise ConfigError(why, "set template to vicuna, chatml, plain or a jinja file", field="template")
+    return frozenset(reply["names"])

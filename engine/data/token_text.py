@@ -54,7 +54,7 @@ class TokenText:
         self._special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._added = {str(token): i for i, token in added if str(token).strip()}
         self.guard_template("", "", "", "")
-        first = tokenizer.convert_ids_to_tokens(self.encode("a"))[0]
+        first = (tokenizer.convert_ids_to_tokens(self.encode("a")) or [""])[0]
         self.writes_blank: bool = first.startswith(("▁", "Ġ"))  # the tokenizer itself puts a blank before every text
 
     def guard_template(self, user: str, prefix: str, before: str, after: str) -> None:
@@ -88,7 +88,13 @@ class TokenText:
         if backend.padding is not None:
             backend.no_padding()
         backend.encode_special_tokens = as_data
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        except Exception as problem:  # tokenizers raises this type alone
+            why = f"the tokenizer cannot encode {text[:40]!r}: {problem}"
+            raise ConfigError(
+                why, "use a complete tokenizer, which knows its own unk_token", field="tokenizer"
+            ) from None
 
     def encode_data(self, text: str, author: str) -> list[int]:
         """Ids of a text from data, never a token that its author must not write, whatever the text spells."""

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from macpo.engine.console import say
 from macpo.engine.distributed.agree import pack_error, unpack_error
 from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopped
 from macpo.engine.files import read_json, write_json
@@ -54,7 +54,7 @@ def launch(command: Sequence[str], ranks: int, *, grace_s: float = 30.0) -> None
         except Again as error:
             if attempt == _ATTEMPTS:
                 raise
-            print(f"note: {error.problems[0].message}; starting the ranks again", file=sys.stderr, flush=True)
+            say(f"note: {error.problems[0].message}; starting the ranks again")
 
 
 def leave_error(error: BaseException, text: str) -> bool:

@@ -146,7 +146,7 @@ def _split(raw: bytes) -> tuple[bytes, dict[str, Any] | None]:
     at = raw.rfind(b"\n", 0, -1) + 1
     try:
         seal = json.loads(raw[at:]) if raw.endswith(b"\n") else None
-    except ValueError:  # bad JSON or bad UTF-8: the tail was torn
+    except (ValueError, RecursionError):  # bad JSON or bad UTF-8: the tail was torn
         seal = None
     return raw[:at], seal if isinstance(seal, dict) else None
 

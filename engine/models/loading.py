@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import re
 import stat
@@ -28,12 +26,13 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from macpo.engine.config import Quantization
-from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.distributed.failures import is_out_of_memory
+from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import explained
+from macpo.engine.foreign import MAX_HEADER_BYTES, check_model_config, header, largest_size, read_json_object
 from macpo.engine.models.support import refuse_unsupported
+from macpo.engine.paths import expanded
 
-MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
-MAX_JSON_BYTES = 64 * 1024 * 1024
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -41,6 +40,7 @@ _HASHED = {".safetensors", ".json", ".model", ".jinja", ".txt"}
 _WHOLE_BYTES = 64 * 1024 * 1024
 _BLOCK_BYTES = 64 * 1024
 _CACHE_DEPTH = 4  # hub/models/OWNER/NAME: how far above a folder the contents of its cache may lie
+_SUSPICIOUS = 1 << 20  # a size of a config from which on the model is counted before it is made
 _CONVERT = "convert it once with model.save_pretrained(FOLDER, safe_serialization=True) where you trust the file"
 
 
@@ -51,7 +51,7 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
         ConfigError: no such folder; or a Hub id that is neither cached nor reachable.
     """
     text = str(path)
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -70,26 +70,6 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
             "check the spelling and the network; offline, download it beforehand (`hf download`) and set "
             "HF_HUB_OFFLINE=1, or give a folder",
         ) from error
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a small JSON object from an untrusted folder.
-
-    Raises:
-        ConfigError: missing, not a regular file, too large, or not a JSON object.
-    """
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_JSON_BYTES:
-            raise ConfigError("not a regular file of reasonable size", "get a fresh copy", file=path)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("the file is missing", "name a complete Hugging Face folder", file=path) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot be read as JSON ({error})", "get a fresh copy", file=path) from error
-    if not isinstance(value, dict):
-        raise ConfigError("is not a JSON object", "get a fresh copy", file=path)
-    return value
 
 
 def is_adapter(folder: Path) -> bool:
@@ -181,36 +161,13 @@ def _belongs(target: Path, folder: Path) -> bool:
     repository = target.parent.parent
     if target.parent.name == "blobs" and repository.name.startswith("models--"):
         roots.append(repository)
-    roots.append(Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser())
+    roots.append(expanded(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"))
     return any(target.is_relative_to(root) or target.is_relative_to(root.resolve()) for root in roots)
-
-
-def header(file: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: name -> {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        IntegrityError: truncated or damaged.
-    """
-    fix = "get a fresh copy of the file"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise IntegrityError(f"header of {length} bytes in a file of {size} bytes", fix, file=file)
-        try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-            raise IntegrityError(f"damaged header ({error})", fix, file=file) from error
-    if end != size - 8 - length:
-        raise IntegrityError(f"the file should have {end + 8 + length} bytes but has {size}", fix, file=file)
-    return entries
 
 
 def num_parameters(files: Iterable[Path]) -> int:
     """How many numbers the safetensors files hold, from their headers."""
-    return sum(math.prod(entry["shape"]) for file in files for entry in header(file).values())
+    return sum(tensor.numel for file in files for tensor in header(file).values())
 
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -220,9 +177,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that most numbers of a model folder have on disk; float32 if none has one that models compute in."""
     counts: Counter[torch.dtype] = Counter()
     for file in weight_files(folder):
-        for entry in header(file).values():
-            if entry["dtype"] in _STORED:
-                counts[_STORED[entry["dtype"]]] += math.prod(entry["shape"])
+        for tensor in header(file).values():
+            if tensor.dtype in _STORED:
+                counts[_STORED[tensor.dtype]] += tensor.numel
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
@@ -236,7 +193,7 @@ def fingerprint_model(path: str | Path) -> str:
     Raises:
         ConfigError: neither a folder nor a Hub id.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         if isinstance(path, Path) or not _HUB_ID.fullmatch(path):
             fix = "check the path; a Hub id looks like owner/name"
@@ -269,6 +226,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def read_config(folder: Path) -> PretrainedConfig:
     """The config of a model folder. Raises ConfigError where transformers does not take it; no code of it is run."""
     written = read_json_object(folder / "config.json")
+    check_model_config(written, folder / "config.json")
     try:
         with quiet_transformers():
             found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -305,9 +263,12 @@ def load_causal_lm(
     folder = local_folder(path, trust_remote_code=trust_remote_code)
     refuse_adapter(folder)
     config = read_json_object(folder / "config.json")
+    check_model_config(config, folder / "config.json")
     own_code = trust_remote_code and "auto_map" in config
     if config.get("model_type") in CONFIG_MAPPING and not own_code:  # the probe judges a model's own code
-        refuse_unsupported(read_config(folder))
+        found = read_config(folder)
+        refuse_unsupported(found)
+        _refuse_larger_config(config, found, num_parameters(weight_files(folder)), folder)
     weight_files(folder)
     packed = has_mxfp4(config)
     if packed and quantization == "nf4":
@@ -328,7 +289,9 @@ def load_causal_lm(
                 ignore_mismatched_sizes=True,  # the check below names them
                 **options,
             )
-    except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
+    except Exception as error:  # transformers' own checks raise whatever they like
+        if is_out_of_memory(error) or isinstance(error, MemoryError):
+            raise
         why = " ".join(str(error).split())[:300]
         remote = "auto_map" in config and not trust_remote_code
         fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
@@ -348,6 +311,31 @@ def load_causal_lm(
             layer.quant_state = layer.weight.quant_state  # FSDP2 keeps the weight's numbers, not what hangs on it
             layer.support_avx512bf16_for_cpu = False  # it would repack the shared weight when first scored with
     return ready
+
+
+def _refuse_larger_config(written: Mapping[str, Any], config: PretrainedConfig, held: int, folder: Path) -> None:
+    """As `refuse_larger`, for the model of a config, which is built without storage where it could be large."""
+    if largest_size(written) < _SUSPICIOUS:
+        return
+    try:
+        with torch.device("meta"), quiet_transformers():
+            made: Any = AutoModelForCausalLM.from_config(config)
+    except Exception:  # loading says why
+        return
+    refuse_larger(made, held, folder)
+
+
+def refuse_larger(model: torch.nn.Module, held: int, folder: Path) -> None:
+    """Raise ResourceError where a config's model is far larger than its weights, which loading would make up.
+
+    Args:
+        model: on the meta device.
+        held: how many numbers the weight files hold; packed ones hold up to eight in one.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if total > 8 * max(held, _SUSPICIOUS):
+        problem = f"the config's model has {total:,} parameters, the weights hold {held:,}"
+        raise ResourceError(problem, "use weights that belong to this config.json", file=folder)
 
 
 def has_mxfp4(config: Mapping[str, Any]) -> bool:

@@ -36,7 +36,10 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         ConfigError: naming the model's class, or its type where it has none, and the reason.
     """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    reason = _reason(config, kind)
+    try:
+        reason = _reason(config, kind)
+    except (TypeError, AttributeError, ValueError, KeyError) as error:  # parts of other types than the family has
+        raise ConfigError(f"the config is not one of a model that can be built ({error})", FIX) from error
     if reason:
         name = config.model_type if kind is None else kind.__name__
         raise ConfigError(f"{name} {reason}", TEXT_ONLY if kind is None and config.sub_configs else FIX)

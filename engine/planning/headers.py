@@ -15,20 +15,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.foreign import LAYERS, check_model_config, header, read_json_object
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.loading import (
     has_mxfp4,
-    header,
     local_folder,
     read_config,
-    read_json_object,
     refuse_adapter,
+    refuse_larger,
     weight_files,
 )
 from macpo.engine.models.support import refuse_unsupported
 
 FIX = "use weights that belong to this config.json"
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +59,20 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Folder:
     folder = local_folder(path, trust_remote_code=trust_remote_code)
     refuse_adapter(folder)
     written = read_json_object(folder / "config.json")
+    check_model_config(written, folder / "config.json")
     entries: dict[str, Sequence[int]] = {}
     for file in weight_files(folder):
-        entries |= {name: entry["shape"] for name, entry in header(file).items()}
+        entries |= {name: tensor.shape for name, tensor in header(file).items()}
     held = sum(math.prod(shape) for shape in entries.values())
     if "auto_map" in written and trust_remote_code:
         return Folder(folder, held, None)
-    layers = max((written[name] for name in _LAYERS if isinstance(written.get(name), int)), default=0)
+    layers = max((written[name] for name in LAYERS if isinstance(written.get(name), int)), default=0)
     if layers > len(entries):  # before anything is built of it
         raise ConfigError(
             f"the config has {layers:,} layers, the weights are {len(entries):,} tensors", FIX, file=folder
         )
     model = _skeleton(folder)
+    refuse_larger(model, held, folder)
     if "quantization_config" not in written:  # packed weights have shapes of their own
         _compare(folder, entries, model)
     elif has_mxfp4(written):

@@ -6,13 +6,13 @@ counts with those that the pages state.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.loading import local_folder, read_config
+from macpo.engine.paths import expanded
 
 
 class _Shape(NamedTuple):
@@ -52,7 +52,7 @@ def config_of(model: str) -> PretrainedConfig:
     """
     shape = _SHAPES.get(model.lower())
     if shape is None:
-        if not Path(model).expanduser().is_dir() and "/" not in model:
+        if not expanded(model).is_dir() and "/" not in model:
             fix = f"name a folder or one of {', '.join(NAMES)}"
             raise ConfigError(f"there is no shape and no folder {model!r}", fix)
         folder = local_folder(model)

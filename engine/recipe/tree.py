@@ -63,6 +63,8 @@ def parse(text: str, file: str, problems: list[Problem], *, lines: bool = True) 
     except yaml.reader.ReaderError as error:
         problem = f"character U+{error.character:04X} is not allowed in YAML"
         line = text.count("\n", 0, error.position) + 1
+    except (ValueError, OverflowError) as error:  # an escape of no character, a number of thousands of digits
+        problem, line = f"not valid YAML: {error}", None
     except RecursionError:
         problem, line = "nested too deeply", None
     raise ConfigError(problem, "correct the text", file=file, line=line if lines else None)

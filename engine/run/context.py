@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from macpo.engine.console import say
 from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.agree import is_main, stopped
+from macpo.engine.errors import printable
 from macpo.engine.processes import StopFlag
 
 if TYPE_CHECKING:
@@ -66,6 +67,6 @@ class StageContext:
     def log(self, message: str) -> None:
         """A line on stderr and in stage.log, from rank 0."""
         if is_main(self.group):
-            print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+            say(f"{self.name}: {message}")
             with open(self.dir / "stage.log", "a", encoding="utf-8") as file:
-                file.write(message + "\n")
+                file.write(printable(message) + "\n")

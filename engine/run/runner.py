@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macpo.engine import files
+from macpo.engine.console import say
 from macpo.engine.distributed.agree import on_main, stopped, unpack_error
 from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
@@ -58,7 +58,7 @@ class Runner:
         self.graph, self.world = graph, world
         self.from_stage, self.rerun_stale = from_stage, rerun_stale
         self.began: Callable[[], None] | None = None
-        self.log = log or (lambda message: print(message, file=sys.stderr, flush=True))
+        self.log = log or say
         self.digests: dict[str, str] = {}
         self.redoable: set[str] = set()
 

@@ -124,9 +124,10 @@ def cut(path: Path, step: int) -> None:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:  # the kill came in the middle of a line
+                at = row["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):  # the kill came in the middle of a line
                 break
-            if not line.endswith(b"\n") or row["step"] > step:
+            if not line.endswith(b"\n") or not isinstance(at, int) or at > step:
                 break
             kept += len(line)
         file.truncate(kept)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from macpo.engine.config import OptimSettings
+from macpo.engine.console import say
 from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
@@ -263,7 +264,7 @@ class _Stage:
                 fix = "look at these rows, lower learning_rate, or set on_spike to warn; the weights were not updated"
                 raise self._numerics(problem, fix)
             if self.world.is_main:
-                print(f"warning: {what}; groups of the step: {self._names(indices)}", file=sys.stderr)
+                say(f"warning: {what}; groups of the step: {self._names(indices)}")
         self.guard.see(loss)
         return score
 

@@ -14,8 +14,10 @@ from macpo import __version__
 from macpo.config import AgentSettings
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.chat import Chat
+from macpo.engine.errors import printable
 from macpo.engine.files import read_json
 from macpo.engine.models.policy import PolicyRef
+from macpo.engine.paths import expanded
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest
 from macpo.recipe_kinds import AnyRecipe
@@ -71,7 +73,7 @@ def model_card(
         f"# {title}",
         f"{_kind(recipe, agent)}, {made}.",
         *([NEGATIVE] if policy.policy == "negative" else []),
-        f"- Base model: `{base_name}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
+        f"- Base model: `{printable(base_name)}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
         f"- Data: {_data(recipe)}\n- Prompts and answers together up to {recipe.context_tokens:,} tokens"
         + ("" if chat is None else _reading(settings.template or recipe.template, chat)),
         "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy.policy)),
@@ -82,7 +84,7 @@ def model_card(
         ),
         f"## Licence\n\n{LICENCE}",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(map(printable, "\n\n".join(parts).split("\n"))) + "\n"
 
 
 def _reading(name: str, chat: Chat) -> str:
@@ -126,12 +128,14 @@ def _data(recipe: AnyRecipe) -> str:
     data = recipe.data
     if data.path is None:
         return "the project's demo world: text from a seeded grammar"
-    return ", ".join([f"`{data.path}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"])
+    return ", ".join(
+        [f"`{printable(data.path)}`", *([f"subset `{data.subset}`"] if data.subset else []), f"split `{data.split}`"]
+    )
 
 
 def _licence_of(settings: AgentSettings) -> str:
     """What the base model's own folder says about its licence; nothing where it is no folder or says nothing."""
-    folder = Path(settings.model or "").expanduser()
+    folder = expanded(settings.model or "")
     readme = folder / "README.md"
     if settings.model is None or not readme.is_file():
         return ""
@@ -165,4 +169,5 @@ def _table(name: str, rows: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(text, 1000).replace("|", "\\|")

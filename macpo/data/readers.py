@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from macpo.data.json_rows import json_rows, wrapped_rows
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, MacpoError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, UNPACKED_BYTES, UNPACKED_RATIO, unpacked
 
@@ -152,7 +152,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields]]:
                     for fields in batch.to_pylist():
                         number += 1
                         yield number, fields
-    except (ArrowException, OSError) as problem:
+    except MacpoError:
+        raise
+    except (ArrowException, OSError, ValueError, TypeError, ArithmeticError, RecursionError) as problem:
         said = " ".join(str(problem).split())[:150]
         raise DataError(f"not a readable Parquet file: {said}", "fetch it again", file=file) from problem
 

@@ -21,6 +21,7 @@ from macpo.data.readers import DELIMITERS, file_rows
 from macpo.data.stringified import TEXT_FIELDS, messages_in
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import sha256
+from macpo.engine.paths import expanded
 
 OFFLINE_FIX = "check the path; without a network download the data first and give its folder"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -106,7 +107,7 @@ def read_rows(path: str | Path, split: str = "train", subset: str | None = None)
     Raises ConfigError for a missing path, split or subset, or a Hub that cannot be reached; DataError for bad rows.
     """
     if is_local(path):
-        for file in data_files(Path(path).expanduser(), split, subset):
+        for file in data_files(expanded(path), split, subset):
             name = str(file)
             for number, fields in file_rows(file, split):
                 yield Row(name, number, fields)
@@ -121,7 +122,7 @@ def fingerprint(path: str | Path) -> str:
     """
     digest = hashlib.sha256()
     if is_local(path):
-        root = Path(path).expanduser()
+        root = expanded(path)
         files = [root] if root.is_file() else files_of(root)
         if not files:
             raise ConfigError(f"no data file in {str(path)!r}", f"use {', '.join(SUFFIXES)}", field="data.path")
@@ -134,7 +135,7 @@ def fingerprint(path: str | Path) -> str:
 
 def is_local(path: str | Path) -> bool:
     """Return whether the path exists here; False for a possible Hub id. Raise ConfigError for anything else."""
-    if Path(path).expanduser().exists():
+    if expanded(path).exists():
         return True
     text = str(path)
     if isinstance(path, Path) or not _HUB_ID.fullmatch(text) or text.endswith((*SUFFIXES, ".txt", ".gz")):

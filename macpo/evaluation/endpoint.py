@@ -50,7 +50,7 @@ class Endpoint:
                 raise self.connection.explained(error) from None
         try:
             reply = json.loads(raw)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise Unavailable(f"not a chat completion ({type(error).__name__})") from error
         if not isinstance(reply, str):
             raise Unavailable("a chat completion without text")

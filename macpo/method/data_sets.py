@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from macpo.data.examples import load_examples
@@ -17,6 +16,7 @@ from macpo.data.spool import Records, View
 from macpo.data_settings import SourceSettings
 from macpo.engine.data.records import Example, Pair
 from macpo.engine.errors import ConfigError
+from macpo.engine.paths import expanded
 
 log = logging.getLogger("macpo.data")
 
@@ -42,7 +42,7 @@ def source_of(data: SourceSettings, max_rows: int | None = None) -> Source:
 
 def own_source(data: SourceSettings, path: str) -> Source:
     """Return the source of a teacher's own rows; a single file is read whole."""
-    if Path(path).expanduser().is_file():
+    if expanded(path).is_file():
         return Source(path, columns=data.columns)
     return Source(path, data.split, data.subset, data.columns)
 
@@ -55,11 +55,11 @@ def held_out_source(data: SourceSettings) -> Source | None:
     """
     if data.test_path is not None:
         source = own_source(data, data.test_path)
-        folder = Path(data.test_path).expanduser()
+        folder = expanded(data.test_path)
         if folder.is_dir() and not has_split(folder, source.split, source.subset):
             return replace(source, split="test")
         return source
-    path = Path(str(data.path)).expanduser()
+    path = expanded(str(data.path))
     if data.test_split is not None and path.is_file() and ".json" not in path.suffixes[:1]:
         fix = "give the folder of both splits in data.path, or the other file in data.test_path"
         raise ConfigError(f"data.path is a file: it has no split {data.test_split!r}", fix, field="data.test_split")

@@ -66,7 +66,11 @@ def template_text(template: str, *, must_exist: bool = True) -> str:
             )
         return UNKNOWN + template
     with explained(path):
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=path) from None
     if "{{" not in text and "{%" not in text:
         raise ConfigError("the template has no jinja in it", "name a jinja file", file=path, field="template")
     return text

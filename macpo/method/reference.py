@@ -18,6 +18,7 @@ from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.compute import device_of, dtype_of
 from macpo.engine.models.loading import local_folder
 from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.paths import expanded
 from macpo.engine.run.folder import CACHE
 from macpo.engine.training.reference import cached, reference_key, weighted
 from macpo.method.likelihoods import shared_parts
@@ -74,7 +75,7 @@ class Reference:
             numerics += " merged"
         digest = policy.chat.digest
         key = on_main(ctx.world, lambda: reference_key(ref, groups, tokenizer=digest, numerics=numerics))
-        folder = Path(compute.cache).expanduser() if compute.cache is not None else ctx.dir.parent / CACHE
+        folder = expanded(compute.cache) if compute.cache is not None else ctx.dir.parent / CACHE
 
         def scored() -> Tensor:
             if module is not None and self.is_own:

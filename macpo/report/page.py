@@ -32,8 +32,11 @@ SPEEDS = {
     "peak_memory_bytes": "peak memory",
 }
 NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
-# control characters, and those that turn the direction of the text after them
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# control characters, those that turn the direction of the text after them, and those that hide in it
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None = None) -> Path:

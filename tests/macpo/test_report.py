@@ -20,7 +20,10 @@ from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.report.findings import table
 from macpo.report.page import write_report, write_seeds_report
 
-EVIL = '<img src=x onerror="alert(1)"></script><script>alert(2)</script> {{ 7 * 7 }} \x00\x1b[31m \u202egnol'
+EVIL = (
+    '<img src=x onerror="alert(1)"></script><script>alert(2)</script>'
+    " {{ 7 * 7 }} \x00\x1b[31m \u202egnol\u061c\u200b\u2028\u2066\ufeff"
+)
 TEACHERS = ("teacher0", "teacher1", "teacher2")
 LEVELS = {
     "teacher0": (0.63, 0.71, 0.78, 0.84),
@@ -293,7 +296,7 @@ def test_text_of_models_and_data_cannot_become_markup(tmp_path):
     assert not {"img", "script"} & {tag for tag, _ in page.tags}
     assert '<img src=x onerror="alert(1)">' in page.text and "{{ 7 * 7 }}" in page.text  # readable, as text
     assert "<img" not in text and "<script" not in text
-    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\u061c\u200b\u2028-\u202e\u2060-\u206f\ufeff]", text)
     for part in ("answers", "selection", "pairs", "run"):  # the attack stood in every one of them
         section = text.split(f'<section id="{part}">')[1].split("</section>")[0]
         assert "&lt;img src=x onerror=" in section, part

@@ -17,7 +17,7 @@ PACKAGES = ("kernels", "engine", "macpo")  # imported as macpo.kernels, macpo.en
 
 # Who may import whom: a folder, or a module directly in engine/ or macpo/, and what it may import besides itself.
 # Everything goes down: macpo -> engine -> kernels, and each table has the lowest floor first.
-GROUND = "config connection console errors faults files hardware paths processes progress unpacking"
+GROUND = "config connection console errors faults files foreign hardware paths processes progress unpacking"
 MAY_IMPORT = {
     "kernels": {"kernels": ""},
     "engine": {
@@ -26,13 +26,14 @@ MAY_IMPORT = {
         "faults": "errors",
         "unpacking": "errors",
         "files": "errors faults unpacking",
+        "foreign": "errors",
         "console": "errors faults files",
         "connection": "errors",
-        "paths": "",
+        "paths": "errors",
         "config": "errors connection paths kernels",  # kernels: the names of the losses
         "hardware": "",
         "processes": "",
-        "progress": "",
+        "progress": "errors",
         "recipe": GROUND,
         "distributed": GROUND,
         "data": f"{GROUND} distributed kernels",  # distributed: a batch is divided among ranks; kernels: segments

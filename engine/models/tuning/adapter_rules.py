@@ -11,16 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from macpo.engine.errors import ConfigError
+from macpo.engine.foreign import read_json_object
 from macpo.engine.models.head import is_plain
-from macpo.engine.models.loading import read_json_object
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -44,6 +45,8 @@ _REPEATABLE_INITS = {"pissa", "olora", "mica"}
 _EXACT_INITS = {"true", "false", "gaussian", "orthogonal", "eva"}
 """Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …) train on another
 base than the one on disk, or with another forward."""
+_MAX_REPEATS = 6
+"""Repetitions in a pattern for names of modules; peft and its users need up to five."""
 _FREE = """
     auto_mapping base_model_name_or_path revision inference_mode r target_modules exclude_modules
     lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform layers_pattern rank_pattern alpha_pattern
@@ -63,6 +66,89 @@ _REFUSED = {
 }
 
 
+_Rank = Annotated[int, Field(ge=1, le=1 << 16)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Written(BaseModel):
+    """The types of what an adapter_config.json says; what it leaves out is peft's default."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    peft_type: str | None = None
+    task_type: str | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: _Rank = 8
+    lora_alpha: _Number = 8
+    lora_dropout: _Number = 0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    inference_mode: bool = False
+    qalora_group_size: int = 16
+    init_lora_weights: bool | str | None = True
+    auto_mapping: dict[str, Any] | None = None
+    loftq_config: dict[str, Any] | None = None
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+
+    @property
+    def patterns(self) -> list[str]:
+        """What peft takes for regular expressions."""
+        targets = [self.target_modules, self.exclude_modules, self.layers_pattern]
+        named = [*(self.rank_pattern or ()), *(self.alpha_pattern or ())]
+        return [text for text in targets if isinstance(text, str)] + named
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether no search with the pattern takes exponential time, or that of many repetitions after one another."""
+    try:
+        tree = re._parser.parse(pattern)  # type: ignore[attr-defined]
+    except (re.error, RecursionError, OverflowError):
+        return True  # compiling it says what is wrong
+    return _repeats(tree, False) <= _MAX_REPEATS
+
+
+def _repeats(tree: Any, inside: bool) -> int:
+    """How many repetitions a parsed pattern has; more than are allowed where one is inside another."""
+    found = 0
+    for operation, argument in tree:
+        repeats = str(operation).endswith("_REPEAT") and int(argument[1]) > 1
+        found += repeats
+        if inside and (repeats or str(operation) == "BRANCH"):
+            return _MAX_REPEATS + 1
+        for part in argument if isinstance(argument, tuple | list) else ():
+            for branch in part if isinstance(part, list) else [part]:
+                if isinstance(branch, re._parser.SubPattern):  # type: ignore[attr-defined]
+                    found += _repeats(branch, inside or repeats)
+    return found
+
+
+def _written(values: Mapping[str, Any], file: Path) -> _Written:
+    try:
+        found = _Written.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = f"the adapter's config is not understood ({first['msg']}, got {first['input']!r:.60})"
+        field = str(first["loc"][0]) if first["loc"] else ""
+        raise ConfigError(problem, "use peft's layout", file=file, field=field) from error
+    for pattern in found.patterns:
+        if not _is_quick(pattern):
+            problem = f"the pattern {pattern!r:.60} may take for ever"
+            raise ConfigError(problem, "name the modules in a list", file=file, field="target_modules")
+    return found
+
+
 def read_config(folder: Path) -> LoraConfig:
     """The adapter's configuration, as it is loaded here: without dropout, its weights read and not drawn.
 
@@ -75,6 +161,7 @@ def read_config(folder: Path) -> LoraConfig:
     if kind != "LORA":
         merges = kind in _MERGEABLE_TUNING or not _UNMERGEABLE.fullmatch(kind)
         raise ConfigError(f"a {kind} adapter: only LoRA is supported", MERGE if merges else _TRAIN_LORA, file=folder)
+    _written(values, file)
     init = str(values.get("init_lora_weights", True)).lower()
     if init not in _EXACT_INITS:
         problem = (
@@ -92,7 +179,7 @@ def read_config(folder: Path) -> LoraConfig:
     known = {name: value for name, value in values.items() if name in LoraConfig.__dataclass_fields__}
     try:
         config = LoraConfig(**known)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # peft's own checks raise whatever they like
         why = " ".join(str(error).split())[:160]
         raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout", file=file) from error
     config.lora_dropout = 0.0

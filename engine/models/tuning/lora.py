@@ -28,8 +28,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from macpo.engine.config import FullSettings, LoraSettings
+from macpo.engine.distributed.failures import is_out_of_memory
 from macpo.engine.errors import ConfigError, IntegrityError
-from macpo.engine.models.loading import header, local_folder, weight_files
+from macpo.engine.foreign import header
+from macpo.engine.models.loading import local_folder, weight_files
 from macpo.engine.models.tuning.adapter_rules import base_copies, check_copies, check_layers, read_config
 from macpo.engine.models.tuning.text_path import outside_pattern, outside_text
 
@@ -115,8 +117,8 @@ def check_adapter(model: PreTrainedModel, path: str | Path, tuning: LoraSettings
         check_mergeable(wrapped, str(path))
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    return {name: entry["shape"] for name, entry in header(file).items()}
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in header(file).items()}
 
 
 def _own_weights(wrapped: PeftModel) -> dict[str, Tensor]:
@@ -135,7 +137,9 @@ def _wrap(model: PreTrainedModel, config: LoraConfig, file: str | Path = "") -> 
     except ValueError as error:
         why = " ".join(str(error).split())[:160]
         raise _cannot_target(model, str(config.target_modules), why) from error
-    except (TypeError, KeyError, AttributeError, re.error) as error:
+    except Exception as error:  # peft works with whatever an adapter's config says
+        if is_out_of_memory(error):
+            raise
         why = " ".join(str(error).split())[:160]
         raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout", file=file) from error
     assert isinstance(wrapped, PeftModel)

@@ -10,7 +10,7 @@ import pytest
 from architectures import ARCHITECTURES, model_of
 from safetensors.torch import load_file, save_file
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.planning.headers import inspect
 
 OTHERS: dict[str, dict[str, Any]] = {  # fused weights, experts, learned positions, tied heads
@@ -49,10 +49,12 @@ def test_weights_of_the_body_alone_and_more_than_is_asked_for(tmp_path: Path) ->
 def test_absurd_sizes_are_refused_without_building_anything(tmp_path: Path) -> None:
     model_of("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for changes, said in (
-        ({"num_hidden_layers": 10**6}, "the config has 1,000,000 layers"),
-        ({"vocab_size": 10**9}, "by the config"),
+    for changes, kind, said in (
+        ({"num_hidden_layers": 10**6}, ResourceError, "num_hidden_layers is 1,000,000"),
+        ({"num_hidden_layers": 5000}, ConfigError, "the config has 5,000 layers"),
+        ({"vocab_size": 10**9}, ResourceError, "the config's model has .* parameters"),
+        ({"vocab_size": 10**4}, ConfigError, "by the config"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(kind, match=said):
             inspect(tmp_path)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from macpo.engine.console import run_cli
+from macpo.engine.console import run_cli, say
 from macpo.engine.distributed.agree import pack_error, unpack_error
-from macpo.engine.errors import ConfigError, MacpoError, ResourceError, Stopped
+from macpo.engine.errors import ConfigError, DataError, MacpoError, ResourceError, Stopped
+from macpo.engine.progress import RowProgress
 
 
 def test_errors_survive_the_way_between_processes() -> None:
@@ -51,3 +54,54 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"{sys.executable} -c '{body}' | head -1"
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert ended.stdout == "0\n" and ended.stderr == ""
+
+
+HOSTILE = "key\x1b[2K\rerror: forged\nerror: also forged\u202etxt\x9b\u2028\ud800\x00\u200b"
+
+
+@pytest.mark.parametrize("place", ["message", "fix", "file", "field", "unexpected", "log"])
+def test_whatever_stands_in_an_error_it_is_one_short_line_of_printable_text(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        if place == "log":
+            logging.lastResort.handle(logging.makeLogRecord({"msg": HOSTILE * 9999, "levelno": 30}))  # type: ignore
+        elif place == "unexpected":
+            raise KeyError(HOSTILE * 9999)
+        else:
+            raise DataError(**{"message": "m", place: HOSTILE * 9999})
+
+    run_cli(command)
+    text = capsys.readouterr().err
+    assert text.endswith("\n") and text[:-1].isprintable()
+    assert len(text) <= (1001 if place == "log" else 501)
+    assert "\\x1b[2K\\rerror: forged\\n" in text
+
+
+def test_a_long_part_does_not_hide_the_others() -> None:
+    text = str(DataError("m" * 9000, "do this", file="rows.jsonl", line=7, field="prompt"))
+    assert text.startswith("error: rows.jsonl:7: prompt: mmm") and text.endswith("mmm. Fix: do this.")
+    assert str(DataError("né 中文 👩\u200d🚀 می\u200cخواهم")) == "error: né 中文 👩\u200d🚀 می\u200cخواهم."
+
+
+def test_many_problems_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    problems = ConfigError("a").problems * 1000
+
+    def command() -> None:
+        raise ConfigError(problems=problems)
+
+    assert run_cli(command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 101 and lines[-1] == "error: 900 more problems. Fix: mend these first."
+
+
+def test_progress_lines_and_logs_of_stages_are_printable(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("macpo.engine.progress.PLAIN_SECONDS", 0.0)
+    progress = RowProgress(HOSTILE, 3)
+    progress.update(1)
+    progress.close()
+    say(HOSTILE)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.isprintable() for line in lines)

@@ -22,8 +22,9 @@ from macpo.config import Recipe
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
+from macpo.engine.foreign import header
 from macpo.engine.models import saving as exporting
-from macpo.engine.models.loading import header, stored_dtype
+from macpo.engine.models.loading import stored_dtype
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.saving import save_policy
@@ -228,7 +229,7 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(
 ) -> None:
     out = exported(finished, tmp_path / "half", "teacher1", merge=merge, dtype="bfloat16")
     file = out / ("model.safetensors" if merge else "adapter_model.safetensors")
-    assert {entry["dtype"] for entry in header(file).values()} == {"BF16"}
+    assert {entry.dtype for entry in header(file).values()} == {"BF16"}
     if merge:
         assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
