@@ -58,6 +58,10 @@ class Control:
             self._memory[at : at + len(raw) + 1] = raw + b"\0"
         _HEAD.pack_into(self._memory, 0, 0, kill.call if kill else 0, way, 1, int(logs), leader)
 
+    @property
+    def armed(self) -> bool:
+        return bool(_HEAD.unpack_from(self._memory, 0)[3])
+
     def disarm(self) -> int:
         """Stop counting; returns the number of calls since `arm`."""
         count, *_ = _HEAD.unpack_from(self._memory, 0)

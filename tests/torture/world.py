@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shim import Call
 from states import State, differences, replace, show, state_of
@@ -38,10 +37,12 @@ class Segment:
 class Run:
     """One recipe in one place, its uninterrupted result, and the segments that lead to the same result."""
 
-    def __init__(self, zygote: Zygote, **changes: Any) -> None:
+    def __init__(self, zygote: Zygote, jobs: int = 1) -> None:
         self.zygote, self.folder = zygote, zygote.watched
         self.recipe = zygote.scratch / "recipe.yaml"
-        self.recipe.write_text(dump(tiny(self.folder, iterations=1, **changes)))
+        made = tiny(self.folder, iterations=1)
+        made = made.model_copy(update={"compute": made.compute.model_copy(update={"jobs": jobs})})
+        self.recipe.write_text(dump(made))
         self.words = ("run", self.recipe)
         self.stages = [stage.name for stage in plan_of(load(self.recipe, []), must_exist=False).graph.stages]
         self.clean = zygote.scratch / "clean"

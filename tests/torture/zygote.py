@@ -91,6 +91,8 @@ class Zygote:
             poll.register(handle, select.POLLIN)
             if orders.signal_after:
                 number, seconds = orders.signal_after
+                while not self.control.armed and not poll.poll(1):
+                    pass  # the fork is not yet where a command of its own would begin
                 if not poll.poll(seconds * 1000):
                     os.kill(pid, number)
             hung = not poll.poll(orders.limit_s * 1000)
