@@ -74,10 +74,13 @@ def judge(loader: Loader, folder: Path, file: str) -> str:
 
 
 class Bench:
-    """One loader's good files in a folder of memory, one of them replaced at a time."""
+    """One loader's good files in a folder of memory, one of them replaced at a time.
 
-    def __init__(self, loader: Loader, scratch: Path, seed: int) -> None:
-        self.loader, self.seed = loader, seed
+    `kept`: name and content of the one broken file that takes the place of all cases.
+    """
+
+    def __init__(self, loader: Loader, scratch: Path, seed: int, kept: tuple[str, bytes] | None = None) -> None:
+        self.loader, self.seed, self.kept = loader, seed, kept
         self.folder = scratch / loader.name
         self.folder.mkdir()
         loader.make(self.folder)
@@ -87,6 +90,8 @@ class Bench:
             assert not said, f"{loader.name}: the good {name} gives {said!r}"
 
     def case(self, number: int) -> tuple[str, bytes]:
+        if self.kept is not None:
+            return self.kept
         return self.loader.broken(self.good, random.Random(f"{self.seed}:{self.loader.name}:{number}"))
 
     def feed(self, name: str, raw: bytes) -> str:
@@ -217,7 +222,9 @@ def show(counts: Mapping[str, Count]) -> str:
     for name, count in counts.items():
         rate = count.inputs / count.seconds if count.seconds else 0.0
         lines.append(f"{name:18} {count.inputs:9,} {count.refused:8,} {rate:7.0f}  {sum(count.findings.values())}")
-        lines += [f"    {number:6,} x {kind} (first: case {count.first[kind]})" for kind, number in count.findings.items()]
+        lines += [
+            f"    {number:6,} x {kind} (first: case {count.first[kind]})" for kind, number in count.findings.items()
+        ]
     every = counts.values()
     found = sum(sum(count.findings.values()) for count in every)
     return "\n".join([*lines, f"fuzzed: {sum(count.inputs for count in every):,} inputs, {found:,} findings"])

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from shim import Call, Control, Kill, preloaded
+from shim import Call, Kill, preloaded
 from states import differences, exact, remove, replace, show, state_of
 from world import Run, Segment, same_calls
 from zygote import Ended, Orders, Zygote
@@ -107,46 +107,46 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many (default: when all are done)")
     parser.add_argument("--seed", type=int, default=0, help="order of the trials, and which are chosen")
     parser.add_argument("--per-kind", type=int, help="only so many of each kind of call and way")
+    parser.add_argument(
+        "--stages", type=int, help="only the first stages of the run, without an uninterrupted run before"
+    )
     parser.add_argument("--slice", default="1/1", help="K/N: the Kth of N parts, for several machines or cores")
     options = parser.parse_args()
     control, scratch = preloaded()
     try:
-        return torture(control, scratch, options)
+        tally = torture(Run(Zygote(control, scratch, scratch / "run")), options)
     finally:
         remove(scratch)
+    for line in tally.findings:
+        print(f"finding: {line}")
+    ways = ", ".join(f"{number} {way}" for way, number in tally.kills.items())
+    print(
+        f"kills: {sum(tally.kills.values())} ({ways}), {tally.resumed} states resumed, {len(tally.findings)} findings"
+    )
+    return 1 if tally.findings else 0
 
 
-def torture(control: Control, scratch: object, options: argparse.Namespace) -> int:
-    from pathlib import Path
-
+def torture(run: Run, options: argparse.Namespace) -> Tally:
+    """The trials that the options ask for, or as many as there is time for."""
     began = time.monotonic()
-    scratch = Path(str(scratch))
-    run = Run(Zygote(control, scratch, scratch / "run"))
-    calls = run.make_clean().calls
-    segments = run.segments()
+    whole = run.make_clean().calls if options.stages is None else []
+    segments = run.segments(options.stages)
     every = trials(segments)
-    print(f"{len(run.stages)} stages, {len(calls)} calls: {dict(Counter(call.name for call in calls).most_common())}")
-    if why := same_calls(calls, segments):
-        print(f"note: {why}")
+    calls = whole or [call for segment in segments for call in segment.calls]
+    print(f"{len(segments)} segments, {len(calls)} calls: {dict(Counter(call.name for call in calls).most_common())}")
+    tally = Tally()
+    if whole and (why := same_calls(whole, segments)):
+        tally.findings.append(why)
     wanted = chosen(every, options.seed, options.per_kind) if options.per_kind else every
     part, parts = map(int, options.slice.split("/"))
-    wanted = wanted[part - 1 :: parts]
-    tally = Tally()
-    done = 0
+    wanted = random.Random(options.seed).sample(wanted, len(wanted))[part - 1 :: parts]
     for done, trial in enumerate(wanted, 1):
         if (time.monotonic() - began) / 60 > options.minutes:
-            done -= 1
             break
         attempt(run, trial, tally)
         progress(done, len(wanted), tally, began)
-    for line in tally.findings:
-        print(f"finding: {line}")
-    minutes = (time.monotonic() - began) / 60
-    print(
-        f"kills: {sum(tally.kills.values())} ({', '.join(f'{n} {way}' for way, n in tally.kills.items())}), "
-        f"{done} of {len(every)} trials, {tally.resumed} states resumed, {len(tally.findings)} findings, {minutes:.1f} min"
-    )
-    return 1 if tally.findings else 0
+    print(f"{sum(tally.kills.values())} of {len(every)} kills in {(time.monotonic() - began) / 60:.1f} min")
+    return tally
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _rows(name: str, row: Mapping[str, object], load: Callable[[Path], object]) 
     return found
 
 
-# --- model folders -----------------------------------------------------------------------------------------------------
+# --- model folders ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -167,7 +167,7 @@ def _config(folder: Path, _: str) -> None:
     inspect(folder)
 
 
-# --- run folders -------------------------------------------------------------------------------------------------------
+# --- run folders -----------------------------------------------------------------------------------------------------
 
 _STAGE = "01-data"
 
@@ -268,7 +268,8 @@ LOADERS: dict[str, Loader] = {
         Loader("weights-index", _sharded, {"model.safetensors.index.json": mutations.of_json}, _index),
         Loader("config", _model, {"config.json": mutations.of_json}, _config),
         Loader(
-            "tokenizer", _model, dict.fromkeys(("tokenizer.json", "tokenizer_config.json"), mutations.of_json), _tokenizer
+            "tokenizer", _model,
+            dict.fromkeys(("tokenizer.json", "tokenizer_config.json"), mutations.of_json), _tokenizer,
         ),
         Loader("adapter-config", _adapter, {"adapter_config.json": mutations.of_json}, _adapter_config),
         Loader(

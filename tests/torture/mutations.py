@@ -142,7 +142,9 @@ def of_yaml(raw: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
     if draw.random() < 0.5:
         for _ in range(draw.choice((1, 2, 5))):
             at = draw.randrange(len(lines))
-            lines[at : at + 1] = draw.choice(([], [lines[at]] * 2, [b"  " + lines[at]], [draw.choice(lines), lines[at]]))
+            lines[at : at + 1] = draw.choice(
+                ([], [lines[at]] * 2, [b"  " + lines[at]], [draw.choice(lines), lines[at]])
+            )
             lines = lines or [b"\n"]
         return b"".join(lines)
     return of_bytes(raw, draw, others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def preloaded() -> tuple[Control, Path]:
     The folder is in memory where the machine offers that, because trials write and sync thousands of small files.
     """
     if CONTROL in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch folder goes
         control = Path(os.environ[CONTROL])
         return Control(control), control.parent
     memory = Path("/dev/shm")

@@ -173,7 +173,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--span", type=float, default=0.5, help="latest moment, as a share of an undisturbed run's time")
+    parser.add_argument(
+        "--span", type=float, default=0.5, help="latest moment, as a share of an undisturbed run's time"
+    )
     options = parser.parse_args()
     control, scratch = preloaded()
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shim import Call
-from states import State, differences, replace, show, state_of
+from states import State, differences, remove, replace, show, state_of
 from tiny import tiny
 from zygote import Ended, Orders, Zygote
 
@@ -51,7 +51,7 @@ class Run:
     def make_clean(self) -> Ended:
         """Run it to its end without any disturbance, twice: what it imports is imported here before the second time."""
         for warm in (False, True):
-            replace(self.folder, Path("/nonexistent"))
+            remove(self.folder)
             ended = self._must(self.zygote.macpo(self.words, Orders(logs=True)), 0)
             if not warm:
                 self.zygote.warm()
@@ -59,24 +59,25 @@ class Run:
         self.wanted = state_of(self.clean)
         return ended
 
-    def segments(self) -> list[Segment]:
-        """Go from stage to stage, stopped after each; the end has to be that of the uninterrupted run."""
+    def segments(self, num_stages: int | None = None) -> list[Segment]:
+        """Go from stage to stage, stopped after each; the end has to be that of the uninterrupted run.
+
+        `num_stages`: stop for good after so many.
+        """
         before = self.zygote.scratch / "states" / "000"
-        replace(self.folder, Path("/nonexistent"))
+        remove(self.folder)
         found = []
         last = len(self.stages)
-        for number, stage in enumerate([*self.stages, "finished"], 1):
+        for number, stage in enumerate([*self.stages, "finished"][:num_stages], 1):
             until = stage if number < last else ""
-            if number <= last:
-                ended = self._must(self.zygote.macpo(self.words, Orders(until=until, logs=True)), 75 if until else 0)
-            else:
-                ended = self._must(self.zygote.macpo(self.words, Orders(logs=True)), 0)
+            ended = self._must(self.zygote.macpo(self.words, Orders(until=until, logs=True)), 75 if until else 0)
+            self.zygote.warm()
             after = before.parent / f"{number:03d}"
             replace(after, self.folder)
             begins = [call.number for call in ended.calls if call.name == "mkdir" and call.path.endswith(".tmp")]
             found.append(Segment(stage, until, before, after, ended.calls, begins[0] if begins else 1))
             before = after
-        if lines := differences(self.wanted, state_of(self.folder)):
+        if num_stages is None and (lines := differences(self.wanted, state_of(self.folder))):
             raise Faulty(f"stopped after every stage, the run ends in another state: {show(lines)}")
         return found
 

@@ -69,7 +69,7 @@ class Zygote:
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
 
-    def macpo(self, words: Sequence[object], orders: Orders = Orders()) -> Ended:  # noqa: B008 - it is frozen
+    def macpo(self, words: Sequence[object], orders: Orders = Orders()) -> Ended:
         """Run one command to its end, however it comes."""
         sys.stdout.flush()
         began = time.monotonic()
@@ -108,6 +108,7 @@ class Zygote:
         try:
             with contextlib.suppress(OSError):
                 os.setpgid(0, 0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             out = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out, 1)
