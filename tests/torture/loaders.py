@@ -13,13 +13,13 @@ import mutations
 import pyarrow
 import pyarrow.parquet
 import torch
+import yaml
 from standalone_runs import make_base, recipe_of
 from tiny import tiny
 
 from macpo import recipe_kinds
 from macpo.data.examples import load_examples
 from macpo.data.preferences import load_preferences
-from macpo.engine import recipe as recipes
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.distributed.world import World
@@ -245,8 +245,10 @@ def _summary(folder: Path, _: str) -> None:
         evaluation.metrics(), list(evaluation.rows())
 
 
-def _recipe(recipe: object) -> bytes:
-    return recipes.dump(recipe, comments=False).encode()  # type: ignore[arg-type]
+def _recipe(recipe: recipe_kinds.AnyRecipe) -> bytes:
+    """What a user writes: the settings that are not at their defaults."""
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump({"recipe": recipe.recipe, **tree}, sort_keys=False).encode()
 
 
 LOADERS: dict[str, Loader] = {
