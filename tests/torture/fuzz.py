@@ -26,7 +26,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,17 +42,17 @@ _BATCH = 3000  # inputs before a worker is replaced by a fresh one
 
 @dataclass
 class Count:
-    """What a loader was fed: `findings` are the first input and the number of each kind of finding."""
+    """What a loader was fed: the number of each kind of finding, and its first cases."""
 
     inputs: int = 0
     refused: int = 0
     seconds: float = 0.0
     findings: Counter[str] = field(default_factory=Counter)
-    first: dict[str, int] = field(default_factory=dict)
+    cases: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, kind: str, case: int) -> None:
         self.findings[kind] += 1
-        self.first.setdefault(kind, case)
+        self.cases.setdefault(kind, []).append(case)
 
 
 def judge(loader: Loader, folder: Path, file: str) -> str:
@@ -208,9 +208,9 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def keep(bench: Bench, case: int) -> Path:
-    """Put the broken file into the corpus, in a folder named by its content."""
-    name, raw = bench.case(case)
+def keep(bench: Bench, cases: Sequence[int]) -> Path:
+    """Put the smallest of the broken files into the corpus, in a folder named by its content."""
+    name, raw = min((bench.case(case) for case in cases[:20]), key=lambda broken: len(broken[1]))
     folder = CORPUS / bench.loader.name / hashlib.sha256(raw).hexdigest()[:12]
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(raw)
@@ -223,7 +223,7 @@ def show(counts: Mapping[str, Count]) -> str:
         rate = count.inputs / count.seconds if count.seconds else 0.0
         lines.append(f"{name:18} {count.inputs:9,} {count.refused:8,} {rate:7.0f}  {sum(count.findings.values())}")
         lines += [
-            f"    {number:6,} x {kind} (first: case {count.first[kind]})" for kind, number in count.findings.items()
+            f"    {number:6,} x {kind} (first: case {count.cases[kind][0]})" for kind, number in count.findings.items()
         ]
     every = counts.values()
     found = sum(sum(count.findings.values()) for count in every)
@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10**9, help="most inputs of a loader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loaders", default=",".join(LOADERS), help="names, separated by commas")
-    parser.add_argument("--keep", action="store_true", help="put the first input of each kind of finding in the corpus")
+    parser.add_argument("--keep", action="store_true", help="put an input of each kind of finding in the corpus")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     memory = Path("/dev/shm")
@@ -249,8 +249,8 @@ def main() -> int:
             deadline = time.monotonic() + options.minutes * 60 / len(names)
             counts[name], _ = fuzz(bench, 0, options.inputs, deadline)
             if options.keep:
-                for case in counts[name].first.values():
-                    print(f"kept {keep(bench, case)}")
+                for kind, cases in counts[name].cases.items():
+                    print(f"kept {keep(bench, cases)}: {kind}")
     print(show(counts))
     return 1 if any(count.findings for count in counts.values()) else 0
 
