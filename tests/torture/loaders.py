@@ -248,7 +248,7 @@ def _summary(folder: Path, _: str) -> None:
 def _recipe(recipe: recipe_kinds.AnyRecipe) -> bytes:
     """What a user writes: the settings that are not at their defaults."""
     tree = recipe.model_dump(mode="json", exclude_unset=True)
-    return yaml.safe_dump({"recipe": recipe.recipe, **tree}, sort_keys=False).encode()
+    return yaml.safe_dump({**tree, "recipe": recipe.recipe, "output": "run"}, sort_keys=False).encode()
 
 
 LOADERS: dict[str, Loader] = {
