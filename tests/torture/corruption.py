@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shim import Call, Kill, preloaded
-from states import State, differences, remove, replace, show, state_of
+from states import State, differences, is_note, remove, replace, show, state_of
 from world import Run
 from zygote import Ended, Orders, Zygote
 
@@ -133,8 +133,8 @@ def spoil(run: Run, case: Case, draw: random.Random, table: Table) -> None:
 
 
 def _but_notes(state: State) -> State:
-    """Without timings and logs, which may be lost: nothing depends on them."""
-    return {name: digest for name, digest in state.items() if digest != "free" or name == "report.html"}
+    """Without timings and logs, whatever has taken their place: they may be lost, and nothing depends on them."""
+    return {name: digest for name, digest in state.items() if not is_note(name)}
 
 
 def _wrong(ended: Ended) -> list[str]:

@@ -66,15 +66,26 @@ class Tally:
 Command = Callable[[Disturbance | None], Ended]
 
 
-def life(command: Command, folder: Path, wanted: State, draw: random.Random, tally: Tally, span_s: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """When to disturb: up to `span_s` seconds after a start, and not any more behind `deadline` (monotonic)."""
+
+    span_s: float
+    deadline: float
+
+
+def life(command: Command, folder: Path, wanted: State, draw: random.Random, tally: Tally, plan: Plan) -> None:
     """From nothing to a finished run, with disturbances on the way; what is wrong goes to the tally's findings."""
     remove(folder)
     history: list[str] = []
     sizes = sorted(path.stat().st_size for path in (folder.parent / "clean").rglob("*") if path.is_file())
     for _ in range(draw.randrange(2, 25)):
         how = draw.choice((*HOW[:3], *HOW))  # a full disk less often
-        least = 0.0 if span_s < 1.5 * _PYTHON_STARTS_S else _PYTHON_STARTS_S
-        done = Disturbance(how, draw.uniform(least, span_s), draw.choice(sizes) + draw.randrange(-1, 2000))
+        if time.monotonic() > plan.deadline:
+            break
+        done = Disturbance(
+            how, draw.uniform(_PYTHON_STARTS_S, plan.span_s), draw.choice(sizes) + draw.randrange(-1, 2000)
+        )
         ended = command(done)
         history.append(str(done))
         name = FULL if how == FULL else signal.Signals(int(how)).name
@@ -162,8 +173,9 @@ def torture(run: Run, command: Command, options: argparse.Namespace) -> Tally:
     wanted = state_of(run.folder)
     remove(run.clean)
     run.folder.rename(run.clean)
-    while tally.lives == 0 or (time.monotonic() - began) / 60 < options.minutes:
-        life(command, run.folder, wanted, draw, tally, max(0.5, clean.seconds * options.span))
+    plan = Plan(max(1.0, clean.seconds * options.span), began + 60 * options.minutes)
+    while tally.lives == 0 or time.monotonic() < plan.deadline:
+        life(command, run.folder, wanted, draw, tally, plan)
     return tally
 
 

@@ -42,7 +42,6 @@ def test_broken_files_are_taken_or_refused_in_a_line(name: str, scratch: Path, m
     bench = Bench(LOADERS[name], scratch, seed=0)
     count, _ = fuzz(bench, 0, INPUTS // 4 if name in SLOW else INPUTS, deadline=float("inf"))
     assert not count.findings, show({name: count})
-    assert count.refused
 
 
 @pytest.mark.parametrize("kept", KEPT, ids=lambda path: str(path.relative_to(CORPUS)))
