@@ -2,6 +2,7 @@
 #   make demo    virtual environment, package with its native extension, then the whole method offline
 #   make test    the same environment plus test tools, then the tests
 #   make lint types    what CI checks besides
+#   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
 # Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
 # Overrides: PYTHON=python3.12  VENV=dir  PIP_FLAGS="..."  TORCH_FLAGS="..." (pip flags for torch alone)
@@ -15,12 +16,15 @@ JOBS ?= 2
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+MINUTES ?= 60
+SEED ?= 0
+RANKS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test bench lint types clean
+.PHONY: venv dev demo test torture bench lint types clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -51,6 +55,19 @@ demo: venv
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+# A fifth of the MINUTES for each part; the kills are those that the time allows, in an order drawn from the SEED.
+# Alone, tests/torture/kills.py tries every one (some two hours on one core; --slice K/N divides them).
+TORTURE = OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python tests/torture
+EACH = --seed $(SEED) --minutes $(shell expr $(MINUTES) / 5)
+torture: dev
+	@status=0; \
+	$(TORTURE)/kills.py $(EACH) || status=1; \
+	$(TORTURE)/stops.py $(EACH) || status=1; \
+	$(TORTURE)/stops.py $(EACH) $(if $(filter 1,$(RANKS)),--jobs 2,--ranks $(RANKS)) || status=1; \
+	$(TORTURE)/corruption.py $(EACH) || status=1; \
+	$(TORTURE)/fuzz.py $(EACH) || status=1; \
+	exit $$status
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench.run_all $(BENCH_FLAGS)

@@ -202,8 +202,9 @@ def test_stages_read_their_settings_by_attribute():
 
 
 def test_tests_import_only_helpers():
-    loose = [path for path in TESTS if path.parent.name != "helpers" and not re.match(r"test_|conftest\.", path.name)]
-    assert not loose, "what tests share lies in tests/helpers"
+    shared = ("helpers", "torture")
+    loose = [path for path in TESTS if path.parent.name not in shared and not re.match(r"test_|conftest\.", path.name)]
+    assert not loose, "what tests share lies in tests/helpers, what tortures runs and loaders in tests/torture"
     stems = {path.stem for path in TESTS if path.stem.startswith("test_")}
     for path in TESTS:
         roots = {target.split(".")[0] for _, target in imports(ast.parse(path.read_text()))}
