@@ -24,6 +24,7 @@ from macpo.engine.errors import ConfigError
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".jinja", ".safetensors", ".yaml")
+_NAME_BYTES, _PATH_BYTES = 255, 4095
 FIX = " Fix: "  # what separates problem and remedy in a ValueError of a setting
 
 
@@ -33,7 +34,8 @@ def absolute(text: str, base: Path | None = None) -> str:
     Links are kept as they are written, except where `..` has to be resolved.
 
     Raises:
-        ValueError: a URL, an empty path, a NUL byte, or `~` of an unknown user; ends with ` Fix: remedy`.
+        ValueError: a URL, an empty path, a NUL byte, a name longer than any, or `~` of an unknown user; ends with
+            ` Fix: remedy`.
     """
     if _URL.match(text):
         raise ValueError(f"got {_shown(text)}, a URL in the place of a path{FIX}{_instead_of_url(text)}")
@@ -46,6 +48,8 @@ def absolute(text: str, base: Path | None = None) -> str:
     except RuntimeError:
         raise ValueError(f"got {_shown(text)}, and that user has no home folder here{FIX}write the path out") from None
     path = (base or Path.cwd()) / path
+    if _is_too_long(path):
+        raise ValueError(f"got {_shown(text)}, longer than any path{FIX}write the path of a file, or a known name")
     return str(path.resolve() if ".." in path.parts else path)
 
 
@@ -61,12 +65,21 @@ def absolute_or_hub(text: str, base: Path | None = None) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` expanded, outside of recipes. Raises ConfigError for `~` of an unknown user."""
+    """The path with `~` expanded, outside of recipes. Raises ConfigError for `~` of an unknown user, and a long name."""
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
     except RuntimeError:
         problem = f"got {_shown(str(path))}, and that user has no home folder here"
         raise ConfigError(problem, "write the path out") from None
+    if _is_too_long(found):
+        raise ConfigError(f"got {_shown(str(path))}, longer than any path", "write the path of a file or folder")
+    return found
+
+
+def _is_too_long(path: Path) -> bool:
+    """Whether systems refuse to look for the path at all."""
+    sizes = [len(part.encode(errors="replace")) for part in path.parts]
+    return max(sizes, default=0) > _NAME_BYTES or sum(sizes) + len(sizes) > _PATH_BYTES
 
 
 def _shown(text: str) -> str:

@@ -138,7 +138,7 @@ def _checked(folder: Path, name: str) -> Path:
         raise ConfigError(problem, "get a fresh copy", file=folder)
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):  # also a name that no file can have
         raise ConfigError(f"{name} is missing", "get a fresh copy", file=folder) from None
     if not stat.S_ISREG(target.stat().st_mode) or not _belongs(target, folder):
         fix = "copy the file that it links to into the folder (cp -L), if you trust it"

@@ -185,6 +185,6 @@ def sharegpt_messages(row: Row) -> list[Message]:
 
 def sharegpt_message(row: Row, field: str, turn: Any) -> Message:
     """Parse one {"from", "value"}. Raises DataError for another speaker."""
-    if not isinstance(turn, dict) or turn.get("from") not in _SPEAKERS:
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or turn["from"] not in _SPEAKERS:
         row.fail(field, f"not a message: {turn!r:.60}", f"each is {{from: {' or '.join(_SPEAKERS)}, value: text}}")
     return {"role": _SPEAKERS[turn["from"]], "content": checked_text(row, field, turn.get("value"))}

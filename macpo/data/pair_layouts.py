@@ -151,7 +151,7 @@ def _pairs(row: Row, preference: str) -> Sides | None:
 
 
 def _alpaca(row: Row, preference: str) -> Sides:
-    answers = row.fields.get("output") if "output" in row.fields else [row.fields["chosen"], row.fields["rejected"]]
+    answers = row.fields["output"] if "output" in row.fields else [text_of(row, side) for side in SIDES]
     if not isinstance(answers, list) or len(answers) < 2:
         row.fail("output", "must be a list: [chosen, rejected]")
     messages = alpaca_prompt(row)

@@ -138,6 +138,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields]]:
         with ParquetFile(file) as table:
             for group in range(table.metadata.num_row_groups):
                 about = table.metadata.row_group(group)
+                next(table.iter_batches(1, row_groups=[group]), None)  # broken metadata ends the process in `column`
                 columns = [about.column(i) for i in range(about.num_columns)]
                 dense = any(
                     c.total_uncompressed_size > max(_CHUNK_BYTES, PLAIN_RATIO * c.total_compressed_size)
