@@ -39,6 +39,9 @@ from macpo.engine.training.throughput import Meter
 from macpo.engine.training.token_budget import TokenBudget
 from macpo.engine.training.trackers import Trackers, Training
 
+SCRATCH, CONTINUED = ("checkpoint",), ("metrics.jsonl", "timing.jsonl")
+"""What `train` resumes from in its folder: what can go once the weights are saved, and what stays."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:

@@ -73,9 +73,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Points that a plain run passes, with a count that lies in the middle of it; the others are reached by --from.
-MIDDLE = {name: 3 for name in POINTS if name.startswith(("stage-", "file-")) and name != "stage-discarded"}
+MIDDLE = {name: 3 for name in POINTS if name.startswith(("stage-", "file-"))}
 MIDDLE |= {"lock-taken": 1, "run-finished": 1, "append-torn": 8, "append-written": 8, "append-synced": 8}
-ELSEWHERE = {"stage-discarded", "rerun-noted"}
+ELSEWHERE = {"set-aside", "rerun-noted"}
 
 
 def test_every_point_of_this_layer_is_killed_at() -> None:
@@ -94,7 +94,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bits(clean: Path, tmp_path
     assert content(folder) == content(clean)
 
 
-@pytest.mark.parametrize("name", ["rerun-noted:1", "stage-discarded:2", "stage-renamed:2", "file-renamed:1"])
+@pytest.mark.parametrize("name", ["rerun-noted:1", "set-aside:2", "stage-renamed:2", "file-renamed:1"])
 def test_a_rerun_killed_anywhere_goes_on_with_the_same_command(clean: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(clean, tmp_path / "run"))
     words = ("--from", "join1")
@@ -154,7 +154,7 @@ def test_jobs_do_not_change_the_bits_and_workers_are_reused(clean: Path, tmp_pat
     status = Runner(folder, toy_run.build({})).status()
     assert len({each.counts["pid"] for each in status}) == 2
     assert max(each.counts["calls"] for each in status) >= 3  # a module's cache outlives the stage
-    assert {each.counts["omp"] for each in status} == {"1"}
+    assert {each.counts["omp"] for each in status} == {1}
     assert "nothing to do" in toy(folder, "--jobs", "2")[1]
 
 
