@@ -167,16 +167,21 @@ def _names(folder: Path) -> list[str]:
 def _sweep(folder: Path) -> None:
     """Delete half-written and half-deleted checkpoints.
 
-    A checkpoint gets its name when its manifest is in it, so one without was being deleted, by a version that did not
-    rename it first.
+    A checkpoint gets its name once it is whole, and loses it before it is deleted. One without a manifest and without
+    more of its files is what an older version, which did not rename it first, left of a delete.
     """
     remove_leftovers(folder)
     for path in sorted(folder.glob("step-*")):
-        bare = _NAME.fullmatch(path.name) and is_folder(path) and not os.path.lexists(path / _MANIFEST)
-        if bare:
-            _log.warning("%s has no manifest, so it was being deleted: it is removed", path)
-        if bare or path.name.endswith(".tmp"):
+        half_deleted = _NAME.fullmatch(path.name) is not None and is_folder(path) and _is_remnant(path)
+        if half_deleted:
+            _log.warning("%s has no manifest and not all of its other files: it was being deleted, and now is", path)
+        if half_deleted or path.name.endswith(".tmp"):
             remove(path, folder)
+
+
+def _is_remnant(path: Path) -> bool:
+    found = {entry.name for entry in path.iterdir()}
+    return _MANIFEST not in found and not (_STATE in found and any(map(_SHARD.fullmatch, found)))
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box], needed: int) -> dict[str, Any]:
