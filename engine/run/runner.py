@@ -81,6 +81,8 @@ class Runner:
             on_main(self.world, lambda: self._open(held))
             executor = Executor(self.folder_of_run, self.graph, stop, self.world)
             done = (self._run_parallel if self.workers.jobs > 1 else self._run_in_order)(executor)
+            if self._stop_agreed(stop):  # what the caller does with the results is cut short too
+                raise stopped("the end of the last stage", self.world)
             on_main(self.world, lambda: self._close(done))
         return done
 
