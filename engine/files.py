@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, ResourceError
 from macpo.engine.faults import point
+from macpo.engine.opening import open_regular
 from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, unpacked
 
 PART = ".part"  # ending of a file that is being written; after a kill it can be deleted
@@ -102,24 +102,6 @@ def fsync_file(path: Path, flags: int = 0) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a regular file, or a link to one, for reading: a FIFO would block for ever, and a device need not end.
-
-    Raises: OSError if it cannot be opened or is a folder; ConfigError for any other kind of file.
-    """
-    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
-    mode = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        file.close()
-        what = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
-        raise ConfigError(f"{what} in the place of a regular file", "put the file there, or remove it", file=str(path))
-    return file
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

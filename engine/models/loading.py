@@ -31,6 +31,7 @@ from macpo.engine.config import Quantization
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import explained
 from macpo.engine.models.support import refuse_unsupported
+from macpo.engine.opening import refuse_special
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -53,6 +54,8 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
     text = str(path)
     folder = Path(text).expanduser()
     if folder.is_dir():
+        with explained(folder):
+            refuse_special(folder)
         return folder
     if folder.exists():
         raise ConfigError(f"{kind} {text!r} is a file, not a folder", "name the folder that holds config.json")
