@@ -259,3 +259,19 @@ def test_ranks_run_a_stage_together_and_fail_together(tmp_path: Path) -> None:
     assert sorted(content(folder)) == [f"{s}/shard-{r}.json" for s in ("01-shards", "02-more") for r in (0, 1)]
     assert "[1/2]" not in said and "[2/2] more done" in said and "changed: new -> 1" in said
     assert (code, other_code) == (2, 2) and other_said == ""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_sigterm_in_the_last_stage_keeps_it_and_ends_with_75(clean: Path, tmp_path: Path, jobs: str) -> None:
+    """What the caller does with the results would be cut short; the same command does it."""
+    folder, events = tmp_path / "run", tmp_path / "events"
+    process = start(folder, "--jobs", jobs, TOY_EVENTS=str(events), TOY_MEET="join2 signal")
+    wait_for(events, "start join2", process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with open(events, "a") as file:
+        file.write("start signal 0\n")
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "stopped at the end of the last stage" in said, said
+    assert content(folder) == content(clean)
+    assert "nothing to do" in toy(folder)[1]
