@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import IO
 
 from macpo.engine.errors import ConfigError
 
 FIX = "put the file there, or remove it"
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file, or a link to one, for reading: a FIFO would block for ever, and a device need not end.
 
     Raises: OSError if it cannot be opened or is a folder; ConfigError for any other kind of file.

@@ -103,7 +103,8 @@ class Manifest:
             if schema not in (1, SCHEMA):
                 raise _newer(path, schema)
             names = ("stage", "kind", "key", "settings", "inputs", "files", "digest")
-            manifest = cls(**{name: body[name] for name in names}, **_unhashed(body.get("unhashed")))
+            created, stamps = _unhashed(body.get("unhashed"))
+            manifest = cls(**{name: body[name] for name in names}, created=created, mtime_ns=stamps)
             whole = manifest.key == key_of(manifest.kind, manifest.settings, manifest.inputs, schema=schema)
             whole = whole and manifest.digest == digest_of(manifest.files)
             whole = whole and all(_is_entry(*each) for each in manifest.files.items())
@@ -175,12 +176,12 @@ def _is_entry(relative: str, entry: Any) -> bool:
     return inside and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
 
 
-def _unhashed(found: Any) -> dict[str, dict[str, Any]]:
+def _unhashed(found: Any) -> tuple[dict[str, str], dict[str, int]]:
     """`created` and `mtime_ns` of a manifest, whose absence or other shape costs a warning or a hash and no more."""
     parts = found if isinstance(found, Mapping) else {}
     created, stamps = parts.get("created"), parts.get("mtime_ns")
     texts = {k: v for k, v in created.items() if isinstance(v, str)} if isinstance(created, Mapping) else {}
-    return {"created": texts, "mtime_ns": dict(stamps) if isinstance(stamps, Mapping) else {}}
+    return texts, dict(stamps) if isinstance(stamps, Mapping) else {}
 
 
 def _folders(folder: Path, scratch: Collection[str]) -> Iterator[tuple[str, list[str], list[str]]]:
