@@ -162,7 +162,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"invalid UTF-8 at byte {error.start}", "save it as UTF-8", file=path) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
-        raise DataError(f"unusable JSON: {str(error)[:100]}", "repair the file", file=path) from None
+        raise DataError(f"unusable JSON: {error}", "repair the file", file=path) from None
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
