@@ -56,10 +56,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def make_way(path: Path, inside: Path, log: Callable[[str], None]) -> None:
-    """Delete a folder that lies where a file of ours is about to be written, and say so; a file is simply replaced."""
-    if is_folder(path):
+    """Delete what lies in the place of a file of ours and is none, a folder, a link or a FIFO, and say so."""
+    if os.path.lexists(path) and not is_file(path):
         remove(path, inside)
-        log(f"removed {path}, a folder in the place of a file")
+        log(f"removed {path}, which is not a file that a run has written")
 
 
 def is_folder(path: Path) -> bool:

@@ -9,13 +9,14 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from macpo.engine.errors import DataError, IntegrityError, MacpoError
 from macpo.engine.files import PART, fsync_dir, read_json
-from macpo.engine.removal import TRASH, remove, remove_leftovers
-from macpo.engine.run.manifest import TIMING
+from macpo.engine.removal import TRASH, is_folder, make_way, remove, remove_leftovers
+from macpo.engine.run.manifest import STAGE_LOG, STEP_TIMES, TIMING
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,19 @@ class RunFolder:
             remove(path, self.path)
             fsync_dir(self.path)
 
-    def sweep(self) -> None:
-        """Delete what a kill left half deleted or half written beside the stages and in what they share."""
+    def sweep(self, log: Callable[[str], None]) -> None:
+        """Delete what a kill left half deleted or half written beside the stages and in what they share.
+
+        Also, with a line, what lies in the place of a finished stage's timings and log and is no file.
+        """
         for path in list(self.path.iterdir()):
             half_written = path.name.startswith(".") and path.name.endswith(PART)
             match = _FOLDER.fullmatch(path.name)
             if half_written or (match and match["state"]) == TRASH or path.name in _TRASH_OF_FILES:
                 remove(path, self.path)
+            elif match and match["state"] is None and is_folder(path):
+                for name in (TIMING, STEP_TIMES, STAGE_LOG):
+                    make_way(path / name, path, log)
         for shared in SHARED:
             remove_leftovers(self.path / shared)
 

@@ -16,7 +16,7 @@ from typing import Self
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.faults import point
 from macpo.engine.files import explain, read_json
-from macpo.engine.removal import is_file, remove
+from macpo.engine.removal import is_file, make_way
 
 LOCK = ".lock"
 _ENDED = "ended"
@@ -100,9 +100,7 @@ class RunLock:
     def _open(self) -> None:
         """The kernel's lock on the file closes the gap between reading its text and replacing it."""
         while True:
-            if os.path.lexists(self.path) and not is_file(self.path):
-                remove(self.path, self.path.parent)
-                self.log(f"removed {self.path}, which is not a file that a run has written")
+            make_way(self.path, self.path.parent, self.log)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -93,7 +93,7 @@ class Runner:
         files.probe_writable(run.path)
         held.enter_context(RunLock(run.path, self.log))
         with files.explained(run.path):
-            run.sweep()
+            run.sweep(self.log)
         again = self.graph.downstream([self.from_stage]) if self.from_stage is not None else []
         under_way = bool(again) and self._is_rerun_under_way()
         self.redoable = {stage.name for stage in self.graph.stages} if self.rerun_stale else set(again)
