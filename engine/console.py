@@ -11,6 +11,7 @@ from typing import Any
 
 from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, printable
 from macpo.engine.files import explain, is_expected
+from macpo.engine.processes import Terminated, ended_by_sigterm
 
 MAX_ERRORS = 100
 """Problems of one command that are printed."""
@@ -33,18 +34,22 @@ def run_cli(
 ) -> int:
     """Call the command, print its error and return the exit code.
 
-    A MacpoError prints its lines and gives its code; a full disk gives 4, a place that cannot be written 2, Ctrl-C 75,
-    anything unexpected 1. `debug` adds the traceback. An error that another rank reports is not printed again.
-    `report` gets the error and, for an unexpected one, its text; if it returns True, the error is reported elsewhere.
+    A MacpoError prints its lines and gives its code; a full disk gives 4, a place that cannot be written 2, Ctrl-C and
+    SIGTERM 75, anything unexpected 1. `debug` adds the traceback. An error that another rank reports is not printed
+    again. `report` gets the error and, for an unexpected one, its text; if it returns True, the error is reported
+    elsewhere.
     """
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
     try:
-        command()
-        sys.stdout.flush()
+        with ended_by_sigterm():
+            command()
+            sys.stdout.flush()
         return 0
+    except Terminated:
+        error: BaseException = Stopped("stopped by SIGTERM", "run the same command again to go on")
     except KeyboardInterrupt:
-        error: BaseException = Stopped("aborted by Ctrl-C", "run the same command again to go on")
+        error = Stopped("aborted by Ctrl-C", "run the same command again to go on")
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -20,9 +20,9 @@ POINTS: dict[str, str] = {
     "append-torn": "half of the bytes of an append are in the file",
     "append-written": "an append is complete, not yet synced",
     "append-synced": "an append is on disk",
+    "set-aside": "a folder to delete (a stage to redo, an older checkpoint) is renamed, not yet deleted",
     "lock-taken": "the run folder's lock is held",
     "rerun-noted": "the wish to redo stages is on disk, nothing is discarded yet",
-    "stage-discarded": "a stage that is to be redone was moved away, not yet deleted",
     "stage-created": "a stage's .tmp folder exists, its RUNNING marker does not",
     "stage-started": "the RUNNING marker is on disk",
     "stage-ran": "the stage's function has returned",
@@ -35,7 +35,6 @@ POINTS: dict[str, str] = {
     "checkpoint-shards": "a rank's shard is written and read back, there is no manifest yet",
     "checkpoint-manifest": "a training checkpoint's manifest is in the .tmp folder",
     "checkpoint-renamed": "a training checkpoint has its final name, older ones are still there",
-    "checkpoint-retired": "an older training checkpoint is set aside, not yet deleted",
     "run-finished": "every stage is done, the lock is still held",
 }
 

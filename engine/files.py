@@ -23,8 +23,9 @@ from typing import IO, Any, Self
 
 from safetensors import SafetensorError
 
-from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, NumericsError, ResourceError
+from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, ResourceError
 from macpo.engine.faults import point
+from macpo.engine.opening import open_regular
 from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, unpacked
 
 PART = ".part"  # ending of a file that is being written; after a kill it can be deleted
@@ -96,11 +97,17 @@ def fsync_dir(path: Path) -> None:
 
 def fsync_file(path: Path, flags: int = 0) -> None:
     """Make the content of a file that other code wrote durable."""
-    fd = os.open(path, os.O_RDONLY | flags)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read a whole regular file. Raises: as `open_regular`, with OSErrors explained."""
+    with explained(path), open_regular(path) as file:
+        return file.read()
 
 
 @contextlib.contextmanager
@@ -147,10 +154,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read one JSON value. Raises: ConfigError for an unreadable file, DataError with line and column for bad JSON."""
     path = Path(path)
-    with explained(path):
-        raw = path.read_bytes()
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(read_bytes(path).decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         problem = f"invalid JSON at column {error.colno}: {error.msg}"
         raise DataError(problem, "repair the file", file=path, line=error.lineno) from None
@@ -184,7 +189,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
     lines or an unpacked size beyond the limits of `unpacking`.
     """
     name = str(path)
-    with explained(name), open(path, "rb") as plain:
+    with explained(name), open_regular(path) as plain:
         stream = unpacked(plain)
         start, number, blank = 0, 0, 0
         while True:
@@ -348,7 +353,7 @@ def _whole_lines(file: IO[bytes]) -> int:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of the file's content."""
-    with explained(path), open(path, "rb") as file:
+    with explained(path), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -371,24 +376,3 @@ def probe_writable(folder: str | os.PathLike[str]) -> None:
             raise explain(error, folder, 3072) from error
         fix = "choose a folder that can be written"
         raise ConfigError(f"cannot write into the output folder: {error.strerror}", fix, file=folder) from error
-
-
-def remove_parts(folder: Path) -> None:
-    """Delete the temporary files that a kill left anywhere below the folder."""
-    for base, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(".") and name.endswith(PART):
-                (Path(base) / name).unlink(missing_ok=True)
-
-
-def remove_tree(path: Path, inside: Path) -> None:
-    """Delete a folder below `inside`; a link is deleted, never followed. Raises IntegrityError for any other path."""
-    if path.parent.resolve() / path.name == inside.resolve() or not path.parent.resolve().is_relative_to(
-        inside.resolve()
-    ):
-        raise IntegrityError(f"refuses to delete outside {inside}", "delete it by hand", file=path)
-    with explained(path):
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)

@@ -65,7 +65,7 @@ def absolute_or_hub(text: str, base: Path | None = None) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` expanded, outside of recipes. Raises ConfigError for `~` of an unknown user, and a long name."""
+    """The path with `~` expanded, outside of recipes. Raises ConfigError for `~` of nobody, or a long name."""
     try:
         found = Path(path).expanduser()
     except RuntimeError:

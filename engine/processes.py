@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
+import atexit
+import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -27,10 +30,64 @@ def set_threads(threads: int | None) -> None:
 def die_with(parent: int) -> None:
     """Make the kernel kill this process when its parent ends in any way (Linux)."""
     if sys.platform == "linux":
+        import ctypes
+
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before the line above
+
+
+class Terminated(BaseException):
+    """SIGTERM came where nothing has to be brought to a safe point first; no `except Exception` keeps it."""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt.
+
+    Inside it a `StopFlag` takes over. A handler that is there already stays. Both signals are let through where
+    the process was started with them blocked (`signals_blocked`).
+    """
+    global _terminated
+    in_main = threading.current_thread() is threading.main_thread()
+    mine = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, _terminate)
+        _keep_the_exit_code()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        yield
+    finally:
+        if mine:
+            _terminated = False
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+_terminated = False
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    global _terminated
+    _terminated = True  # a library may swallow the exception: the next StopFlag knows
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt what the first has begun
+    raise Terminated
+
+
+@functools.cache
+def _keep_the_exit_code() -> None:
+    """Once the process ends by itself, SIGTERM no longer changes its exit code."""
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Context in which processes are started that get SIGTERM and SIGINT only once they can answer them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopFlag:
@@ -45,6 +102,7 @@ class StopFlag:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        self.requested |= _terminated
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._catch)

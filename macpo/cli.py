@@ -8,19 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macpo import __version__
-from macpo.engine.console import run_cli, say
-from macpo.engine.paths import argument as path_argument
+from macpo.engine.errors import Stopped
+from macpo.engine.processes import Terminated, ended_by_sigterm
 
 COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, run, and exit with the exit code (0, 2 config, 3 data, 4 resources, 5 integrity, …)."""
-    arguments = parser().parse_args(argv)
-    sys.exit(run_cli(lambda: arguments.command(arguments), debug=arguments.debug))
+    with ended_by_sigterm():
+        try:
+            from macpo.engine.console import run_cli  # from here on, what takes longer to import
+
+            arguments = parser().parse_args(argv)
+            code = run_cli(lambda: arguments.command(arguments), debug=arguments.debug)
+        except (KeyboardInterrupt, Terminated):  # before the command or after it
+            print(Stopped("stopped by a signal", "run the same command again").problems[0], file=sys.stderr)
+            code = Stopped.code
+    sys.exit(code)
 
 
 def parser() -> argparse.ArgumentParser:
+    from macpo.engine.paths import argument as path_argument
+
     root = argparse.ArgumentParser(prog="macpo", description="Weak-to-strong alignment by MACPO (arXiv 2410.07672).")
     root.add_argument("--version", action="version", version=f"macpo {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
@@ -148,6 +158,7 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from macpo.commands.check import check
+    from macpo.engine.console import say
     from macpo.recipe_kinds import load
 
     recipe = load(arguments.recipe, arguments.overrides)
@@ -199,6 +210,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _status(arguments: argparse.Namespace) -> None:
     from macpo.commands.run import runner_of
+    from macpo.engine.console import say
     from macpo.recipe_kinds import load, plan_of
 
     recipe = load(arguments.recipe, arguments.overrides)

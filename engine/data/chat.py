@@ -34,6 +34,7 @@ from macpo.engine.data.templates import one_line, template_text
 from macpo.engine.data.token_text import Piece, TokenText
 from macpo.engine.data.truncation import shortened
 from macpo.engine.errors import ConfigError, DataError, ResourceError
+from macpo.engine.opening import refuse_special
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -303,6 +304,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     """The tokenizer in a folder or on the Hub. Raises ConfigError if it is missing or needs its own code."""
     from transformers import AutoTokenizer
 
+    if Path(path).is_dir():
+        refuse_special(Path(path))
     try:
         found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         largest = max(found.get_vocab().values(), default=0)

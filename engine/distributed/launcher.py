@@ -8,6 +8,7 @@ seconds after a SIGTERM (`--shutdown-timeout`). Here they have as long as they n
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,16 +17,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from macpo.engine.console import say
-from macpo.engine.distributed.agree import pack_error, unpack_error
+from macpo.engine.distributed.agree import pack_error, stopped, unpack_error
 from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopped
-from macpo.engine.files import read_json, write_json
+from macpo.engine.processes import signals_blocked
 
-ERROR_FILE = "MACPO_ERROR_FILE"
-"""Environment variable: the file in which a rank leaves its error for the launcher, which prints it."""
+ERROR_FD = "MACPO_ERROR_FD"
+"""Environment variable: number of the open file in which a rank leaves its error for the launcher, which prints it. The
+file has no name, so that nothing of it is left when the launcher is killed."""
 PARENT = "MACPO_LAUNCHER"
 """Environment variable: the launcher's process id; ranks end when it ends."""
 _ATTEMPTS = 20
@@ -47,7 +49,7 @@ def launch(command: Sequence[str], ranks: int, *, grace_s: float = 30.0) -> None
         raise ConfigError(f"got {ranks}", "start at least one rank", field="--ranks")
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with tempfile.TemporaryDirectory(prefix="macpo-ranks-") as folder, _Job(Path(folder), grace_s) as job:
+            with _Job(grace_s) as job:
                 job.start(command, ranks)
                 job.wait()
             return
@@ -65,10 +67,11 @@ def leave_error(error: BaseException, text: str) -> bool:
     """
     # an error about a lost peer, or a relayed one, says less than the other rank's own
     second = isinstance(error, PeerError) or (isinstance(error, MacpoError) and error.relayed)
-    if ERROR_FILE in os.environ:
+    if ERROR_FD in os.environ:
         fix = "rerun with --debug and report it"
         known = error if isinstance(error, MacpoError) else PeerError(f"rank {os.environ['RANK']} failed: {text}", fix)
-        write_json(Path(os.environ[ERROR_FILE]), {"second": second, **pack_error(known)})
+        with open(int(os.environ[ERROR_FD]), "wb") as file:
+            file.write(json.dumps({"second": second, **pack_error(known)}).encode())
         return True
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -87,25 +90,38 @@ def leave_error(error: BaseException, text: str) -> bool:
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
-    error_file: Path
+    left: IO[bytes]
+    """Where it leaves its error."""
 
-    def error(self) -> tuple[int, MacpoError] | None:
-        """(priority, error), the lowest priority being most informative; None if the rank succeeded."""
+    def error(self, asked: bool) -> tuple[int, MacpoError] | None:
+        """(priority, error), the lowest priority being most informative; None if the rank succeeded.
+
+        `asked`: whether the ranks were asked to stop; one that lost a peer has then lost it because that one stopped.
+        """
         code = self.process.returncode
         if code == 0:
             return None
-        if self.error_file.exists():
-            left = read_json(self.error_file)
-            return (2 if left["kind"] == "Stopped" else int(left["second"])), unpack_error(left)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return 0, PeerError(f"rank {self.number} {how}", "look at its last messages and free memory, then run again")
+        self.left.seek(0)
+        try:
+            found = json.loads(self.left.read())
+            error = unpack_error(found)
+        except (ValueError, KeyError, TypeError):  # it was killed before it had written it
+            if asked and code == -signal.SIGTERM:
+                return 1, stopped("the start")
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return 0, PeerError(
+                f"rank {self.number} {how}", "look at its last messages and free memory, then run again"
+            )
+        if isinstance(error, Stopped):
+            return (1 if asked else 2), error
+        return (2 if asked else 1) if found["second"] else 0, error
 
 
 class _Job:
     """Context manager that forwards SIGTERM and SIGINT to the ranks while it is open."""
 
-    def __init__(self, folder: Path, grace_s: float) -> None:
-        self.folder, self.grace_s = folder, grace_s
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
         self.ranks: list[_Rank] = []
         self.ended: list[_Rank] = []
         self.signals = 0
@@ -120,6 +136,7 @@ class _Job:
             if rank.process.poll() is None:
                 os.killpg(rank.process.pid, signal.SIGKILL)
                 rank.process.wait()
+            rank.left.close()
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
@@ -134,7 +151,7 @@ class _Job:
             port = probe.getsockname()[1]
         threads = str(max(1, (os.cpu_count() or 1) // ranks))
         for number in range(ranks):
-            error_file = self.folder / f"rank-{number}.json"
+            left = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the job
             own = {
                 "RANK": number,
                 "LOCAL_RANK": number,
@@ -142,13 +159,19 @@ class _Job:
                 "LOCAL_WORLD_SIZE": ranks,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
-                ERROR_FILE: error_file,
+                ERROR_FD: left.fileno(),
                 PARENT: os.getpid(),
             }
             environment = {"OMP_NUM_THREADS": threads, **os.environ, **{k: str(v) for k, v in own.items()}}
-            # in its own session, so that Ctrl-C reaches only the launcher, which forwards it once
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-            self.ranks.append(_Rank(number, process, error_file))
+            with signals_blocked():  # a rank that still imports torch answers SIGTERM later instead of dying of it
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[left.fileno()],
+                    start_new_session=True,  # so that Ctrl-C reaches only the launcher, which forwards it once
+                )
+                self.ranks.append(_Rank(number, process, left))
 
     def wait(self) -> None:
         """Wait until all ranks have ended. Raises the job's error."""
@@ -167,6 +190,6 @@ class _Job:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-        found = [error for rank in self.ended if (error := rank.error()) is not None]
+        found = [error for rank in self.ended if (error := rank.error(self.forwarded)) is not None]
         if found:
             raise min(found, key=lambda error: error[0])[1]

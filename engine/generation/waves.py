@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +22,20 @@ from macpo.engine.data.messages import Message
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
-from macpo.engine.files import atomic_write, explained
+from macpo.engine.files import atomic_write, explained, read_bytes
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
 from macpo.engine.generation.served import ServedGenerator
 from macpo.engine.progress import Count, counted
+from macpo.engine.removal import is_file, make_way
 
 log = logging.getLogger(__name__)
 
 WAVE_SCHEMA = 2
 """Part of a wave's digest; files of another schema are written again."""
+SCRATCH = ("waves",)
+"""What `generate_waves` resumes from in its folder, which can go once its records are kept elsewhere."""
 
 ResponseRecord = dict[str, Any]
 """What a line of a wave's file holds; `generate_waves` lists its fields."""
@@ -112,6 +116,7 @@ def generate_waves(
                 break
             with agreed(team):
                 if team.is_main:
+                    make_way(_path(folder, number), folder, log.warning)
                     atomic_write(_path(folder, number), _encode(rows, digests[number]))
     if any(world.gather(stopped)):
         raise Stopped("stopped while generating; the finished waves are kept", "run the same command again")
@@ -122,11 +127,9 @@ def generate_waves(
 
 def read_wave(path: Path, digest: str) -> list[ResponseRecord] | None:
     """The records of a committed wave; None where it is missing, torn, damaged or of other requests."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    with explained(path):
-        raw = path.read_bytes()
-    body, seal = _split(raw)
+    body, seal = _split(read_bytes(path)) if is_file(path) else (b"", None)
     if seal != _seal(body, digest):
         why = "torn or damaged" if seal is None or seal.get("requests") == digest else "of other requests"
         log.warning("%s is %s and is written again", path.name, why)

@@ -24,6 +24,8 @@ from macpo.engine.data.records import Example, Prompt, named
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.models.loading import quiet_transformers
+from macpo.engine.models.saving import share_as_folder
+from macpo.engine.opening import open_regular
 from macpo.engine.unpacking import unpacked
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out_d
         with quiet_transformers():
             model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
+        share_as_folder(out_dir)
 
 
 def read_corpus(path: str | Path) -> list[Example]:
@@ -156,7 +159,7 @@ def _jsonl_texts(name: str) -> Iterator[str]:
 
 def _read_text(name: str) -> str:
     try:
-        with explained(name), open(name, "rb") as plain:
+        with explained(name), open_regular(name) as plain:
             raw = unpacked(plain).read()
         return raw.decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -31,6 +31,7 @@ from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.files import explained
 from macpo.engine.foreign import MAX_HEADER_BYTES, check_model_config, header, largest_size, read_json_object
 from macpo.engine.models.support import refuse_unsupported
+from macpo.engine.opening import refuse_special
 from macpo.engine.paths import expanded
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -53,6 +54,8 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
     text = str(path)
     folder = expanded(text)
     if folder.is_dir():
+        with explained(folder):
+            refuse_special(folder)
         return folder
     if folder.exists():
         raise ConfigError(f"{kind} {text!r} is a file, not a folder", "name the folder that holds config.json")

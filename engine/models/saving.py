@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import stat
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from macpo.engine.data.chat import Chat
 from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.errors import ConfigError, IntegrityError, MacpoError
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free, sha256
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.equivalence import spread_ids
@@ -26,6 +28,7 @@ from macpo.engine.models.head import Head, whole
 from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers, weight_files
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning import lora
+from macpo.engine.removal import is_file, is_folder, remove, remove_leftovers
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits that counts as equal, by the dtype of the policy; relative above 1. In the median of the
@@ -76,7 +79,7 @@ def publish(
                 _finish(policy, work, out, base=base, expected=expected, num_ids=len(chat.tokenizer), card=card)
     except BaseException:
         if world.is_main:
-            shutil.rmtree(work, ignore_errors=True)
+            _drop(work)
         raise
 
 
@@ -99,7 +102,7 @@ def _give_name(work: Path, out: Path, card: str) -> None:
     fsync_dir(folder)
     os.rename(folder, out)
     fsync_dir(out.parent)
-    shutil.rmtree(work)
+    _drop(work)
 
 
 _WORK = "macpo-export"  # ending of the folder that an export is made in
@@ -113,16 +116,31 @@ def _claim(out: Path) -> Path:
     Raises:
         ConfigError: there is an `out`, or something of the new folder's name that no export made.
     """
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists", "name a new folder")
+    refuse_existing(out)
     work = _work(out)
     if os.path.lexists(work):
-        if work.is_symlink() or not (work / _OURS).is_file():
-            raise ConfigError(f"{work} exists and is not of an export", "move it, or choose another --out")
-        shutil.rmtree(work)
+        raise ConfigError(f"{work} exists and is not of an export", "move it, or choose another --out")
     work.mkdir(parents=True)
     (work / _OURS).touch()
     return work
+
+
+def refuse_existing(out: Path) -> None:
+    """Delete what a killed export to `out` left beside it; raise ConfigError if there is an `out`."""
+    work = _work(out)
+    if is_folder(work) and (is_file(work / _OURS) or not any(work.iterdir())):
+        _drop(work)
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists", "name a new folder", field="--out")
+
+
+def _drop(work: Path) -> None:
+    """Delete an export's own folder, last the file that says so: after a kill in between the next one goes on."""
+    with contextlib.suppress(OSError, MacpoError):
+        remove(work / _FOLDER, work)
+        remove_leftovers(work)
+        (work / _OURS).unlink(missing_ok=True)
+        work.rmdir()
 
 
 def _work(out: Path) -> Path:
@@ -167,7 +185,7 @@ def publish_copy(folder: Path, out: Path, *, card: str) -> None:
                     raise IntegrityError("the copy differs from the file", "export again", file=copy)
             _give_name(work, out, card)
         except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            _drop(work)
             raise
 
 
@@ -264,6 +282,18 @@ def save_policy(
             kept = {k: v for k, v in (settings.to_diff_dict() if settings else {}).items() if not k.startswith("_")}
             text = json.dumps(kept | ending, indent=2)
             (out_dir / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+        share_as_folder(out_dir)
+
+
+def share_as_folder(folder: Path) -> None:
+    """Give every file in a folder that was made here the permissions that the umask left to the folder.
+
+    safetensors makes its files readable by their owner only.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if stat.S_ISREG(path.lstat().st_mode) and stat.S_IMODE(path.lstat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def _whole_state(policy: PolicyModule) -> dict[str, Tensor]:

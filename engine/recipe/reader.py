@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from macpo.engine.errors import ConfigError, Problem
-from macpo.engine.files import explained
+from macpo.engine.files import read_bytes
 from macpo.engine.recipe.problems import explain
 from macpo.engine.recipe.tree import assign, from_plain, merge, parse, scalar
 
@@ -40,8 +40,7 @@ def load(
     Raises: ConfigError with one Problem for each mistake.
     """
     path = Path(path)
-    with explained(path):
-        raw = path.read_bytes()
+    raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -95,7 +94,7 @@ def written(path: Path | str, key: str) -> tuple[str | None, int | None]:
     path = Path(path)
     file = path / "recipe.yaml" if path.is_dir() else path
     try:
-        root = parse(file.read_text(encoding="utf-8-sig"), str(file), [])
+        root = parse(read_bytes(file).decode("utf-8-sig"), str(file), [])
     except (ConfigError, OSError, UnicodeDecodeError):
         return None, None
     found = root.value.get(key) if isinstance(root.value, dict) else None

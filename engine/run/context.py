@@ -12,6 +12,7 @@ from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.agree import is_main, stopped
 from macpo.engine.errors import printable
 from macpo.engine.processes import StopFlag
+from macpo.engine.run.manifest import STAGE_LOG
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class StageContext:
     """What a running stage is given: a folder to write into, its inputs, and ways to report.
 
-    A folder left by an interrupted attempt with the same key is handed over as it is: the stage resumes from there.
+    Of what an interrupted attempt with the same key left, the folder holds what the stage names as its `scratch` and
+    `continued`: it resumes from there.
     """
 
     name: str
@@ -68,5 +70,5 @@ class StageContext:
         """A line on stderr and in stage.log, from rank 0."""
         if is_main(self.group):
             say(f"{self.name}: {message}")
-            with open(self.dir / "stage.log", "a", encoding="utf-8") as file:
+            with open(self.dir / STAGE_LOG, "a", encoding="utf-8") as file:
                 file.write(printable(message) + "\n")

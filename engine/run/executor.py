@@ -1,4 +1,4 @@
-"""One stage from start to commit: verify inputs, RUNNING marker, run, sync, hash, manifest, rename, sync.
+"""One stage from start to commit: verify inputs, RUNNING marker, run, sync, hash, manifest, drop scratch, rename, sync.
 
 Every rank runs the stage's function; rank 0 does everything else and tells the others how it went.
 """
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from macpo.engine import files
 from macpo.engine.distributed.agree import is_main, on_main, stopped
-from macpo.engine.errors import DataError, IntegrityError, MacpoError, PeerError, Stopped
+from macpo.engine.errors import IntegrityError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
 from macpo.engine.processes import StopFlag
+from macpo.engine.removal import is_file, is_folder, remove, remove_leftovers
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import RunFolder, read_timing
 from macpo.engine.run.keys import key_of
-from macpo.engine.run.manifest import MANIFEST, RUNNING, TIMING, Manifest
+from macpo.engine.run.manifest import RUNNING, STAGE_LOG, TIMING, Manifest
 from macpo.engine.run.stages import Graph, Stage
 from macpo.engine.run.status import fits
 
@@ -73,8 +74,10 @@ class Executor:
         inputs = {name: str(self._verified_input(name, digests[name])) for name in stage.inputs.values()}
         key = key_of(stage.kind, stage.settings, _inputs(stage, digests))
         folder = self.run.partial(stage.name)
-        if folder and self._is_complete(folder, stage, digests):
-            return {"folder": str(folder), "inputs": inputs, "ready": True, "timing": read_timing(folder)}
+        if folder and is_folder(folder):
+            remove_leftovers(folder)
+            if self._is_complete(folder, stage, digests):
+                return {"folder": str(folder), "inputs": inputs, "ready": True, "timing": read_timing(folder)}
         if folder and not _was_running(folder, key):
             self.run.discard(stage.name, partial=True)
             folder = None
@@ -84,10 +87,7 @@ class Executor:
             files.fsync_dir(self.run.path)
             point("stage-created")
             files.write_json(folder / RUNNING, {"key": key, "stage": stage.name})
-        files.remove_parts(folder)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for path in folder.glob("error-rank*.log"):
-            path.unlink()
+        _keep_what_goes_on(folder, stage)
         point("stage-started")
         timing, needed = read_timing(folder), self._needed()
         return {"folder": str(folder), "inputs": inputs, "ready": False, "timing": timing, "needed": needed}
@@ -115,7 +115,7 @@ class Executor:
         """Killed between manifest and rename: everything is there, only the last steps are missing."""
         try:
             manifest = Manifest.read(folder)
-            manifest.verify(folder, full=True)
+            manifest.verify(folder, full=True, scratch=stage.work.scratch)
         except (MacpoError, OSError):
             return False
         return fits(stage, manifest, _inputs(stage, digests))
@@ -157,13 +157,15 @@ class Executor:
         if ready:
             manifest = Manifest.read(folder)
         else:
-            files.remove_parts(folder)
-            inputs = _inputs(stage, digests)
+            remove_leftovers(folder)
+            inputs, scratch = _inputs(stage, digests), stage.work.scratch
             with files.explained(folder):
-                manifest = Manifest.of(folder, stage.name, stage.kind, stage.settings, inputs)
+                manifest = Manifest.of(folder, stage.name, stage.kind, stage.settings, inputs, scratch)
                 point("stage-hashed")
                 manifest.write(folder)
             point("stage-manifest")
+        for name in stage.work.scratch:  # only now: until the manifest is there, a kill would cost what it holds
+            remove(folder / name, folder)
         (folder / RUNNING).unlink(missing_ok=True)
         files.fsync_dir(folder)
         point("stage-unmarked")
@@ -182,6 +184,18 @@ def _inputs(stage: Stage, digests: Mapping[str, str]) -> dict[str, str]:
 def _was_running(folder: Path, key: str) -> bool:
     """Whether an interrupted attempt at exactly this work lies in the folder."""
     try:
-        return (folder / RUNNING).is_file() and files.read_json(folder / RUNNING).get("key") == key
-    except (DataError, AttributeError):
+        marker = files.read_json(folder / RUNNING) if is_folder(folder) and is_file(folder / RUNNING) else None
+    except MacpoError:
         return False
+    return isinstance(marker, dict) and marker.get("key") == key
+
+
+def _keep_what_goes_on(folder: Path, stage: Stage) -> None:
+    """Delete what an interrupted attempt wrote, but for what this one goes on with.
+
+    What a library had half written is gone then, so both attempts commit the same files.
+    """
+    kept = {RUNNING, TIMING, STAGE_LOG, *stage.work.continued}
+    for path in folder.iterdir():
+        if not (is_folder(path) if path.name in stage.work.scratch else path.name in kept and is_file(path)):
+            remove(path, folder)

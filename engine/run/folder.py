@@ -1,21 +1,31 @@
-"""Where a run's stages lie: `05-name` is finished, `05-name.tmp` in work, `05-name.trash` on its way out.
+"""Where a run's stages lie: `05-name` is finished, `05-name.tmp` in work; what ends in `.trash` is being deleted.
 
 A finished stage is found by its name whatever its number, so a graph that grew keeps what it has.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from macpo.engine.errors import DataError, IntegrityError
-from macpo.engine.faults import point
-from macpo.engine.files import PART, fsync_dir, read_json, remove_parts, remove_tree
-from macpo.engine.run.manifest import TIMING
+from macpo.engine.errors import DataError, IntegrityError, MacpoError
+from macpo.engine.files import PART, fsync_dir, read_json
+from macpo.engine.removal import TRASH, is_folder, make_way, remove, remove_leftovers
+from macpo.engine.run.manifest import STAGE_LOG, STEP_TIMES, TIMING
+
+log = logging.getLogger(__name__)
 
 CACHE = "cache"
 """Sub-folder for what stages and later runs can use again; no part of any result."""
+SHARED = (CACHE, "trackers")
+"""Sub-folders that belong to no stage."""
+_TRASH_OF_FILES = {name + TRASH for name in (".lock", "RERUN.json", "recipe.yaml", "summary.json", "report.html")}
+_MOST = 1e300  # a number above it, or NaN, was not counted or measured
 _FOLDER = re.compile(r"\d+-(?P<name>.+?)(?P<state>\.tmp|\.trash)?")
 
 
@@ -50,24 +60,27 @@ class RunFolder:
         return found[0] if found else None
 
     def discard(self, name: str, *, partial: bool = False) -> None:
-        """Moves the stage out of the way in one step, then deletes it."""
+        """Delete the stage's folder; after a kill it is there whole or not at all."""
         path = self.partial(name) if partial else self.committed(name)
-        if path is None:
-            return
-        trash = path.with_name(path.name.removesuffix(".tmp") + ".trash")
-        remove_tree(trash, self.path)
-        path.rename(trash)
-        fsync_dir(self.path)
-        point("stage-discarded")
-        remove_tree(trash, self.path)
+        if path is not None:
+            remove(path, self.path)
+            fsync_dir(self.path)
 
-    def sweep(self) -> None:
-        """Deletes what a kill left half deleted or half written at the top of the folder and in its cache."""
+    def sweep(self, log: Callable[[str], None]) -> None:
+        """Delete what a kill left half deleted or half written beside the stages and in what they share.
+
+        Also, with a line, what lies in the place of a finished stage's timings and log and is no file.
+        """
         for path in list(self.path.iterdir()):
+            half_written = path.name.startswith(".") and path.name.endswith(PART)
             match = _FOLDER.fullmatch(path.name)
-            if (match and match["state"] == ".trash") or (path.name.startswith(".") and path.name.endswith(PART)):
-                remove_tree(path, self.path)
-        remove_parts(self.path / CACHE)
+            if half_written or (match and match["state"]) == TRASH or path.name in _TRASH_OF_FILES:
+                remove(path, self.path)
+            elif match and match["state"] is None and is_folder(path):
+                for name in (TIMING, STEP_TIMES, STAGE_LOG):
+                    make_way(path / name, path, log)
+        for shared in SHARED:
+            remove_leftovers(self.path / shared)
 
 
 def folder_of(run_dir: Path, name: str) -> Path:
@@ -79,11 +92,31 @@ def folder_of(run_dir: Path, name: str) -> Path:
 
 
 def read_timing(folder: Path) -> dict[str, Any]:
-    """What the stage took and noted; empty where it was never written or is torn (it stands outside the result)."""
-    if not (folder / TIMING).is_file():
+    """What the stage took and noted, `seconds` and `counts`, without what is no finite number; empty if it is absent.
+
+    The file stands outside the result, so one that is torn or of another shape is ignored, with one line.
+    """
+    path = folder / TIMING
+    if not os.path.lexists(path):
         return {}
     try:
-        found = read_json(folder / TIMING)
-    except DataError:
+        found = read_json(path)
+    except MacpoError as error:
+        _say_ignored(path, error.problems[0].message)
         return {}
-    return found if isinstance(found, dict) else {}
+    counts = found.get("counts") if isinstance(found, dict) else None
+    if not isinstance(counts, dict):
+        _say_ignored(path, "not an object with counts")
+        return {}
+    kept = {name: value for name, value in counts.items() if _is_number(value)}
+    seconds = found.get("seconds")
+    return {"counts": kept} | ({"seconds": seconds} if _is_number(seconds) and seconds >= 0 else {})
+
+
+@functools.cache
+def _say_ignored(path: Path, why: str) -> None:
+    log.warning("%s is ignored: %s", path, why)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST

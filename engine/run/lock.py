@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.faults import point
-from macpo.engine.files import explain
+from macpo.engine.files import explain, read_json
+from macpo.engine.removal import is_file, make_way
 
 LOCK = ".lock"
+_ENDED = "ended"
+_MAX_PID = 2**22  # of Linux on 64 bits, proc_sys_kernel(5); other systems have less
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def start_time(pid: int) -> str:
     except OSError:
         return ""
     fields = stat.rpartition(")")[2].split()  # the command before it may hold blanks and brackets
-    return "" if fields[0] == "Z" else f"{boot}:{fields[19]}"
+    return _ENDED if fields[0] == "Z" else f"{boot}:{fields[19]}"
 
 
 def holder(folder: Path) -> Holder | None:
@@ -86,6 +89,8 @@ class RunLock:
             raise self._taken(found)
         if found:
             self.log(f"cleared the lock that {found} left behind")
+        elif os.fstat(self.fd).st_size:
+            self.log(f"cleared {self.path}, which names no process")
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, json.dumps(asdict(Holder.me())).encode(), 0)
         os.fsync(self.fd)
@@ -95,7 +100,8 @@ class RunLock:
     def _open(self) -> None:
         """The kernel's lock on the file closes the gap between reading its text and replacing it."""
         while True:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            make_way(self.path, self.path.parent, self.log)
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -123,7 +129,12 @@ class RunLock:
 
 
 def _read(path: Path) -> Holder | None:
+    """Who the lock names; nobody where it is absent, torn by a crash, or names what cannot be a process."""
+    if not is_file(path):
+        return None
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None  # absent, or torn by a crash while it was written: nobody holds it
+        found = Holder(**read_json(path))
+    except (MacpoError, TypeError):
+        return None
+    whole = isinstance(found.host, str) and isinstance(found.started, str) and type(found.pid) is int
+    return found if whole and 0 < found.pid <= _MAX_PID else None

@@ -13,7 +13,7 @@ import os
 import stat
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,17 +23,23 @@ from macpo.engine.errors import DataError, IntegrityError
 from macpo.engine.run.keys import SCHEMA, canonical, key_of
 
 MANIFEST, RUNNING, TIMING = "manifest.json", "RUNNING", "timing.json"
+STAGE_LOG, STEP_TIMES = "stage.log", "timing.jsonl"
 
 
 def is_hashed(relative: str) -> bool:
-    """Whether an output counts as part of the result."""
-    name = PurePosixPath(relative).name
-    return relative not in (MANIFEST, RUNNING) and name not in (TIMING, "timing.jsonl") and not name.endswith(".log")
+    """Whether an output counts as part of the result: no timing, log or hidden file does."""
+    parts = PurePosixPath(relative).parts
+    return parts[0] not in (MANIFEST, RUNNING) and not any(
+        name in (TIMING, STEP_TIMES) or name.startswith(".") or name.endswith(".log") for name in parts
+    )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files`: relative path -> {"bytes", "sha256"}; `digest`: hash over them; `created`, `mtime_ns`: not hashed."""
+    """`files`: relative path -> {"bytes", "sha256"}; `digest`: hash over them.
+
+    `created`, `mtime_ns`: not hashed; each is empty where it is absent or of another shape.
+    """
 
     stage: str
     kind: str
@@ -47,16 +53,25 @@ class Manifest:
 
     @classmethod
     def of(
-        cls, folder: Path, stage: str, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+        cls,
+        folder: Path,
+        stage: str,
+        kind: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        scratch: Collection[str] = (),
     ) -> Manifest:
-        """Syncs and hashes every file below the folder. Raises: IntegrityError for links and special files."""
+        """Sync and hash every file below the folder, but for the folders `scratch` in it.
+
+        Raises: IntegrityError for links and special files.
+        """
         found, mtimes = {}, {}
-        for relative, path in _walk(folder):
+        for relative, path in _walk(folder, scratch):
             files.fsync_file(path)
             if is_hashed(relative):
                 found[relative] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
                 mtimes[relative] = path.stat().st_mtime_ns
-        for base, _, _ in os.walk(folder):
+        for base, _, _ in _folders(folder, scratch):
             files.fsync_dir(Path(base))
         key, settings = key_of(kind, settings, inputs), json.loads(canonical(settings))
         created = {**code_version(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -88,9 +103,12 @@ class Manifest:
             if schema not in (1, SCHEMA):
                 raise _newer(path, schema)
             names = ("stage", "kind", "key", "settings", "inputs", "files", "digest")
-            manifest = cls(**{name: body[name] for name in names}, **body["unhashed"])
+            created, stamps = _unhashed(body.get("unhashed"))
+            manifest = cls(**{name: body[name] for name in names}, created=created, mtime_ns=stamps)
             whole = manifest.key == key_of(manifest.kind, manifest.settings, manifest.inputs, schema=schema)
-            whole = whole and manifest.digest == digest_of(manifest.files) and all(map(_is_safe, manifest.files))
+            whole = whole and manifest.digest == digest_of(manifest.files)
+            whole = whole and all(_is_entry(*each) for each in manifest.files.items())
+            whole = whole and isinstance(manifest.settings, dict) and isinstance(manifest.inputs, dict)
         except DataError as error:
             raise damaged(folder, f"its manifest is unreadable: {error.problems[0].message}") from None
         except (KeyError, TypeError, AttributeError, ValueError):
@@ -104,8 +122,10 @@ class Manifest:
         kind = self.kind.rpartition(".")[2]
         return replace(self, kind=kind, key=key_of(kind, self.settings, self.inputs))
 
-    def verify(self, folder: Path, *, full: bool) -> None:
+    def verify(self, folder: Path, *, full: bool, scratch: Collection[str] = ()) -> None:
         """Compares the files with the manifest: every hash if `full`, else hashes only where the time stamp differs.
+
+        `scratch`: folders of a stage that was killed while it committed, which are not part of it.
 
         Raises: IntegrityError that names the file and says what to do.
         """
@@ -123,8 +143,8 @@ class Manifest:
             if not fresh and files.sha256(path) != entry["sha256"]:
                 raise damaged(folder, f"the content of {relative} was changed")
         if full:
-            for relative, _ in _walk(folder):
-                if is_hashed(relative) and relative not in self.files and not Path(relative).name.startswith("."):
+            for relative, _ in _walk(folder, scratch):
+                if is_hashed(relative) and relative not in self.files:
                     raise damaged(folder, f"{relative} does not belong to it", f"delete {folder / relative}")
 
 
@@ -149,20 +169,43 @@ def _newer(path: Path, schema: object) -> IntegrityError:
     )
 
 
-def _is_safe(relative: str) -> bool:
+def _is_entry(relative: str, entry: Any) -> bool:
+    """Whether a manifest can name the file so."""
     path = PurePosixPath(relative)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
 
 
-def _walk(folder: Path) -> list[tuple[str, Path]]:
-    """(relative path, path) of every file below, sorted; links and special files are refused."""
-    found = []
+def _unhashed(found: Any) -> tuple[dict[str, str], dict[str, int]]:
+    """`created` and `mtime_ns` of a manifest, whose absence or other shape costs a warning or a hash and no more."""
+    parts = found if isinstance(found, Mapping) else {}
+    created, stamps = parts.get("created"), parts.get("mtime_ns")
+    texts = {k: v for k, v in created.items() if isinstance(v, str)} if isinstance(created, Mapping) else {}
+    return texts, dict(stamps) if isinstance(stamps, Mapping) else {}
+
+
+def _folders(folder: Path, scratch: Collection[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` without the folders `scratch` directly in the folder."""
     for base, folders, names in os.walk(folder):
+        if base == str(folder):
+            folders[:] = [name for name in folders if name not in scratch]
+        yield base, folders, names
+
+
+def _walk(folder: Path, scratch: Collection[str] = ()) -> list[tuple[str, Path]]:
+    """(relative path, path) of every file below but for `scratch`, sorted; links and special files are refused.
+
+    Timings, logs and hidden files that are neither are left out.
+    """
+    found = []
+    for base, folders, names in _folders(folder, scratch):
         for name in [*names, *(each for each in folders if (Path(base) / each).is_symlink())]:
             path = Path(base) / name
-            if not stat.S_ISREG(path.lstat().st_mode):
+            relative = path.relative_to(folder).as_posix()
+            if stat.S_ISREG(path.lstat().st_mode):
+                found.append((relative, path))
+            elif is_hashed(relative):
                 raise IntegrityError("a stage's output is not a regular file", "write plain files", file=str(path))
-            found.append((path.relative_to(folder).as_posix(), path))
     return sorted(found)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from macpo.engine import files
 from macpo.engine.console import say
 from macpo.engine.distributed.agree import on_main, stopped, unpack_error
-from macpo.engine.errors import ConfigError, DataError, MacpoError, PeerError, Stopped
+from macpo.engine.errors import ConfigError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
 from macpo.engine.processes import StopFlag, set_threads
+from macpo.engine.removal import is_file, make_way, remove
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import RunFolder, read_timing
 from macpo.engine.run.lock import RunLock, holder
@@ -80,6 +81,8 @@ class Runner:
             on_main(self.world, lambda: self._open(held))
             executor = Executor(self.folder_of_run, self.graph, stop, self.world)
             done = (self._run_parallel if self.workers.jobs > 1 else self._run_in_order)(executor)
+            if self._stop_agreed(stop):  # what the caller does with the results is cut short too
+                raise stopped("the end of the last stage", self.world)
             on_main(self.world, lambda: self._close(done))
         return done
 
@@ -90,7 +93,7 @@ class Runner:
         files.probe_writable(run.path)
         held.enter_context(RunLock(run.path, self.log))
         with files.explained(run.path):
-            run.sweep()
+            run.sweep(self.log)
         again = self.graph.downstream([self.from_stage]) if self.from_stage is not None else []
         under_way = bool(again) and self._is_rerun_under_way()
         self.redoable = {stage.name for stage in self.graph.stages} if self.rerun_stale else set(again)
@@ -114,13 +117,14 @@ class Runner:
     def _is_rerun_under_way(self) -> bool:
         note = self.folder_of_run.path / RERUN
         try:
-            return note.is_file() and files.read_json(note) == {"from": self.from_stage, "discarded": True}
-        except DataError:
+            return is_file(note) and files.read_json(note) == {"from": self.from_stage, "discarded": True}
+        except MacpoError:
             return False
 
     def _discard(self, names: list[str]) -> None:
         """Last stage first, so that a kill in between never leaves a result without the inputs it came from."""
         note = self.folder_of_run.path / RERUN
+        make_way(note, self.folder_of_run.path, self.log)
         files.write_json(note, {"from": self.from_stage, "discarded": False})
         point("rerun-noted")
         for name in reversed(names):
@@ -129,7 +133,7 @@ class Runner:
         files.write_json(note, {"from": self.from_stage, "discarded": True})
 
     def _close(self, done: list[str]) -> None:
-        (self.folder_of_run.path / RERUN).unlink(missing_ok=True)
+        remove(self.folder_of_run.path / RERUN, self.folder_of_run.path)
         if not done:
             self.log(f"all {len(self.graph.stages)} stages are done already, nothing to do (--from STAGE redoes some)")
         point("run-finished")

@@ -53,6 +53,12 @@ class StageWork(BaseModel, ABC):
     """Name of the kind; part of the key, so it outlives the code's layout."""
     weight: ClassVar[float] = 1.0
     """Relative duration: a hint for the order in which parallel jobs take stages."""
+    scratch: ClassVar[tuple[str, ...]] = ()
+    """Folders in the stage's folder that an interrupted attempt resumes from, such as checkpoints; no outputs, they are
+    deleted when the stage commits."""
+    continued: ClassVar[tuple[str, ...]] = ()
+    """Files that an interrupted attempt leaves for the next one to go on with, such as metrics.jsonl. Whatever else it
+    wrote is deleted before the next one starts, so both commit the same files."""
     inputs: StageInputs = StageInputs()
 
     def settings(self) -> dict[str, Any]:

@@ -120,7 +120,9 @@ def code_changes(found: dict[str, StageState]) -> str:
     for name, each in found.items():
         if each.manifest and any(each.manifest.created.get(part) != now[part] for part in now):
             made = each.manifest.created
-            label = f"{made.get('version')}{'@' + made['commit'][:10] if made.get('commit') else ''}"
+            label = (
+                f"{made.get('version', 'an unknown version')}{'@' + made['commit'][:10] if made.get('commit') else ''}"
+            )
             older.setdefault(label, []).append(name)
     parts = [f"{len(names)} by {label} (first: {names[0]})" for label, names in older.items()]
     if not parts:

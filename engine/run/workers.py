@@ -22,7 +22,7 @@ from typing import Any, Self
 from macpo.engine.distributed.agree import pack_error
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import explain, is_expected
-from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads
+from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads, signals_blocked
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.stages import Graph
@@ -85,16 +85,13 @@ class WorkerPool:
     def _start(self) -> _Worker:
         threads = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
         # Born with both signals blocked: it opens SIGTERM when it can answer it, and Ctrl-C is the parent's to pass on.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        try:
+        with signals_blocked():
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "macpo.engine.run.workers", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, **threads, "TERM": "dumb"},  # several live bars cannot share a terminal
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         worker = _Worker(process)
         name, config = self.build
         start = {"path": sys.path, "build": name, "config": config, "run_dir": str(self.run_dir)}

@@ -36,11 +36,11 @@ from macpo.engine.files import (
     explained,
     fsync_dir,
     read_json,
-    remove_tree,
     require_free,
     sha256,
     write_json,
 )
+from macpo.engine.removal import is_folder, remove, remove_leftovers
 from macpo.engine.training.shards import Box, Incomplete, Reader, code_of, read_back, share_of, write
 
 SCHEMA = 2
@@ -88,7 +88,7 @@ def save(
         with agreed(world), explained(folder):
             if world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
-                remove_tree(temporary, folder)
+                remove(temporary, folder)
                 require_free(folder, share.total_bytes + 65536, "the checkpoint")
                 temporary.mkdir()
         with agreed(world):
@@ -106,7 +106,7 @@ def save(
     except MacpoError:
         if world.is_main:
             with contextlib.suppress(OSError, MacpoError):  # a full disk gets its bytes back; the first error counts
-                remove_tree(temporary, folder)
+                remove(temporary, folder)
         raise
     return final
 
@@ -126,8 +126,7 @@ def load_latest(folder: Path, *, world: World, like: Mapping[str, Tensor]) -> Ch
     names: list[str] = []
     with agreed(world), explained(folder):
         if world.is_main and folder.is_dir():
-            for leftover in sorted(folder.glob("step-*.tmp")):
-                remove_tree(leftover, folder)
+            _sweep(folder)
             names = _names(folder)
     names = world.broadcast(names)
     reasons = []
@@ -165,6 +164,26 @@ def _names(folder: Path) -> list[str]:
     return sorted((path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
+def _sweep(folder: Path) -> None:
+    """Delete half-written and half-deleted checkpoints.
+
+    A checkpoint gets its name once it is whole, and loses it before it is deleted. One without a manifest and without
+    more of its files is what an older version, which did not rename it first, left of a delete.
+    """
+    remove_leftovers(folder)
+    for path in sorted(folder.glob("step-*")):
+        half_deleted = _NAME.fullmatch(path.name) is not None and is_folder(path) and _is_remnant(path)
+        if half_deleted:
+            _log.warning("%s has no manifest and not all of its other files: it was being deleted, and now is", path)
+        if half_deleted or path.name.endswith(".tmp"):
+            remove(path, folder)
+
+
+def _is_remnant(path: Path) -> bool:
+    found = {entry.name for entry in path.iterdir()}
+    return _MANIFEST not in found and not (_STATE in found and any(map(_SHARD.fullmatch, found)))
+
+
 def _write_shard(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box], needed: int) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise _not_shared(path.parent, "one does not see the folder that rank 0 made")
@@ -194,7 +213,7 @@ def _commit(temporary: Path, final: Path, keep: int) -> None:
     folder = final.parent
     fsync_dir(temporary)
     _Manifest.read(temporary, final.name)
-    remove_tree(final, folder)  # a damaged checkpoint of this step, which `load_latest` has skipped
+    remove(final, folder)  # a damaged checkpoint of this step, which `load_latest` has skipped
     os.rename(temporary, final)
     fsync_dir(folder)
     point("checkpoint-renamed")
@@ -202,11 +221,7 @@ def _commit(temporary: Path, final: Path, keep: int) -> None:
     # later steps did not verify, else training would have resumed from them
     kept = [name for name in names if name <= final.name][:keep]
     for old in set(names) - set(kept):
-        aside = folder / f"{old}.old.tmp"  # a kill while it is deleted leaves nothing that looks complete
-        remove_tree(aside, folder)
-        os.rename(folder / old, aside)
-        point("checkpoint-retired")
-        remove_tree(aside, folder)
+        remove(folder / old, folder)
 
 
 def _not_shared(folder: Path, what: str) -> ConfigError:

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from macpo.engine.files import explained, fsync_dir
+from macpo.engine.errors import IntegrityError
+from macpo.engine.files import explained, fsync_dir, sha256
 from macpo.engine.progress import TrainingProgress
 from macpo.engine.training.throughput import Meter
 from macpo.engine.training.trackers import Trackers, Training
@@ -115,6 +116,18 @@ class MetricsLog:
         self.close(at_once=kind is not None and not issubclass(kind, Exception))  # a second Ctrl-C waits for nobody
 
 
+def verify(workdir: Path, step: int, digest: str) -> None:
+    """Cut metrics.jsonl behind `step`, and raise IntegrityError unless it is what it was when that step was saved.
+
+    It is a part of the stage's result, and a checkpoint does not hold it.
+    """
+    path = workdir / "metrics.jsonl"
+    cut(path, step)
+    if not path.is_file() or sha256(path) != digest:
+        fix = f"delete {workdir} to train this stage again"
+        raise IntegrityError(f"metrics.jsonl is not as it was when step {step} was saved", fix, file=path)
+
+
 def cut(path: Path, step: int) -> None:
     """Keep the rows up to and including `step`; cut later ones and a torn line."""
     if not path.exists():
@@ -124,10 +137,10 @@ def cut(path: Path, step: int) -> None:
         for line in file:
             try:
                 row = json.loads(line)
-                at = row["step"]
-            except (ValueError, TypeError, KeyError, RecursionError):  # the kill came in the middle of a line
+            except (ValueError, RecursionError):  # the kill came in the middle of a line
                 break
-            if not line.endswith(b"\n") or not isinstance(at, int) or at > step:
+            last = row.get("step") if isinstance(row, dict) else None
+            if not line.endswith(b"\n") or not isinstance(last, int) or last > step:
                 break
             kept += len(line)
         file.truncate(kept)

@@ -9,7 +9,9 @@ An entry is one safetensors file, named by its key, that contains the key and th
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -24,11 +26,15 @@ from macpo.engine import files
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import NumericsError
+from macpo.engine.errors import ConfigError, NumericsError
 from macpo.engine.models.loading import local_folder, weight_files
 from macpo.engine.models.policy import PolicyRef
+from macpo.engine.opening import open_regular
+from macpo.engine.removal import make_way
 from macpo.engine.run.keys import canonical
 from macpo.engine.scoring import ResponseScore
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1  # version of the entries; raise it when the meaning of their numbers changes
 
@@ -119,13 +125,14 @@ def cached(
 
 def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) -> list[list[float]] | None:
     """The numbers of a valid entry; if there is none, check that the folder is writable."""
-    if path.exists():
+    if os.path.lexists(path):
         why = ""
         try:
+            open_regular(path).close()  # safe_open would wait for a FIFO
             with safe_open(path, "pt") as file:
                 about, names = file.metadata() or {}, list(file.keys())
                 parts = file.get_tensor("parts") if names == ["parts"] else torch.empty(0)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ConfigError) as error:
             why = f"it cannot be read ({' '.join(str(error).split())[:120]})"
         else:
             whose, _, digest = about.get("entry", "").partition(":")
@@ -142,6 +149,7 @@ def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) ->
 
 
 def _write(path: Path, key: str, parts: Tensor) -> None:
+    make_way(path, path.parent, log.warning)
     parts = parts.to("cpu", torch.float64).contiguous()
     # one metadata value, because safetensors writes several in an order that differs between processes
     files.atomic_write(path, save({"parts": parts}, metadata={"entry": f"{key}:{_digest(parts)}"}))

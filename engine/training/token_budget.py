@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.failures import free_memory
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import Again, ResourceError
+from macpo.engine.errors import Again, MacpoError, ResourceError
 from macpo.engine.files import read_json, write_json
 
 
@@ -58,10 +59,22 @@ class TokenBudget:
 
     def recall(self) -> None:
         """Take the budget noted by an abandoned attempt, if there is one; collective."""
-        found = on_main(self._world, lambda: self._note.is_file() and read_json(self._note)["microbatch_tokens"])
+        found = on_main(self._world, self._noted)
         if found and found < self.tokens:
             self.tokens = found
             self._say("an earlier attempt ran out of memory")
+
+    def _noted(self) -> int:
+        """The note's number; 0 where there is no note, or one that says nothing."""
+        try:
+            note = read_json(self._note) if os.path.lexists(self._note) else {}
+        except MacpoError as error:
+            note = error
+        tokens = note.get("microbatch_tokens", 0) if isinstance(note, dict) else None
+        if not isinstance(tokens, int) or tokens < 0:
+            print(f"note: {self._note} is ignored: it names no number of tokens", file=sys.stderr)
+            return 0
+        return tokens
 
     def _say(self, why: str) -> None:
         if self._world.is_main:

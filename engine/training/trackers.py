@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from macpo.engine.errors import MacpoError
-from macpo.engine.files import read_json
+from macpo.engine.files import PART, read_json
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class Note:
 
     def write(self) -> None:
         """Write the note atomically, but without a sync, because it is written every step."""
-        part = self.path.with_suffix(".part")
+        part = self.path.with_name(f".{self.path.name}{PART}")  # what a kill leaves is deleted by the next start
         part.write_text(json.dumps({"id": self.id, "key": self.key, "sent": self.sent}))
         part.replace(self.path)
 

@@ -24,21 +24,26 @@ from macpo.engine.config import OptimSettings
 from macpo.engine.console import say
 from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
+from macpo.engine.files import sha256
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import data_world
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.training import checkpoint
 from macpo.engine.training.balanced import balanced
-from macpo.engine.training.metrics import MetricsLog
+from macpo.engine.training.metrics import MetricsLog, verify
 from macpo.engine.training.objectives import Objective
 from macpo.engine.training.optim import Optimizer, learning_rate
 from macpo.engine.training.spikes import SpikeGuard
 from macpo.engine.training.throughput import Meter
 from macpo.engine.training.token_budget import TokenBudget
 from macpo.engine.training.trackers import Trackers, Training
+
+SCRATCH, CONTINUED = ("checkpoint",), ("metrics.jsonl", "timing.jsonl")
+"""What `train` resumes from in its folder: what can go once the weights are saved, and what stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +322,8 @@ class _Stage:
             state["guard"] = self.guard.state_dict()
         with log.saving():
             log.sync()
+            if self.world.is_main:
+                state["metrics_sha256"] = sha256(self.workdir / "metrics.jsonl")
             checkpoint.save(self.workdir / "checkpoint", step, self.optimizer.tensors(), state, world=self.world)
         self.saved_step = step
 
@@ -329,6 +336,9 @@ class _Stage:
         if found.state["fingerprint"] != self.fingerprint:
             fix = "delete the folder to train again, or restore what it was started with"
             raise ConfigError("the checkpoint belongs to other data, settings, seed or weights", fix, file=folder)
+        with agreed(self.world):
+            if self.world.is_main and "metrics_sha256" in found.state:  # an older version did not save it
+                verify(self.workdir, found.step, found.state["metrics_sha256"])
         if found.layout != checkpoint.layout_of(found.tensors, self.world) and self.world.is_main:
             print(
                 f"note: resuming a checkpoint of {found.layout} with "

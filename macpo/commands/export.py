@@ -17,7 +17,7 @@ from macpo.engine.models.compute import device_of, memory_budget, model_cache
 from macpo.engine.models.loading import as_dtype, local_folder, stored_dtype
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.policy import PolicyRef
-from macpo.engine.models.saving import cast, logits_of, publish, publish_copy
+from macpo.engine.models.saving import cast, logits_of, publish, publish_copy, refuse_existing
 from macpo.engine.paths import absolute_or_hub
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.keys import is_unknown
@@ -56,8 +56,7 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
         IntegrityError (5): what was read back differs.
     """
     run_dir, out = Path(os.path.abspath(run_dir)), Path(os.path.abspath(out.expanduser()))
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists", "name a new folder", field="--out")
+    refuse_existing(out)
     agent = choice.agent or recipe.agents[-1].name
     settings = agent_settings(recipe, agent)
     if settings.served is not None:

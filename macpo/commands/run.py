@@ -18,6 +18,7 @@ from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import atomic_write, write_json
+from macpo.engine.removal import make_way
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
@@ -93,13 +94,20 @@ def run(
             on_main(world, lambda: check_templates(recipe))
         plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
-    runner.began = lambda: atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
+    runner.began = lambda: _note_recipe(recipe, run_dir, runner.log)
     runner.run()
     if world.is_main:
+        for name in ("summary.json", "report.html"):
+            make_way(run_dir / name, run_dir, runner.log)
         summarise(recipe, plan, run_dir)
         write_report(run_dir)
     world.barrier()
     return run_dir
+
+
+def _note_recipe(recipe: AnyRecipe, run_dir: Path, log: Callable[[str], None]) -> None:
+    make_way(run_dir / "recipe.yaml", run_dir, log)
+    atomic_write(run_dir / "recipe.yaml", recipes.dump(recipe, comments=True))
 
 
 def is_finished(recipe: AnyRecipe, plan: Plan) -> bool:

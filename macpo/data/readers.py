@@ -18,6 +18,7 @@ from typing import IO, Any
 from macpo.data.json_rows import json_rows, wrapped_rows
 from macpo.engine.errors import ConfigError, DataError, MacpoError
 from macpo.engine.files import explained, read_jsonl
+from macpo.engine.opening import open_regular
 from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, UNPACKED_BYTES, UNPACKED_RATIO, unpacked
 
 Fields = dict[str, Any]
@@ -48,7 +49,7 @@ def file_rows(file: Path, split: str) -> Iterator[tuple[int, Fields]]:
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacked where it is gzip; damaged gzip is a DataError."""
-    with explained(file), open(file, "rb") as plain:
+    with explained(file), open_regular(file) as plain:
         try:
             yield unpacked(plain)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.response_text import INCOMPLETE
 from macpo.engine.generation.served import OPTIONS
+from macpo.engine.generation.waves import SCRATCH
 from macpo.engine.run.context import StageContext
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import limited_prompt
@@ -35,6 +35,7 @@ class ServedModel(BaseModel):
 class GeneratingStage(PolicyStage):
     """A kind of stage whose policy answers prompts."""
 
+    scratch = SCRATCH
     sampling: SamplingSettings
     policy_name: str
     """Tells the policies of one agent, and repeated draws, apart: a part of the noise."""
@@ -163,7 +164,6 @@ class Answer(GeneratingStage):
         responses, _ = self.generate(self.open_policy(ctx), prompts)
         if ctx.world.is_main:
             write_records(ctx.dir / "responses.jsonl", responses)
-            shutil.rmtree(ctx.dir / "waves")
 
     def loads(self, run: RunSize) -> str | None:
         return super().loads(run) if self.served is None else None  # the work is the server's

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
-from macpo.engine.training.trainer import train
+from macpo.engine.training.trainer import CONTINUED, SCRATCH, train
 from macpo.method.costs import (
     PRETRAIN_DOCUMENT_TOKENS,
     STEP_BYTES,
@@ -52,6 +51,7 @@ class PretrainBase(MethodStage):
 
     name = "pretrain_base"
     weight = 30.0
+    scratch, continued = SCRATCH, CONTINUED
 
     init: InitSettings
     corpus: str | None
@@ -107,7 +107,6 @@ class PretrainBase(MethodStage):
         )
         if ctx.world.is_main:
             save_base(model, tokenizer, ctx.dir / "model")
-            shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
         ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)
 
     def cost(self, run: RunSize) -> Cost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from macpo import demo_world
@@ -94,7 +93,6 @@ class EvaluatePolicy(GeneratingStage):
             about = {"role": self.role, "iteration": self.iteration}
             write_json(ctx.dir / "evaluation.json", {**about, **counts, **self._metrics(rows)})
             write_jsonl(ctx.dir / "evaluation.jsonl", rows)
-            shutil.rmtree(ctx.dir / "waves")
 
     def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = dict(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -17,7 +16,7 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.training.objectives import Objective, preference, sft
 from macpo.engine.training.reference import weighted
 from macpo.engine.training.trackers import Trackers
-from macpo.engine.training.trainer import train
+from macpo.engine.training.trainer import CONTINUED, SCRATCH, train
 from macpo.method.costs import STEP_BYTES, Cost, RunSize, Shape, TrainingCost
 from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
@@ -32,6 +31,7 @@ class LearningStage(PolicyStage):
     seed: int
     responses: ClassVar[int] = 1
     """Per prompt."""
+    scratch, continued = SCRATCH, CONTINUED
 
     def learn(
         self,
@@ -63,8 +63,6 @@ class LearningStage(PolicyStage):
             trackers=Trackers(self.compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
         )
         save_policy(module(), ctx.dir / "policy", base_name=str(self.agent.model), chat=policy.chat)
-        if ctx.world.is_main:
-            shutil.rmtree(ctx.dir / "checkpoint", ignore_errors=True)
         ctx.note(tokens=result.tokens, steps=result.steps)
 
     def num_rows(self, run: RunSize) -> int:

@@ -5,18 +5,24 @@ It returns only what the files say, also of an unfinished run. Nothing here load
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from macpo.engine.errors import DataError
-from macpo.engine.files import read_json, read_jsonl
+from macpo.engine.errors import DataError, MacpoError
+from macpo.engine.files import read_bytes, read_json, read_jsonl
 from macpo.engine.run.folder import read_timing
+from macpo.engine.run.manifest import STEP_TIMES
 from macpo.evaluation.summary import AgentHistory, Role, build_summary
+from macpo.evaluation.written import checked_row, checked_summary, is_number
+
+log = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"(\d+)-(.+)")
 _EVALUATION = re.compile(r"eval-(?P<agent>.+)-iter(?P<iteration>\d+)")
@@ -51,7 +57,15 @@ class Evaluation:
     folder: StageFolder
 
     def metrics(self) -> dict[str, Any]:
-        return read_object(self.folder.path / "evaluation.json")
+        """Return the content of `evaluation.json`. Raises DataError for one that no table can show."""
+        path = self.folder.path / "evaluation.json"
+        found = read_object(path)
+        try:
+            if found.get("role") not in (None, *get_args(Role)):
+                raise ValueError("there is no such role")
+            return dict(checked_row(found))
+        except (ValueError, TypeError) as error:
+            raise DataError(str(error), f"run again with --from {self.folder.name}", file=path) from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
         path = self.folder.path / "evaluation.jsonl"
@@ -109,13 +123,28 @@ class RunReader:
     @cached_property
     def finished(self) -> bool:
         """Whether the run has written its summary, which it does last."""
-        return (self.path / "summary.json").exists()
+        return self._written is not None
+
+    @cached_property
+    def _written(self) -> dict[str, Any] | None:
+        """`summary.json`; None where there is none, or one that cannot be used while there are stages to look at."""
+        path = self.path / "summary.json"
+        if not os.path.lexists(path):
+            return None
+        try:
+            return checked_summary(read_object(path))
+        except (MacpoError, ValueError) as error:
+            why = error.problems[0].message if isinstance(error, MacpoError) else str(error)
+            if not self.stages:
+                raise error if isinstance(error, MacpoError) else DataError(why, "run again", file=path) from None
+            log.warning("%s is ignored: %s; the stages' own scores are shown, and a run writes it again", path, why)
+            return None
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """`summary.json`, or a summary of the committed evaluations while the run is unfinished."""
-        if self.finished:
-            return read_object(self.path / "summary.json")
+        if self._written is not None:
+            return self._written
         agents: dict[str, AgentHistory] = {}
         for evaluation in self.evaluations:
             metrics = evaluation.metrics()
@@ -132,11 +161,10 @@ class RunReader:
 
     def speed(self, stage: StageFolder) -> dict[str, float]:
         """Return a training stage's mean rates, weighted by step time, and its peak memory, from `timing.jsonl`."""
-        path = stage.path / "timing.jsonl"
-        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+        rows = _step_times(stage.path / STEP_TIMES)
         found: dict[str, float] = {}
         for name in ("tokens_per_s", "pairs_per_s", "sequences_per_s", "mfu"):
-            have = [(row[name], row["seconds"]) for row in rows if name in row]
+            have = [(row[name], row["seconds"]) for row in rows if name in row and "seconds" in row]
             if have and (seconds := sum(time for _, time in have)) > 0:
                 found[name] = sum(rate * time for rate, time in have) / seconds
         peaks = [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]
@@ -159,8 +187,10 @@ class RunReader:
     @cached_property
     def recipe(self) -> str:
         """The resolved recipe's text; empty when there is none."""
-        path = self.path / "recipe.yaml"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        try:
+            return read_bytes(self.path / "recipe.yaml").decode(errors="replace")
+        except MacpoError:
+            return ""
 
     @cached_property
     def all_evaluations(self) -> list[Evaluation]:
@@ -199,11 +229,13 @@ class RunReader:
             columns: dict[str, list[float]] = {}
             rows = [row for _, row in read_jsonl(path)]
             for key in ("step", "loss", "margin", "accuracy", "lr", "grad_norm"):
-                if rows and all(isinstance(row.get(key), int | float) for row in rows):
+                if rows and all(is_number(row.get(key)) for row in rows):
                     columns[key] = [float(row[key]) for row in rows]
             agent = next((name for name in names if f"-{name}-" in f"-{stage.base}-"), "")
             if "step" in columns and "loss" in columns:
-                spikes = tuple(Spike(row["step"], row["loss"], row["spike"]) for row in rows if "spike" in row)
+                spikes = tuple(
+                    Spike(row["step"], row["loss"], row["spike"]) for row in rows if is_number(row.get("spike"))
+                )
                 found.append(Curves(stage, agent, columns, spikes))
         return found
 
@@ -214,6 +246,18 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError("not a JSON object", "run the stage again", file=str(path))
     return content
+
+
+def _step_times(path: Path) -> list[dict[str, Any]]:
+    """The numbers of each step of `timing.jsonl`, which is not hashed: up to a line that is torn, which is said."""
+    rows: list[dict[str, Any]] = []
+    if os.path.lexists(path):
+        try:
+            for _, row in read_jsonl(path):
+                rows.append({name: value for name, value in row.items() if is_number(value)})
+        except MacpoError as error:
+            log.warning("%s is ignored after %d steps: %s", path, len(rows), error.problems[0].message)
+    return rows
 
 
 def sample(rows: Iterable[dict[str, Any]], count: int, keep: Callable[[str], bool] = lambda _: True) -> list[dict]:

@@ -57,6 +57,10 @@ def main() -> int:
         return run_cli(lambda: launch([sys.executable, __file__, what, str(folder)], 2, grace_s=GRACE_S))
     if PARENT in os.environ:  # torchrun starts ranks, too
         die_with(int(os.environ[PARENT]))
+    if what == "importing":  # as a rank that imports torch, which takes seconds
+        (folder / f"started-{os.environ['RANK']}").write_text(str(os.getpid()))
+        time.sleep(0.5)
+        return run_cli(lambda: time.sleep(60), report=leave_error)
     with StopFlag() as stop:
         return run_cli(lambda: act(what, folder, stop), report=leave_error)
 

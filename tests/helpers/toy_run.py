@@ -33,7 +33,7 @@ CALLS: list[str] = []  # a module cache: what survives between the stages of one
 
 def _enter(ctx: StageContext) -> None:
     CALLS.append(ctx.name)
-    ctx.note(calls=len(CALLS), pid=os.getpid(), omp=os.environ.get("OMP_NUM_THREADS"))
+    ctx.note(calls=len(CALLS), pid=os.getpid(), omp=int(os.environ.get("OMP_NUM_THREADS", 0)))
     _event(ctx, "start")
     _meet(ctx)
     stage, _, how = os.environ.get("TOY_FAIL", "").partition(":")
@@ -114,6 +114,7 @@ class Transform(Toy):
     """Row by row into an append-only file: an interrupted attempt resumes behind its last row."""
 
     name = "transform"
+    continued = ("rows.jsonl",)
     salt: str
     i: int = 0
 

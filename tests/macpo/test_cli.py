@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,16 @@ def test_the_recipes_that_come_along_are_valid(name: str, capsys: pytest.Capture
     missing = {"hh-local": ("data.path=x", "teachers.0.model=y"), "small-models": ("data.path=x",)}
     needed = [word for one in missing.get(name, ()) for word in ("--set", one)]
     assert macpo("run", RECIPES / f"{name}.yaml", "--print-config", *needed) == 0
+
+
+def test_sigterm_before_the_command_has_begun_ends_with_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr("macpo.cli.parser", slow)
+    assert macpo("status", "nowhere") == 75
+    assert capsys.readouterr().err == "error: stopped by a signal. Fix: run the same command again.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

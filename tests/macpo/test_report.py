@@ -6,8 +6,10 @@ import hashlib
 import html.parser
 import json
 import math
+import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
 from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.report.findings import table
 from macpo.report.page import write_report, write_seeds_report
+from macpo.report.run_reader import RunReader
 
 EVIL = (
     '<img src=x onerror="alert(1)"></script><script>alert(2)</script>'
@@ -345,6 +348,51 @@ def test_broken_files_are_one_line_errors(tmp_path):
     (tmp_path / "summary.json").write_text("[]")
     with pytest.raises(DataError, match="not a JSON object"):
         write_report(tmp_path)
+
+
+ODD = {
+    "torn": '{"agents": ',
+    "list": "[]",
+    "deep": "[" * 100_000,
+    "agents": '{"agents": 5, "stages": [], "seed": 1, "versions": {}}',
+    "role": '{"agents": {"a": {"role": "king", "scores": []}}, "stages": [], "seed": 1, "versions": {}}',
+    "score": '{"agents": {"a": {"role": "student", "scores": [{"iteration": 0, "gold": "high"}]}}, "stages": [],'
+    ' "seed": 1, "versions": {}}',
+    "nan": '{"agents": {"a": {"role": "student", "scores": [{"iteration": 0, "gold": NaN}]}}, "stages": [],'
+    ' "seed": 1, "versions": {}}',
+    "arm": '{"agents": {}, "arms": {"x": {"student": {"role": "student", "scores": []}}}, "stages": [], "seed": 1,'
+    ' "versions": {}}',
+    "stages": '{"agents": {}, "stages": [{"name": "data", "seconds": "long"}], "seed": 1, "versions": {}}',
+}
+
+
+@pytest.mark.parametrize("odd", [*ODD, "fifo", "folder"])
+def test_a_summary_or_step_times_of_any_shape_do_not_stop_a_report(run_dir, tmp_path, odd, caplog):
+    """They stand outside the hashed set: a line, and the stages' own scores instead."""
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    train = next(path.parent for path in sorted(run.glob("*-train/timing.jsonl")))
+    for path in (run / "summary.json", train / "timing.jsonl", train / "timing.json", run / "recipe.yaml"):
+        path.unlink(missing_ok=True)
+        if odd == "fifo":
+            os.mkfifo(path)
+        elif odd == "folder":
+            path.mkdir()
+        else:
+            path.write_text(ODD[odd])
+    text = page_of(write_report(run)).text
+    assert "This run is not finished." in text and "student" in text
+    assert "summary.json is ignored: " in caplog.text and "a run writes it again" in caplog.text
+    assert table(RunReader(run).summary).startswith("gold score by iteration")
+
+
+@pytest.mark.parametrize("change", [{"role": "king"}, {"gold": "high"}, {"gold": math.inf}, {"gold": [1]}])
+def test_a_damaged_evaluation_is_a_line_that_names_it(run_dir, tmp_path, change):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / "summary.json").unlink()
+    path = sorted(run.glob("*-eval-student-iter1/evaluation.json"))[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=r"eval-student-iter1/evaluation.json: .*Fix: run again with --from"):
+        write_report(run)
 
 
 def test_table_has_every_agent_and_iteration(run_dir):

@@ -17,7 +17,9 @@ PACKAGES = ("kernels", "engine", "macpo")  # imported as macpo.kernels, macpo.en
 
 # Who may import whom: a folder, or a module directly in engine/ or macpo/, and what it may import besides itself.
 # Everything goes down: macpo -> engine -> kernels, and each table has the lowest floor first.
-GROUND = "config connection console errors faults files foreign hardware paths processes progress unpacking"
+GROUND = (
+    "config connection console errors faults files foreign hardware opening paths processes progress removal unpacking"
+)
 MAY_IMPORT = {
     "kernels": {"kernels": ""},
     "engine": {
@@ -25,9 +27,11 @@ MAY_IMPORT = {
         "errors": "",
         "faults": "errors",
         "unpacking": "errors",
-        "files": "errors faults unpacking",
+        "opening": "errors",
+        "files": "errors faults opening unpacking",
         "foreign": "errors",
-        "console": "errors faults files",
+        "removal": "errors faults files",
+        "console": "errors faults files processes",
         "connection": "errors",
         "paths": "errors",
         "config": "errors connection paths kernels",  # kernels: the names of the losses

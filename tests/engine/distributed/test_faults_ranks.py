@@ -58,7 +58,7 @@ WRITE_POINTS = [
     *((f"file-{what}", 4, 0) for what in ("created", "written", "synced", "renamed")),
     ("checkpoint-manifest", 2, 0),
     ("checkpoint-renamed", 1, 0),
-    ("checkpoint-retired", 1, 0),
+    ("set-aside", 1, 0),
 ]
 
 

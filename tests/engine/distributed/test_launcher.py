@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import forks
 import pytest
@@ -15,14 +18,16 @@ import rank_toy
 from tiny import tiny
 
 from macpo.engine.console import run_cli
-from macpo.engine.distributed.launcher import launch
-from macpo.engine.errors import ConfigError
+from macpo.engine.distributed.agree import pack_error
+from macpo.engine.distributed.launcher import _Rank, launch
+from macpo.engine.errors import ConfigError, PeerError, Stopped
 from macpo.engine.recipe import dump
 
 
-def start(what: str, folder: Path) -> subprocess.Popen[str]:
+def start(what: str, folder: Path, **env: str) -> subprocess.Popen[str]:
     words = [sys.executable, rank_toy.__file__, what, str(folder)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    out: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, **out, start_new_session=True, env={**os.environ, **env})
 
 
 def job(what: str, folder: Path) -> tuple[int, str]:
@@ -103,6 +108,36 @@ def test_a_stopped_job_has_time_to_save_and_ends_with_75(tmp_path: Path, number:
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
 
 
+def test_a_job_whose_ranks_have_not_begun_ends_with_75(tmp_path: Path) -> None:
+    process = start("importing", tmp_path)
+    started(tmp_path, process)
+    process.terminate()
+    said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said) == (75, "error: stopped by SIGTERM. Fix: run the same command again to go on.\n")
+
+
+def test_a_rank_that_loses_a_peer_because_it_stopped_is_no_failure() -> None:
+    """Each of two ranks: it answered, it lost the other, or SIGTERM killed it before it could answer."""
+    stopped = {"second": False, **pack_error(Stopped("stopped"))}
+    lost = {"second": True, **pack_error(PeerError("another rank failed"))}
+
+    def ended(code: int, left: dict | None, asked: bool) -> tuple[int, int]:
+        """(priority, exit code), the lowest first."""
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(json.dumps(left).encode()[: None if left else 2])
+        process = subprocess.Popen(["true"])
+        process.wait()
+        process.returncode = code
+        found = _Rank(0, process, file).error(asked)
+        file.close()
+        return (99, 0) if found is None else (found[0], found[1].code)
+
+    assert min(ended(75, stopped, True), ended(7, lost, True))[1] == 75
+    assert min(ended(75, stopped, False), ended(7, lost, False))[1] == 7
+    assert ended(-signal.SIGTERM, None, True)[1] == 75 and ended(-signal.SIGTERM, None, False)[1] == 7
+    assert ended(0, None, True)[1] == 0 and ended(-signal.SIGKILL, None, True) < ended(75, stopped, True)
+
+
 def test_ctrl_c_twice_kills_the_ranks(tmp_path: Path) -> None:
     process = start("deaf", tmp_path)
     pids = started(tmp_path, process)
@@ -115,11 +150,12 @@ def test_ctrl_c_twice_kills_the_ranks(tmp_path: Path) -> None:
 
 
 def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
-    process = start("deaf", tmp_path)
+    process = start("deaf", tmp_path, TMPDIR=str(tmp_path))
     pids = started(tmp_path, process)
     process.kill()
     process.communicate(timeout=10)
     assert gone(pids)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["started-0", "started-1"]  # and no temporary files
 
 
 def test_a_job_that_asks_for_it_is_started_again(tmp_path: Path) -> None:

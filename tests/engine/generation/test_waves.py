@@ -152,6 +152,13 @@ def test_torn_damaged_and_foreign_waves_are_written_anew(
         assert run(tmp_path) == rows
     assert contents(tmp_path) == files
 
+    for number, make in enumerate((os.mkfifo, os.mkdir, lambda path: path.write_bytes(b"[" * 100_000 + b"\n"))):
+        (folder / f"000{number}.jsonl").unlink()
+        make(folder / f"000{number}.jsonl")
+    (folder / "0001.jsonl" / "x").write_text("x")
+    assert run(tmp_path) == rows
+    assert contents(tmp_path) == files and len(list(folder.iterdir())) == len(files)
+
     other = run(tmp_path, params=replace(PARAMS, seed=8))
     assert [row["token_ids"] for row in other] != [row["token_ids"] for row in rows]
     assert run(tmp_path, purpose="another") != other

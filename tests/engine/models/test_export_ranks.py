@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
-from macpo.engine.data.chat import Chat
+from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
 from macpo.engine.models import saving
@@ -166,3 +167,45 @@ def test_a_full_disk_is_told_before_and_while_weights_are_written(
         with pytest.raises(ResourceError, match=f"the model needs {needed:,} bytes, 1,000 bytes free"):
             save_policy(policy, tmp_path / "out", base_name="x")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("tuning", [FullSettings(), LORA])
+def test_saved_weights_have_the_permissions_that_the_umask_leaves(
+    base: Path, tmp_path: Path, umask: int, tuning: FullSettings | LoraSettings
+) -> None:
+    before = os.umask(umask)
+    try:
+        save_policy(policy_of(base, tuning), tmp_path / "policy", base_name="x")
+        (tmp_path / "policy" / "plain").write_text("x")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "policy").iterdir()}
+    assert set(modes.values()) == {oct(0o666 & ~umask)} and len(modes) > 2, modes
+
+
+def test_what_a_killed_export_left_is_deleted_whatever_it_is(tmp_path: Path) -> None:
+    """A kill at each of its first and last steps; what bears its name without its mark is another's."""
+    work = tmp_path / ".out.macpo-export"
+    for made in ([], ["made-by-macpo-export"], ["made-by-macpo-export", "folder/x", "folder.trash/x"]):
+        work.mkdir()
+        for name in made:
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_text("x")
+        saving.refuse_existing(tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+    (work / "folder").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="exists"):
+        saving.refuse_existing(tmp_path / "out")
+    assert (work / "folder").is_dir()
+
+
+def test_a_fifo_among_a_models_files_is_refused_not_waited_for(base: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"):
+        folder = Path(shutil.copytree(base, tmp_path / name))
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        for load in (ModelCache().policy, load_tokenizer):
+            with pytest.raises(ConfigError, match=rf"{name}: a FIFO in the place of a regular file. Fix: "):
+                load(PolicyRef(str(folder)) if load is not load_tokenizer else folder)

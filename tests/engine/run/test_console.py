@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ import pytest
 from macpo.engine.console import run_cli, say
 from macpo.engine.distributed.agree import pack_error, unpack_error
 from macpo.engine.errors import ConfigError, DataError, MacpoError, ResourceError, Stopped
+from macpo.engine.files import atomic_open
+from macpo.engine.processes import StopFlag, ended_by_sigterm, signals_blocked
 from macpo.engine.progress import RowProgress
 
 
@@ -105,3 +111,62 @@ def test_progress_lines_and_logs_of_stages_are_printable(
     say(HOSTILE)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.isprintable() for line in lines)
+
+
+# SIGTERM
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)  # Python calls the handler at the next bytecode
+
+
+def test_sigterm_ends_a_command_with_75_and_leaves_no_half_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As while a summary is written, outside of every `StopFlag`; a second one changes nothing."""
+
+    def command() -> None:
+        try:
+            with atomic_open(tmp_path / "summary.json") as file:
+                file.write(b"half")
+                terminate()
+        finally:
+            terminate()
+
+    assert run_cli(command) == 75
+    assert capsys.readouterr().err == "error: stopped by SIGTERM. Fix: run the same command again to go on.\n"
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_inside_a_stop_flag_waits_for_the_safe_point() -> None:
+    def command() -> None:
+        with StopFlag(quiet=True) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+        terminate()
+        raise AssertionError("never here")
+
+    assert run_cli(command) == 75
+
+
+def test_a_stop_that_a_library_swallowed_is_remembered() -> None:
+    with ended_by_sigterm():
+        with contextlib.suppress(BaseException):  # as some libraries do around an import
+            terminate()
+        with StopFlag(quiet=True) as stop:
+            assert stop.requested
+    with ended_by_sigterm(), StopFlag(quiet=True) as stop:
+        assert not stop.requested
+
+
+def test_a_process_started_with_signals_blocked_answers_them_later() -> None:
+    """It gets SIGTERM while it still imports, and has its exit code from `run_cli`."""
+    body = "import sys, time; print(flush=True); time.sleep(0.3); from macpo.engine.console import run_cli; "
+    body += "sys.exit(run_cli(lambda: time.sleep(10)))"
+    with signals_blocked():
+        process = subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    process.terminate()
+    assert process.wait(timeout=20) == 75
+    process.communicate()

@@ -73,9 +73,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Points that a plain run passes, with a count that lies in the middle of it; the others are reached by --from.
-MIDDLE = {name: 3 for name in POINTS if name.startswith(("stage-", "file-")) and name != "stage-discarded"}
+MIDDLE = {name: 3 for name in POINTS if name.startswith(("stage-", "file-"))}
 MIDDLE |= {"lock-taken": 1, "run-finished": 1, "append-torn": 8, "append-written": 8, "append-synced": 8}
-ELSEWHERE = {"stage-discarded", "rerun-noted"}
+ELSEWHERE = {"set-aside", "rerun-noted"}
 
 
 def test_every_point_of_this_layer_is_killed_at() -> None:
@@ -94,7 +94,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bits(clean: Path, tmp_path
     assert content(folder) == content(clean)
 
 
-@pytest.mark.parametrize("name", ["rerun-noted:1", "stage-discarded:2", "stage-renamed:2", "file-renamed:1"])
+@pytest.mark.parametrize("name", ["rerun-noted:1", "set-aside:2", "stage-renamed:2", "file-renamed:1"])
 def test_a_rerun_killed_anywhere_goes_on_with_the_same_command(clean: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(clean, tmp_path / "run"))
     words = ("--from", "join1")
@@ -154,7 +154,7 @@ def test_jobs_do_not_change_the_bits_and_workers_are_reused(clean: Path, tmp_pat
     status = Runner(folder, toy_run.build({})).status()
     assert len({each.counts["pid"] for each in status}) == 2
     assert max(each.counts["calls"] for each in status) >= 3  # a module's cache outlives the stage
-    assert {each.counts["omp"] for each in status} == {"1"}
+    assert {each.counts["omp"] for each in status} == {1}
     assert "nothing to do" in toy(folder, "--jobs", "2")[1]
 
 
@@ -259,3 +259,19 @@ def test_ranks_run_a_stage_together_and_fail_together(tmp_path: Path) -> None:
     assert sorted(content(folder)) == [f"{s}/shard-{r}.json" for s in ("01-shards", "02-more") for r in (0, 1)]
     assert "[1/2]" not in said and "[2/2] more done" in said and "changed: new -> 1" in said
     assert (code, other_code) == (2, 2) and other_said == ""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_sigterm_in_the_last_stage_keeps_it_and_ends_with_75(clean: Path, tmp_path: Path, jobs: str) -> None:
+    """What the caller does with the results would be cut short; the same command does it."""
+    folder, events = tmp_path / "run", tmp_path / "events"
+    process = start(folder, "--jobs", jobs, TOY_EVENTS=str(events), TOY_MEET="join2 signal")
+    wait_for(events, "start join2", process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with open(events, "a") as file:
+        file.write("start signal 0\n")
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "stopped at the end of the last stage" in said, said
+    assert content(folder) == content(clean)
+    assert "nothing to do" in toy(folder)[1]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macpo.engine import faults, files
+from macpo.engine import faults, files, removal
 from macpo.engine.errors import ConfigError, DataError, IntegrityError, MacpoError, NumericsError, ResourceError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,7 +55,7 @@ def test_a_kill_leaves_all_of_the_old_or_all_of_the_new(tmp_path: Path, where: s
     code = "import sys; from macpo.engine import files; files.write_json(sys.argv[1], {'v': 'new'})"
     assert child(code, path, MACPO_KILL_AT=where).returncode == -9
     assert files.read_json(path) == {"v": "new" if where == "file-renamed" else "old"}
-    files.remove_parts(tmp_path)
+    removal.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -227,13 +227,13 @@ def test_delete_stays_inside_and_follows_no_link(tmp_path: Path) -> None:
     (outside / "precious").write_text("x")
     (run / "link").symlink_to(outside)
     (run / "stage" / "link").symlink_to(outside)
-    files.remove_tree(run / "stage", run)
-    files.remove_tree(run / "link", run)
+    removal.remove(run / "stage", run)
+    removal.remove(run / "link", run)
     assert (outside / "precious").exists() and list(run.iterdir()) == []
     (run / "link").symlink_to(outside)
     for bad in (outside, run, run / ".." / "outside", run / "link" / "precious"):
         with pytest.raises(IntegrityError, match="refuses"):
-            files.remove_tree(bad, run)
+            removal.remove(bad, run)
     assert (outside / "precious").exists()
 
 

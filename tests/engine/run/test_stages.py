@@ -103,6 +103,7 @@ class TwoSteps(StageWork):
     """Stops after its first step; a second attempt writes down what it found."""
 
     name = "two_steps"
+    continued = ("half",)
     seed: int
 
     def run(self, ctx: StageContext) -> None:

@@ -240,7 +240,7 @@ KILLS = (
         ("file-renamed", 2, 6),
         ("checkpoint-manifest", 1, 6),
         ("checkpoint-renamed", 1, 8),
-        ("checkpoint-retired", 1, 8),
+        ("set-aside", 1, 8),
     ),
 )
 

@@ -298,7 +298,7 @@ def test_ranks_agree_on_every_failure(tmp_path: Path) -> None:
         ("checkpoint-shards", 0, 2),
         ("checkpoint-manifest", 0, 2),
         ("checkpoint-renamed", 0, 4),
-        ("checkpoint-retired", 0, 4),
+        ("set-aside", 0, 4),
     ],
 )
 def test_a_rank_that_dies_fails_the_other_and_the_last_complete_one_is_used(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -21,15 +22,16 @@ from macpo.engine import hardware, progress
 from macpo.engine.config import LoraSettings, OptimSettings
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import Stopped
+from macpo.engine.errors import IntegrityError, Stopped
 from macpo.engine.hardware import GPUS
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.processes import StopFlag
-from macpo.engine.training.metrics import MetricsLog
+from macpo.engine.training.metrics import MetricsLog, verify
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.throughput import Meter, Work, peak_memory, reset_peak_memory, tuning_of
+from macpo.engine.training.token_budget import TokenBudget
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import train
 
@@ -46,6 +48,34 @@ def row(step: int, loss: float = 1.0) -> dict[str, Any]:
 
 
 # --- rows ---
+
+
+@pytest.mark.parametrize(
+    "damage", ["", '{"step": 1}\n', "flip", "[1]\n", '{"step": "x"}\n', "[" * 100_000 + "\n", None]
+)
+def test_a_log_that_lost_rows_of_saved_steps_is_found_at_the_resume(tmp_path: Path, damage: str | None) -> None:
+    """Its rows are part of the result, and the checkpoint does not hold them; rows after the step do not matter."""
+    path = tmp_path / "metrics.jsonl"
+    good = "".join(json.dumps(row(step)) + "\n" for step in (1, 2))
+    digest = hashlib.sha256(good.encode()).hexdigest()
+    path.write_text(good + json.dumps(row(3)) + '\n{"st')
+    verify(tmp_path, 2, digest)
+    assert path.read_text() == good
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(good.replace("1.0", "1.5") if damage == "flip" else damage)
+    with pytest.raises(IntegrityError, match=f"not as it was when step 2 was saved. Fix: delete {tmp_path}"):
+        verify(tmp_path, 2, digest)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"microbatch_tokens": "x"}', "[" * 100_000, None, '{"a": 1}'])
+def test_a_note_about_memory_of_any_shape_is_ignored(tmp_path: Path, content: str | None) -> None:
+    note = tmp_path / "microbatch.json"
+    note.mkdir() if content is None else note.write_text(content)
+    budget = TokenBudget(64, tmp_path, World())
+    budget.recall()
+    assert budget.tokens == 64
 
 
 def test_a_step_has_a_row_in_each_file_and_only_one_of_them_holds_times(tmp_path: Path) -> None:

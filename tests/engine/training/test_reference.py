@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,16 @@ def no_header(path: Path) -> None:
     path.write_bytes(b"not safetensors")
 
 
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def of_other_data(path: Path) -> None:
     other = Counted(GROUPS[::-1])
     cached(path.parent, "f" * 64, GROUPS[::-1], other, world=World(), log=print)
@@ -127,6 +138,8 @@ def of_other_data(path: Path) -> None:
         (truncate, "it cannot be read"),
         (no_header, "it cannot be read"),
         (of_other_data, "it belongs to something else"),
+        (fifo, "it cannot be read"),
+        (folder, "it cannot be read"),
     ],
 )
 def test_a_hit_computes_nothing_and_a_bad_entry_is_computed_again(
