@@ -309,6 +309,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     try:
         found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         largest = max(found.get_vocab().values(), default=0)
+        found("a", verbose=False)  # settings of other types break only here
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as problem:  # of many types, and the panics of tokenizers are no Exception
