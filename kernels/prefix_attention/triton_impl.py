@@ -261,5 +261,6 @@ def _entry(
         max_spill_bytes=max(_SPILLS.get(configuration + suffix, 0) for suffix in ("", variant)),
         capabilities=capabilities,
         # of the softcap's backward the part that needs the most registers is enough for a quick check
-        rare=is_rare(variant, 0 if constants["PADDED"] or part in ("dq", "dv") else padded, dtype),
+        rare=is_rare(variant, 0 if constants["PADDED"] or part in ("dq", "dv") else padded, dtype)
+        or (constants["PADDED"] and dtype == torch.float32),
     )
