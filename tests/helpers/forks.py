@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import torch
+
 from macpo.engine.distributed.world import World, finish, init_from_env
 from macpo.engine.errors import MacpoError
 
@@ -25,6 +27,7 @@ def start(function: Callable[[], object]) -> int:
     if pid:
         return pid
     code = 1
+    torch.set_num_threads(torch.get_num_threads())  # a new pool: two threads that look for it would race
     try:
         function()
         code = 0

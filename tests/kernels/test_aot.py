@@ -85,20 +85,20 @@ def passes(done: subprocess.CompletedProcess) -> None:
 
 # In parts, so that parallel test processes share one module's configurations. Of the attention kernels' variants with a
 # softcap or sinks those of Gemma 2 and gpt-oss; `python -m bench.compile_report` compiles the others too.
+# Of float16 and float32, which are bfloat16's with another type of element, the largest (below).
 @pytest.mark.parametrize("shard", ["1/2", "2/2"])
 @pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
 def test_every_common_configuration_compiles_for_sm_90(module, shard, tmp_path):
-    done, rows = report(tmp_path, "--target", "90", "--module", module, "--shard", shard, "--common", "--skip", "fp16")
+    done, rows = report(tmp_path, "--target", "90", "--module", module, "--shard", shard, "--common", "--skip", "fp")
     passes(done)
     assert rows
 
 
 @pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
-def test_the_largest_configuration_in_float16_compiles_for_sm_90(module, tmp_path):
-    """The others are bfloat16's with another type of element: `python -m bench.compile_report` compiles them all."""
-    done, rows = report(tmp_path, "--target", "90", "--module", module, "--largest", "--only", "fp16")
+def test_the_largest_configuration_in_float16_and_float32_compiles_for_sm_90(module, tmp_path):
+    done, rows = report(tmp_path, "--target", "90", "--module", module, "--largest", "--only", "fp")
     passes(done)
-    assert rows and all("fp16" in name for name, _ in rows)
+    assert rows and all("fp16" in name or "fp32" in name for name, _ in rows)
 
 
 @pytest.mark.parametrize("module", triton_support.KERNEL_MODULES)
