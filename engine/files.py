@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, ResourceError
 from macpo.engine.faults import point
 from macpo.engine.opening import open_regular
-from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, unpacked
+from macpo.engine.unpacking import LIMITS, Limits, unpacked
 
 PART = ".part"  # ending of a file that is being written; after a kill it can be deleted
 
@@ -180,21 +180,21 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     return count
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | os.PathLike[str], limits: Limits = LIMITS) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object). Lines end at `\\n` only, so U+2028, NEL and CR inside text are harmless.
 
     A BOM, CRLF ends, empty lines and gzip are accepted. Byte offsets count from the start of the (unpacked) file.
     Raises: ConfigError if the file cannot be opened; DataError with the line and column or byte offset for bad JSON,
     a truncated last line, a row that is not an object, invalid UTF-8, a lone surrogate, NaN, and for a line, blank
-    lines or an unpacked size beyond the limits of `unpacking`.
+    lines or an unpacked size beyond the limits.
     """
     name = str(path)
     with explained(name), open_regular(path) as plain:
-        stream = unpacked(plain)
+        stream = unpacked(plain, limits)
         start, number, blank = 0, 0, 0
         while True:
             try:
-                line = stream.readline(MAX_LINE_BYTES + 1)
+                line = stream.readline(limits.row_bytes + 1)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 fix = "fetch or pack it again"
                 raise DataError(f"damaged gzip: {error}", fix, file=name, line=number + 1) from None
@@ -203,14 +203,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
             if not line:
                 return
             number += 1
-            if len(line) > MAX_LINE_BYTES:
+            if len(line) > limits.row_bytes:
                 fix = "write one JSON object a line, and shorter ones"
-                raise DataError(f"the line is longer than {MAX_LINE_BYTES:,} bytes", fix, file=name, line=number)
+                raise DataError(f"the line is longer than {limits.row_bytes:,} bytes", fix, file=name, line=number)
             skip = 3 if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
             if line[skip:].strip(b" \t\r\n"):
                 yield number, _parse_line(line[skip:], name, number, start + skip)
                 blank = 0
-            elif (blank := blank + 1) > MAX_BLANK_LINES:
+            elif (blank := blank + 1) > limits.blank_lines:
                 raise DataError(f"{blank:,} blank lines in succession", "remove them", file=name, line=number)
             start += len(line)
 

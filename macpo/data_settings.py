@@ -9,9 +9,27 @@ from pydantic import Field, model_validator
 from macpo.demo_world import WorldSettings
 from macpo.engine.config import PositiveInt, Settings
 from macpo.engine.paths import HubPath
+from macpo.engine.unpacking import LIMITS, Limits
 
 _OF_TOKENS = ("long_prompt", "special_text", "refused")
 """Settings of the data block that are about tokens, not about rows."""
+
+
+class LimitSettings(Settings):
+    """What a data file may ask for before it is refused with exit code 3."""
+
+    row_bytes: PositiveInt = LIMITS.row_bytes
+    """Longest line of JSON Lines and CSV, and longest row of JSON."""
+    blank_lines: PositiveInt = LIMITS.blank_lines
+    """Most lines without a row in succession."""
+    unpacked_bytes: PositiveInt = LIMITS.unpacked_bytes
+    """A .gz or Parquet file may always hold so many bytes."""
+    unpacked_ratio: PositiveInt = LIMITS.unpacked_ratio
+    """Beyond that it may hold so many times its own size; text packs 2 to 20 times."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**dict(self))
 
 
 class SourceSettings(Settings):
@@ -52,6 +70,8 @@ class SourceSettings(Settings):
     """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
     special_text: Literal["plain", "error"] = "plain"
     """Text of special tokens inside the data: encoded as plain text, or refused."""
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    """Bounds against files that would fill the memory or never end."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -72,7 +92,7 @@ class SourceSettings(Settings):
         How prompts become tokens does not; settings that came later are left out at their default, so that runs that an
         earlier version finished stay finished.
         """
-        found = self.model_dump(mode="json", exclude=set(_OF_TOKENS))
+        found = self.model_dump(mode="json", exclude={*_OF_TOKENS, "limits"})
         for name in self.later:
             if found[name] == type(self).model_fields[name].default:
                 del found[name]

@@ -12,30 +12,32 @@ from typing import IO, Any, NoReturn
 from macpo.data.columns import KNOWN_COLUMNS
 from macpo.data.folders import SPLIT_WORDS
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.unpacking import MAX_LINE_BYTES
+from macpo.engine.unpacking import Limits
 
 _CHUNK_BYTES = 2**20
 _LOOK_AHEAD = 64
 _DECODER = json.JSONDecoder()
 
 
-def json_rows(stream: IO[bytes], name: str, key: str | None = None) -> Iterator[tuple[int, dict[str, Any]]] | None:
+def json_rows(
+    stream: IO[bytes], name: str, limits: Limits, key: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]] | None:
     """Return the objects of a list with their numbers from 1; None where the document is no list.
 
     With a key the document is an object, and the list is the value of that key.
     """
-    document = _Document(stream, name)
+    document = _Document(stream, name, limits)
     if key is not None:
         return _below(document, key)
     return _numbered(document, name) if document.peek() == "[" else None
 
 
-def wrapped_rows(stream: IO[bytes], name: str, split: str) -> str | None:
+def wrapped_rows(stream: IO[bytes], name: str, split: str, limits: Limits) -> str | None:
     """Return the key of a JSON object under which the rows of the split are; None where each line is a row.
 
     Raises ConfigError where several keys hold lists of objects, or the only one is another split, and none is `split`.
     """
-    document = _Document(stream, name)
+    document = _Document(stream, name, limits)
     if document.peek() != "{":
         return None
     keys: list[str] = []
@@ -94,8 +96,8 @@ def _below(document: _Document, key: str) -> Iterator[tuple[int, dict[str, Any]]
 class _Document:
     """JSON text that is read as far as it is needed; `at` is the position in the text that is held."""
 
-    def __init__(self, stream: IO[bytes], name: str) -> None:
-        self._stream, self._name = stream, name
+    def __init__(self, stream: IO[bytes], name: str, limits: Limits) -> None:
+        self._stream, self._name, self._max_bytes = stream, name, limits.row_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self.at, self._bytes, self._ended = "", 0, 0, False
         self._line, self._column = 1, 0  # of the beginning of the text that is held
@@ -111,7 +113,7 @@ class _Document:
                 return ""
 
     def value(self) -> Any:
-        """Return the next value. Raises DataError for invalid JSON and for a value beyond MAX_LINE_BYTES."""
+        """Return the next value. Raises DataError for invalid JSON and for a value beyond the limits."""
         self.peek()
         while True:
             try:
@@ -172,8 +174,8 @@ class _Document:
         dropped, self._text, self.at = self._text[: self.at], self._text[self.at :], 0
         self._line += dropped.count("\n")
         self._column = len(dropped) - dropped.rfind("\n") - 1 if "\n" in dropped else self._column + len(dropped)
-        if len(self._text) > MAX_LINE_BYTES:
-            problem = f"a value is longer than {MAX_LINE_BYTES:,} bytes"
+        if len(self._text) > self._max_bytes:
+            problem = f"a value is longer than {self._max_bytes:,} bytes"
             raise DataError(problem, "give the rows as JSON Lines", file=self._name, line=self._line)
         try:
             raw = self._stream.read(max(_CHUNK_BYTES, len(self._text)))

@@ -19,7 +19,7 @@ from macpo.data.json_rows import json_rows, wrapped_rows
 from macpo.engine.errors import ConfigError, DataError, MacpoError
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.opening import open_regular
-from macpo.engine.unpacking import MAX_BLANK_LINES, MAX_LINE_BYTES, UNPACKED_BYTES, UNPACKED_RATIO, unpacked
+from macpo.engine.unpacking import LIMITS, Limits, unpacked
 
 Fields = dict[str, Any]
 
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 2**20
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def file_rows(file: Path, split: str) -> Iterator[tuple[int, Fields]]:
+def file_rows(file: Path, split: str, limits: Limits = LIMITS) -> Iterator[tuple[int, Fields]]:
     """Yield (number, fields) of every row; the number is the line of JSON Lines and CSV, else counts rows from 1.
 
     `split` is the name under which a JSON object may hold the rows. Raises DataError for bad content, with the line.
@@ -40,43 +40,43 @@ def file_rows(file: Path, split: str) -> Iterator[tuple[int, Fields]]:
         return _saved_rows(file)
     suffix = Path(file.name.removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        return _parquet_rows(file)
+        return _parquet_rows(file, limits)
     if suffix in DELIMITERS:
-        return _cell_rows(file, DELIMITERS[suffix])
-    return _json_file(file, split) if suffix == ".json" else read_jsonl(file)
+        return _cell_rows(file, DELIMITERS[suffix], limits)
+    return _json_file(file, split, limits) if suffix == ".json" else read_jsonl(file, limits)
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
+def opened(file: Path, limits: Limits) -> Iterator[IO[bytes]]:
     """Open a file, unpacked where it is gzip; damaged gzip is a DataError."""
     with explained(file), open_regular(file) as plain:
         try:
-            yield unpacked(plain)
+            yield unpacked(plain, limits)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"damaged gzip: {error}", "fetch or pack it again", file=file) from None
 
 
-def _json_file(file: Path, split: str) -> Iterator[tuple[int, Fields]]:
+def _json_file(file: Path, split: str, limits: Limits) -> Iterator[tuple[int, Fields]]:
     """Yield the rows of a JSON list, of a list below a key of a JSON object, or of one object a line."""
-    with opened(file) as stream:
-        rows = json_rows(stream, str(file))
+    with opened(file, limits) as stream:
+        rows = json_rows(stream, str(file), limits)
         if rows is not None:
             yield from rows
             return
-    with opened(file) as stream:
-        key = wrapped_rows(stream, str(file), split)
+    with opened(file, limits) as stream:
+        key = wrapped_rows(stream, str(file), split, limits)
     if key is None:
-        yield from read_jsonl(file)
+        yield from read_jsonl(file, limits)
         return
-    with opened(file) as stream:
-        yield from json_rows(stream, str(file), key) or ()
+    with opened(file, limits) as stream:
+        yield from json_rows(stream, str(file), limits, key) or ()
 
 
-def _cell_rows(file: Path, delimiter: str) -> Iterator[tuple[int, Fields]]:
+def _cell_rows(file: Path, delimiter: str, limits: Limits) -> Iterator[tuple[int, Fields]]:
     """Yield the rows of a CSV or TSV file with a header; every cell is text."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    with opened(file) as stream:
-        reader = csv.reader(_lines(stream, file), delimiter=delimiter, strict=True)
+    csv.field_size_limit(limits.row_bytes)
+    with opened(file, limits) as stream:
+        reader = csv.reader(_lines(stream, file, limits), delimiter=delimiter, strict=True)
         header: list[str] = []
         line = 1
         try:
@@ -100,17 +100,17 @@ def _cell_rows(file: Path, delimiter: str) -> Iterator[tuple[int, Fields]]:
             raise DataError(f"not readable as CSV: {error}", fix, file=file, line=line) from None
 
 
-def _lines(stream: IO[bytes], file: Path) -> Iterator[str]:
+def _lines(stream: IO[bytes], file: Path, limits: Limits) -> Iterator[str]:
     """Yield the lines of a CSV file with their ends, each of bounded length; a byte order mark is left out."""
     blank = 0
     number = 0
-    while line := _read(lambda: stream.readline(MAX_LINE_BYTES + 1), number + 1):
+    while line := _read(lambda: stream.readline(limits.row_bytes + 1), number + 1):
         number += 1
-        if len(line) > MAX_LINE_BYTES:
-            problem = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+        if len(line) > limits.row_bytes:
+            problem = f"the line is longer than {limits.row_bytes:,} bytes"
             raise DataError(problem, "write one row a line", file=file, line=number)
         blank = 0 if line.strip() else blank + 1
-        if blank > MAX_BLANK_LINES:
+        if blank > limits.blank_lines:
             raise DataError(f"{blank:,} blank lines in succession", "remove them", file=file, line=number)
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -127,13 +127,13 @@ def _read(read: Callable[[], bytes], line: int) -> bytes:
         raise DataError(problems=[replace(error.problems[0], line=line)]) from None
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields]]:
+def _parquet_rows(file: Path, limits: Limits) -> Iterator[tuple[int, Fields]]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as problem:
         raise ConfigError("Parquet needs pyarrow", "pip install datasets", file=file) from problem
-    limit = max(UNPACKED_BYTES, UNPACKED_RATIO * file.stat().st_size)
+    limit = limits.unpacked(file.stat().st_size)
     number = decoded = 0
     try:
         with ParquetFile(file) as table:
@@ -163,7 +163,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields]]:
 
 def _too_much(file: Path, group: int, limit: int) -> DataError:
     problem = f"row group {group} brings the file to more than {limit:,} bytes, implausibly many for its size"
-    return DataError(problem, "look into the file; if it is data, give it as JSON Lines", file=file)
+    return DataError(
+        problem, "look into the file; if it is data, give it as JSON Lines or raise data.limits", file=file
+    )
 
 
 def _saved_rows(folder: Path) -> Iterator[tuple[int, Fields]]:

@@ -22,6 +22,7 @@ from macpo.data.stringified import TEXT_FIELDS, messages_in
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import sha256
 from macpo.engine.paths import expanded
+from macpo.engine.unpacking import LIMITS, Limits
 
 OFFLINE_FIX = "check the path; without a network download the data first and give its folder"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -73,13 +74,15 @@ class Source:
     """{our name: name in the data}."""
     max_rows: int | None = None
     """Number of rows to read from the start; None reads all."""
+    limits: Limits = LIMITS
+    """What a file may ask for."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, columns renamed and messages that are stored as text read.
 
         Raises as `read_rows` does, and DataError for a missing column or for text that begins like messages.
         """
-        for row in itertools.islice(read_rows(self.path, self.split, self.subset), self.max_rows):
+        for row in itertools.islice(read_rows(self.path, self.split, self.subset, self.limits), self.max_rows):
             if self.columns:
                 for ours, theirs in self.columns.items():
                     if theirs not in row.fields:
@@ -101,7 +104,9 @@ def _read_messages(row: Row, field: str, text: str) -> None:
         row.fields = row.fields | {field: messages}
 
 
-def read_rows(path: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
+def read_rows(
+    path: str | Path, split: str = "train", subset: str | None = None, limits: Limits = LIMITS
+) -> Iterator[Row]:
     """Yield every row of a file, a folder or a Hub data set, files in order of their names.
 
     Raises ConfigError for a missing path, split or subset, or a Hub that cannot be reached; DataError for bad rows.
@@ -109,7 +114,7 @@ def read_rows(path: str | Path, split: str = "train", subset: str | None = None)
     if is_local(path):
         for file in data_files(expanded(path), split, subset):
             name = str(file)
-            for number, fields in file_rows(file, split):
+            for number, fields in file_rows(file, split, limits):
                 yield Row(name, number, fields)
     else:
         yield from _hub_rows(str(path), split, subset)

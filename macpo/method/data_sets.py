@@ -37,14 +37,14 @@ def read_examples(data: SourceSettings, source: Source | None = None) -> tuple[R
 def source_of(data: SourceSettings, max_rows: int | None = None) -> Source:
     """Return the source of the rows that are trained on."""
     assert data.path is not None
-    return Source(data.path, data.split, data.subset, data.columns, max_rows)
+    return Source(data.path, data.split, data.subset, data.columns, max_rows, limits=data.limits.limits)
 
 
 def own_source(data: SourceSettings, path: str) -> Source:
     """Return the source of a teacher's own rows; a single file is read whole."""
     if expanded(path).is_file():
-        return Source(path, columns=data.columns)
-    return Source(path, data.split, data.subset, data.columns)
+        return Source(path, columns=data.columns, limits=data.limits.limits)
+    return Source(path, data.split, data.subset, data.columns, limits=data.limits.limits)
 
 
 def held_out_source(data: SourceSettings) -> Source | None:
@@ -63,7 +63,7 @@ def held_out_source(data: SourceSettings) -> Source | None:
     if data.test_split is not None and path.is_file() and ".json" not in path.suffixes[:1]:
         fix = "give the folder of both splits in data.path, or the other file in data.test_path"
         raise ConfigError(f"data.path is a file: it has no split {data.test_split!r}", fix, field="data.test_split")
-    return None if data.test_split is None else Source(str(data.path), data.test_split, data.subset, data.columns)
+    return None if data.test_split is None else replace(source_of(data), split=data.test_split)
 
 
 def count_overlap(counts: Counts, test: Records[R], training: Iterable[Records[R]]) -> None:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from macpo.data import readers
 from macpo.data.rows import Source, fingerprint
-from macpo.engine import files, unpacking
+from macpo.data_settings import DataSettings
 from macpo.engine.errors import ConfigError, DataError, MacpoError
+from macpo.engine.unpacking import Limits
+from macpo.method.data_sets import held_out_source, own_source, source_of
 
 
 def jsonl(path: Path, *prompts: str) -> None:
@@ -111,16 +112,8 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
 # --- files that unpack to implausibly much -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits at a thousandth of their size, so that the test's files are small."""
-    for module in (unpacking, readers):
-        monkeypatch.setattr(module, "UNPACKED_BYTES", 2**18)
-    for module in (readers, files):
-        monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**16)
-        monkeypatch.setattr(module, "MAX_BLANK_LINES", 1000)
-
-
+SMALL = Limits(row_bytes=2**16, blank_lines=1000, unpacked_bytes=2**18)
+"""The limits at a thousandth of their size, so that the test's files are small."""
 ROW = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
 
 
@@ -129,7 +122,7 @@ ROW = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
     [
         ("rows.jsonl.gz", ROW + " " * 60_000 + "\n", r"rows.jsonl.gz:\d+: the packed file holds more"),
         ("rows.csv.gz", "prompt,chosen\n" + "a,b\n" * 15_000, r"rows.csv.gz:\d+: the packed file holds more"),
-        ("rows.json.gz", "[" + "\n" * 60_000, r"rows.json.gz:\d+: the packed file holds more"),
+        ("rows.json.gz", "\n" * 60_000, r"rows.json.gz:\d+: the packed file holds more"),
         ("rows.jsonl", ROW + "\n" * 1100, r"rows.jsonl:\d+: 1,001 blank lines in succession"),
         (
             "rows.jsonl",
@@ -140,24 +133,42 @@ ROW = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
         ("rows.csv", "prompt,chosen\na,b\n" + "x" * 70_000, r"rows.csv:3: the line is longer"),
     ],
 )
-@pytest.mark.usefixtures("small_limits")
 def test_text_that_would_fill_the_memory_is_named_by_line(name: str, text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress((text * 500).encode()))
-        assert path.stat().st_size * unpacking.UNPACKED_RATIO < len(text) * 500
+        assert path.stat().st_size * SMALL.unpacked_ratio < len(text) * 500
     else:
         path.write_text(text)
     with pytest.raises(DataError, match=problem) as caught:
-        prompts(path)
+        prompts(path, limits=SMALL)
     assert caught.value.code == 3
 
 
-@pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_parquet_that_would_fill_the_memory_is_named_by_row_group(dictionary: bool, tmp_path: Path) -> None:
     text = "x" * 2**15
     table = pa.table({"prompt": [text] * 200, "chosen": ["a"] * 200})
     pq.write_table(table, tmp_path / "rows.parquet", compression="zstd", use_dictionary=dictionary, row_group_size=100)
     with pytest.raises(DataError, match=r"rows.parquet: row group [01] brings the file to more than"):
-        prompts(tmp_path / "rows.parquet")
+        prompts(tmp_path / "rows.parquet", limits=SMALL)
+
+
+def test_the_data_block_sets_the_limits_of_every_file_that_is_read(tmp_path: Path) -> None:
+    for name in ("train", "test", "own"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            ROW + json.dumps({"prompt": "x" * 70_000, "chosen": "a", "rejected": "b"}) + "\n"
+        )
+    paths = {"path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
+    small = DataSettings.model_validate(paths | {"limits": {"row_bytes": 2**16}})
+    own = str(tmp_path / "own.jsonl")
+    sources = source_of(small), held_out_source(small), own_source(small, own), own_source(small, str(tmp_path))
+    for source in sources:
+        assert source is not None
+        with pytest.raises(DataError, match=r":2: the line is longer than 65,536 bytes"):
+            list(source.rows())
+    large = DataSettings.model_validate(paths)
+    assert len(list(source_of(large).rows())) == 2
+    assert small.key() == large.key(), "a limit that is not reached changes no row"
+    with pytest.raises(ValueError, match="row_bytes"):
+        DataSettings.model_validate(paths | {"limits": {"row_bytes": 0}})
