@@ -9,10 +9,11 @@ by Holm over all claims of the table, to exclude 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from macpo.engine.errors import DataError
 from macpo.evaluation.prompt_scores import OF_PAIRS, Policy, PromptScores, ScoredRun
@@ -21,12 +22,12 @@ from macpo.evaluation.statistics import (
     Clusters,
     Estimate,
     Floats,
+    at_equal_length,
     hierarchical,
     holm,
-    length_controlled,
+    length_columns,
     paired_differences,
     t_interval,
-    the_means,
 )
 from macpo.evaluation.summary import (
     LABELS,
@@ -161,6 +162,10 @@ class _Statement:
         return found
 
 
+_Stated: TypeAlias = Sequence[tuple[ScoredRun, _Statement]]
+"""One claim's statement in every run that can answer it."""
+
+
 def _statements(summary: Mapping[str, Any], metric: str) -> list[_Statement]:
     agents: Agents = summary["agents"]
     rows: list[_Statement] = []
@@ -206,57 +211,85 @@ def _ends(
     return (ends[0], (Policy(arm, name, having[0]),)), (ends[1], (Policy(arm, name, having[-1]),))
 
 
-def _claim(stated: Sequence[tuple[ScoredRun, _Statement]]) -> Claim:
+def _claim(stated: _Stated) -> Claim:
     """The claim of the runs that can answer it, with what several seeds say of it."""
-    key = stated[0][1].key
     seeds = tuple(run.summary["seed"] for run, _ in stated)
     better, worse = zip(*(statement.values for _, statement in stated), strict=True)
-    claim = Claim(*key, seeds, better, worse)
-    scored = [(statement, run.scores) for run, statement in stated if run.scores is not None]
-    by_seed = [(statement.differences(scores), scores) for statement, scores in scored]
-    whole = len(scored) == len(stated) and all(np.isfinite(d).any() for d, _ in by_seed)
-    if whole and len(stated) >= LEAST_SEEDS:
-        (over_both,) = hierarchical([_clusters(d, scores) for d, scores in by_seed], the_means)
-        claim = replace(claim, over_both=over_both)
-    if whole and scored[0][1].metric not in OF_PAIRS:
-        parts = []
-        for statement, scores in scored:
-            score, words = statement.differences(scores), statement.differences(scores, words=True)
-            kept = np.isfinite(score) & np.isfinite(words)
-            parts.append((score[kept], words[kept], _kept(scores, kept)))
-        claim = replace(claim, equal_length=length_controlled(parts))
+    claim = Claim(*stated[0][1].key, seeds, better, worse)
     return replace(claim, estimate=t_interval(claim.changes))
 
 
-def _over_prompts(table: Sequence[Claim], rows: Sequence[Sequence[tuple[ScoredRun, _Statement]]]) -> list[Claim]:
-    """Give claims of a single seed their intervals over prompts; all that have the same prompts share the draws."""
-    groups: dict[tuple[int, bytes], list[tuple[int, Floats]]] = {}
-    scores_of: dict[int, PromptScores] = {}
+@dataclass(frozen=True)
+class _Group:
+    """Claims whose policies have scores of the same prompts in the same runs; they share the draws."""
+
+    scores: tuple[PromptScores, ...]
+    """By seed."""
+    kept: tuple[NDArray[np.bool_], ...]
+    """By seed, which rows have scores."""
+    members: list[int] = field(default_factory=list)
+    """Places of the claims in the table."""
+
+    def clusters(self, seed: int, columns: Floats) -> Clusters:
+        """Columns [n, k] of one seed, added up by cluster."""
+        clusters = self.scores[seed].clusters
+        return Clusters.of(columns[self.kept[seed]], [clusters[row] for row in np.flatnonzero(self.kept[seed])])
+
+
+def _groups(rows: Sequence[_Stated]) -> list[_Group]:
+    for run, statement in (each for stated in rows for each in stated):
+        if run.scores is not None:
+            run.scores.read((*statement.better, *statement.worse))
+    found: dict[tuple[tuple[int, bytes], ...], _Group] = {}
     for index, stated in enumerate(rows):
-        run, statement = stated[0]
-        if len(stated) == 1 and run.scores is not None:
-            differences = statement.differences(run.scores)
-            scores_of[id(run.scores)] = run.scores
-            groups.setdefault((id(run.scores), np.isfinite(differences).tobytes()), []).append((index, differences))
-    found = list(table)
-    for (of_run, mask), members in groups.items():
-        kept = np.frombuffer(mask, np.bool_)
-        if not kept.any():
+        scores = [run.scores for run, _ in stated if run.scores is not None]
+        if len(scores) < len(stated):
             continue
-        columns = np.stack([differences[kept] for _, differences in members], 1)
-        estimates = paired_differences(Clusters.of(columns, _kept(scores_of[of_run], kept)))
-        for (index, _), estimate in zip(members, estimates or (), strict=False):
-            found[index] = replace(found[index], estimate=estimate, over="prompts")
+        kept = [np.isfinite(each.differences(own)) for (_, each), own in zip(stated, scores, strict=True)]
+        if all(each.any() for each in kept):
+            key = tuple((id(own), each.tobytes()) for own, each in zip(scores, kept, strict=True))
+            found.setdefault(key, _Group(tuple(scores), tuple(kept))).members.append(index)
+    return list(found.values())
+
+
+def _over_prompts(table: Sequence[Claim], rows: Sequence[_Stated]) -> list[Claim]:
+    """Add what scores by prompt say: one seed's interval, that over seeds and prompts, the change at equal length."""
+    found = list(table)
+    for group in _groups(rows):
+        num_seeds = len(group.scores)
+        if num_seeds == 1:
+            columns = [rows[index][0][1].differences(group.scores[0]) for index in group.members]
+            estimates = paired_differences(group.clusters(0, np.stack(columns, 1))) or []
+            for index, estimate in zip(group.members, estimates, strict=False):
+                found[index] = replace(found[index], estimate=estimate, over="prompts")
+        of_responses = group.scores[0].metric not in OF_PAIRS
+        if num_seeds < LEAST_SEEDS and not of_responses:
+            continue
+        parts = [_length_parts(rows[index], group) for index in group.members]
+        blocks = [np.concatenate([columns[seed] for columns, _ in parts], 1) for seed in range(num_seeds)]
+        both = hierarchical([group.clusters(seed, block) for seed, block in enumerate(blocks)], _plain_and_equal)
+        for place, (index, (_, varies)) in enumerate(zip(group.members, parts, strict=True)):
+            plain, equal = both[2 * place : 2 * place + 2]
+            found[index] = replace(
+                found[index],
+                over_both=plain if num_seeds >= LEAST_SEEDS else None,
+                equal_length=equal if of_responses and varies else None,
+            )
     return found
 
 
-def _clusters(values: Floats, scores: PromptScores) -> Clusters:
-    kept = np.isfinite(values)
-    return Clusters.of(values[kept], _kept(scores, kept))
+def _length_parts(stated: _Stated, group: _Group) -> tuple[list[Floats], bool]:
+    """A claim's columns [n, 4] of `length_columns` by seed, and whether any length differs."""
+    words = [each.differences(own, words=True) for (_, each), own in zip(stated, group.scores, strict=True)]
+    deviation = float(np.std(np.concatenate([each[kept] for each, kept in zip(words, group.kept, strict=True)])))
+    scores = [each.differences(own) for (_, each), own in zip(stated, group.scores, strict=True)]
+    return [length_columns(*pair, deviation) for pair in zip(scores, words, strict=True)], deviation > 0
 
 
-def _kept(scores: PromptScores, kept: np.ndarray[Any, np.dtype[np.bool_]]) -> list[Any]:
-    return [cluster for cluster, has in zip(scores.clusters, kept, strict=True) if has]
+def _plain_and_equal(means: Floats) -> Floats:
+    """From means [b, 4 m] of m claims to their mean changes and changes at equal length [b, 2 m], in turn."""
+    by_claim = means.reshape(*means.shape[:-1], -1, 4)
+    return np.concatenate([by_claim[..., :1], at_equal_length(by_claim)], -1).reshape(*means.shape[:-1], -1)
 
 
 def claims_json(found: Sequence[Claim], summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

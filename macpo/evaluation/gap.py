@@ -9,7 +9,7 @@ import numpy as np
 
 from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
 from macpo.evaluation.statistics import Clusters, gap_recovered
-from macpo.evaluation.summary import Weak, first_and_last, headline_metric, of_role, weak_supervisors
+from macpo.evaluation.summary import MEAN_TEACHER, Weak, first_and_last, headline_metric, of_role, weak_supervisors
 
 
 def pgr(weak: float, student: float, ceiling: float) -> float | None:
@@ -78,12 +78,20 @@ def _entry(runs: Sequence[ScoredRun], metric: str, sides: Sequence[_Sides]) -> d
         rows.append({"iteration": iteration, "value": value, "low": low, "high": high})
     return {
         "metric": metric,
-        "weak_agent": " / ".join(dict.fromkeys(weak.name for weak, *_ in sides)),
+        "weak_agent": _named([weak for weak, *_ in sides]),
         "weak": weak,
         "ceiling": ceiling,
         "gap": [measured.gap.low, measured.gap.high] if measured else None,
         "student": rows,
     }
+
+
+def _named(weaks: Sequence[Weak]) -> str:
+    """The name of the weak supervisor; of a chosen teacher also which it is, or by seed was."""
+    name = weaks[0].name
+    if name == MEAN_TEACHER:
+        return name
+    return f"{name} ({', '.join(dict.fromkeys(weak.teachers[0][0] for weak in weaks))})"
 
 
 def _table(scores: PromptScores, sides: _Sides, iterations: Sequence[int]) -> Clusters | None:

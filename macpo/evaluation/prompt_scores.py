@@ -54,9 +54,10 @@ class PromptScores:
         """The cluster of each of the n rows: prompts that begin with one turn, such as all turns of a dialogue."""
         return self._clusters
 
-    def has(self, policy: Policy) -> bool:
-        """Whether there are scores of this policy."""
-        return bool(self._read(policy))
+    def read(self, policies: Iterable[Policy]) -> None:
+        """Read the rows of policies now, so that n does not grow between columns of theirs."""
+        for policy in policies:
+            self._read(policy)
 
     def columns(self, policies: Sequence[Policy]) -> Floats:
         """Return the scores [n, k] of policies."""

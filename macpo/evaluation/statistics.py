@@ -149,8 +149,8 @@ def t_interval(values: Sequence[float]) -> Estimate | None:
     if len(values) < 2:
         return None
     mean = float(np.mean(values))
-    if np.ptp(values) == 0:
-        return Estimate(mean, mean, mean, float(mean == 0))
+    if np.ptp(values) < 1e-12:  # the same change everywhere, but for rounding
+        return Estimate(mean, mean, mean, float(abs(mean) < 1e-12))
     found = stats.ttest_1samp(values, 0.0)
     low, high = found.confidence_interval(LEVEL)
     return Estimate(mean, float(low), float(high), float(found.pvalue))
@@ -246,33 +246,28 @@ def gap_recovered(seeds: Sequence[Clusters], *, seed: int = SEED) -> Gap:
     )
 
 
-def length_controlled(
-    seeds: Sequence[tuple[ArrayLike, ArrayLike, Sequence[Hashable] | None]], *, seed: int = SEED
-) -> Estimate | None:
-    """Return the difference at equal length: the intercept of score difference ~ 1 + tanh(length difference / sd).
-
-    The length term of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, and `np.tanh(std_delta_len)` in its
-    glm_winrate.py), here in a linear regression for one fixed pair of policies. `sd` is that of all length differences.
-    It corrects for a linear use of length alone, and what made answers longer may also have made them better.
+def length_columns(score: ArrayLike, length: ArrayLike, deviation: float) -> Floats:
+    """Return what `at_equal_length` needs, [n, 4] columns (y, x, xx, xy), of the differences between two policies.
 
     Args:
-        seeds: by seed, score differences [n], length differences [n] in any unit, and clusters.
-
-    None where no length differs. The interval is by `hierarchical`.
+        score: score differences y [n]. length: length differences [n] in any unit; x is tanh(length / deviation).
+        deviation: the standard deviation of all length differences, over seeds too; 0 where none differs.
     """
-    lengths = [np.asarray(length, np.float64) for _, length, _ in seeds]
-    deviation = float(np.std(np.concatenate(lengths)))
-    if deviation == 0:
-        return None
-    tables = []
-    for (score, _, clusters), length in zip(seeds, lengths, strict=True):
-        y, x = np.asarray(score, np.float64), np.tanh(length / deviation)
-        tables.append(Clusters.of(np.stack([y, x, x * x, x * y], 1), clusters))
-    return hierarchical(tables, _intercept, seed=seed)[0]
+    y = np.asarray(score, np.float64)
+    x = np.tanh(np.asarray(length, np.float64) / deviation) if deviation else np.zeros_like(y)
+    return np.stack([y, x, x * x, x * y], 1)
 
 
-def _intercept(means: Floats) -> Floats:
-    """The least-squares intercept [..., 1] from means of (y, x, xx, xy); the mean of y where x does not vary."""
+def at_equal_length(means: Floats) -> Floats:
+    """Return the difference at equal length [..., 1]: the intercept of score ~ 1 + tanh(length / deviation).
+
+    The length term of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, and `np.tanh(std_delta_len)` in its
+    glm_winrate.py), here in a linear regression for one fixed pair of policies. It corrects for a linear use of length
+    alone, and what made responses longer may also have made them better.
+
+    Args:
+        means: [..., 4] of `length_columns`; where x does not vary the intercept is the mean of y.
+    """
     y, x, xx, xy = np.moveaxis(means, -1, 0)
     variance = xx - x * x
     slope = np.divide(xy - x * y, variance, out=np.zeros_like(y), where=variance > 1e-12)

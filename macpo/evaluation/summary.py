@@ -48,6 +48,8 @@ HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy", "perplexity
 
 MEAN_TEACHER = "mean initial teacher"
 """How the mean of all initial teachers is called, the `weak` of the headline PGR."""
+BEST_TEACHER = "initial teacher that is best on development prompts"
+"""How the other `weak` is called, in every seed, whichever teacher it is."""
 
 
 @dataclass
@@ -156,5 +158,5 @@ def weak_supervisors(summary: Mapping[str, Any], metric: str) -> list[Weak]:
     if len(tried) == len(starts):
         best = max(tried, key=lambda name: tried[name])
         iteration, value = starts[best]
-        found.append(Weak(f"initial {best}, best on development prompts", value, ((best, iteration),)))
+        found.append(Weak(BEST_TEACHER, value, ((best, iteration),)))
     return found

@@ -104,6 +104,7 @@ class RunReader:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._scores: dict[str, PromptScores] = {}
         if not self.path.is_dir():
             raise DataError("no such run folder", "give the folder that `macpo run` wrote", file=str(path))
 
@@ -180,9 +181,21 @@ class RunReader:
             name = f"eval-{policy.agent}-iter{policy.iteration}"
             tried = (stages.get(policy, ""), f"{policy.arm}.{name}", name)
             found = next((folders[stage] for stage in tried if stage in folders), None)
-            return None if found is None else found.rows()
+            return None if found is None else self._rows(found, str(metric))
 
-        return ScoredRun(summary, PromptScores(metric, rows) if metric is not None and folders else None)
+        if metric is None or not folders:
+            return ScoredRun(summary)
+        return ScoredRun(summary, self._scores.setdefault(metric, PromptScores(metric, rows)))
+
+    def _rows(self, evaluation: Evaluation, metric: str) -> Iterator[dict[str, Any]]:
+        """The rows of an evaluation; under the metric `score_NAME` with what the scorer NAME gave their responses."""
+        scorer, folder = metric.removeprefix("score_"), evaluation.folder
+        name = f"score-{scorer}-{folder.base.removeprefix('eval-')}"
+        path = next((s.path / "scores.jsonl" for s in self.stages if (s.arm, s.base) == (folder.arm, name)), None)
+        if scorer == metric or path is None:
+            return evaluation.rows()
+        scores = {row["prompt_id"]: row["score"] for _, row in read_jsonl(path)}
+        return ({**row, metric: scores.get(row["prompt_id"])} for row in evaluation.rows())
 
     def timing(self, stage: StageFolder) -> dict[str, Any]:
         """Return `seconds`, `tokens` and further counts of `timing.json` in one dict; empty when there is none."""

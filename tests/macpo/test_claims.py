@@ -174,11 +174,14 @@ def test_the_best_teacher_is_chosen_on_development_prompts_alone():
     plain, chosen = scored(7), scored(7, development=development)
     assert [claim.kind for claim in claims([plain])].count("best-teacher") == 0 and len(gaps_recovered([plain])) == 1
     best = of_kind(claims([chosen]), "best-teacher")
-    assert best.worse == "initial teacher0, best on development prompts"
+    assert best.worse == "initial teacher that is best on development prompts"
     assert best.worse_values == pytest.approx([golds(7, Policy("", "teacher0", 0)).mean()])
     mean, one = gaps_recovered([chosen])
     assert mean["weak_agent"] == "mean initial teacher" and mean["weak"] == pytest.approx(one["weak"] + 0.1, abs=0.03)
-    assert one["weak_agent"] == best.worse
+    assert one["weak_agent"] == f"{best.worse} (teacher0)"
+    other = scored(8, development={"teacher0": {"gold": 0.45}, "ready": {"gold": 0.55}})
+    both = of_kind(claims([chosen, other]), "best-teacher")  # one claim, whichever teacher a seed has
+    assert both.seeds == (7, 8) and both.worse_values[1] == pytest.approx(golds(8, Policy("", "ready", 0)).mean())
     half = scored(7, development={"teacher0": {"gold": 0.45}})  # not of every teacher: no choice
     assert len(gaps_recovered([half])) == 1
 
@@ -211,7 +214,7 @@ def test_scores_by_prompt_of_human_pairs():
     scores = PromptScores("preference_accuracy", {Policy("", "a", 0): rows}.get)
     column = scores.columns([Policy("", "a", 0)])[:, 0]
     assert column[:3].tolist() == [1.0, 0.0, 0.5] and np.isnan(column[3]) and scores.clusters == ["p"] * 4
-    assert not scores.has(Policy("", "b", 0)) and np.isnan(scores.columns([Policy("", "b", 0)])).all()
+    assert np.isnan(scores.columns([Policy("", "b", 0)])).all()
 
 
 def test_claims_refuse_runs_that_cannot_be_compared():

@@ -67,7 +67,7 @@ def test_every_block_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert sorted(summary["development"]) == ["teacher0", "teacher1"]
     tried = {name: row["preference_accuracy"] for name, row in summary["development"].items()}
     best = max(tried, key=tried.__getitem__)
-    assert summary["pgr"][1]["weak_agent"] == f"initial {best}, best on development prompts"
+    assert summary["pgr"][1]["weak_agent"] == f"initial teacher that is best on development prompts ({best})"
     assert json.loads(Path("runs/mine/summary.json").read_text())["pgr"] == summary["pgr"]
 
     data = folder_of(Path("runs/mine"), "data")

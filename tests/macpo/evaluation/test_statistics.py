@@ -14,11 +14,12 @@ from macpo.evaluation.statistics import (
     DRAWS,
     Clusters,
     Estimate,
+    at_equal_length,
     bootstrap,
     gap_recovered,
     hierarchical,
     holm,
-    length_controlled,
+    length_columns,
     paired_differences,
     percentiles,
     permutation_p,
@@ -199,20 +200,24 @@ def test_no_gap_no_share_of_it() -> None:
     assert above.recovered is None and above.gap.high < 0  # the weak one is better than the ceiling
 
 
-def test_length_controlled_is_the_intercept_of_least_squares() -> None:
+def test_at_equal_length_is_the_intercept_of_least_squares() -> None:
     rng = np.random.default_rng(7)
     length = rng.normal(30, 40, 400)  # answers are 30 words longer on average, and judged better for that alone
-    score = 0.5 * np.tanh(length / length.std()) + rng.normal(0, 0.1, 400)
-    found = length_controlled([(score, length, None)])
-    columns = np.stack([np.ones(400), np.tanh(length / length.std())], 1)
+    deviation = float(length.std())
+    score = 0.5 * np.tanh(length / deviation) + rng.normal(0, 0.1, 400)
+    (found,) = hierarchical([Clusters.of(length_columns(score, length, deviation))], at_equal_length)
+    columns = np.stack([np.ones(400), np.tanh(length / deviation)], 1)
     intercept = np.linalg.lstsq(columns, score, rcond=None)[0][0]
-    assert found is not None and found.value == pytest.approx(intercept)
+    assert found.value == pytest.approx(intercept)
     assert found.low < 0 < found.high and score.mean() > 0.15
     error = np.sqrt(np.linalg.inv(columns.T @ columns)[0, 0]) * np.std(score - columns @ [intercept, 0.5])
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert length_controlled([(score, np.zeros(400), None)]) is None
-    two = length_controlled([(score[:200], length[:200], None), (score[200:], length[200:], None)])
-    assert two is not None and two.value == pytest.approx(intercept)  # seeds of equal size: one regression
+    halves = [Clusters.of(length_columns(score[half], length[half], deviation)) for half in np.split(np.arange(400), 2)]
+    assert hierarchical(halves, at_equal_length)[0].value == pytest.approx(
+        intercept
+    )  # seeds of one size: one regression
+    (equal,) = hierarchical([Clusters.of(length_columns(score, np.zeros(400), 0.0))], at_equal_length)
+    assert equal.value == pytest.approx(score.mean())
 
 
 def test_what_does_not_vary_has_an_interval_of_no_width() -> None:
