@@ -171,21 +171,28 @@ class RunReader:
 
     def _scored(self, summary: Mapping[str, Any]) -> ScoredRun:
         metric = headline_metric(summary)
+        if metric is None or not self.all_evaluations:
+            return ScoredRun(summary)
+        return ScoredRun(summary, self.prompt_scores(metric, summary.get("evaluations", ())))
+
+    def prompt_scores(self, metric: str, evaluations: Iterable[Mapping[str, Any]] = ()) -> PromptScores:
+        """Return the scores by prompt under a metric; rows are read when they are asked for.
+
+        `evaluations`: those of the run's summary, which say what stage evaluated which policy. Without them, as in
+        summaries of earlier versions, it goes by the names of stages.
+        """
+        if metric in self._scores:
+            return self._scores[metric]
         folders = {evaluation.folder.name: evaluation for evaluation in self.all_evaluations}
-        stages = {
-            Policy(each["arm"], each["agent"], each["iteration"]): each["stage"]
-            for each in summary.get("evaluations", ())  # earlier versions wrote none
-        }
+        stages = {Policy(each["arm"], each["agent"], each["iteration"]): each["stage"] for each in evaluations}
 
         def rows(policy: Policy) -> Iterator[dict[str, Any]] | None:
             name = f"eval-{policy.agent}-iter{policy.iteration}"
             tried = (stages.get(policy, ""), f"{policy.arm}.{name}", name)
             found = next((folders[stage] for stage in tried if stage in folders), None)
-            return None if found is None else self._rows(found, str(metric))
+            return None if found is None else self._rows(found, metric)
 
-        if metric is None or not folders:
-            return ScoredRun(summary)
-        return ScoredRun(summary, self._scores.setdefault(metric, PromptScores(metric, rows)))
+        return self._scores.setdefault(metric, PromptScores(metric, rows))
 
     def _rows(self, evaluation: Evaluation, metric: str) -> Iterator[dict[str, Any]]:
         """The rows of an evaluation; under the metric `score_NAME` with what the scorer NAME gave their responses."""

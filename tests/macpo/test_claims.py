@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from macpo.engine.errors import DataError
+from macpo.engine.files import write_json, write_jsonl
 from macpo.evaluation.claims import CONTRADICTED, HOLDS, INCONCLUSIVE, Claim, claims, claims_json, claims_table
 from macpo.evaluation.gap import gaps_recovered
 from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
 from macpo.evaluation.statistics import Clusters, hierarchical, holm, paired_differences, t_interval, the_means
 from macpo.evaluation.summary import AgentHistory, build_summary
+from macpo.report.run_reader import RunReader
 
 
 def run(seed, teacher=(0.5, 0.6), student=(0.6, 0.8), sft=0.7, arm=0.75, with_arm=True, **extra) -> ScoredRun:
@@ -215,6 +217,26 @@ def test_scores_by_prompt_of_human_pairs():
     column = scores.columns([Policy("", "a", 0)])[:, 0]
     assert column[:3].tolist() == [1.0, 0.0, 0.5] and np.isnan(column[3]) and scores.clusters == ["p"] * 4
     assert np.isnan(scores.columns([Policy("", "b", 0)])).all()
+
+
+def test_scores_are_read_from_the_stages_that_the_summary_names(tmp_path):
+    """An arm that shares a stage of the main run has its rows; a scorer's scores lie beside the evaluation."""
+    for number, (stage, level) in enumerate({"eval-a-iter0": 0.2, "x.eval-a-iter1": 0.6}.items()):
+        rows = [{"prompt_id": f"p{i}", "gold": level + i / 10, "answer": "one two"} for i in range(3)]
+        folder = tmp_path / f"{number:02d}-{stage}"
+        folder.mkdir()
+        write_json(folder / "evaluation.json", {"role": "student", "iteration": 0})
+        write_jsonl(folder / "evaluation.jsonl", rows)
+    (tmp_path / "03-x.score-rm-a-iter1").mkdir()
+    given = [{"prompt_id": f"p{i}", "score": -i, "tokens": 4} for i in range(2)]
+    write_jsonl(tmp_path / "03-x.score-rm-a-iter1" / "scores.jsonl", given)
+    named = [{"arm": "y", "agent": "a", "iteration": 1, "stage": "x.eval-a-iter1"}]
+    read = RunReader(tmp_path).prompt_scores("gold", named)
+    policies = [Policy("", "a", 0), Policy("x", "a", 0), Policy("x", "a", 1), Policy("y", "a", 1), Policy("z", "b", 0)]
+    assert read.columns(policies)[0].tolist()[:4] == [0.2, 0.2, 0.6, 0.6]  # x has no stage of its own at iteration 0
+    assert np.isnan(read.columns(policies)[:, 4]).all() and (read.words(policies)[:, :4] == 2).all()
+    scorer = RunReader(tmp_path).prompt_scores("score_rm", named).columns([Policy("y", "a", 1)])[:, 0]
+    assert scorer[:2].tolist() == [0, -1] and np.isnan(scorer[2])
 
 
 def test_claims_refuse_runs_that_cannot_be_compared():
