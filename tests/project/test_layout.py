@@ -65,8 +65,9 @@ MAY_IMPORT = {
         "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
         "iteration": "engine config method",
         "methods": "engine config method iteration",
+        "comparison": "engine config method methods",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world report config method methods standalone recipe_kinds",
+        "commands": "engine data evaluation demo_world report config method methods comparison standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }
