@@ -13,7 +13,6 @@ from macpo.method.costs import MethodStage, RunSize
 from macpo.method.learning import Imitate, LearningStage, Prefer
 from macpo.method.run_plan import Plan
 
-
 HUMAN_FILES = ("teacher-", "student.jsonl")
 """How the files begin that hold human answers; only the ceiling reads the student's."""
 
