@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from macpo.engine.errors import DataError
 from macpo.evaluation.prompt_scores import OF_PAIRS, Policy, PromptScores, ScoredRun
-from macpo.evaluation.statistics import (
+from macpo.evaluation.summary import (
+    LABELS,
+    MEAN_TEACHER,
+    Agents,
+    first_and_last,
+    headline_metric,
+    of_role,
+    weak_supervisors,
+)
+from macpo.evaluation.uncertainty import (
     LEVEL,
     Clusters,
     Estimate,
@@ -28,15 +37,6 @@ from macpo.evaluation.statistics import (
     length_columns,
     paired_differences,
     t_interval,
-)
-from macpo.evaluation.summary import (
-    LABELS,
-    MEAN_TEACHER,
-    Agents,
-    first_and_last,
-    headline_metric,
-    of_role,
-    weak_supervisors,
 )
 
 Verdict: TypeAlias = Literal["holds", "inconclusive", "contradicted"]
@@ -232,8 +232,8 @@ class _Group:
 
     def clusters(self, seed: int, columns: Floats) -> Clusters:
         """Columns [n, k] of one seed, added up by cluster."""
-        clusters = self.scores[seed].clusters
-        return Clusters.of(columns[self.kept[seed]], [clusters[row] for row in np.flatnonzero(self.kept[seed])])
+        clusters, kept = self.scores[seed].clusters, self.kept[seed]
+        return Clusters.of(columns[kept], [clusters[row] for row in np.flatnonzero(kept).tolist()])
 
 
 def _groups(rows: Sequence[_Stated]) -> list[_Group]:

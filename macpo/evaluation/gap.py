@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
-from macpo.evaluation.statistics import Clusters, gap_recovered
 from macpo.evaluation.summary import MEAN_TEACHER, Weak, first_and_last, headline_metric, of_role, weak_supervisors
+from macpo.evaluation.uncertainty import Clusters, gap_recovered
 
 
 def pgr(weak: float, student: float, ceiling: float) -> float | None:

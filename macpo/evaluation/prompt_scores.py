@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from macpo.evaluation.statistics import Floats
+from macpo.evaluation.uncertainty import Floats
 
 Row = Mapping[str, Any]
 

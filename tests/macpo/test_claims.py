@@ -13,8 +13,8 @@ from macpo.engine.files import write_json, write_jsonl
 from macpo.evaluation.claims import CONTRADICTED, HOLDS, INCONCLUSIVE, Claim, claims, claims_json, claims_table
 from macpo.evaluation.gap import gaps_recovered
 from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
-from macpo.evaluation.statistics import Clusters, hierarchical, holm, paired_differences, t_interval, the_means
 from macpo.evaluation.summary import AgentHistory, build_summary
+from macpo.evaluation.uncertainty import Clusters, hierarchical, holm, paired_differences, t_interval, the_means
 from macpo.report.run_reader import RunReader
 
 

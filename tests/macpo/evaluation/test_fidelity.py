@@ -15,8 +15,8 @@ from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.config import LoraSettings
 from macpo.engine.recipe import dump
-from macpo.iteration import build_plan
 from macpo.method.identities import Identities
+from macpo.methods.registry import build_plan
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 # template of every script, file of test prompts, first SFT: 8 x 2 x accumulation

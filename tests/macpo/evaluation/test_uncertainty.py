@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from macpo.evaluation.statistics import (
+from macpo.evaluation.uncertainty import (
     DRAWS,
     Clusters,
     Estimate,
