@@ -1,0 +1,71 @@
+"""What judges and scorers said of the same pairs, from the files that they leave in the run's folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from macpo.annotation.design import Pair
+from macpo.engine.files import read_jsonl
+from macpo.engine.removal import is_folder
+from macpo.evaluation.written import is_number
+from macpo.report.run_reader import RunReader
+
+JUDGING = "judging"
+_OUTCOMES = {"win": 1, "tie": 0, "lose": -1}
+_SCORED = re.compile(r"score-(?P<rest>.+-iter\d+)")
+
+
+def judged(run_dir: Path, pair: Pair) -> dict[str, dict[str, int]]:
+    """Return each judge's outcomes of a pair of policies by prompt, from the first policy's view.
+
+    A judge's rows are those of `judging/NAME/*.jsonl` that have `prompt_id`, `ours`, `opponent` and an `outcome` that
+    is win, tie or lose; failed ones are left out.
+    """
+    found: dict[str, dict[str, int]] = {}
+    folder = Path(run_dir) / JUDGING
+    for judge in sorted(folder.iterdir()) if is_folder(folder) else ():
+        outcomes: dict[str, int] = {}
+        for path in sorted(judge.glob("*.jsonl")) if is_folder(judge) else ():
+            for _, row in read_jsonl(path):
+                policies, outcome = (row.get("ours"), row.get("opponent")), _OUTCOMES.get(str(row.get("outcome")))
+                if outcome is not None and policies in (pair, pair[::-1]):
+                    outcomes[str(row.get("prompt_id"))] = outcome if policies == pair else -outcome
+        if outcomes:
+            found[judge.name] = outcomes
+    return found
+
+
+def scored(reader: RunReader, pair: Pair) -> dict[str, dict[str, int]]:
+    """Return which policy of a pair each scorer gives more, by prompt: 1 the first, 0 both the same, -1 the second.
+
+    Scorers are the demo world's gold score, which stands in `evaluation.jsonl`, and the stages `score-SCORER-…` with
+    their `scores.jsonl`.
+    """
+    first, second = (_scores(reader, policy) for policy in pair)
+    return {
+        scorer: {
+            prompt: (first[scorer][prompt] > second[scorer][prompt]) - (first[scorer][prompt] < second[scorer][prompt])
+            for prompt in first[scorer].keys() & second[scorer].keys()
+        }
+        for scorer in first
+        if scorer in second
+    }
+
+
+def _scores(reader: RunReader, policy: str) -> dict[str, dict[str, float]]:
+    """One policy's scores by scorer and prompt."""
+    evaluation = reader.evaluation_of(policy)
+    found = {"gold": _column(evaluation.rows(), "gold")}
+    end = f"-{evaluation.agent}-iter{evaluation.iteration}"
+    for stage in reader.stages:
+        match = _SCORED.fullmatch(stage.base)
+        path = stage.path / "scores.jsonl"
+        if match and stage.arm == evaluation.folder.arm and match["rest"].endswith(end) and path.exists():
+            found[match["rest"].removesuffix(end)] = _column((row for _, row in read_jsonl(path)), "score")
+    return {scorer: scores for scorer, scores in found.items() if scores}
+
+
+def _column(rows: Iterable[Mapping[str, object]], name: str) -> dict[str, float]:
+    return {str(row["prompt_id"]): float(row[name]) for row in rows if is_number(row.get(name))}  # type: ignore[arg-type]
