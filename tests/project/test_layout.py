@@ -59,13 +59,15 @@ MAY_IMPORT = {
         "evaluation": "engine",
         "integrations": "engine kernels",
         "report": "engine evaluation",
+        "annotation": "engine evaluation report",
         "data_settings": "engine demo_world",
         "config": "engine data evaluation demo_world data_settings",
         "method": "engine data evaluation demo_world data_settings config",
         "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
         "iteration": "engine config method",
         "recipe_kinds": "engine config method standalone iteration",
-        "commands": "engine data evaluation demo_world report config method standalone iteration recipe_kinds",
+        "commands": "engine data evaluation demo_world report annotation config method standalone iteration "
+        "recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }
