@@ -36,12 +36,17 @@ class Design(_Closed):
     annotators: Annotated[int, Field(ge=1, le=100)] = 3
     """People for whom items are dealt out."""
     overlap: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the people who judge each item."""
+    """Share of the people who judge each item, rounded to whole people, at least one."""
     repeats: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Share of a person's pairs that come a second time with the sides swapped."""
     gold_checks: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Pairs of human answers, chosen against rejected, as a share of a person's pairs."""
     seed: int = 0
+
+    @property
+    def judges(self) -> int:
+        """How many people judge each item."""
+        return max(1, share(self.annotators, self.overlap))
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Design:
@@ -50,9 +55,6 @@ class Design(_Closed):
                 raise ValueError(f"{first} is paired with itself")
         if len({frozenset(pair) for pair in self.pairs}) < len(self.pairs):
             raise ValueError("a pair of policies is named twice")
-        if self.overlap * self.annotators < 1 - 1e-9:
-            least = math.ceil(100 / self.annotators) / 100
-            raise ValueError(f"overlap {self.overlap:g} of {self.annotators} people leaves pairs nobody sees ({least})")
         return self
 
 
@@ -99,22 +101,19 @@ def share(of: float, fraction: float) -> int:
 def deal(items: Sequence[Item], design: Design) -> list[list[str]]:
     """Return the ids of the items that each person judges, one list a person.
 
-    With overlap 1 everybody judges everything. Otherwise each item goes to `overlap` times as many people as there are
-    (between two whole numbers, to one or the other, so that the mean is right), first to those with the fewest items,
-    among them to those who share the fewest items with the others: the two conditions of a balanced incomplete block
-    design (Cochran and Cox, Experimental Designs, 1957, chapter 11), met as far as whole numbers allow. Gold checks go
-    to everybody.
+    With overlap 1 everybody judges everything. Otherwise an item goes first to the people with the fewest items, among
+    them to those who share the fewest items with the ones chosen before: equal numbers of items for people and for
+    pairs of people are the two conditions of a balanced incomplete block design (Cochran and Cox, Experimental Designs,
+    1957, chapter 11), met here as far as a choice item by item allows. Gold checks go to everybody.
     """
-    each = design.overlap * design.annotators
     people = range(design.annotators)
     dealt: list[list[str]] = [[] for _ in people]
     load: Counter[int] = Counter()
     together: Counter[frozenset[int]] = Counter()
     pairs = sorted((item for item in items if item.kind == "pair"), key=lambda item: draw(design.seed, "deal", item.id))
-    for index, item in enumerate(pairs):
-        count = math.floor(each * (index + 1) + 1e-9) - math.floor(each * index + 1e-9)
+    for item in pairs:
         chosen: list[int] = []
-        while len(chosen) < max(count, 1):
+        while len(chosen) < design.judges:
             chosen.append(
                 min(
                     (person for person in people if person not in chosen),

@@ -194,7 +194,8 @@ def _made(reader: RunReader, design: Design) -> _Content:
     if not items:
         raise DataError("no two answers differ", "name other policies with --pairs", file=reader.path, field="--pairs")
     asked = {item.prompt_id for item in items}
-    items += _gold_checks(reader, design, share(len(items) * design.overlap, design.gold_checks), asked)
+    num_gold = share(len(items) * design.judges / design.annotators, design.gold_checks)
+    items += _gold_checks(reader, design, num_gold, asked)
     gold = frozenset(item.id for item in items if item.kind == "gold")
     return _Content(
         version=1,
