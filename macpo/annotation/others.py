@@ -13,27 +13,35 @@ from macpo.evaluation.written import is_number
 from macpo.report.run_reader import RunReader
 
 JUDGING = "judging"
-_OUTCOMES = {"win": 1, "tie": 0, "lose": -1}
+_VERDICTS = {"A": 1, "C": 0, "B": -1}
 _SCORED = re.compile(r"score-(?P<rest>.+-iter\d+)")
 
 
 def judged(run_dir: Path, pair: Pair) -> dict[str, dict[str, int]]:
     """Return each judge's outcomes of a pair of policies by prompt, from the first policy's view.
 
-    A judge's rows are those of `judging/NAME/*.jsonl` that have `prompt_id`, `ours`, `opponent` and an `outcome` that
-    is win, tie or lose; failed ones are left out.
+    A judge's rows are those of `judging/NAME/*.jsonl` with `prompt_id`, the policies `first` and `second` in the order
+    in which their answers were shown, and a `verdict`: A, B, or C for a tie. A policy wins where it does so in both
+    orders; a prompt that lacks a verdict in one order is left out.
     """
     found: dict[str, dict[str, int]] = {}
     folder = Path(run_dir) / JUDGING
     for judge in sorted(folder.iterdir()) if is_folder(folder) else ():
-        outcomes: dict[str, int] = {}
+        orders: dict[str, dict[bool, int]] = {}
         for path in sorted(judge.glob("*.jsonl")) if is_folder(judge) else ():
             for _, row in read_jsonl(path):
-                policies, outcome = (row.get("ours"), row.get("opponent")), _OUTCOMES.get(str(row.get("outcome")))
-                if outcome is not None and policies in (pair, pair[::-1]):
-                    outcomes[str(row.get("prompt_id"))] = outcome if policies == pair else -outcome
-        if outcomes:
-            found[judge.name] = outcomes
+                shown, verdict = (
+                    (row.get("first"), row.get("second")),
+                    {"A": 1, "C": 0, "B": -1}.get(row.get("verdict")),
+                )
+                if verdict is not None and shown in (pair, pair[::-1]):
+                    as_first = shown == pair
+                    orders.setdefault(str(row.get("prompt_id")), {})[as_first] = verdict if as_first else -verdict
+        whole = {prompt: both for prompt, both in orders.items() if len(both) == 2}
+        if whole:
+            found[judge.name] = {
+                prompt: both[True] if both[True] == both[False] else 0 for prompt, both in whole.items()
+            }
     return found
 
 

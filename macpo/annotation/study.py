@@ -97,6 +97,9 @@ def begin(run_dir: Path, given: Mapping[str, Any]) -> Study:
     """
     folder = Path(run_dir) / FOLDER
     reader = RunReader(run_dir)
+    if "pairs" in given:
+        full = [tuple(reader.evaluation_of(policy).policy for policy in pair) for pair in given["pairs"]]
+        given = {**given, "pairs": full}
     with explained(folder):
         folder.mkdir(exist_ok=True)
     with locked(folder):

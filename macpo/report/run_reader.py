@@ -56,6 +56,12 @@ class Evaluation:
     iteration: int
     folder: StageFolder
 
+    @property
+    def policy(self) -> str:
+        """The policy's full name, "student@3" or "ARM.student@3"."""
+        arm = f"{self.folder.arm}." if self.folder.arm else ""
+        return f"{arm}{self.agent}@{self.iteration}"
+
     def metrics(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`. Raises DataError for one that no table can show."""
         path = self.folder.path / "evaluation.json"
@@ -217,8 +223,7 @@ class RunReader:
         at = int(iteration) if iteration.isdecimal() else max(found, default=0) if not iteration else None
         if at in found:
             return found[at]
-        prefixed = (f"{e.folder.arm}.{e.agent}".lstrip(".") + f"@{e.iteration}" for e in self.all_evaluations)
-        known = ", ".join(sorted(prefixed)) or "no policy, because none has been evaluated"
+        known = ", ".join(sorted(e.policy for e in self.all_evaluations)) or "no policy: none has been evaluated"
         raise ConfigError(f"the run has no policy {policy!r}", f"it has {known}", file=self.path)
 
     def selections(self) -> list[tuple[int, StageFolder]]:

@@ -179,14 +179,17 @@ def test_a_study_counted_by_hand(study: Any) -> None:
 def test_agreement_with_judges_and_scorers(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = study.folder.parent
     items = [item for item in study.items.values() if item.kind == "pair"]
-    judge = [("win" if at < 12 else "lose" if at < 18 else "failed") for at in range(20)]
-    rows = [
-        {"prompt_id": item.prompt_id, "ours": "student@0", "opponent": "student@3", "outcome": outcome}
-        for item, outcome in zip(items, judge, strict=True)
-    ]
-    flipped = [{**rows[0], "ours": "ceiling@0"}, {"something": "else"}]  # of another pair, and of no comparison
+    rows: list[dict[str, Any]] = []
+    for at, item in enumerate(
+        items
+    ):  # student@0 wins 0 to 11 and loses 12 to 15; place A wins 16 and 17; then failures
+        verdicts = ("A", "B") if at < 12 else ("B", "A") if at < 16 else ("A", "A") if at < 18 else ("A", None)
+        for shown, verdict in zip((("student@0", "student@3"), ("student@3", "student@0")), verdicts, strict=True):
+            row = {"prompt_id": item.prompt_id, "opponent": "student@3", "first": shown[0], "second": shown[1]}
+            rows.append(row | {"verdict": verdict, "seconds": 0.1})
+    other = [{**rows[0], "second": "ceiling@0"}, {"something": "else"}]  # of another pair, and of no comparison
     (run / "judging" / "gpt").mkdir(parents=True)
-    write_jsonl(run / "judging" / "gpt" / "rows.jsonl", [*rows, *flipped])
+    write_jsonl(run / "judging" / "gpt" / "student@0-vs-student@3.jsonl", [*rows, *other])
     for agent, sign in (("iter0", -1), ("iter3", 1)):
         folder = run / f"09-score-rm-hh-student-{agent}"
         folder.mkdir()
@@ -196,7 +199,7 @@ def test_agreement_with_judges_and_scorers(study: Any, capsys: pytest.CaptureFix
         write_jsonl(folder / "scores.jsonl", scores)
     _, found = write_result(study)
     (gpt,) = found["judges"]
-    # To the judge student@0 wins items 0 to 11, to people 10 to 14 alone; it loses 12 to 17, and 15 to 17 are ties.
+    # To people student@0 wins items 10 to 14; 15 to 19 are ties. Of 0 to 15 without 15 they agree on 10 and 11 alone.
     assert (gpt["name"], gpt["items"]) == ("gpt", 18)
     assert (gpt["decided"]["count"], gpt["decided"]["of"]) == (2, 15)
     (rm,) = found["scorers"]

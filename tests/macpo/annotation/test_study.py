@@ -68,8 +68,8 @@ def test_overlap_is_rounded_to_whole_people() -> None:
     ("settings", "problem"),
     [
         ({"overlap": 0}, "greater than 0"),
-        ({"pairs": [("a", "a")]}, "paired with itself"),
-        ({"pairs": [("a", "b"), ("b", "a")]}, "named twice"),
+        ({"pairs": [("student@3", "student")]}, "paired with itself"),
+        ({"pairs": [PAIR, PAIR[::-1]]}, "named twice"),
         ({"prompts": 0}, "greater than or equal to 1"),
     ],
 )
@@ -100,11 +100,11 @@ def test_repeats_come_half_of_the_way_later_with_the_sides_swapped() -> None:
 def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -> None:
     run = answers(tmp_path / "run", 30, lambda policy, i: f"{policy if i > 3 else 'nobody'} {i}")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    study = begin(run, {"prompts": 20, "pairs": [PAIR, ("ceiling", "student@3")], "gold_checks": 0.1, "seed": 4})
+    study = begin(run, {"prompts": 20, "pairs": [PAIR, ("ceiling", "student")], "gold_checks": 0.1, "seed": 4})
     kinds = Counter((item.kind, item.policies) for item in study.items.values())
     equal = len(study.equal["student@3:student@0"])
-    assert equal and study.equal["student@3:student@0"] == study.equal["ceiling:student@3"]
-    assert kinds[("pair", PAIR)] == kinds[("pair", ("ceiling", "student@3"))] == 20 - equal
+    assert equal and study.equal["student@3:student@0"] == study.equal["ceiling@0:student@3"]
+    assert kinds[("pair", PAIR)] == kinds[("pair", ("ceiling@0", "student@3"))] == 20 - equal
     prompts = [
         {item.prompt_id for item in study.items.values() if item.policies == pair} for pair in study.design.pairs
     ]
@@ -118,7 +118,7 @@ def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -
     assert begin(run, {}).digest == begin(run, {"prompts": 20, "seed": 4}).digest == study.digest
     with pytest.raises(ConfigError, match=r"--prompts: the study was begun with 20\. Fix: leave the option out"):
         begin(run, {"prompts": 21})
-    with pytest.raises(ConfigError, match=r"begun with student@3:student@0,ceiling:student@3"):
+    with pytest.raises(ConfigError, match=r"begun with student@3:student@0,ceiling@0:student@3"):
         begin(run, {"pairs": [PAIR]})
     assert (run / "annotation" / "items.json").read_bytes() == content
     other = answers(tmp_path / "moved", 30, lambda policy, i: f"{policy if i > 3 else 'nobody'} {i}")
