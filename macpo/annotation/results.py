@@ -26,9 +26,10 @@ from macpo.annotation.agreement import (
 from macpo.annotation.design import Pair, pair_name
 from macpo.annotation.judgements import Judgement, all_judgements
 from macpo.annotation.others import judged, scored
-from macpo.annotation.study import RESULT, Study
+from macpo.annotation.study import Study
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
+from macpo.report.annotated import RESULT
 from macpo.report.run_reader import RunReader
 
 Given = dict[str, dict[str, int]]
@@ -59,7 +60,7 @@ def result(study: Study, judgements: Mapping[str, Sequence[Judgement]]) -> dict[
         `agreement`: Krippendorff's alpha over all pairs' items with interval, and Cohen's kappa of every two people;
         `people`: each one's counts, seconds, repeats, share of left, and gold checks;
         `judges` and `scorers`: how their outcomes agree with the majority of people;
-        `changed`: policies whose answers the run no longer has.
+        `changed`: policies whose answers the run no longer has; `sources`: SHA-256 of the answers that people saw.
     """
     seed = study.design.seed
     given: Given = {name: _outcomes(study, found) for name, found in judgements.items()}
@@ -83,6 +84,7 @@ def result(study: Study, judgements: Mapping[str, Sequence[Judgement]]) -> dict[
         "judges": _compare(study, by_item, lambda pair: judged(reader.path, pair)),
         "scorers": [] if changed else _compare(study, by_item, lambda pair: scored(reader, pair)),
         "changed": changed,
+        "sources": study.content.sources,
         "design": study.design.model_dump(mode="json"),
     }
 

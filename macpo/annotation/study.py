@@ -36,9 +36,10 @@ from macpo.engine.data.records import read_records
 from macpo.engine.errors import ConfigError, DataError, IntegrityError
 from macpo.engine.files import explained, read_bytes, read_json, sha256, write_json
 from macpo.engine.paths import FIX
+from macpo.report.annotated import ANNOTATION
 from macpo.report.run_reader import RunReader
 
-FOLDER, ITEMS, RESULT = "annotation", "items.json", "annotation.json"
+ITEMS = "items.json"
 _AWAY = "move that folder away to begin another study"
 
 
@@ -95,7 +96,7 @@ def begin(run_dir: Path, given: Mapping[str, Any]) -> Study:
         DataError (3): the run has no answers to compare, or no human pairs for gold checks.
         IntegrityError (5): `items.json` is not what was written.
     """
-    folder = Path(run_dir) / FOLDER
+    folder = Path(run_dir) / ANNOTATION
     reader = RunReader(run_dir)
     if "pairs" in given:
         full = [tuple(reader.evaluation_of(policy).policy for policy in pair) for pair in given["pairs"]]
@@ -116,7 +117,7 @@ def begin(run_dir: Path, given: Mapping[str, Any]) -> Study:
 
 def open_study(run_dir: Path) -> Study:
     """Read the study of a run. Raises DataError where there is none, IntegrityError for a damaged one."""
-    path = Path(run_dir) / FOLDER / ITEMS
+    path = Path(run_dir) / ANNOTATION / ITEMS
     if not os.path.lexists(path):
         raise DataError("nobody has been asked about this run", "start `macpo annotate RUN` first", file=path)
     try:

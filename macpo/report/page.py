@@ -20,6 +20,7 @@ from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.evaluation.summary import LABELS, headline_metric
 from macpo.report import charts
+from macpo.report.annotated import HEADINGS, annotated
 from macpo.report.findings import headline, score_rows, signed
 from macpo.report.run_reader import Evaluation, RunReader, sample
 from macpo.report.shown_text import clip, harmless
@@ -158,6 +159,8 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "spikes": [(curve.folder.base, spike) for curve in curves for spike in curve.spikes],
         "charts": charts.of_run(summary, metric, curves, stages),
         "metric_names": _metric_names(summary),
+        "people": annotated(run),
+        "people_headings": HEADINGS,
         "answers": _answers(run),
         "selections": _selections(run),
         "pairs": _pairs(run),

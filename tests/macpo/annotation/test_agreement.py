@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from macpo.annotation.results import write_result
 from macpo.annotation.study import begin
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import read_json, write_json, write_jsonl
+from macpo.evaluation.summary import build_summary
+from macpo.report.page import write_report
 
 Answers = Callable[..., Path]
 
@@ -215,6 +218,25 @@ def test_agreement_with_judges_and_scorers(study: Any, capsys: pytest.CaptureFix
     ):
         assert text in out
     assert out.splitlines()[1].split()[:6] == ["student@3", "student@0", "20", "10", "5", "5"]
+
+
+def test_the_report_shows_what_people_said(study: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run = study.folder.parent
+    write_json(run / "summary.json", build_summary({}, [], 0, {}))
+    assert "Judged by people" not in write_report(run).read_text()
+    path, found = write_result(study)
+    assert read_json(path)["sources"] == study.content.sources
+    text = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", write_report(run).read_text()))
+    rate, (low, high) = found["pairs"][0]["win_rate"], found["pairs"][0]["interval"]
+    assert f"student@3 student@0 20 10 5 5 {rate:.3f} [{low:.3f}, {high:.3f}] better" in text
+    assert "3 people compared" in text and "choice on gold checks: 8 of 12" in text and "anna" not in text
+    assert "have changed" not in text
+    answers = run / "02-eval-student-iter0" / "evaluation.jsonl"
+    answers.write_text(answers.read_text().replace("student@0 says", "now says"))
+    assert "the run’s answers of student@0 have changed since people saw them" in write_report(run).read_text()
+    path.write_text('{"pairs": 3}')
+    assert "Judged by people" not in write_report(run).read_text()
+    assert "annotation.json is ignored: it has another shape" in caplog.text
 
 
 def test_without_judgements_there_is_nothing_to_count(answers: Answers, tmp_path: Path) -> None:
