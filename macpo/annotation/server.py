@@ -20,6 +20,7 @@ import re
 import secrets
 import socket
 import threading
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,11 @@ def serve(session: Session, port: int) -> None:
         log_level="error",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="page")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="page", daemon=True)
     with StopFlag(quiet=True) as stop:  # uvicorn leaves signals alone in a thread that is not the main one
         thread.start()
         print(f"open this page: http://{LOOPBACK}:{port}/{token}/", flush=True)
@@ -170,13 +172,20 @@ def state(session: Session) -> dict[str, Any]:
 def _shown(showing: Showing, item: Item) -> dict[str, Any]:
     sides = [{"text": _text(text), "finished": done} for text, done in zip(item.answers, item.finished, strict=True)]
     left, right = reversed(sides) if showing.swapped else sides
-    turns = [{"role": _text(turn.get("role", "")), "text": _text(turn.get("content") or "")} for turn in item.prompt]
+    turns = [{"role": _text(turn.get("role", "")), "text": _text(_said(turn))} for turn in item.prompt]
     return {"id": showing.id, "turns": turns, "left": left, "right": right}
 
 
-def _text(content: Any) -> str:
-    plain = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    return harmless(clip(plain, MAX_CHARS))
+def _said(turn: Mapping[str, Any]) -> str:
+    """A message's text, and as JSON what else it holds, such as tool calls."""
+    rest = {name: value for name, value in turn.items() if name not in ("role", "content") and value}
+    parts = (turn.get("content"), rest)
+    texts = [part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts if part]
+    return "\n".join(texts)
+
+
+def _text(text: Any) -> str:
+    return harmless(clip(text, MAX_CHARS))
 
 
 async def _object(request: Request) -> dict[str, Any] | None:

@@ -155,10 +155,11 @@ def _design(reader: RunReader, given: Mapping[str, Any]) -> Design:
 
 def _last_and_first(reader: RunReader) -> Pair:
     """The student after its last iteration against the student before the first."""
-    iterations = [each.iteration for each in reader.evaluations if each.agent == "student"]
-    if not iterations or min(iterations) == max(iterations):
+    students = [name for name, agent in reader.summary["agents"].items() if agent["role"] == "student"]
+    found = sorted((e for e in reader.evaluations if e.agent in students[:1]), key=lambda e: e.iteration)
+    if len(found) < 2:
         raise ConfigError("the run has no student at two iterations", "name policies with --pairs", field="--pairs")
-    return f"student@{max(iterations)}", f"student@{min(iterations)}"
+    return found[-1].policy, found[0].policy
 
 
 def _same(study: Study, given: Mapping[str, Any]) -> None:

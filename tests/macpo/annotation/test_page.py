@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from commands import macpo
 
+from macpo import annotation
 from macpo.engine.files import read_json
 
 HOSTILE = (
@@ -130,6 +131,34 @@ def key_for(left: str, right: str) -> str:
     wanted = "blue" if digit < 6 else "red"
     assert {left.split()[0], right.split()[0]} == {"blue", "red"}
     return "1" if left.startswith(wanted) else "2"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_have_contrast(theme: int) -> None:
+    """4.5 for text, 3 for the outline of what has the focus and the edges of buttons (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    page = (Path(annotation.__file__).parent / "page.html").read_text()
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", re.findall(r":root \{(.*?)\}", page, re.DOTALL)[theme]))
+    places = [
+        ("ink", "page"),
+        ("ink", "card"),
+        ("ink", "soft"),
+        ("ink", "bad-soft"),
+        ("muted", "page"),
+        ("muted", "card"),
+    ]
+    for first, second, least in [
+        *((*place, 4.5) for place in (*places, ("muted", "soft"))),
+        *(("accent", "page", 3), ("accent", "card", 3), ("line", "card", 3), ("line", "page", 3)),
+    ]:
+        low, high = sorted((luminance(colours[first]), luminance(colours[second])))
+        assert (high + 0.05) / (low + 0.05) >= least, (first, second)
 
 
 def test_five_hundred_judgements_by_keys_with_a_kill_between(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
@@ -14,6 +15,7 @@ from commands import macpo
 
 from macpo.annotation.design import Design, Item, deal, share, showings
 from macpo.annotation.judgements import Session, all_judgements
+from macpo.annotation.server import state
 from macpo.annotation.study import Study, begin, open_study
 from macpo.engine.errors import ConfigError, DataError, IntegrityError
 from macpo.engine.files import write_jsonl
@@ -203,6 +205,26 @@ def test_a_file_cut_at_any_byte_goes_on_after_its_last_whole_row(answers: Answer
         with Session(study, "anna") as session:
             assert session.done == standing[rows - 1]
         assert path.read_bytes() == content[: ends[rows - 1]]
+
+
+def test_the_page_gets_texts_and_no_names(answers: Answers, tmp_path: Path) -> None:
+    run = answers(tmp_path / "run", 3, lambda policy, i: f"{'blue' if policy == 'student@3' else 'red'}\u202e {i}")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    for path in run.glob("*-eval-*/evaluation.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write_jsonl(path, [row | {"prompt": [*row["prompt"], call]} for row in rows])
+    with Session(begin(run, {"repeats": 0, "gold_checks": 0.3}), "anna") as session:
+        seen = []
+        while showing := session.current:
+            seen.append(state(session))
+            session.judge(showing, "left")
+    assert not re.search("student|ceiling|chosen|gold|swapped|repeat|pair", json.dumps(seen))
+    shown = [each["showing"] for each in seen if "right 0" not in json.dumps(each) and "wrong" not in json.dumps(each)]
+    assert len(shown) == 3 and {frozenset((s["left"]["text"][:4], s["right"]["text"][:4])) for s in shown} == {
+        frozenset(("blue", "red\ufffd"))
+    }
+    assert [turn["role"] for turn in shown[0]["turns"]] == ["user", "assistant"]
+    assert shown[0]["turns"][1]["text"] == '{"tool_calls": [{"name": "look"}]}'
 
 
 def test_rows_that_do_not_fit_are_named(answers: Answers, tmp_path: Path) -> None:
