@@ -30,10 +30,7 @@ def judged(run_dir: Path, pair: Pair) -> dict[str, dict[str, int]]:
         orders: dict[str, dict[bool, int]] = {}
         for path in sorted(judge.glob("*.jsonl")) if is_folder(judge) else ():
             for _, row in read_jsonl(path):
-                shown, verdict = (
-                    (row.get("first"), row.get("second")),
-                    {"A": 1, "C": 0, "B": -1}.get(row.get("verdict")),
-                )
+                shown, verdict = (row.get("first"), row.get("second")), _VERDICTS.get(str(row.get("verdict")))
                 if verdict is not None and shown in (pair, pair[::-1]):
                     as_first = shown == pair
                     orders.setdefault(str(row.get("prompt_id")), {})[as_first] = verdict if as_first else -verdict

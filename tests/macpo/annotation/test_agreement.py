@@ -190,7 +190,8 @@ def test_agreement_with_judges_and_scorers(study: Any, capsys: pytest.CaptureFix
         for shown, verdict in zip((("student@0", "student@3"), ("student@3", "student@0")), verdicts, strict=True):
             row = {"prompt_id": item.prompt_id, "opponent": "student@3", "first": shown[0], "second": shown[1]}
             rows.append(row | {"verdict": verdict, "seconds": 0.1})
-    other = [{**rows[0], "second": "ceiling@0"}, {"something": "else"}]  # of another pair, and of no comparison
+    # Rows of another pair, without a verdict, and of no comparison
+    other = [{**rows[0], "second": "ceiling@0"}, {**rows[0], "verdict": ["A"]}, {"something": "else"}]
     (run / "judging" / "gpt").mkdir(parents=True)
     write_jsonl(run / "judging" / "gpt" / "student@0-vs-student@3.jsonl", [*rows, *other])
     for agent, sign in (("iter0", -1), ("iter3", 1)):

@@ -61,7 +61,7 @@ class Browser:
         ):
             options.add_argument(f"--{name}")
         self.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
-        self.driver.set_script_timeout(20)
+        self.driver.set_script_timeout(120)
 
     # Waits until the page shows something else than `arguments[0]`, and says what.
     LOOK = """
@@ -195,7 +195,7 @@ def test_five_hundred_judgements_by_keys_with_a_kill_between(
     saved = rows(run, "anna")[1:]
     assert [(row["showing"], row["verdict"]) for row in saved] == [(shown, verdicts[key]) for shown, key in pressed]
     assert len({row["showing"] for row in saved}) == 506 and sum(row["repeat"] for row in saved) == 46
-    assert all(0 < row["seconds"] < 60 for row in saved)
+    assert all(0 < row["seconds"] < 600 for row in saved)
 
     assert macpo("annotate", run, "--report") == 0
     assert "better" in capsys.readouterr().out
