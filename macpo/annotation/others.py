@@ -10,6 +10,7 @@ from macpo.annotation.design import Pair
 from macpo.engine.files import read_jsonl
 from macpo.engine.removal import is_folder
 from macpo.evaluation.written import is_number
+from macpo.report.policy_names import named
 from macpo.report.run_reader import RunReader
 
 JUDGING = "judging"
@@ -61,7 +62,7 @@ def scored(reader: RunReader, pair: Pair) -> dict[str, dict[str, int]]:
 
 def _scores(reader: RunReader, policy: str) -> dict[str, dict[str, float]]:
     """One policy's scores by scorer and prompt."""
-    evaluation = reader.evaluation_of(policy)
+    evaluation = named(reader, policy)
     found = {"gold": _column(evaluation.rows(), "gold")}
     end = f"-{evaluation.agent}-iter{evaluation.iteration}"
     for stage in reader.stages:

@@ -37,6 +37,7 @@ from macpo.engine.errors import ConfigError, DataError, IntegrityError
 from macpo.engine.files import explained, read_bytes, read_json, sha256, write_json
 from macpo.engine.paths import FIX
 from macpo.report.annotated import ANNOTATION
+from macpo.report.policy_names import named, policy_name
 from macpo.report.run_reader import RunReader
 
 ITEMS = "items.json"
@@ -99,7 +100,7 @@ def begin(run_dir: Path, given: Mapping[str, Any]) -> Study:
     folder = Path(run_dir) / ANNOTATION
     reader = RunReader(run_dir)
     if "pairs" in given:
-        full = [tuple(reader.evaluation_of(policy).policy for policy in pair) for pair in given["pairs"]]
+        full = [tuple(policy_name(named(reader, policy)) for policy in pair) for pair in given["pairs"]]
         given = {**given, "pairs": full}
     with explained(folder):
         folder.mkdir(exist_ok=True)
@@ -159,7 +160,7 @@ def _last_and_first(reader: RunReader) -> Pair:
     found = sorted((e for e in reader.evaluations if e.agent in students[:1]), key=lambda e: e.iteration)
     if len(found) < 2:
         raise ConfigError("the run has no student at two iterations", "name policies with --pairs", field="--pairs")
-    return found[-1].policy, found[0].policy
+    return policy_name(found[-1]), policy_name(found[0])
 
 
 def _same(study: Study, given: Mapping[str, Any]) -> None:
@@ -182,14 +183,14 @@ def _sources(reader: RunReader, design: Design) -> dict[str, str]:
     found = {}
     for policy in sorted({name for pair in design.pairs for name in pair}):
         with contextlib.suppress(ConfigError):
-            found[policy] = sha256(reader.evaluation_of(policy).folder.path / "evaluation.jsonl")
+            found[policy] = sha256(named(reader, policy).folder.path / "evaluation.jsonl")
     return found
 
 
 def _made(reader: RunReader, design: Design) -> _Content:
     answers: dict[str, dict[str, dict[str, Any]]] = {}
     for policy in sorted({name for pair in design.pairs for name in pair}):
-        evaluation = reader.evaluation_of(policy)
+        evaluation = named(reader, policy)
         rows = {row["prompt_id"]: row for row in evaluation.rows() if "answer" in row}
         if not rows:
             fix = "name policies of a run of `recipe: macpo`"

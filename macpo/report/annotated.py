@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_bytes, sha256
+from macpo.report.policy_names import named
 from macpo.report.run_reader import RunReader
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _notes(run: RunReader, found: _Result) -> list[str]:
 
 def _digest(run: RunReader, policy: str) -> str | None:
     try:
-        return sha256(run.evaluation_of(policy).folder.path / "evaluation.jsonl")
+        return sha256(named(run, policy).folder.path / "evaluation.jsonl")
     except MacpoError:
         return None
 

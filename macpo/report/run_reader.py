@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-from macpo.engine.errors import ConfigError, DataError, MacpoError
+from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_bytes, read_json, read_jsonl
 from macpo.engine.run.folder import read_timing
 from macpo.engine.run.manifest import STEP_TIMES
@@ -55,12 +55,6 @@ class Evaluation:
     agent: str
     iteration: int
     folder: StageFolder
-
-    @property
-    def policy(self) -> str:
-        """The policy's full name, "student@3" or "ARM.student@3"."""
-        arm = f"{self.folder.arm}." if self.folder.arm else ""
-        return f"{arm}{self.agent}@{self.iteration}"
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`. Raises DataError for one that no table can show."""
@@ -211,20 +205,6 @@ class RunReader:
     def evaluations(self) -> list[Evaluation]:
         """Held-out evaluations of the main run."""
         return [evaluation for evaluation in self.all_evaluations if not evaluation.folder.arm]
-
-    def evaluation_of(self, policy: str) -> Evaluation:
-        """Return a policy's held-out evaluation: "student@3", "ceiling" (its last iteration), "ARM.student@3".
-
-        Raises ConfigError that names the policies there are.
-        """
-        name, _, iteration = policy.partition("@")
-        arm, _, agent = name.rpartition(".")
-        found = {e.iteration: e for e in self.all_evaluations if (e.folder.arm, e.agent) == (arm, agent)}
-        at = int(iteration) if iteration.isdecimal() else max(found, default=0) if not iteration else None
-        if at in found:
-            return found[at]
-        known = ", ".join(sorted(e.policy for e in self.all_evaluations)) or "no policy: none has been evaluated"
-        raise ConfigError(f"the run has no policy {policy!r}", f"it has {known}", file=self.path)
 
     def selections(self) -> list[tuple[int, StageFolder]]:
         """Return the main run's perplexity filters, by iteration."""

@@ -67,8 +67,8 @@ class Browser:
     LOOK = """
         const done = arguments[1];
         const shown = () => document.body && document.body.dataset.showing;
-        const tell = () => done([shown(), document.getElementById("left").textContent,
-                                 document.getElementById("right").textContent]);
+        const tell = () => done([shown(), document.getElementById("left").firstChild?.textContent,
+                                 document.getElementById("right").firstChild?.textContent]);
         const wait = () => shown() && shown() !== arguments[0] ? tell() : setTimeout(wait, 1);
         wait();
     """

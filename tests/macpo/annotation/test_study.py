@@ -143,7 +143,7 @@ def test_runs_that_cannot_be_judged_are_refused_by_name(answers: Answers, tmp_pa
     same = answers(tmp_path / "same", 5, lambda policy, i: f"answer {i}")
     with pytest.raises(DataError, match="--pairs: no two answers differ"):
         begin(same, {})
-    with pytest.raises(ConfigError, match=r"no policy 'student@2'\. Fix: it has ceiling@0, student@0, student@3"):
+    with pytest.raises(ConfigError, match=r"no evaluated policy 'student@2'\. Fix: use one of ceiling@0, student@0"):
         begin(same, {"pairs": [("student@2", "student@0")]})
     with pytest.raises(DataError, match="nobody has been asked about this run"):
         open_study(same)
