@@ -82,6 +82,13 @@ class Study:
     def showings(self, person: int) -> tuple[Showing, ...]:
         return self.content.showings[person]
 
+    def extent(self) -> str:
+        """Return in words how much is asked, also where the run has fewer prompts than the design."""
+        pairs = [item for item in self.items.values() if item.kind == "pair"]
+        prompts = {item.prompt_id for item in pairs}.union(*self.equal.values())
+        few = f" (of {self.design.prompts}: the run has no more)" if len(prompts) < self.design.prompts else ""
+        return f"{len(prompts)} prompts{few}, {len(pairs)} pairs of answers that differ"
+
     def changed(self) -> list[str]:
         """Return the policies whose answers the run no longer has as they were drawn."""
         found = _sources(RunReader(self.folder.parent), self.design)

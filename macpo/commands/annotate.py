@@ -33,6 +33,7 @@ def annotate(arguments: argparse.Namespace) -> None:
     asked = [name for name in ("report", "export_to", "import_from") if getattr(arguments, name)]
     if not asked:
         study = begin(arguments.run, given)
+        say(study.extent())
         with Session(study, arguments.annotator or _login()) as session:
             serve(session, arguments.port or 0)
         return

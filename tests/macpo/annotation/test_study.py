@@ -116,6 +116,9 @@ def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -
     assert all(item.answers[0].startswith("right") and item.answers[1].startswith("wrong") for item in gold)
     assert {path: path.read_bytes() for path in before} == before and len(RunReader(run).stages) == 4
 
+    assert study.extent() == f"20 prompts, {2 * (20 - equal)} pairs of answers that differ"
+    few = begin(answers(tmp_path / "few", 3), {})
+    assert few.extent() == "3 prompts (of 100: the run has no more), 3 pairs of answers that differ"
     content = (run / "annotation" / "items.json").read_bytes()
     assert begin(run, {}).digest == begin(run, {"prompts": 20, "seed": 4}).digest == study.digest
     with pytest.raises(ConfigError, match=r"--prompts: the study was begun with 20\. Fix: leave the option out"):
@@ -265,4 +268,5 @@ def test_the_command_names_what_is_wrong(
 ) -> None:
     assert macpo("annotate", answers(tmp_path / "run", 3), *words) == code
     err = capsys.readouterr().err
-    assert line in err and err.startswith("error: ") and err.count("\n") == 1
+    (problem,) = [each for each in err.splitlines() if not each.startswith("3 prompts")]
+    assert line in problem and problem.startswith("error: ")
