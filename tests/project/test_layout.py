@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "evaluation": "engine",
         "integrations": "engine kernels",
         "report": "engine evaluation",
+        "annotation": "engine evaluation report",
         "data_settings": "engine demo_world",
         "config": "engine data evaluation demo_world data_settings",
         "method": "engine data evaluation demo_world data_settings config",
@@ -67,7 +68,8 @@ MAY_IMPORT = {
         "methods": "engine config method iteration",
         "comparison": "engine config method methods",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world report config method methods comparison standalone recipe_kinds",
+        "commands": "engine data evaluation demo_world report annotation config method methods comparison standalone "
+        "recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }
