@@ -47,7 +47,7 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None
     cannot be written.
     """
     run = RunReader(run_dir)
-    page = _environment().get_template("report.html.j2").render(_context(run, planned))
+    page = environment().get_template("report.html.j2").render(_context(run, planned))
     try:
         return _write(out or run.path / "report.html", page)
     except ConfigError as error:
@@ -67,7 +67,7 @@ def write_seeds_report(out_dir: Path, runs: Sequence[ScoredRun], found: Sequence
     verdicts = Counter(claim.verdict for claim in found)
     iterations, rows = _mean_rows(summaries, metric)
     page = (
-        _environment()
+        environment()
         .get_template("seeds.html.j2")
         .render(
             title=f"{summaries[0].get('title', 'MACPO')}: {len(summaries)} seeds",
@@ -91,7 +91,7 @@ def write_seeds_report(out_dir: Path, runs: Sequence[ScoredRun], found: Sequence
     return _write(Path(out_dir) / "report.html", page)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
