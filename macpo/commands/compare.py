@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,8 +70,12 @@ def comparison_of(
         raise ConfigError(f"compare has an arm {taken[0]!r} of its own", "give yours another name", field="ablations")
     if match_steps:
         baselines = matched(recipe, baselines, size_of(recipe))
-    kinds: dict[str, Kind] = dict.fromkeys(baselines, "method")
-    kinds |= dict.fromkeys(fewer, "teachers") | dict.fromkeys([*parts, *recipe.ablations], "ablation")
+    groups: dict[Kind, Iterable[str]] = {
+        "method": baselines,
+        "teachers": fewer,
+        "ablation": [*parts, *recipe.ablations],
+    }
+    kinds = {name: kind for kind, names in groups.items() for name in names}
     arms = {**baselines, **fewer, **parts, **recipe.ablations}
     teachers = {name: len(arm["use_teachers"]) for name, arm in fewer.items()}
     if teachers:

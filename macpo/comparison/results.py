@@ -22,10 +22,11 @@ from macpo.evaluation.uncertainty import (
     Clusters,
     Estimate,
     Floats,
+    at_equal_length,
     gap_recovered,
     hierarchical,
     holm,
-    length_controlled,
+    length_columns,
     paired_differences,
     t_interval,
     the_means,
@@ -33,6 +34,7 @@ from macpo.evaluation.uncertainty import (
 
 Kind: TypeAlias = Literal["method", "bound", "teachers", "ablation"]
 Verdict: TypeAlias = Literal["above", "below", "open"]
+_Part: TypeAlias = tuple[Floats, Floats, list[Any]]  # of one seed: scores [n, k], words [n, k], clusters [n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ def results(
     changes = dict(zip(compared, _changes(parts, [sides[i] for i in compared]), strict=True))
     decided = [i for i in compared if changes[i] is not None]
     adjusted = dict(zip(decided, holm([_p(changes[i]) for i in decided]), strict=True))
+    equal = dict(zip(compared, _at_equal_length(parts, [sides[i] for i in compared]), strict=True))
     gap, recovered = _recovered(tables, columns, place)
     words = np.mean([lengths.mean(0) for _, lengths, _ in parts], 0)
     rows = [
@@ -151,7 +154,7 @@ def results(
             adjusted.get(i),
             recovered.get(column.name),
             None if column.name == WEAK else float(words[i]),
-            _at_equal_length(parts, sides[i]) if i in changes else None,
+            equal.get(i),
             _by_iteration(runs, column, metric),
             ledgers.get(_arm(column)),
         )
@@ -205,14 +208,15 @@ def _values(read: Any, columns: Sequence[_Column]) -> Floats:
     return np.stack([read(column.policies).mean(1) for column in columns], 1)
 
 
-def _kept(scores: PromptScores, columns: Sequence[_Column]) -> tuple[Floats, Floats, list[Any]]:
+def _kept(scores: PromptScores, columns: Sequence[_Column]) -> _Part:
     """Scores and words [n, k] of the prompts that everybody has scores for, and their clusters."""
+    scores.read([policy for column in columns for policy in column.policies])
     values = _values(scores.columns, columns)
     kept = np.isfinite(values).all(1)
     if not kept.any():
         raise DataError("no prompt has a score of every arm", "evaluate every arm on the same prompts")
     words = _values(scores.words, columns)
-    return values[kept], words[kept], [c for c, has in zip(scores.clusters, kept, strict=True) if has]
+    return values[kept], words[kept], [scores.clusters[row] for row in np.flatnonzero(kept).tolist()]
 
 
 def _table(scores: PromptScores, columns: Sequence[_Column]) -> Clusters:
@@ -220,9 +224,7 @@ def _table(scores: PromptScores, columns: Sequence[_Column]) -> Clusters:
     return Clusters.of(values, clusters)
 
 
-def _changes(
-    parts: Sequence[tuple[Floats, Floats, list[Any]]], sides: Sequence[tuple[int, int]]
-) -> list[Estimate | None]:
+def _changes(parts: Sequence[_Part], sides: Sequence[tuple[int, int]]) -> list[Estimate | None]:
     """The difference of each pair of columns: over prompts for one seed, else over seeds."""
     by_seed = [np.stack([values[:, one] - values[:, other] for one, other in sides], 1) for values, _, _ in parts]
     if len(parts) == 1:
@@ -236,10 +238,23 @@ def _p(estimate: Estimate | None) -> float:
     return 1.0 if estimate is None or estimate.p is None else estimate.p
 
 
-def _at_equal_length(parts: Sequence[tuple[Floats, Floats, list[Any]]], sides: tuple[int, int]) -> Estimate | None:
-    one, other = sides
-    seeds = [(v[:, one] - v[:, other], w[:, one] - w[:, other], clusters) for v, w, clusters in parts]
-    return length_controlled(seeds)
+def _at_equal_length(parts: Sequence[_Part], sides: Sequence[tuple[int, int]]) -> list[Estimate | None]:
+    """The difference of each pair of columns where answers are equally long; None where no length differs."""
+    blocks: list[list[Floats]] = [[] for _ in parts]
+    varies = []
+    for one, other in sides:
+        deviation = float(np.std(np.concatenate([words[:, one] - words[:, other] for _, words, _ in parts])))
+        varies.append(deviation > 0)
+        for block, (values, words, _) in zip(blocks, parts, strict=True):
+            score, length = values[:, one] - values[:, other], words[:, one] - words[:, other]
+            block.append(length_columns(score, length, deviation))
+    tables = [Clusters.of(np.concatenate(b, 1), clusters) for b, (*_, clusters) in zip(blocks, parts, strict=True)]
+
+    def intercepts(means: Floats) -> Floats:
+        return at_equal_length(means.reshape(*means.shape[:-1], -1, 4))[..., 0]
+
+    found = hierarchical(tables, intercepts)
+    return [each if has else None for each, has in zip(found, varies, strict=True)]
 
 
 def _recovered(
