@@ -11,7 +11,7 @@ from macpo import __version__
 from macpo.engine.errors import Stopped
 from macpo.engine.processes import Terminated, ended_by_sigterm
 
-COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "export")
+COMMANDS = ("demo", "init", "check", "plan", "run", "train-reward", "status", "report", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
     run.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
     run.set_defaults(command=_run)
+
+    reward = commands.add_parser("train-reward", parents=[recipe, reruns], help="run a recipe of a reward model")
+    reward.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
+    reward.set_defaults(command=_train_reward)
 
     status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
     status.set_defaults(command=_status)
@@ -206,6 +210,13 @@ def _run(arguments: argparse.Namespace) -> None:
     words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
     launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
     show(Path(recipe.output))
+
+
+def _train_reward(arguments: argparse.Namespace) -> None:
+    from macpo.commands.run import require_kind
+
+    require_kind(arguments.recipe, "reward")
+    _run(arguments)
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -137,7 +137,7 @@ def _of_standalone(recipe: Standalone) -> _Found:
     sets = read_sets(recipe.data, recipe.seed)
     sizes = {"to train on": len(sets.train), "held out": len(sets.test)}
     sample = [_answers(record) for record in sets.train[:NUM_MEASURED]]
-    reading: Reading = "pairs" if recipe.recipe == "preference" else "answers"
+    reading: Reading = "answers" if recipe.recipe == "sft" else "pairs"
     read: dict[str, tuple[Rows, Reading]] = {"to train on": (sets.train, reading), "held out": (sets.test, reading)}
     return _Found(sizes, sets.counts, {"student": sets.documents}, sample, {recipe.agents[0].name: read})
 

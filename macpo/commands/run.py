@@ -6,30 +6,34 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from macpo import __version__
 from macpo.commands.check import check_templates
 from macpo.commands.preflight import preflight
+from macpo.commands.scored import judged_by, scored
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import MacpoError
+from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, write_json
 from macpo.engine.removal import make_way
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
+from macpo.evaluation.agreement import in_words
 from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
 from macpo.report.page import write_report
 from macpo.report.run_reader import RunReader
+from macpo.standalone.config import RewardRecipe
 
-TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training"}
+TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training", "reward": "Reward model"}
 GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
 
 
@@ -49,6 +53,17 @@ def run_recipe(
         error.relayed = not world.is_main  # every rank finds it, one says it
         raise
     return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+
+
+def require_kind(path: Path, kind: str) -> None:
+    """Raise ConfigError for a recipe of another kind; one that cannot be read is left to `load`."""
+    file = path / "recipe.yaml" if path.is_dir() else path
+    found, line = recipes.kind_of(file) if file.exists() else (kind, None)
+    if found != kind:
+        problem = f"a recipe of kind {found or 'macpo'!r}, where {kind!r} is asked for"
+        raise ConfigError(
+            problem, f"macpo run takes any; macpo init FILE --like {kind} writes one", file=file, line=line
+        )
 
 
 def runner_of(
@@ -123,6 +138,7 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     for point in plan.points:
         agents = histories.setdefault(point.arm, {})
         metrics = {k: v for k, v in found[point.evaluation].items() if k not in ("role", "iteration")}
+        metrics |= scored(plan, folder, point.evaluation)
         agents.setdefault(point.agent, AgentHistory(point.role)).add(point.iteration, metrics)
     arms = {arm: agents for arm, agents in histories.items() if arm}
     stages = [
@@ -133,7 +149,11 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     models = {agent.name: agent.source for agent in recipe.agents}
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
-    extra = {} if isinstance(recipe, Recipe) else {"title": f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"}
+    extra: dict[str, Any] = judged_by(plan, folder)
+    if isinstance(recipe, RewardRecipe):
+        extra["warnings"] = [in_words("the reward model", found[point.evaluation]) for point in plan.points]
+    if not isinstance(recipe, Recipe):
+        extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
     summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
     write_json(run_dir / "summary.json", summary)
 

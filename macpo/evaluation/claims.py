@@ -12,7 +12,7 @@ from typing import Any
 
 from macpo.engine.errors import DataError
 from macpo.evaluation.intervals import t_interval
-from macpo.evaluation.summary import LABELS, Agents, best_initial_teacher, first_and_last, headline_metric, of_role
+from macpo.evaluation.summary import Agents, best_initial_teacher, first_and_last, headline_metric, label_of, of_role
 
 HOLDS, MEAN_ONLY, FAILS = "holds", "mean only", "does not hold"
 
@@ -152,5 +152,5 @@ def claims_table(found: Sequence[Claim], metric: str) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     seeds = sorted({seed for claim in found for seed in claim.seeds})
-    title = f"{LABELS.get(metric, metric)}, mean over seeds {', '.join(map(str, seeds))}"
+    title = f"{label_of(metric)}, mean over seeds {', '.join(map(str, seeds))}"
     return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])

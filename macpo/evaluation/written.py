@@ -55,6 +55,10 @@ class _Stage(_Shape):
     seconds: float | None = None
 
 
+class _Scorer(_Shape):
+    headline: bool
+
+
 class _Summary(_Shape):
     agents: dict[str, _Agent]
     stages: list[Annotated[dict[str, Any], AfterValidator(lambda row: _Stage.model_validate(row) and checked_row(row))]]
@@ -64,6 +68,7 @@ class _Summary(_Shape):
     title: str = ""
     models: dict[str, str] = {}
     counts: dict[str, float] = {}
+    scorers: dict[str, _Scorer] = {}
     warnings: list[str] = []
     descriptions: dict[str, str] = {}
 

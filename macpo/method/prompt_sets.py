@@ -28,6 +28,8 @@ class Sources:
     teachers: dict[str, Sequence[Pair]]
     student: Sequence[Pair]
     test: Sequence[Pair]
+    reward: Sequence[Pair]
+    """For a reward model alone."""
     documents: dict[str, Sequence[Example]]
     """By role; the same for both where they are what the three sets leave over."""
     counts: dict[str, int]
@@ -38,7 +40,7 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=len(teachers))
         world = dict(zip(teachers, made.teachers, strict=True))
-        return Sources(dict(world), made.student, made.test, dict(made.documents), {})
+        return Sources(dict(world), made.student, made.test, (), dict(made.documents), {})
     pairs, counts = read_pairs(data)
     held_out = None
     if (source := held_out_source(data)) is not None:
@@ -49,12 +51,13 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
         teacher=data.teacher_prompts,
         student=data.student_prompts,
         test=data.test_prompts,
+        reward=data.reward_prompts,
         seed=seed,
         held_out=held_out,
     )
     if held_out is not None:
         counts["train_test_overlap_dropped"] = counts["prompts"] - len(Prompts(pairs, seed, without=parts.test.ids))
-    reserved = ids_of([parts.student, parts.test])
+    reserved = ids_of([parts.student, parts.test, parts.reward])
     labels = dict.fromkeys(teachers, parts.teacher)
     for name, own in teachers.items():
         if own is not None:  # the teacher's own data must not overlap with prompts that are kept from it
@@ -62,9 +65,11 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
             count_dropped(counts, dropped, name)
             labels[name] = theirs.take(np.flatnonzero(~np.isin(theirs.ids, reserved)))
             counts[f"{name}_overlap_dropped"] = len(theirs) - len(labels[name])
-    count_overlap(counts, parts.test, [parts.student, *{id(part): part for part in labels.values()}.values()])
+    training = [parts.student, parts.reward, *{id(part): part for part in labels.values()}.values()]
+    count_overlap(counts, parts.test, training)
     documents = Documents(parts.rest)
-    return Sources(dict(labels), parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
+    both = {"teacher": documents, "student": documents}
+    return Sources(dict(labels), parts.student, parts.test, parts.reward, both, counts)
 
 
 class PromptSets(MethodStage):
@@ -87,7 +92,7 @@ class PromptSets(MethodStage):
         return read_sources(self.data, self.teachers, self.seed)
 
     def disk_bytes(self, run: RunSize) -> float:
-        pairs = run.teacher_prompts * run.num_teachers + run.test_prompts
+        pairs = run.teacher_prompts * run.num_teachers + run.test_prompts + run.reward_prompts
         documents = run.documents * self.pretrains * (1 if self.data.world is None else 2)  # for teachers and student
         rows = run.row_bytes() * pairs + run.row_bytes(1) * documents
         return rows + run.row_bytes(0) * run.student_prompts
@@ -104,6 +109,8 @@ class SplitPrompts(PromptSets):
             write_records(ctx.dir / f"teacher-{name}.jsonl", pairs)
         write_records(ctx.dir / "student.jsonl", [pair.prompt for pair in sources.student])
         write_records(ctx.dir / "test.jsonl", sources.test)
+        if sources.reward:
+            write_records(ctx.dir / "reward.jsonl", sources.reward)
         if self.data.world is not None:
             for role, documents in sources.documents.items():
                 write_records(ctx.dir / f"documents-{role}.jsonl", documents)
@@ -111,6 +118,7 @@ class SplitPrompts(PromptSets):
             write_records(ctx.dir / DOCUMENTS, sources.documents["student"])
         sizes = {f"teacher-{name}": len(pairs) for name, pairs in sources.teachers.items()}
         sizes |= {"student": len(sources.student), "test": len(sources.test)}
+        sizes |= {"reward": len(sources.reward)} if sources.reward else {}
         write_json(ctx.dir / "counts.json", {"rows": sizes, "input": sources.counts})
 
 

@@ -16,6 +16,7 @@ from macpo.method.policies import PolicyDataInputs
 from macpo.method.positives import ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
 from macpo.method.prompt_sets import HumanAnswers, PromptSets, SplitPrompts
 from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName, pretrains
+from macpo.method.scoring.planned import ScorerStages
 
 Side = Literal["chosen", "rejected", "answer"]
 PolicyName = Literal["positive", "negative"]
@@ -30,6 +31,7 @@ class Steps(Builder):
         self.student = recipe.student
         self.teachers = recipe.active_teachers
         self.data = self.add("data", self._prompt_sets(SplitPrompts))
+        self.scorers = ScorerStages(self, recipe)
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -211,6 +213,7 @@ class Steps(Builder):
             ),
         )
         self.plan.points.append(Point(self.arm, label, role, t, policy, stage))
+        self.scorers.score(stage, f"{label}-iter{asked}")
 
     def ceiling(self) -> None:
         """The student trained on human responses: the one that may read the student half's."""

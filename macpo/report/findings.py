@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from macpo.evaluation.summary import (
-    LABELS,
     best_initial_teacher,
     first_and_last,
     gaps_recovered,
     headline_metric,
+    label_of,
     of_role,
 )
 
@@ -32,7 +32,7 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
         return "No metric was measured for every agent, so this run answers nothing yet.", []
     agents = {name: agent for name, agent in summary["agents"].items() if agent["scores"]}
     summary = {**summary, "agents": agents}
-    label = LABELS.get(metric, metric)
+    label = label_of(metric)
     lead: list[str] = []
     findings: list[Finding] = []
     for name, agent in of_role(agents, "student").items():
@@ -54,6 +54,9 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
         findings += _against_others(summary, name, agent, metric)
     for name, agent in of_role(agents, "policy").items():
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
+        if len(agent["scores"]) < 2:
+            lead.append(f"The {name}'s {label} is {end:.3f}.")
+            continue
         lead.append(f"The {name}'s {label} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
     recovered = gaps_recovered(summary)
     if recovered:
@@ -157,10 +160,10 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     counts = {row.get(_COUNTS.get(metric, "")) for agent in summary["agents"].values() for row in agent["scores"]}
     size = f", {counts.pop()} held-out prompts" if len(counts) == 1 and None not in counts else ""
-    return "\n".join([f"{LABELS.get(metric, metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])
+    return "\n".join([f"{label_of(metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])
 
 
-_COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs"}
+_COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs", "reward_accuracy": "reward_pairs"}
 
 
 def signed(change: float) -> str:

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
-from macpo.evaluation.summary import LABELS, headline_metric
+from macpo.evaluation.summary import LABELS, headline_metric, label_of
 from macpo.report import charts
 from macpo.report.findings import headline, score_rows, signed
 from macpo.report.run_reader import Evaluation, RunReader, sample
@@ -74,7 +74,7 @@ def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], fo
             title=f"{summaries[0].get('title', 'MACPO')}: {len(summaries)} seeds",
             seeds=[summary["seed"] for summary in summaries],
             versions=summaries[0].get("versions", {}),
-            label=LABELS.get(metric, metric),
+            label=label_of(metric),
             claims=found,
             verdicts=verdicts,
             iterations=iterations,
@@ -104,7 +104,7 @@ def _environment() -> Environment:
     environment.filters["signed"] = signed
     environment.filters["speed"] = speed
     environment.globals["speed_names"] = SPEEDS
-    environment.globals["label"] = lambda name: LABELS.get(name, name)
+    environment.globals["label"] = label_of
     return environment
 
 
