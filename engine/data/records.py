@@ -178,7 +178,9 @@ class Pair:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        rest = {name: row[name] for name in cls.__slots__ if name != "prompt" and (name in row or name not in _OPTIONAL)}
+        rest = {
+            name: row[name] for name in cls.__slots__ if name != "prompt" and (name in row or name not in _OPTIONAL)
+        }
         return cls(Prompt.from_json(row), **rest)
 
 

@@ -117,6 +117,7 @@ def _of_method(recipe: Recipe) -> _Found:
     sources = read_sources(recipe.data, teachers, recipe.seed)
     sizes = {f"{name}'s human pairs": len(pairs) for name, pairs in sources.teachers.items()}
     sizes |= {"student prompts": len(sources.student), "test prompts": len(sources.test)}
+    sizes |= {"pairs for a reward model": len(sources.reward)} if sources.reward else {}
     first = next(iter(sources.teachers.values()))[:NUM_MEASURED]
     read: dict[str, dict[str, tuple[Rows, Reading]]] = {
         name: {

@@ -24,14 +24,12 @@ from macpo.engine.removal import make_way
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
-from macpo.evaluation.agreement import in_words
 from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
 from macpo.report.page import write_report
 from macpo.report.run_reader import RunReader
-from macpo.standalone.config import RewardRecipe
 
 TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training", "reward": "Reward model"}
 GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
@@ -61,9 +59,8 @@ def require_kind(path: Path, kind: str) -> None:
     found, line = recipes.kind_of(file) if file.exists() else (kind, None)
     if found != kind:
         problem = f"a recipe of kind {found or 'macpo'!r}, where {kind!r} is asked for"
-        raise ConfigError(
-            problem, f"macpo run takes any; macpo init FILE --like {kind} writes one", file=file, line=line
-        )
+        fix = f"use macpo run, which takes any, or begin with macpo init FILE --like {kind}"
+        raise ConfigError(problem, fix, file=file, line=line, field="recipe")
 
 
 def runner_of(
@@ -149,9 +146,7 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     models = {agent.name: agent.source for agent in recipe.agents}
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
-    extra: dict[str, Any] = judged_by(plan, folder)
-    if isinstance(recipe, RewardRecipe):
-        extra["warnings"] = [in_words("the reward model", found[point.evaluation]) for point in plan.points]
+    extra: dict[str, Any] = judged_by(recipe, plan, folder)
     if not isinstance(recipe, Recipe):
         extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
     summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
@@ -160,5 +155,8 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
 
 def show(run_dir: Path, write: Callable[[str], None] = print) -> None:
     """The table of every agent's score by iteration, and where the report is."""
-    write(table(RunReader(run_dir).summary))
+    summary = RunReader(run_dir).summary
+    write(table(summary))
+    for warning in summary.get("warnings", ()):
+        write(f"\n{warning}")
     write(f"\nreport: {run_dir / 'report.html'}")

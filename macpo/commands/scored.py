@@ -8,7 +8,9 @@ from macpo.evaluation.agreement import in_words, may_be_headline
 from macpo.evaluation.summary import score_metric
 from macpo.method.run_plan import Plan
 from macpo.method.scoring.stages import AGREEMENT, SCORES
+from macpo.recipe_kinds import AnyRecipe
 from macpo.report.run_reader import RunReader, read_object
+from macpo.standalone.config import RewardRecipe
 
 
 def scored(plan: Plan, folder: RunReader, evaluation: str) -> dict[str, Any]:
@@ -21,8 +23,8 @@ def scored(plan: Plan, folder: RunReader, evaluation: str) -> dict[str, Any]:
     return found
 
 
-def judged_by(plan: Plan, folder: RunReader) -> dict[str, Any]:
-    """`scorers` of a summary, each with its agreement with people, and `warnings` about those that may not lead.
+def judged_by(recipe: AnyRecipe, plan: Plan, folder: RunReader) -> dict[str, Any]:
+    """`scorers` of a summary, each with its agreement with people, and `warnings` about what may not be the headline.
 
     The demo world's rules are compared with nobody: they are exact.
     """
@@ -36,4 +38,8 @@ def judged_by(plan: Plan, folder: RunReader) -> dict[str, Any]:
             scorers[name] = {"headline": may_be_headline(found), **found}
             if not may_be_headline(found):
                 warnings.append(in_words(f"The scorer {name}", found))
+    if isinstance(recipe, RewardRecipe):
+        for point in plan.points:
+            found = read_object(paths[point.evaluation] / "evaluation.json")
+            warnings += [] if may_be_headline(found) else [in_words("The reward model", found)]
     return {key: value for key, value in (("scorers", scorers), ("warnings", warnings)) if value}

@@ -15,7 +15,10 @@ Floats = NDArray[np.float64]
 
 
 def agreement(
-    chosen: Sequence[float], rejected: Sequence[float], chosen_tokens: Sequence[int], rejected_tokens: Sequence[int]
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    chosen_tokens: Sequence[float],
+    rejected_tokens: Sequence[float],
 ) -> dict[str, float | int | None]:
     """Measure how well scores tell chosen from rejected responses, on pairs that the scorer never trained on.
 

@@ -68,7 +68,7 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
     training = [parts.student, parts.reward, *{id(part): part for part in labels.values()}.values()]
     count_overlap(counts, parts.test, training)
     documents = Documents(parts.rest)
-    both = {"teacher": documents, "student": documents}
+    both: dict[str, Sequence[Example]] = {"teacher": documents, "student": documents}
     return Sources(dict(labels), parts.student, parts.test, parts.reward, both, counts)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from macpo.evaluation.agreement import in_words
 from macpo.evaluation.summary import (
     best_initial_teacher,
     first_and_last,
@@ -54,8 +55,8 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
         findings += _against_others(summary, name, agent, metric)
     for name, agent in of_role(agents, "policy").items():
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
-        if len(agent["scores"]) < 2:
-            lead.append(f"The {name}'s {label} is {end:.3f}.")
+        if metric == "reward_accuracy":  # a score head is zero before it is trained
+            lead.append(in_words("The reward model", agent["scores"][-1]))
             continue
         lead.append(f"The {name}'s {label} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
     recovered = gaps_recovered(summary)

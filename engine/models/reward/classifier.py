@@ -186,7 +186,7 @@ def check_classifier(
 
 def _column(config: PretrainedConfig, label: str | None, path: str | Path) -> int:
     """Index of the label. Raises ConfigError that names the labels where none or an unknown one is asked for."""
-    labels = {str(name): int(index) for index, name in config.id2label.items()}
+    labels = {str(name): int(index) for index, name in (config.id2label or {}).items()}
     known = ", ".join(labels)
     if label is None:
         if len(labels) == 1:

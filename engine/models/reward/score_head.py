@@ -34,7 +34,7 @@ class RewardModule(PolicyModule):
         if isinstance(self.base.get_output_embeddings(), LoraLayer):
             problem = "an adapter on the output layer, which a reward model replaces by its score head"
             raise ConfigError(problem, "leave it out of target_modules", field="target_modules")
-        self.score = nn.Linear(hidden_size(self.base.config), 1, bias=False, dtype=torch.float32, device=self.home)
+        self.score: Any = nn.Linear(hidden_size(self.base.config), 1, bias=False, dtype=torch.float32, device=self.home)
         nn.init.zeros_(self.score.weight)
         self.base.config.tie_word_embeddings = False  # the embedding stays as it is
         self.base.set_output_embeddings(self.score)
@@ -57,7 +57,8 @@ class RewardModule(PolicyModule):
         """
         batch = self.ready(batch)
         last = self.hidden(batch)[batch.last]  # [R, H]
-        return nn.functional.linear(last.float(), self.score.weight)[:, 0]
+        rewards: Tensor = self.score(last.float())
+        return rewards[:, 0]
 
 
 def hidden_size(config: Any) -> int:

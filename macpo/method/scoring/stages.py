@@ -144,9 +144,9 @@ class CheckScorer(ScoringStage):
                 for pair, better, worse in zip(pairs, chosen, rejected, strict=True)
             ]
             write_jsonl(ctx.dir / "scores.jsonl", rows)
-            columns = [[each.score for each in side] for side in (chosen, rejected)]
-            lengths = [[each.tokens for each in side] for side in (chosen, rejected)]
-            write_json(ctx.dir / AGREEMENT, agreement(*columns, *lengths))
+            rewards = ([each.score for each in side] for side in (chosen, rejected))
+            lengths = ([each.tokens for each in side] for side in (chosen, rejected))
+            write_json(ctx.dir / AGREEMENT, agreement(*rewards, *lengths))
 
     def responses(self, run: RunSize) -> int:
         return 2 * run.test_prompts
