@@ -11,7 +11,9 @@ import pytest
 import torch
 from architectures import model_of, some_groups
 from datasets import Dataset
+from forks import ranks
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file
 from standalone_runs import make_base
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,11 +28,13 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from macpo.engine.config import FullSettings, LoraSettings, OptimSettings, Tuning
+from macpo.engine.config import FullSettings, LoraSettings, OptimSettings, ParallelSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.pack import PrefixGroup, pack, unshared
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, Stopped
 from macpo.engine.models.model_cache import ModelCache
+from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule, PolicyRef
 from macpo.engine.models.reward.classifier import ENDING, load_classifier
 from macpo.engine.models.reward.saving import as_classifier, check_class, padding_id, save_reward
@@ -228,6 +232,36 @@ def test_a_trained_model_is_a_plain_sequence_classifier(tuning: Tuning, base: Pa
     for budget in (1, 40, 10_000):  # single rows, several batches, one batch
         assert classifier.scores(sequences, batch_tokens=budget) == pytest.approx(rewards, abs=1e-5)
     assert classifier.scores(sequences, batch_tokens=1, should_stop=lambda: True) == [None] * len(sequences)
+
+
+@pytest.mark.parametrize("tuning", [FullSettings(), LORA], ids=["full", "lora"])
+def test_two_sharded_ranks_save_what_one_process_does(tuning: Tuning, base: Path, tmp_path: Path) -> None:
+    """FSDP2 leaves the score head whole: its gradients are summed as those of other replicated weights."""
+    chat = Chat(load_tokenizer(base), "vicuna")
+    groups = [PrefixGroup([5, 6 + i], [[7 + i, chat.eos_id], [9, 8 + i, 20, chat.eos_id]]) for i in range(6)]
+    settings = OptimSettings(learning_rate=1e-4, batch=3)
+
+    def go(world: World, out: Path) -> None:
+        cache = ModelCache()
+        policy = cache.policy(PolicyRef(str(base)), tuning, seed=4, spread=world.size > 1)
+        module = RewardModule(policy)
+        with torch.no_grad():
+            module.score.weight.copy_(head(16))
+        if world.size > 1:
+            parallelize(module, ParallelSettings(sharding="shard"), world)
+        train(module, groups, bradley_terry(), settings, seed=1, workdir=out, world=world)
+        save_reward(module, out / "policy", start=PolicyRef(str(base)), tuning=tuning, chat=chat)
+
+    assert ranks(2, lambda world: go(world, tmp_path / "two"), timeout_s=60) == [0, 0]
+    (tmp_path / "one").mkdir()
+    go(World(), tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and not torch.equal(one["score.weight"], head(16))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=1e-5, atol=1e-6)
+    assert [row["loss"] for row in rows(tmp_path / "two")] == pytest.approx(
+        [row["loss"] for row in rows(tmp_path / "one")], rel=1e-5
+    )
 
 
 def test_what_cannot_score_is_refused_by_name(base: Path, tmp_path: Path) -> None:
