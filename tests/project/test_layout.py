@@ -60,12 +60,19 @@ MAY_IMPORT = {
         "integrations": "engine kernels",
         "report": "engine evaluation",
         "data_settings": "engine demo_world",
-        "config": "engine data evaluation demo_world data_settings",
-        "method": "engine data evaluation demo_world data_settings config",
-        "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
+        "scorer_settings": "engine data_settings",
+        "config": "engine data evaluation demo_world data_settings scorer_settings",
+        "method": "engine data evaluation demo_world data_settings scorer_settings config",
+        # kernels: losses
+        "standalone": "engine kernels data evaluation demo_world data_settings scorer_settings config method",
         "iteration": "engine config method",
-        "recipe_kinds": "engine config method standalone iteration",
-        "commands": "engine data evaluation demo_world report config method standalone iteration recipe_kinds",
+        "methods": "engine config method iteration",
+        "comparison": "engine config method methods",
+        "recipe_kinds": "engine config method methods standalone",
+        "commands": (
+            "engine data evaluation demo_world report scorer_settings config method methods comparison standalone "
+            "recipe_kinds"
+        ),
         "cli": "engine report config recipe_kinds commands",
     },
 }

@@ -27,9 +27,9 @@ from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
 from macpo.evaluation.summary import headline_metric
-from macpo.iteration import build_plan
 from macpo.method.scoring.scorers import Item
 from macpo.method.scoring.stages import CheckScorer
+from macpo.methods.registry import build_plan
 from macpo.recipe_kinds import plan_of
 
 
