@@ -197,7 +197,7 @@ class Recipe(Settings):
     """A run of MACPO (arXiv 2410.07672)."""
 
     recipe: Literal["macpo"] = "macpo"
-    """Kind of recipe; `sft` and `preference` are in macpo/standalone_config.py."""
+    """Kind of recipe; `sft`, `preference` and `reward` are in macpo/standalone/config.py."""
     method: MethodName = "macpo"
     """How the student learns from the teachers; all but `macpo` are baselines, in macpo/methods."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

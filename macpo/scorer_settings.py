@@ -53,7 +53,8 @@ class ScorerSettings(Settings):
     batch_tokens: PositiveInt = 16384
     """Tokens of a batch with its padding; changes memory and speed."""
     max_tokens: PositiveInt | None = None
-    """Longest dialogue, whose oldest turns go first; default what its positions allow."""
+    """Longest dialogue, whose oldest turns go first; default what its positions
+    allow, for one trained in this run context_tokens."""
     trust_remote_code: bool = False
     """Run code that its folder brings along."""
 

@@ -86,7 +86,7 @@ class ScorerStages:
             label=settings.label,
             template=template,
             dtype=steps.compute.dtype if settings.dtype == "auto" else settings.dtype,
-            max_tokens=settings.max_tokens,
+            max_tokens=settings.max_tokens or (None if path else self.recipe.context_tokens),
             batch_tokens=settings.batch_tokens,
             trust_remote_code=settings.trust_remote_code,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -72,8 +71,15 @@ class ClassifierScorer(Described):
         """Load it; `trained`: its folder, where a stage of the run trained it."""
         folder = str(trained or self.model)
         model_cache(compute, False).make_room(folder, 1)
-        classifier = self._load(folder, compute)
-        reader = Reader.of(classifier, self._chat(folder), self.max_tokens)
+        classifier = load_classifier(
+            folder,
+            dtype=dtype_of(compute) if self.dtype == "auto" else as_dtype(self.dtype),
+            device=device_of(compute),
+            label=self.label,
+            trust_remote_code=self.trust_remote_code,
+        )
+        chat = scorer_chat(folder, self.template, trust_remote_code=self.trust_remote_code)
+        reader = Reader.of(classifier, chat, self.max_tokens)
 
         def scores(items: Sequence[Item]) -> list[Score]:
             rows = [reader.ids(item) for item in items]
@@ -90,28 +96,12 @@ class ClassifierScorer(Described):
 
         return scores
 
-    def _chat(self, folder: str) -> Chat:
-        return scorer_chat(folder, self.template, trust_remote_code=self.trust_remote_code)
-
-    def _load(self, folder: str, compute: ComputeSettings) -> Classifier:
-        dtype = dtype_of(compute) if self.dtype == "auto" else as_dtype(self.dtype)
-        files = weight_files(local_folder(folder, trust_remote_code=self.trust_remote_code))
-        version = repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-        return _loaded(folder, version, str(dtype).removeprefix("torch."), str(device_of(compute)), self.label,
-                       self.trust_remote_code)  # fmt: skip
-
     def num_parameters(self) -> int:
         """Of a ready model; 0 where its files cannot be looked at."""
         try:
             return num_parameters(weight_files(local_folder(str(self.model)))) if self.model is not None else 0
         except MacpoError:
             return 0
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(folder: str, version: str, dtype: str, device: str, label: str | None, trust: bool) -> Classifier:
-    """The classifier that was used last stays loaded between stages; `version` changes with its files."""
-    return load_classifier(folder, dtype=dtype, device=device, label=label, trust_remote_code=trust)
 
 
 def scorer_chat(folder: str, template: str, *, trust_remote_code: bool = False) -> Chat:
