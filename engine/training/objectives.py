@@ -154,7 +154,7 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
 
 
 @dataclass(frozen=True, eq=False)
-class _BradleyTerry:
+class _BradleyTerry(Objective):
     centring: float
     margins: Tensor | None  # [num_groups] float32, on the CPU
     metrics: tuple[str, ...] = ("chosen_rewards", "rejected_rewards", "margin", "accuracy")

@@ -19,7 +19,7 @@ from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_bytes, read_json, read_jsonl
 from macpo.engine.run.folder import read_timing
 from macpo.engine.run.manifest import STEP_TIMES
-from macpo.evaluation.summary import AgentHistory, Role, build_summary, score_metric
+from macpo.evaluation.summary import AgentHistory, Role, build_summary
 from macpo.evaluation.written import checked_row, checked_summary, is_number
 
 log = logging.getLogger(__name__)
@@ -68,24 +68,8 @@ class Evaluation:
             raise DataError(str(error), f"run again with --from {self.folder.name}", file=path) from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of `evaluation.jsonl`, each with what the run's scorers gave it, as `score_NAME`."""
         path = self.folder.path / "evaluation.jsonl"
-        scores = self._scores()
-        for _, row in read_jsonl(path) if path.exists() else ():
-            found = {name: given[row["prompt_id"]] for name, given in scores.items() if row.get("prompt_id") in given}
-            yield row | found
-
-    def _scores(self) -> dict[str, dict[str, float]]:
-        """Metric -> prompt id -> score, of the stages that scored these rows: they are named after the evaluation."""
-        begin = f"{self.folder.arm}." if self.folder.arm else ""
-        of_these = re.compile(rf"\d+-{re.escape(begin)}score-(.+)-{re.escape(self.agent)}-iter{self.iteration}")
-        found = {}
-        for folder in sorted(self.folder.path.parent.iterdir()):
-            match = of_these.fullmatch(folder.name)
-            if match and (folder / "scores.jsonl").exists():
-                rows = read_jsonl(folder / "scores.jsonl")
-                found[score_metric(match[1])] = {row["prompt_id"]: row["score"] for _, row in rows}
-        return found
+        return (row for _, row in read_jsonl(path)) if path.exists() else iter(())
 
 
 @dataclass(frozen=True)
