@@ -1,4 +1,4 @@
-"""What scores generated answers: `evaluation.scorers` of a recipe."""
+"""What scores generated responses: `evaluation.scorers` of a recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainedReward(Settings):
 
 
 class ScorerSettings(Settings):
-    """One scorer of answers: a reward model, a policy's implicit reward, or the demo world's rules."""
+    """One scorer of responses: a reward model, a policy's implicit reward, or the demo world's rules."""
 
     name: Name
     """How it is called in folders and reports."""
@@ -41,7 +41,7 @@ class ScorerSettings(Settings):
     policy: OptionalHubPath | None = None
     """For implicit-reward: a policy, which may be an adapter of `base`."""
     base: OptionalHubPath | None = None
-    """For implicit-reward: the model before its preference training, whose tokenizer reads the answers."""
+    """For implicit-reward: the model before its preference training, whose tokenizer reads the responses."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """For implicit-reward: the scale, such as the beta that the policy was trained with; default 0.1."""
     label: str | None = None

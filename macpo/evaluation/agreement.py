@@ -84,11 +84,12 @@ def may_be_headline(found: Mapping[str, Any]) -> bool:
 
 def in_words(name: str, found: Mapping[str, Any]) -> str:
     """Say how well a scorer agrees with people, and what follows from it."""
+    low, high = (found.get(f"reward_accuracy_{end}", 0.0) for end in ("low", "high"))
     text = (
-        f"{name} agrees with people on {found['reward_accuracy']:.1%} of {found['reward_pairs']:,} held-out pairs "
-        f"(95% interval {found['reward_accuracy_low']:.1%} to {found['reward_accuracy_high']:.1%})"
+        f"{name} agrees with people on {found['reward_accuracy']:.1%} of {found.get('reward_pairs', 0):,} held-out "
+        f"pairs (95% interval {low:.1%} to {high:.1%})"
     )
-    if may_be_headline(found):
+    if low > 0.5:
         return f"{text}."
-    half = "that covers one half" if found["reward_accuracy_high"] >= 0.5 else "that lies below one half"
+    half = "that covers one half" if high >= 0.5 else "that lies below one half"
     return f"{text}: an interval {half}, so its scores cannot be the headline."

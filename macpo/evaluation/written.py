@@ -57,6 +57,10 @@ class _Stage(_Shape):
 
 class _Scorer(_Shape):
     headline: bool
+    reward_accuracy: float = 0.0
+    reward_accuracy_low: float = 0.0
+    reward_accuracy_high: float = 0.0
+    reward_pairs: int = 0
 
 
 class _Summary(_Shape):

@@ -77,6 +77,9 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
         for name, (start, end) in risen.items():
             noise = _noise(agents[name]["scores"][0], agents[name]["scores"][-1], metric)
             findings.append(_compare(f"the last iteration of {name}", end, "its start", start, noise))
+    for name, each in summary.get("scorers", {}).items():
+        if "reward_accuracy" in each:
+            findings.append(Finding("note", in_words(f"The scorer {name}", each)))
     return " ".join(lead), findings
 
 

@@ -1,1 +1,1 @@
-"""Scorers of answers: what they are, their stages, and the reward model that a run trains for itself."""
+"""Scorers of responses: what they are, their stages, and the reward model that a run trains for itself."""

@@ -25,7 +25,7 @@ class ScorerStages:
         self.steps, self.recipe = steps, recipe
 
     def score(self, evaluation: StageName, what: str) -> None:
-        """Score the answers of an evaluation by every scorer; `what` ends the names of the stages."""
+        """Score the responses of an evaluation by every scorer; `what` ends the names of the stages."""
         steps = self.steps
         for settings in self.recipe.evaluation.scorers:
             ready = self._ready(settings)

@@ -1,4 +1,4 @@
-"""Scorers at work: every policy's answers are scored, and every scorer is compared with people."""
+"""Scorers at work: every policy's responses are scored, and every scorer is compared with people."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ScoreAnswersInputs(ScoringInputs):
 
 
 class ScoreAnswers(ScoringStage):
-    """Scores of one policy's answers to the test prompts: `scores.jsonl`, and their mean in `score.json`."""
+    """Scores of one policy's responses to the test prompts: `scores.jsonl`, and their mean in `score.json`."""
 
     name = "score_answers"
     inputs: ScoreAnswersInputs

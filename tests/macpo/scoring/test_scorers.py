@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import macpo
+from forks import ranks
 from standalone_runs import make_base
 from tiny import init, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -20,6 +21,7 @@ from macpo.data.preferences import split
 from macpo.engine import recipe as recipes
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Pair, Prompt
+from macpo.engine.distributed.world import World
 from macpo.engine.errors import DataError, Stopped
 from macpo.engine.files import read_jsonl
 from macpo.engine.models.reward.classifier import Classifier
@@ -145,6 +147,8 @@ def test_a_reward_model_trained_in_the_run_leads_where_it_agrees_with_people(tmp
     assert not summary["scorers"]["guess"]["headline"] or summary["scorers"]["guess"]["reward_accuracy_low"] > 0.5
     leads = [name for name in ("guess", "own") if summary["scorers"][name]["headline"]]
     assert summary["metric"] == f"score_{leads[0]}"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The scorer own agrees with people on 100.0% of 16 held-out pairs" in page
     guessing = summary | {"scorers": {name: each | {"headline": False} for name, each in summary["scorers"].items()}}
     assert headline_metric(guessing) == "preference_accuracy"
     trained = folder_of(tmp_path / "run", "reward-own") / "policy"
@@ -196,6 +200,35 @@ def test_scoring_resumes_after_its_last_wave_and_scores_equal_answers_once(
     assert sum(rows) == 12
     (tmp_path / "parts" / "waves" / "0001.json").write_text('{"keys": [], "sco')
     assert work.scored(context("parts", 1000), items) == whole and sum(rows) == 16
+
+
+def test_two_ranks_share_the_rows_of_a_wave(classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each scores some of them, and both have all scores."""
+    recipe = recipe_of(tmp_path / "run", [{"name": "rm", "reward": str(classifier), "label": "polite"}])
+    work = build_plan(recipe).graph.stage("check-rm").work
+    assert isinstance(work, CheckScorer)
+    items = [Item(Prompt.of(f"how do i sit {i} ?"), "sure . " * (1 + i % 4), i % 2 == 0) for i in range(12)]
+    forward, rows = Classifier._forward, [0]
+
+    def counted(self: Classifier, batch: list[list[int]]) -> torch.Tensor:
+        rows[0] += len(batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Classifier, "_forward", counted)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+
+    def go(world: World) -> None:
+        found = work.scored(StageContext("check-rm", tmp_path / "two", {}, StopFlag(), world), items)
+        assert rows == [6]
+        (tmp_path / f"{world.rank}.json").write_text(json.dumps(found))
+
+    assert ranks(2, go, timeout_s=120) == [0, 0]
+    one = work.scored(StageContext("check-rm", tmp_path / "one", {}, StopFlag()), items)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for mine, theirs in zip(one, found, strict=True):
+            assert mine.score == pytest.approx(theirs[0], rel=1e-5, abs=1e-6) and mine.tokens == theirs[1]
 
 
 def test_an_implicit_reward_is_beta_times_the_log_ratio(tmp_path: Path) -> None:
