@@ -32,6 +32,7 @@ class ScorerStages:
             work = ScoreAnswers(
                 scorer=ready.scorer,
                 weights=ready.weights,
+                base=self._base(settings),
                 inputs=ScoreAnswersInputs(evaluation=evaluation, reward=ready.trained),
                 compute=steps.compute,
             )
@@ -46,11 +47,16 @@ class ScorerStages:
             work = CheckScorer(
                 scorer=ready.scorer,
                 weights=ready.weights,
+                base=self._base(settings),
                 inputs=CheckScorerInputs(data=steps.data, reward=trained),
                 compute=steps.compute,
             )
             steps.plan.checks[settings.name] = steps.add(f"check-{settings.name}", work)
         return ready
+
+    def _base(self, settings: ScorerSettings) -> str | None:
+        training = settings.training
+        return self.recipe.student.name if training is not None and training.model is None else None
 
     def _trained(self, name: str, training: RewardTraining) -> StageName:
         steps, student = self.steps, self.recipe.student

@@ -97,11 +97,15 @@ class ClassifierScorer(Described):
         return scores
 
     def num_parameters(self) -> int:
-        """Of a ready model; 0 where its files cannot be looked at."""
-        try:
-            return num_parameters(weight_files(local_folder(str(self.model)))) if self.model is not None else 0
-        except MacpoError:
-            return 0
+        """How many weights a token goes through; 0 of a model that the run trains, or whose files are not here."""
+        return _num_parameters(self.model)
+
+
+def _num_parameters(model: str | None) -> int:
+    try:
+        return 0 if model is None else num_parameters(weight_files(local_folder(model)))
+    except MacpoError:
+        return 0
 
 
 def scorer_chat(folder: str, template: str, *, trust_remote_code: bool = False) -> Chat:
@@ -194,7 +198,7 @@ class ImplicitScorer(Described):
         return group
 
     def num_parameters(self) -> int:
-        return 0
+        return 2 * _num_parameters(self.agent.model)  # the policy, and its base
 
 
 class GoldScorer(Described):

@@ -41,6 +41,8 @@ class ScoringStage(MethodStage):
     weights: dict[str, str] = Field(default_factory=dict)
     """Identity of each model folder or Hub id that the scorer reads."""
     inputs: ScoringInputs
+    base: str | None = Field(None, exclude=True)
+    """The agent whose base model the scorer was trained from in the run, where it is one."""
     compute: ComputeSettings = Field(exclude=True)
 
     def scored(self, ctx: StageContext, items: Sequence[Item]) -> list[Score]:
@@ -77,7 +79,8 @@ class ScoringStage(MethodStage):
 
     def cost(self, run: RunSize) -> Cost:
         tokens = self.responses(run) * (run.prompt_tokens + run.response_tokens)
-        return Cost(tokens, 2 * self.scorer.num_parameters() * tokens)
+        shape = run.shapes.get(self.base or "")
+        return Cost(tokens, 2 * (shape.num_parameters if shape else self.scorer.num_parameters()) * tokens)
 
     def disk_bytes(self, run: RunSize) -> float:
         return 100 * self.responses(run)
