@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
     run.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
+    run.add_argument("--seeds", metavar="A-B", help="several seeds in OUTPUT-seeds/seed-N, and every claim over them")
     run.set_defaults(command=_run)
 
     reward = commands.add_parser("train-reward", parents=[recipe, reruns], help="run a recipe of a reward model")
@@ -129,29 +130,24 @@ def _overrides(command: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from macpo.commands import demo
+    from macpo.commands.demo import demo_recipe
     from macpo.commands.run import run, show
-    from macpo.engine.recipe import dump
+    from macpo.commands.seeds import parse_seeds, run_seeds
 
     overrides = list(arguments.overrides)
-    if arguments.seeds:
-        if arguments.print_config:
-            print(dump(demo.demo_recipe(overrides, ablations=True), comments=True))
-            return
-        demo.run_seeds(
-            demo.parse_seeds(arguments.seeds),
-            arguments.out or Path("runs/demo-seeds"),
-            overrides,
-            rerun_stale=arguments.rerun_stale,
-        )
-        return
-    if arguments.out:
+    if arguments.out and not arguments.seeds:
         overrides.append(f"output={str(arguments.out)!r}")
-    recipe = demo.demo_recipe(overrides)
-    if arguments.print_config:
-        print(dump(recipe, comments=True))
+    if _printed(arguments, demo_recipe(overrides, ablations=bool(arguments.seeds))):
         return
-    show(run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+
+    def run_one(further: Sequence[str] = ()) -> Path:
+        recipe = demo_recipe([*overrides, *further], ablations=bool(arguments.seeds))
+        return run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage)
+
+    if arguments.seeds:
+        run_seeds(parse_seeds(arguments.seeds), arguments.out or Path("runs/demo-seeds"), run_one)
+        return
+    show(run_one())
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -195,20 +191,30 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from macpo.commands.run import run, show
+    from macpo.commands.seeds import check_kind, parse_seeds, run_seeds
+    from macpo.engine.distributed.launcher import launch
     from macpo.recipe_kinds import load
 
     recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    if arguments.ranks == 1:
-        show(run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
-        return
-    from macpo.engine.distributed.launcher import launch
 
-    words = [str(arguments.recipe), *(f"--set={override}" for override in arguments.overrides)]
-    words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
-    words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
-    launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
+    def run_one(further: Sequence[str] = ()) -> None:
+        overrides = [*arguments.overrides, *further]
+        if arguments.ranks == 1:
+            again = load(arguments.recipe, overrides)
+            run(again, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage)
+            return
+        words = [str(arguments.recipe), *(f"--set={override}" for override in overrides)]
+        words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
+        words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
+        launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
+
+    if arguments.seeds:
+        check_kind(recipe)
+        run_seeds(parse_seeds(arguments.seeds), Path(f"{recipe.output}-seeds"), run_one)
+        return
+    run_one()
     show(Path(recipe.output))
 
 

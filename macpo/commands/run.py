@@ -147,10 +147,19 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
     extra: dict[str, Any] = judged_by(recipe, plan, folder)
+    extra["evaluations"] = [
+        {"arm": point.arm, "agent": point.agent, "iteration": point.iteration, "stage": point.evaluation}
+        for point in plan.points
+    ]
+    if plan.development:
+        extra["development"] = {
+            teacher: folder.development[teacher] | scored(plan, folder, stage)
+            for teacher, stage in plan.development.items()
+        }
     if not isinstance(recipe, Recipe):
         extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
     summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
-    write_json(run_dir / "summary.json", summary)
+    write_json(run_dir / "summary.json", folder.with_gaps(summary))
 
 
 def show(run_dir: Path, write: Callable[[str], None] = print) -> None:

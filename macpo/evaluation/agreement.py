@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from macpo.evaluation.uncertainty import rank_correlation, wilson
 
 NUM_BINS = 10
-LEVEL = 0.95
 Floats = NDArray[np.float64]
 
 
@@ -44,7 +44,7 @@ def agreement(
         raise ValueError("a score is not finite")
     difference, longer = columns[0] - columns[1], columns[2] - columns[3]
     right = difference > 0
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(LEVEL, method="wilson")
+    interval = wilson(int(right.sum()), len(right))
     accuracy = float(right.mean())
     found: dict[str, float | int | None] = {
         "loss": float(np.logaddexp(0.0, -difference).mean()),
@@ -59,8 +59,7 @@ def agreement(
         found[f"reward_accuracy_{name}"] = float(right[part].mean()) if part.any() else None
         found[f"reward_pairs_{name}"] = int(part.sum())
     scores, lengths = np.concatenate(columns[:2]), np.concatenate(columns[2:])
-    varies = np.ptp(scores) > 0 and np.ptp(lengths) > 0
-    found["reward_length_correlation"] = float(stats.spearmanr(scores, lengths).statistic) if varies else None
+    found["reward_length_correlation"] = rank_correlation(scores.tolist(), lengths.tolist())
     return found
 
 
