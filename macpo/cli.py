@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
     reward = commands.add_parser("train-reward", parents=[recipe, reruns], help="run a recipe of a reward model")
     reward.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
-    reward.set_defaults(command=_train_reward)
+    reward.set_defaults(command=_train_reward, seeds=None)
 
     status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
     status.set_defaults(command=_status)
