@@ -13,7 +13,6 @@ from torch import Tensor
 from macpo.engine.config import PreferenceSettings, Tuning
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
-from macpo.engine.errors import Stopped
 from macpo.engine.files import atomic_write, write_json, write_jsonl
 from macpo.engine.models.compute import device_of, dtype_of
 from macpo.engine.models.reward.classifier import load_classifier
@@ -173,21 +172,15 @@ class EvaluateReward(Evaluate):
         pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
         groups, kept, counts = encode_pairs(policy, pairs)
         rows = [group.prompt_ids + response for group in groups for response in group.responses]
-        compute, world = self.compute, ctx.world
+        compute = self.compute
         classifier = load_classifier(
             ctx.input(str(self.inputs.policy)) / "policy", dtype=dtype_of(compute), device=device_of(compute)
         )
-        mine = range(world.rank, len(rows), world.size)
-        found = classifier.scores(
-            [rows[i] for i in mine], batch_tokens=compute.score_tokens, should_stop=ctx.stop_requested
+        values = classifier.shared_scores(
+            rows, batch_tokens=compute.score_tokens, world=ctx.world, should_stop=ctx.stop_requested
         )
-        parts = world.gather(dict(zip(mine, found, strict=True)))
-        rewards = [score for _, score in sorted((i, score) for part in parts for i, score in part.items())]
-        if None in rewards:
-            raise Stopped("stopped while scoring", "run the same command again")
-        values = [float(reward or 0.0) for reward in rewards]
         lengths = [[len(group.responses[side]) for group in groups] for side in (0, 1)]
-        if world.is_main:
+        if ctx.world.is_main:
             both = zip(kept, values[::2], values[1::2], strict=True)
             told = [{"prompt_id": pairs[i].prompt.id, "chosen": c, "rejected": r} for i, c, r in both]
             write_jsonl(ctx.dir / "rewards.jsonl", told)

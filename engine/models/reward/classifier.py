@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from macpo.engine.distributed.failures import free_memory, is_out_of_memory
-from macpo.engine.errors import ConfigError, NumericsError, ResourceError
+from macpo.engine.distributed.world import World
+from macpo.engine.errors import ConfigError, NumericsError, ResourceError, Stopped
 from macpo.engine.foreign import check_model_config, header, read_json_object
 from macpo.engine.models.loading import (
     as_dtype,
@@ -91,6 +92,26 @@ class Classifier:
             for i, score in zip(batch, scores, strict=True):
                 found[i] = score
         return found
+
+    def shared_scores(
+        self, rows: Sequence[list[int]], *, batch_tokens: int, world: World, should_stop: Callable[[], bool]
+    ) -> list[float]:
+        """Score rows as `scores` does, each by one of the ranks; all ranks get all scores.
+
+        Raises:
+            Stopped: `should_stop` returned True on a rank; raised on all of them.
+        """
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        mine = [rows[i] for i in order[world.rank :: world.size]]
+        parts = world.gather(self.scores(mine, batch_tokens=batch_tokens, should_stop=should_stop))
+        found: list[float | None] = [None] * len(rows)
+        for rank, part in enumerate(parts):
+            for i, score in zip(order[rank :: world.size], part, strict=True):
+                found[i] = score
+        known = [score for score in found if score is not None]
+        if len(known) < len(rows):
+            raise Stopped("stopped while scoring", "run the same command again")
+        return known
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """[len(rows)] float32."""

@@ -15,7 +15,7 @@ from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Prompt
 from macpo.engine.data.truncation import shortened
-from macpo.engine.errors import ConfigError, DataError, MacpoError, Stopped
+from macpo.engine.errors import ConfigError, DataError, MacpoError
 from macpo.engine.models.compute import device_of, dtype_of, model_cache
 from macpo.engine.models.loading import as_dtype, local_folder, num_parameters, weight_files
 from macpo.engine.models.reward.classifier import ENDING, Classifier, load_classifier
@@ -83,16 +83,10 @@ class ClassifierScorer(Described):
 
         def scores(items: Sequence[Item]) -> list[Score]:
             rows = [reader.ids(item) for item in items]
-            order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-            mine = order[ctx.world.rank :: ctx.world.size]
-            own = classifier.scores(
-                [rows[i] for i in mine], batch_tokens=self.batch_tokens, should_stop=ctx.stop_requested
+            found = classifier.shared_scores(
+                rows, batch_tokens=self.batch_tokens, world=ctx.world, should_stop=ctx.stop_requested
             )
-            parts = ctx.world.gather(dict(zip(mine, own, strict=True)))
-            found = {i: score for part in parts for i, score in part.items()}
-            if any(score is None for score in found.values()):
-                raise Stopped("stopped while scoring", "run the same command again")
-            return [Score(float(found[i] or 0.0), reader.length(item)) for i, item in enumerate(items)]
+            return [Score(score, reader.length(item)) for score, item in zip(found, items, strict=True)]
 
         return scores
 
