@@ -11,7 +11,10 @@ from macpo import __version__
 from macpo.engine.errors import Stopped
 from macpo.engine.processes import Terminated, ended_by_sigterm
 
-COMMANDS = ("demo", "init", "check", "plan", "run", "train-reward", "status", "report", "export")
+COMMANDS = (
+    *("demo", "init", "check", "plan", "run", "train-reward", "compare"),
+    *("status", "report", "export", "annotate"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,6 +79,17 @@ def parser() -> argparse.ArgumentParser:
     reward.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
     reward.set_defaults(command=_train_reward, seeds=None)
 
+    compare = commands.add_parser("compare", parents=[recipe], help="a recipe's method beside its baselines")
+    compare.add_argument("--methods", default="all", help="baselines, separated by commas (default: all)")
+    compare.add_argument("--seeds", default="0", metavar="A-B", help="seeds, such as 0-4 or 1,5,9 (default: 0)")
+    compare.add_argument("--k-curve", default="", metavar="A-B", help="also with fewer teachers, such as 1-5")
+    compare.add_argument("--ablations", choices=("none", "paper"), default="none", help="also without each part")
+    compare.add_argument("--match", choices=("none", "steps"), default="none", help="limit the baselines' rounds")
+    compare.add_argument("--plan", action="store_true", help="print stages, tokens, steps and time; run nothing")
+    compare.add_argument("--calibrate", action="store_true", help="measure one step for --plan")
+    compare.add_argument("--rerun-stale", action="store_true", help="run stages again whose inputs or settings changed")
+    compare.set_defaults(command=_compare)
+
     status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
     status.set_defaults(command=_status)
 
@@ -98,7 +112,34 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
     export.set_defaults(command=_export)
+
+    annotate = commands.add_parser("annotate", parents=[common], help="people judge pairs of a run's answers, blind")
+    _annotating(annotate)
+    annotate.set_defaults(command=_annotate)
     return root
+
+
+def _annotating(annotate: argparse.ArgumentParser) -> None:
+    from macpo.engine.paths import argument as path_argument
+
+    annotate.add_argument("run", type=path_argument, help="folder of the run")
+    annotate.add_argument("--annotator", metavar="NAME", help="who judges (default: the account's name)")
+    annotate.add_argument("--port", type=int, help="of the page, on this machine alone (default: a free one)")
+    annotate.add_argument("--pairs", metavar="A:B,…", help="policies (default: the student's last and first)")
+    annotate.add_argument("--prompts", type=int, help="test prompts to judge each pair on (default 100)")
+    annotate.add_argument("--annotators", type=int, help="people who will judge (default 3)")
+    annotate.add_argument("--overlap", type=float, help="share of the people who judge each item (default 1)")
+    annotate.add_argument("--repeats", type=float, help="share shown again with sides swapped (default 0.1)")
+    annotate.add_argument(
+        "--gold-checks", type=float, nargs="?", const=0.05, help="also human pairs, as a share (default 0; alone 0.05)"
+    )
+    annotate.add_argument("--seed", type=int, help="of prompts, order and sides (default 0)")
+    instead = annotate.add_mutually_exclusive_group()
+    instead.add_argument("--report", action="store_true", help="no page: count all judgements, with agreement")
+    instead.add_argument(
+        "--export", dest="export_to", nargs=2, metavar=("FORMAT", "FILE"), help="label-studio, argilla"
+    )
+    instead.add_argument("--import", dest="import_from", metavar="FILE", help="Label Studio's JSON export")
 
 
 def _fitting(plan: argparse.ArgumentParser) -> None:
@@ -225,6 +266,33 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     _run(arguments)
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from macpo.commands.compare import compare, comparison_of, planned
+    from macpo.commands.estimates import hardware_of
+    from macpo.commands.seeds import parse_seeds
+    from macpo.config import Recipe
+    from macpo.engine.errors import ConfigError
+    from macpo.recipe_kinds import load
+
+    recipe = load(arguments.recipe, arguments.overrides)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"the recipe's kind is {recipe.recipe}", "give one of recipe: macpo", field="recipe")
+    comparison = comparison_of(
+        recipe,
+        parse_seeds(arguments.seeds),
+        methods=None if arguments.methods == "all" else arguments.methods.split(","),
+        k_curve=parse_seeds(arguments.k_curve) if arguments.k_curve else (),
+        ablations=arguments.ablations == "paper",
+        match_steps=arguments.match == "steps",
+    )
+    if _printed(arguments, comparison.recipe):
+        return
+    if arguments.plan:
+        print(planned(comparison, hardware_of(recipe, measure=True) if arguments.calibrate else None))
+        return
+    compare(comparison, rerun_stale=arguments.rerun_stale)
+
+
 def _status(arguments: argparse.Namespace) -> None:
     from macpo.commands.run import runner_of
     from macpo.engine.console import say
@@ -268,6 +336,12 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"exported: {out}")
     if base is not None and Path(base).is_absolute():
         print(f"an adapter of {base}, which has to stay there; --merge makes a model that needs no other")
+
+
+def _annotate(arguments: argparse.Namespace) -> None:
+    from macpo.commands.annotate import annotate
+
+    annotate(arguments)
 
 
 def _printed(arguments: argparse.Namespace, recipe: object) -> bool:

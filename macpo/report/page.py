@@ -8,7 +8,6 @@ security policy forbids whatever would slip through. Charts are the only markup 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,10 @@ from macpo.evaluation.gap import gaps_recovered
 from macpo.evaluation.prompt_scores import ScoredRun
 from macpo.evaluation.summary import LABELS, headline_metric, label_of
 from macpo.report import charts
+from macpo.report.annotated import HEADINGS, annotated
 from macpo.report.findings import headline, score_rows, signed
 from macpo.report.run_reader import Evaluation, RunReader, sample
+from macpo.report.shown_text import clip, harmless
 
 SPEEDS = {
     "tokens_per_s": "tokens/s",
@@ -33,12 +34,7 @@ SPEEDS = {
     "mfu": "MFU",
     "peak_memory_bytes": "peak memory",
 }
-NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
-# control characters, those that turn the direction of the text after them, and those that hide in it
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
+NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS = 6, 4, 4
 
 
 def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -51,7 +47,7 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None
     cannot be written.
     """
     run = RunReader(run_dir)
-    page = _environment().get_template("report.html.j2").render(_context(run, planned))
+    page = environment().get_template("report.html.j2").render(_context(run, planned))
     try:
         return _write(out or run.path / "report.html", page)
     except ConfigError as error:
@@ -71,7 +67,7 @@ def write_seeds_report(out_dir: Path, runs: Sequence[ScoredRun], found: Sequence
     verdicts = Counter(claim.verdict for claim in found)
     iterations, rows = _mean_rows(summaries, metric)
     page = (
-        _environment()
+        environment()
         .get_template("seeds.html.j2")
         .render(
             title=f"{summaries[0].get('title', 'MACPO')}: {len(summaries)} seeds",
@@ -95,7 +91,7 @@ def write_seeds_report(out_dir: Path, runs: Sequence[ScoredRun], found: Sequence
     return _write(Path(out_dir) / "report.html", page)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -115,14 +111,8 @@ def _environment() -> Environment:
 
 def _write(path: Path, page: str) -> Path:
     """Replace control and direction characters by U+FFFD; all text passes here."""
-    atomic_write(path, _CONTROL.sub("\ufffd", page).encode("utf-8", errors="replace"))
+    atomic_write(path, harmless(page).encode("utf-8", errors="replace"))
     return path
-
-
-def clip(text: Any, limit: int = MAX_CHARS) -> str:
-    """Return text for a page, not yet escaped; cut very long text."""
-    shown = str(text)
-    return shown if len(shown) <= limit else f"{shown[:limit]} … ({len(shown) - limit} more characters)"
 
 
 def number(value: Any, name: str = "") -> str:
@@ -181,6 +171,8 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "spikes": [(curve.folder.base, spike) for curve in curves for spike in curve.spikes],
         "charts": charts.of_run(summary, metric, curves, stages),
         "metric_names": _metric_names(summary),
+        "people": annotated(run),
+        "people_headings": HEADINGS,
         "answers": _answers(run),
         "selections": _selections(run),
         "pairs": _pairs(run),

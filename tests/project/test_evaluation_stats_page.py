@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from commands import macpo
-from tiny import OPTIM, init, tiny
+from standalone_runs import make_base
+from tiny import OPTIM, tiny
 
 from macpo.config import Recipe
 from macpo.engine.data.records import Pair, read_records
@@ -30,9 +31,9 @@ def blocks(language: str) -> list[str]:
 
 
 def small() -> dict[str, Any]:
-    """Two teachers, a student and a ceiling on the page's data block; the page does not speak of iterations."""
-    agent = {"init": init(16), "tuning": {"type": "full"}}
-    tree = tiny(Path("runs/mine"), iterations=0, teachers=[agent, agent], student=agent).model_dump(mode="json")
+    """A teacher, a student and a ceiling on the page's data block; the page does not speak of iterations."""
+    agent = {"model": "base", "tuning": {"type": "lora", "rank": 2}}
+    tree = tiny(Path("runs/mine"), iterations=0, teachers=[agent], student=agent).model_dump(mode="json")
     training = {"positive": OPTIM, "negative": OPTIM}
     tree |= {"teacher_training": training, "student_training": training, "sampling": {"max_new_tokens": 6}}
     (block,) = blocks("yaml")
@@ -43,6 +44,7 @@ def test_every_block_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"how do i sit {i} ?", "chosen": f"thanks {i} .", "rejected": "no"} for i in range(120)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_base(Path("base"), context=64)
     Path("mine.yaml").write_text(dump(Recipe.model_validate(small())))
     commands = [line.partition("#")[0].strip() for line in "".join(blocks("sh")).splitlines()]
     alone, seeds, report = (shlex.split(line) for line in commands)
@@ -64,10 +66,9 @@ def test_every_block_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert Path("runs/mine-seeds/claims.txt").read_text().splitlines()[3].startswith("final student > mean initial")
 
     summary = RunReader(Path("runs/mine")).summary
-    assert sorted(summary["development"]) == ["teacher0", "teacher1"]
-    tried = {name: row["preference_accuracy"] for name, row in summary["development"].items()}
-    best = max(tried, key=tried.__getitem__)
-    assert summary["pgr"][1]["weak_agent"] == f"initial teacher that is best on development prompts ({best})"
+    assert summary["development"]["teacher0"]["preference_pairs"] == 8
+    weak = [gap["weak_agent"] for gap in summary["pgr"]]
+    assert weak == ["mean initial teacher", "initial teacher that is best on development prompts (teacher0)"]
     assert json.loads(Path("runs/mine/summary.json").read_text())["pgr"] == summary["pgr"]
 
     data = folder_of(Path("runs/mine"), "data")

@@ -58,7 +58,6 @@ MAY_IMPORT = {
         "demo_world": "engine",
         "evaluation": "engine",
         "integrations": "engine kernels",
-        "report": "engine evaluation",
         "data_settings": "engine demo_world",
         "scorer_settings": "engine data_settings",
         "config": "engine data evaluation demo_world data_settings scorer_settings",
@@ -67,12 +66,12 @@ MAY_IMPORT = {
         "standalone": "engine kernels data evaluation demo_world data_settings scorer_settings config method",
         "iteration": "engine config method",
         "methods": "engine config method iteration",
-        "comparison": "engine config method methods",
+        "comparison": "engine demo_world evaluation config method methods",
+        "report": "engine evaluation comparison",
+        "annotation": "engine evaluation report",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": (
-            "engine data evaluation demo_world report scorer_settings config method methods comparison standalone "
-            "recipe_kinds"
-        ),
+        "commands": "engine data evaluation demo_world report annotation scorer_settings config method methods comparison "
+        "standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }
