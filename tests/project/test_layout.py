@@ -70,8 +70,8 @@ MAY_IMPORT = {
         "report": "engine evaluation comparison",
         "annotation": "engine evaluation report",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world report annotation scorer_settings config method methods comparison "
-        "standalone recipe_kinds",
+        "commands": "engine data evaluation demo_world report annotation scorer_settings config method methods "
+        "comparison standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }
