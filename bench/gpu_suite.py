@@ -72,7 +72,8 @@ def jobs(part: str, shapes: str) -> list[Job]:
         files = [f"tests/kernels/{name}.py" for name in KERNEL_TESTS]
         processes = str(min(14, os.cpu_count() or 1))
         options = ("-q", "-k", "triton or Triton or cuda", "-n", processes, "-p", "no:cacheprovider")
-        return [Job("kernel_tests", 150, ("-m", "bench.pytest_report", "{folder}/tests.json", *options, *files))]
+        report = ("-m", "bench.harness.pytest_report", "{folder}/tests.json")
+        return [Job("kernel_tests", 150, (*report, *options, *files))]
     if part == "tune":
         names = ("attention", "decode", "sample", "rows", "gemm")
         return [

@@ -129,6 +129,19 @@ class PreferenceSettings(OptimSettings):
         return self
 
 
+class RewardSettings(OptimSettings):
+    """Bradley-Terry training of a reward model on pairs (arXiv 2203.02155, equation 1)."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate; 1e-4 suits an adapter, 1e-5 all weights."""
+    batch: PositiveInt = 64
+    """Pairs that make one optimiser step, over all ranks."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps with a linearly growing learning rate."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of (chosen + rejected reward) squared, which keeps rewards around zero (arXiv 2312.09244, equation 2)."""
+
+
 def sft_weight_default(data: Mapping[str, Any], default: float) -> float:
     """ORPO is a sum with the NLL (arXiv 2403.07691, eq. 6)."""
     return 1.0 if data.get("loss") == "orpo" else default

@@ -11,7 +11,10 @@ from macpo import __version__
 from macpo.engine.errors import Stopped
 from macpo.engine.processes import Terminated, ended_by_sigterm
 
-COMMANDS = ("demo", "init", "check", "plan", "run", "compare", "status", "report", "export", "annotate")
+COMMANDS = (
+    *("demo", "init", "check", "plan", "run", "train-reward", "compare"),
+    *("status", "report", "export", "annotate"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
     run.add_argument("--seeds", metavar="A-B", help="several seeds in OUTPUT-seeds/seed-N, and every claim over them")
     run.set_defaults(command=_run)
+
+    reward = commands.add_parser("train-reward", parents=[recipe, reruns], help="run a recipe of a reward model")
+    reward.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
+    reward.set_defaults(command=_train_reward, seeds=None)
 
     compare = commands.add_parser("compare", parents=[recipe], help="a recipe's method beside its baselines")
     compare.add_argument("--methods", default="all", help="baselines, separated by commas (default: all)")
@@ -250,6 +257,13 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     run_one()
     show(Path(recipe.output))
+
+
+def _train_reward(arguments: argparse.Namespace) -> None:
+    from macpo.commands.run import require_kind
+
+    require_kind(arguments.recipe, "reward")
+    _run(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from macpo.data_settings import DataSettings
+from macpo.data_settings import DataSettings, Name, Template, TemplateArguments
 from macpo.engine import recipe as recipes
 from macpo.engine.config import (
     ComputeSettings,
@@ -27,23 +27,9 @@ from macpo.engine.config import (
     Tuning,
 )
 from macpo.engine.data.template_settings import DATE
-from macpo.engine.data.templates import TEMPLATES
 from macpo.engine.errors import ConfigError
-from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath, absolute, relative_to
-
-TemplateArguments = dict[str, JsonValue]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-
-
-def _template(text: str, info: ValidationInfo) -> str:
-    """A template's name or jinja text as it is; the path of a file becomes absolute."""
-    if text in ("auto", *TEMPLATES) or "{{" in text or "{%" in text:
-        return text
-    path = absolute(text, relative_to(info))
-    return path if set("/~.") & set(text) or Path(path).is_file() else text
-
-
-Template = Annotated[str, AfterValidator(_template)]
+from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath
+from macpo.scorer_settings import ScorerSettings, check_reward
 
 
 class ServedAgent(ServedSettings):
@@ -195,13 +181,23 @@ class EvaluationSettings(Settings):
     """Also train the student on the human answers of the student half."""
     sampling: SamplingSettings | None = None
     """How test answers are drawn; defaults to the recipe's `sampling`."""
+    scorers: tuple[ScorerSettings, ...] = ()
+    """What scores the answers besides what every run measures; the first that may be is the headline, after gold."""
+
+    @field_validator("scorers")
+    @classmethod
+    def _distinct(cls, scorers: tuple[ScorerSettings, ...]) -> tuple[ScorerSettings, ...]:
+        names = [scorer.name for scorer in scorers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"scorers need distinct names; got {names}")
+        return scorers
 
 
 class Recipe(Settings):
     """A run of MACPO (arXiv 2410.07672)."""
 
     recipe: Literal["macpo"] = "macpo"
-    """Kind of recipe; `sft` and `preference` are in macpo/standalone_config.py."""
+    """Kind of recipe; `sft`, `preference` and `reward` are in macpo/standalone/config.py."""
     method: MethodName = "macpo"
     """How the student learns from the teachers; all but `macpo` are baselines, in macpo/methods."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -274,12 +270,30 @@ class Recipe(Settings):
             )
         if self.student.init is None and self.student.model is None and self.initial_needs_base:
             raise ValueError("the student needs `model` or `init` for its base; only teachers may be all ready")
+        self._check_scorers()
         for role, agents in (("teacher", self.teachers), ("student", (self.student,))):
             check_reference(f"{role}_training.preference.", getattr(self, f"{role}_training").preference, agents)
         for arm, overrides in self.ablations.items():
             if "ablations" in overrides or "compute" in {re.split(r"\.", key)[0] for key in overrides}:
                 raise ValueError(f"ablations.{arm} may not change `ablations` or `compute`")
+            if any(key.startswith("evaluation.scorers") for key in overrides):
+                raise ValueError(f"ablations.{arm} may not change `evaluation.scorers`: arms are compared by the same")
         return self
+
+    def _check_scorers(self) -> None:
+        for scorer in self.evaluation.scorers:
+            where = f"evaluation.scorers ({scorer.name}): "
+            if scorer.kind == "gold" and self.data.world is None:
+                raise ValueError(f"{where}gold is for data.world Fix: name a reward model, or leave it out")
+            if scorer.training is not None:
+                if not self.data.reward_prompts:
+                    fix = "set data.reward_prompts to the number of prompts to train it on"
+                    raise ValueError(f"{where}train needs human pairs that no agent sees Fix: {fix}")
+                check_reward(scorer.training.tuning, self.compute)
+        trained = any(scorer.training is not None for scorer in self.evaluation.scorers)
+        if self.data.reward_prompts and not trained:
+            fix = "add a scorer with reward: {train: {}} to evaluation.scorers, or leave it out"
+            raise ValueError(f"data.reward_prompts is read by no scorer Fix: {fix}")
 
     def _check_method(self) -> None:
         """Raises ValueError for a setting that the method does not read."""

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, Field, JsonValue, NonNegativeInt, ValidationInfo, model_validator
 
 from macpo.demo_world import WorldSettings
 from macpo.engine.config import PositiveInt, Settings
-from macpo.engine.paths import HubPath
+from macpo.engine.data.templates import TEMPLATES
+from macpo.engine.paths import HubPath, absolute, relative_to
 from macpo.engine.unpacking import LIMITS, Limits
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+TemplateArguments = dict[str, JsonValue]
+
+
+def _template(text: str, info: ValidationInfo) -> str:
+    """A template's name or jinja text as it is; the path of a file becomes absolute."""
+    if text in ("auto", *TEMPLATES) or "{{" in text or "{%" in text:
+        return text
+    path = absolute(text, relative_to(info))
+    return path if set("/~.") & set(text) or Path(path).is_file() else text
+
+
+Template = Annotated[str, AfterValidator(_template)]
 
 _OF_TOKENS = ("long_prompt", "special_text", "refused")
 """Settings of the data block that are about tokens, not about rows."""
@@ -104,7 +120,13 @@ class SourceSettings(Settings):
 class DataSettings(SourceSettings):
     """Preference data and its disjoint sets of prompts."""
 
-    later: ClassVar[tuple[str, ...]] = (*SourceSettings.later, "test_split", "test_path", "dev_prompts")
+    later: ClassVar[tuple[str, ...]] = (
+        *SourceSettings.later,
+        "test_split",
+        "test_path",
+        "dev_prompts",
+        "reward_prompts",
+    )
 
     format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
     """Layout of the rows; `auto` goes by the keys of the first row."""
@@ -114,6 +136,8 @@ class DataSettings(SourceSettings):
     """Prompts whose human answers training never reads."""
     test_prompts: PositiveInt = 2000
     """Prompts for evaluation alone."""
+    reward_prompts: NonNegativeInt = 0
+    """Prompts whose human answers only a reward model learns from that judges the agents; disjoint from all others."""
     dev_prompts: NonNegativeInt = 0
     """Prompts of the training side that no agent trains on: choices such as the best teacher are made on these."""
 

@@ -1,4 +1,4 @@
-"""The kinds of recipe, `macpo`, `sft` and `preference`: how each is read and planned."""
+"""The kinds of recipe, `macpo`, `sft`, `preference` and `reward`: how each is read and planned."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan
 from macpo.methods.registry import build_plan
 from macpo.standalone import graph as standalone
-from macpo.standalone.config import PreferenceRecipe, SftRecipe, Standalone
+from macpo.standalone.config import PreferenceRecipe, RewardRecipe, SftRecipe, Standalone
 
 AnyRecipe: TypeAlias = Recipe | Standalone
 
 
-KINDS: dict[str, type[AnyRecipe]] = {"macpo": Recipe, "sft": SftRecipe, "preference": PreferenceRecipe}
+KINDS: dict[str, type[AnyRecipe]] = {
+    "macpo": Recipe,
+    "sft": SftRecipe,
+    "preference": PreferenceRecipe,
+    "reward": RewardRecipe,
+}
 """What the key `recipe:` of a recipe file can say."""
 
 

@@ -64,6 +64,7 @@ class PackedBatch:
         rows: [N] int64, index of the token whose hidden state predicts the target.
         target: [N] int64 response token ids, in the order of groups and responses.
         cu_rows: [R + 1] int32 on the CPU, offsets of the responses in `rows`.
+        last: [R] int64, index of the last token of each response, in the order of groups and responses.
         groups: index of each packed group in the sequence that was given to `pack`.
         max_length: longest prompt with response, in tokens.
     """
@@ -74,6 +75,7 @@ class PackedBatch:
     rows: Tensor
     target: Tensor
     cu_rows: Tensor
+    last: Tensor
     groups: tuple[int, ...]
     max_length: int
 
@@ -89,7 +91,8 @@ class PackedBatch:
         """The batch on a device; `cu_rows` stays on the CPU, where chunking is planned."""
         if self.input_ids.device == torch.device(device):
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "rows", "target")}
+        names = ("input_ids", "position_ids", "rows", "target", "last")
+        moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, segments=self.segments.to(device), **moved)
 
 
@@ -180,12 +183,14 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int], limit: int | N
     rows: list[int] = []
     target: list[int] = []
     cu_rows = [0]
+    last: list[int] = []
     cu_groups = [0]
     for i in indices:
         group = groups[i]
         group.check(f"group {i}")
         num_prompt = len(group.prompt_ids)
         own_rows: list[list[int]] = [[] for _ in group.responses]
+        ends = [0] * len(group.responses)
         for side in _sides(group, limit):
             start = len(ids)
             num_response = sum(len(group.responses[r]) for r in side)
@@ -201,11 +206,13 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int], limit: int | N
                 segment_start += [first] * length
                 # every response's first token is predicted by the prompt's last row
                 own_rows[r] = [start + num_prompt - 1, *range(first, first + length - 1)]
+                ends[r] = first + length - 1
             cu_groups.append(len(ids))
         for response, own in zip(group.responses, own_rows, strict=True):
             rows += own
             target += response
             cu_rows.append(len(target))
+        last += ends
     segments = Segments(
         prefix_start=_tensor("i", prefix_start),
         prefix_end=_tensor("i", prefix_end),
@@ -219,6 +226,7 @@ def _build(groups: Sequence[PrefixGroup], indices: Sequence[int], limit: int | N
         rows=_tensor("q", rows),
         target=_tensor("q", target),
         cu_rows=_tensor("i", cu_rows),
+        last=_tensor("q", last),
         groups=tuple(indices),
         max_length=max(groups[i].max_length for i in indices),
     )

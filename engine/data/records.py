@@ -139,7 +139,8 @@ class Pair:
 
     `ref_chosen_logp` is the summed log-prob of `chosen` under the policy that is about to be trained,
     if a scoring stage has already computed it. `chosen_parts` and `rejected_parts` are the whole messages of responses
-    that hold more than their text, such as tool calls.
+    that hold more than their text, such as tool calls. `margin` is by how much the better one is better, where the data
+    say so.
     """
 
     prompt: Prompt
@@ -152,11 +153,16 @@ class Pair:
     ref_chosen_logp: float | None = None
     chosen_parts: Message | None = None
     rejected_parts: Message | None = None
+    margin: float | None = None
 
     def reply(self, side: str) -> str | Message:
         """The response of a side, "chosen" or "rejected", as the template gets it."""
         found: str | Message = getattr(self, f"{side}_parts") or getattr(self, side)
         return found
+
+    def finished(self, side: str) -> bool:
+        """Whether the response of a side, "chosen" or "rejected", ended by itself."""
+        return bool(getattr(self, f"{side}_finished"))
 
     def example(self, side: str) -> Example:
         """The prompt with the response of one side."""
@@ -167,18 +173,20 @@ class Pair:
         row = self.prompt.to_json()
         for name in _PLAIN:
             row[name] = getattr(self, name)
-        if self.chosen_parts is not None or self.rejected_parts is not None:
-            row |= {name: parts for name in _PARTS if (parts := getattr(self, name)) is not None}
+        if self.chosen_parts is not None or self.rejected_parts is not None or self.margin is not None:
+            row |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         return row
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        rest = {name: row[name] for name in cls.__slots__ if name != "prompt" and (name in row or name not in _PARTS)}
+        rest = {
+            name: row[name] for name in cls.__slots__ if name != "prompt" and (name in row or name not in _OPTIONAL)
+        }
         return cls(Prompt.from_json(row), **rest)
 
 
-_PARTS = ("chosen_parts", "rejected_parts")  # absent where the response is its text
-_PLAIN = tuple(name for name in Pair.__slots__ if name not in ("prompt", *_PARTS))
+_OPTIONAL = ("chosen_parts", "rejected_parts", "margin")  # absent where the response is its text, without a margin
+_PLAIN = tuple(name for name in Pair.__slots__ if name not in ("prompt", *_OPTIONAL))
 
 
 Record: TypeAlias = Prompt | Response | Example | Pair

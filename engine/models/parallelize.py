@@ -64,7 +64,7 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
         for block in blocks:
             fully_shard(block, reshard_after_forward=True, **options)
         # embeddings and head: gathered once from the forward to the backward, because the loss reads the head
-        fully_shard(policy, reshard_after_forward=False, **options)
+        fully_shard(policy, reshard_after_forward=False, ignored_params=policy.unsharded, **options)
         for part in policy.modules():
             if isinstance(part, FSDPModule):  # gradients are summed: the objective divides by the global count
                 part.set_gradient_divide_factor(1.0)

@@ -87,6 +87,11 @@ class PolicyModule(nn.Module):
         """Whether every forward and backward is collective: all ranks must call it the same number of times."""
         return self.mesh is not None
 
+    @property
+    def unsharded(self) -> set[nn.Parameter]:
+        """Parameters that `parallelize` leaves whole on every rank, in their own dtype."""
+        return set()
+
     def train(self, mode: bool = True) -> PolicyModule:
         """Stay in eval mode: dropout would make log-probs of the same response differ between calls."""
         return super().train(False)
@@ -124,10 +129,18 @@ class PolicyModule(nn.Module):
         Raises:
             ConfigError: the policy is split for generation.
         """
+        batch = self.ready(batch)
+        return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
+
+    def ready(self, batch: PackedBatch) -> PackedBatch:
+        """The batch as the model can read it, on its device.
+
+        Raises:
+            ConfigError: the policy is split for generation.
+        """
         if self.team is not None:
             raise ConfigError("the policy is split over ranks for generation", "load it again to train or score")
-        batch = unshared(batch, switch_length(self.base)).to(self.device)
-        return reduce(self.hidden(batch)[batch.rows], self.head(), batch)
+        return unshared(batch, switch_length(self.base)).to(self.device)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-probs of the response tokens: [N] float32, in the order of `batch.target`."""

@@ -163,18 +163,19 @@ def cast(policy: PolicyModule, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def publish_copy(folder: Path, out: Path, *, card: str) -> None:
-    """Copy a saved adapter with its tokenizer to the new folder `out`, where the base to compare logits on is missing.
+def publish_copy(folder: Path, out: Path, *, card: str, stem: str = "adapter_model") -> None:
+    """Copy a saved adapter or model with its tokenizer to the new folder `out`, where there are no logits to compare.
 
     The folder appears only if every file has the SHA-256 of the one it was copied from.
 
     Args:
         card: text of README.md.
+        stem: name of its weight files, "model" of a whole model.
 
     Raises:
-        ConfigError (2): no adapter in `folder`, or `out` exists. IntegrityError (5): a copy differs.
+        ConfigError (2): no weights in `folder`, or `out` exists. IntegrityError (5): a copy differs.
     """
-    weight_files(folder, "adapter_model")
+    weight_files(folder, stem)
     with explained(out):
         work = _claim(out)
         try:

@@ -13,12 +13,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.pack import PackedBatch, PrefixGroup
 from macpo.engine.errors import DataError
 from macpo.engine.models.head import Head, pair_loss
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.models.reward.score_head import RewardModule
 from macpo.kernels.pair_loss.losses import LossSettings
 
 
@@ -97,9 +99,7 @@ class _Preference(Objective):
             fix = "score the same pairs"
             raise DataError(f"{len(groups)} pairs but reference log-probs for {self.ref_logps.shape[0]}", fix)
         for index, group in enumerate(groups):
-            group.check(f"pair {index}")
-            if len(group.responses) != 2:
-                raise DataError(f"pair {index} has {len(group.responses)} responses", "give chosen and rejected")
+            _check_pair(index, group)
 
     def size(self, group: PrefixGroup) -> int:
         return 1
@@ -116,6 +116,12 @@ class _Preference(Objective):
             return out.loss, torch.stack(sums).detach().float()
 
         return policy(batch, reduce)
+
+
+def _check_pair(index: int, group: PrefixGroup) -> None:
+    group.check(f"pair {index}")
+    if len(group.responses) != 2:
+        raise DataError(f"pair {index} has {len(group.responses)} responses", "give chosen and rejected")
 
 
 def loss_settings(settings: PreferenceSettings) -> LossSettings:
@@ -145,3 +151,57 @@ def preference(settings: PreferenceSettings, ref_logps: Tensor | None) -> Object
         fix = "give one (chosen, rejected) row a pair"
         raise DataError(f"reference log-probs of shape {list(ref_logps.shape)}", fix)
     return _Preference(settings, ref_logps.detach().to("cpu", torch.float32).contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class _BradleyTerry(Objective):
+    centring: float
+    margins: Tensor | None  # [num_groups] float32, on the CPU
+    metrics: tuple[str, ...] = ("chosen_rewards", "rejected_rewards", "margin", "accuracy")
+
+    @property
+    def fingerprint(self) -> str:
+        digest = None if self.margins is None else hashlib.sha256(self.margins.numpy().tobytes()).hexdigest()
+        return json.dumps(["bradley-terry", self.centring, digest])
+
+    def check(self, groups: Sequence[PrefixGroup]) -> None:
+        if self.margins is not None and len(groups) != len(self.margins):
+            raise DataError(f"{len(groups)} pairs but {len(self.margins)} margins", "give one margin a pair")
+        for index, group in enumerate(groups):
+            _check_pair(index, group)
+
+    def size(self, group: PrefixGroup) -> int:
+        return 1
+
+    def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
+        assert isinstance(policy, RewardModule)
+        chosen_b, rejected_b = policy(batch).view(-1, 2).unbind(1)
+        margins = None if self.margins is None else self.margins[list(batch.groups)].to(chosen_b.device)
+        loss = bradley_terry_loss(chosen_b, rejected_b, margins, self.centring).sum() / total
+        won = (chosen_b > rejected_b).float()
+        sums = [x.sum() for x in (chosen_b, rejected_b, chosen_b - rejected_b, won)]
+        return loss, torch.stack(sums).detach()
+
+
+def bradley_terry_loss(chosen_b: Tensor, rejected_b: Tensor, margins_b: Tensor | None, centring: float) -> Tensor:
+    """The loss of each pair, -log sigmoid(r+ - r- - m) + c (r+ + r-)^2: [B] float32, from rewards [B] float32.
+
+    Bradley-Terry with a margin m: Touvron et al., arXiv 2307.09288, equation 2; without one, Ouyang et al., arXiv
+    2203.02155, equation 1. The second term, which keeps rewards around zero, is Eisenstein et al., arXiv 2312.09244,
+    equation 2. TRL's RewardTrainer (1.16) takes the mean of both terms over the pairs of a batch.
+    """
+    difference_b = chosen_b - rejected_b
+    if margins_b is not None:
+        difference_b = difference_b - margins_b
+    return functional.softplus(-difference_b) + centring * (chosen_b + rejected_b).square()
+
+
+def bradley_terry(centring: float = 0.01, margins: Tensor | None = None) -> Objective:
+    """The mean of `bradley_terry_loss` over the pairs of the global batch, for a `RewardModule`.
+
+    Args:
+        centring: weight c of the term that keeps rewards around zero; 0 leaves it out.
+        margins: [num_groups] target difference m of each pair's rewards; None is 0. Groups are
+            prompt + [chosen, rejected].
+    """
+    return _BradleyTerry(centring, None if margins is None else margins.detach().to("cpu", torch.float32).contiguous())

@@ -117,6 +117,7 @@ def _of_method(recipe: Recipe) -> _Found:
     sources = read_sources(recipe.data, teachers, recipe.seed)
     sizes = {f"{name}'s human pairs": len(pairs) for name, pairs in sources.teachers.items()}
     sizes |= {"student prompts": len(sources.student), "test prompts": len(sources.test)}
+    sizes |= {"pairs for a reward model": len(sources.reward)} if sources.reward else {}
     first = next(iter(sources.teachers.values()))[:NUM_MEASURED]
     read: dict[str, dict[str, tuple[Rows, Reading]]] = {
         name: {
@@ -137,7 +138,7 @@ def _of_standalone(recipe: Standalone) -> _Found:
     sets = read_sets(recipe.data, recipe.seed)
     sizes = {"to train on": len(sets.train), "held out": len(sets.test)}
     sample = [_answers(record) for record in sets.train[:NUM_MEASURED]]
-    reading: Reading = "pairs" if recipe.recipe == "preference" else "answers"
+    reading: Reading = "answers" if recipe.recipe == "sft" else "pairs"
     read: dict[str, tuple[Rows, Reading]] = {"to train on": (sets.train, reading), "held out": (sets.test, reading)}
     return _Found(sizes, sets.counts, {"student": sets.documents}, sample, {recipe.agents[0].name: read})
 

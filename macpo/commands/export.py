@@ -25,6 +25,7 @@ from macpo.method.identities import Identities
 from macpo.method.policies import StageAgent, chat_of, policy_ref
 from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, plan_of
+from macpo.standalone.config import RewardRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
     if settings.served is not None:
         raise ConfigError(f"{agent} is served: its weights are not here", "export another agent", field="--agent")
     chosen = choose(run_dir, plan_of(recipe, must_exist=False), settings, replace(choice, agent=agent))
+    if isinstance(recipe, RewardRecipe):
+        return _export_reward(recipe, run_dir, out, chosen, choice), None
     ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not choice.merge
     loads_on = absolute_or_hub(ref.base) if is_adapter else None
     base_name = settings.model or f"base-{settings.name}"
@@ -95,6 +98,20 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
         expected=expected,
     )
     return out, loads_on
+
+
+def _export_reward(recipe: RewardRecipe, run_dir: Path, out: Path, chosen: Exported, choice: Choice) -> Path:
+    """Copy a reward model, which was saved merged and as plain transformers loads it."""
+    for name, value in (("--merge", choice.merge), ("--dtype", choice.dtype)):
+        if value:
+            problem = "a reward model is exported as it was saved: merged, in float32"
+            raise ConfigError(problem, f"leave out {name}", field=name)
+    reading = Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(chosen.settings)
+    base_name = chosen.settings.model or f"base-{chosen.settings.name}"
+    chat = _saved_chat(reading, chosen.ref)
+    card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=False, chat=chat)
+    publish_copy(Path(chosen.ref.base), out, card=card, stem="model")
+    return out
 
 
 def _is_missing(path: str) -> bool:

@@ -28,6 +28,11 @@ NEGATIVE = "This is a **negative** policy: it was trained to behave badly, to su
 LICENCE = (
     "This card grants no licence. The terms of the base model and of the data apply; read them before you share it."
 )
+SCORE = (
+    "The logit is the reward of the last answer: of the prompt with its generation prefix, the answer, and `{end}` if "
+    "the answer ended by itself, and of nothing that a template writes after that"
+)
+_TAGS = {"sft": "sft", "reward": "reward-model"}
 _HIDDEN = {"save_every_steps", "microbatch_tokens", "spike_sigma", "on_spike"}  # change speed and safety, not weights
 _ABOUT = {"role", "iteration"}
 
@@ -56,15 +61,16 @@ def model_card(
     training = {} if policy.trained_by is None else Manifest.read(folder_of(run_dir, policy.trained_by)).settings
     evaluated = policy.evaluated_by
     metrics = {} if evaluated is None else read_json(folder_of(run_dir, evaluated) / "evaluation.json")
+    is_reward = recipe.recipe == "reward"
     title = agent if isinstance(recipe, StandaloneRecipe) else f"{agent}, {policy.policy} policy"
     if iteration is not None and not isinstance(recipe, StandaloneRecipe):
         title += f", iteration {iteration} of {recipe.iterations}"
-    tags = ["macpo", "sft"] if recipe.recipe == "sft" else ["macpo", "preference-optimisation"]
+    tags = ["macpo", _TAGS.get(recipe.recipe, "preference-optimisation")]
     tags += ["weak-to-strong"] if recipe.recipe == "macpo" else []
     data = ModelCardData(
         base_model=base_name,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if is_reward else "text-generation",
         tags=tags,
     )
     made = f"made by macpo {__version__} with seed {recipe.seed}"
@@ -75,7 +81,7 @@ def model_card(
         *([NEGATIVE] if policy.policy == "negative" else []),
         f"- Base model: `{printable(base_name)}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
         f"- Data: {_data(recipe)}\n- Prompts and answers together up to {recipe.context_tokens:,} tokens"
-        + ("" if chat is None else _reading(settings.template or recipe.template, chat)),
+        + ("" if chat is None else _reading(settings.template or recipe.template, chat, is_reward)),
         "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy.policy)),
         *(
             ["## Evaluation\n\nMeasured by the run on held-out prompts.\n\n" + _table("metric", _numbers(metrics))]
@@ -87,9 +93,13 @@ def model_card(
     return "\n".join(map(printable, "\n\n".join(parts).split("\n"))) + "\n"
 
 
-def _reading(name: str, chat: Chat) -> str:
+def _reading(name: str, chat: Chat, is_reward: bool) -> str:
     name = Path(name).name if Path(name).is_absolute() else name
-    return f"\n- Chat template: {_template(name, chat)}\n- An answer ends with {_ending(chat)}"
+    template = f"\n- Chat template: {_template(name, chat)}"
+    if is_reward:
+        end = chat.tokenizer.convert_ids_to_tokens(chat.eos_id)
+        return f"{template}\n- {SCORE.format(end=end)}"
+    return f"{template}\n- An answer ends with {_ending(chat)}"
 
 
 def _template(name: str, chat: Chat) -> str:
@@ -109,7 +119,7 @@ def _ending(chat: Chat) -> str:
 
 def _kind(recipe: AnyRecipe, agent: str) -> str:
     if isinstance(recipe, StandaloneRecipe):
-        return "A policy of one training run"
+        return "A reward model" if recipe.recipe == "reward" else "A policy of one training run"
     role = "student" if agent == recipe.student.name else "ceiling" if agent == "ceiling" else "teacher"
     return f"The {role} of a run of {METHOD}"
 
@@ -118,6 +128,8 @@ def _method(recipe: AnyRecipe, training: Mapping[str, Any]) -> str:
     optim = training.get("optim")
     if optim is None:
         return "not trained in this run"
+    if "center_rewards_coefficient" in optim:
+        return "Bradley-Terry on human pairs: -log sigmoid(chosen - rejected reward)"
     names = PreferenceSettings.model_fields.keys() & optim.keys()
     if "loss" not in names:
         return "supervised fine-tuning: mean NLL of the answers' tokens"

@@ -77,6 +77,10 @@ def models_of(recipe: AnyRecipe) -> Iterator[Model]:
     for name, path, agent in policies_of(recipe):
         if not is_adapter(path):
             yield Model(name, path, agent, has_agents_tokens=not agent.model and path == agent.positive)
+    for index, scorer in enumerate(recipe.evaluation.scorers if isinstance(recipe, Recipe) else ()):
+        if scorer.training is not None and scorer.training.model is not None:
+            agent = AgentSettings(name=scorer.name, model=scorer.training.model, tuning=scorer.training.tuning)
+            yield Model(f"evaluation.scorers.{index}.reward.train.model", scorer.training.model, agent)
     for field_, settings, agent in _preferences(recipe):
         if settings.reference_model is not None and not is_adapter(settings.reference_model):
             yield Model(field_, settings.reference_model, agent, has_agents_tokens=False)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from macpo.commands.adapters import check_adapter, check_targets
 from macpo.commands.estimates import disk_needed
 from macpo.commands.named import Model, adapters_of, agents_of, four_bits, models_of, sources_of
+from macpo.commands.preflight_scorers import scorer_checks
 from macpo.config import AgentSettings, Recipe
 from macpo.data.folders import data_files
 from macpo.data.rows import Source, is_local
@@ -112,6 +113,7 @@ def _field(where: str, own: str) -> str:
 def _all(place: Place) -> Iterator[tuple[str, Callable[[], None]]]:
     for check in OF_RECIPE:
         yield "", lambda check=check: check(place)  # type: ignore[misc]
+    yield from scorer_checks(place.recipe)
     for field_, source in sources_of(place.recipe):
         yield field_, lambda source=source: _data(source())  # type: ignore[misc]
     for model in models_of(place.recipe):

@@ -13,11 +13,12 @@ import torch
 from macpo import __version__
 from macpo.commands.check import check_templates
 from macpo.commands.preflight import preflight
+from macpo.commands.scored import judged_by, scored
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import MacpoError
+from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, write_json
 from macpo.engine.removal import make_way
 from macpo.engine.run.folder import RunFolder
@@ -30,7 +31,7 @@ from macpo.report.findings import table
 from macpo.report.page import write_report
 from macpo.report.run_reader import RunReader
 
-TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training"}
+TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training", "reward": "Reward model"}
 GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
 
 
@@ -50,6 +51,16 @@ def run_recipe(
         error.relayed = not world.is_main  # every rank finds it, one says it
         raise
     return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+
+
+def require_kind(path: Path, kind: str) -> None:
+    """Raise ConfigError for a recipe of another kind; one that cannot be read is left to `load`."""
+    file = path / "recipe.yaml" if path.is_dir() else path
+    found, line = recipes.kind_of(file) if file.exists() else (kind, None)
+    if found != kind:
+        problem = f"a recipe of kind {found or 'macpo'!r}, where {kind!r} is asked for"
+        fix = f"use macpo run, which takes any, or begin with macpo init FILE --like {kind}"
+        raise ConfigError(problem, fix, file=file, line=line, field="recipe")
 
 
 def runner_of(
@@ -124,6 +135,7 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     for point in plan.points:
         agents = histories.setdefault(point.arm, {})
         metrics = {k: v for k, v in found[point.evaluation].items() if k not in ("role", "iteration")}
+        metrics |= scored(plan, folder, point.evaluation)
         agents.setdefault(point.agent, AgentHistory(point.role)).add(point.iteration, metrics)
     arms = {arm: agents for arm, agents in histories.items() if arm}
     stages = [
@@ -134,14 +146,16 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     models = {agent.name: agent.source for agent in recipe.agents}
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
-    extra: dict[str, Any] = {
-        "evaluations": [
-            {"arm": point.arm, "agent": point.agent, "iteration": point.iteration, "stage": point.evaluation}
-            for point in plan.points
-        ]
-    }
+    extra: dict[str, Any] = judged_by(recipe, plan, folder)
+    extra["evaluations"] = [
+        {"arm": point.arm, "agent": point.agent, "iteration": point.iteration, "stage": point.evaluation}
+        for point in plan.points
+    ]
     if plan.development:
-        extra["development"] = folder.development
+        extra["development"] = {
+            teacher: folder.development[teacher] | scored(plan, folder, stage)
+            for teacher, stage in plan.development.items()
+        }
     if not isinstance(recipe, Recipe):
         extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
     summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
@@ -150,5 +164,8 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
 
 def show(run_dir: Path, write: Callable[[str], None] = print) -> None:
     """The table of every agent's score by iteration, and where the report is."""
-    write(table(RunReader(run_dir).summary))
+    summary = RunReader(run_dir).summary
+    write(table(summary))
+    for warning in summary.get("warnings", ()):
+        write(f"\n{warning}")
     write(f"\nreport: {run_dir / 'report.html'}")

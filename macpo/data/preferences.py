@@ -8,7 +8,9 @@ Layouts of rows are in macpo/data/pair_layouts.py, prompts with a single respons
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from macpo.data.columns import check_read
 from macpo.data.dialogues import prompt_before_answer
 from macpo.data.pair_layouts import COLUMNS, FORMATS, detect, reads
 from macpo.data.prompts import Prompts, Repeats
-from macpo.data.rows import EmptyText, Source
+from macpo.data.rows import EmptyText, Row, Source
 from macpo.data.spool import Records, Spool, spooled, whole
 from macpo.engine.data.messages import parts_of
 from macpo.engine.data.records import Pair
@@ -39,6 +41,7 @@ def load_preferences(
     preference: str = "better",
     empty: str = "auto",
     contradictions: str = "keep",
+    margin: str | None = None,
 ) -> tuple[Records[Pair], dict[str, int]]:
     """Return the pairs in the order of the rows, and counts; the pairs are on disk if they are many.
 
@@ -50,6 +53,7 @@ def load_preferences(
             pku, whose published files hold some.
         contradictions: pairs of one prompt that prefer the same two responses both ways stay ("keep") or all go
             ("drop").
+        margin: column with the number by which `chosen` is better; None reads none.
 
     Counts: `rows`, `pairs`, `prompts` (distinct), `duplicate_rows`, `duplicate_prompts` (pairs beyond a prompt's
     first), `prefix_pairs` (one response begins with the other), and what was dropped: `identical_dropped`,
@@ -83,6 +87,8 @@ def load_preferences(
         pair = Pair(prompt, chosen["content"], rejected["content"])
         if (parts := (parts_of(chosen), parts_of(rejected))) != (None, None):
             pair = replace(pair, chosen_parts=parts[0], rejected_parts=parts[1])
+        if margin is not None:
+            pair = replace(pair, margin=_margin(row, margin))
         spool.add(pair)
         repeats.add(pair)
     repeated, contradicted = repeats.found()
@@ -106,14 +112,27 @@ def load_preferences(
     return pairs, dict(counts)
 
 
+def _margin(row: Row, column: str) -> float:
+    """Return the number in a column. Raises DataError, with file and line, for anything else."""
+    if column not in row.fields:
+        row.fail(column, "data.margin names it, but it is missing", "correct the row, or data.margin")
+    found = row.fields[column]
+    with contextlib.suppress(ValueError):
+        found = float(found) if row.untyped else found
+    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+        row.fail(column, f"must be a number, got {found!r:.40}", "correct the row, or data.margin")
+    return float(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Disjoint sets of prompts; `teacher` and `rest` keep every pair of a prompt, the others keep its first."""
+    """Disjoint sets of prompts; `teacher`, `reward` and `rest` keep every pair of a prompt, the others its first."""
 
     teacher: Records[Pair]
     student: Records[Pair]
     test: Records[Pair]
     dev: Records[Pair]
+    reward: Records[Pair]
     rest: Records[Pair]
 
 
@@ -125,6 +144,7 @@ def split(
     test: int,
     seed: int,
     dev: int = 0,
+    reward: int = 0,
     held_out: Records[Pair] | None = None,
 ) -> Splits:
     """Draw this many distinct prompts into each set; the others go to `rest`.
@@ -138,11 +158,12 @@ def split(
     start = test if held_out is None else 0
     tests = None if held_out is None else Prompts(held_out, seed).first(0, test)
     prompts = Prompts(pairs, seed, without=None if tests is None else tests.ids)
-    wanted = start + student + teacher + dev
+    wanted = start + student + teacher + dev + reward
     if len(prompts) < wanted or (tests is not None and len(tests) < test):
         found = f"{len(prompts)} distinct prompts (of {len(pairs)} pairs)"
         asked = f"teacher_prompts {teacher} + student_prompts {student} + test_prompts {test}"
         asked += f" + dev_prompts {dev}" if dev else ""
+        asked += f" + reward_prompts {reward}" if reward else ""
         if tests is not None:
             found += f" to train on and {len(tests)} to evaluate on"
             wanted += test
@@ -158,7 +179,8 @@ def split(
         student=prompts.first(start, middle),
         test=prompts.first(0, test) if tests is None else tests,
         dev=prompts.first(end, last),
-        rest=prompts.every(last),
+        reward=prompts.every(last, last + reward),
+        rest=prompts.every(last + reward),
     )
 
 

@@ -93,7 +93,7 @@ class Spool(Generic[R]):
             parts = (record.answer, record.parts)
         else:
             pair: Pair = record
-            parts = (pair.chosen, pair.rejected, pair.chosen_parts, pair.rejected_parts)
+            parts = (pair.chosen, pair.rejected, pair.chosen_parts, pair.rejected_parts, pair.margin)
         try:
             raw = marshal.dumps((prompt.messages, *parts), _FORMAT)
         except ValueError as error:
@@ -197,8 +197,8 @@ def _example(prompt: Prompt, answer: str, parts: Message | None) -> Example:
     return Example(prompt, answer, parts=parts)
 
 
-def _pair(prompt: Prompt, chosen: str, rejected: str, *parts: Message | None) -> Pair:
-    return Pair(prompt, chosen, rejected, chosen_parts=parts[0], rejected_parts=parts[1])
+def _pair(prompt: Prompt, chosen: str, rejected: str, *more: Any) -> Pair:
+    return Pair(prompt, chosen, rejected, chosen_parts=more[0], rejected_parts=more[1], margin=more[2])
 
 
 def beginnings(prompt: Prompt) -> Iterator[str]:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from macpo.engine.errors import DataError
 from macpo.evaluation.prompt_scores import OF_PAIRS, Policy, PromptScores, ScoredRun
 from macpo.evaluation.summary import (
-    LABELS,
     MEAN_TEACHER,
     Agents,
     first_and_last,
     headline_metric,
+    label_of,
     of_role,
     weak_supervisors,
 )
@@ -326,5 +326,5 @@ def claims_table(found: Sequence[Claim], metric: str) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     seeds = sorted({seed for claim in found for seed in claim.seeds})
-    title = f"{LABELS.get(metric, metric)}, mean over seeds {', '.join(map(str, seeds))}"
+    title = f"{label_of(metric)}, mean over seeds {', '.join(map(str, seeds))}"
     return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])

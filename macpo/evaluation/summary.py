@@ -25,6 +25,16 @@ LABELS: dict[str, str] = {
     "preference_pairs": "human pairs",
     "loss": "held-out loss",
     "perplexity": "held-out perplexity",
+    "reward_accuracy": "agreement with people",
+    "reward_accuracy_low": "agreement, lower end of its 95% interval",
+    "reward_accuracy_high": "agreement, upper end of its 95% interval",
+    "reward_pairs": "human pairs scored",
+    "reward_ece": "calibration error (ECE)",
+    "reward_accuracy_shorter": "agreement where chosen is shorter",
+    "reward_accuracy_longer": "agreement where chosen is longer",
+    "reward_pairs_shorter": "pairs where chosen is shorter",
+    "reward_pairs_longer": "pairs where chosen is longer",
+    "reward_length_correlation": "rank correlation of reward and length",
     "reward_margin": "implicit reward margin",
     "logp_margin": "log-prob margin (nats)",
     "logp_margin_per_token": "log-prob margin per token (nats)",
@@ -42,8 +52,19 @@ LABELS: dict[str, str] = {
 """Plain names of the metrics, in the order in which tables show them."""
 
 
-HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy", "perplexity")
-"""Headline, table and claims use the first of these that every agent has."""
+HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy", "reward_accuracy", "perplexity")
+"""Headline, table and claims use the first of these that every agent has; the scorers of a recipe come after gold."""
+
+
+def score_metric(scorer: str) -> str:
+    """Return the name of the metric that a scorer of `evaluation.scorers` gives."""
+    return f"score_{scorer}"
+
+
+def label_of(metric: str) -> str:
+    """Return a metric's plain name."""
+    by_scorer = f"score by {metric.removeprefix('score_')}" if metric.startswith("score_") else metric
+    return LABELS.get(metric, by_scorer)
 
 
 MEAN_TEACHER = "mean initial teacher"
@@ -92,8 +113,9 @@ def build_summary(
     `agents` holds teachers, the student, baselines and the ceiling of the main run; `arms` the agents of each
     ablation, under its name; `stages` rows of {"name", "seconds", "tokens", ...}. `extra` goes in as it is; the
     report knows `title`, `models` (agent -> text), `counts` (name -> number), `warnings` (texts), `descriptions`
-    (agent or arm -> one plain sentence), `development` (teacher -> metrics on the development prompts), `evaluations`
-    (rows of {"arm", "agent", "iteration", "stage"}). Adds `metric`, the headline metric.
+    (agent or arm -> one plain sentence), `scorers` (name -> its agreement with people and whether it may be the
+    headline), `development` (teacher -> metrics on the development prompts), `evaluations` (rows of {"arm", "agent",
+    "iteration", "stage"}). Adds `metric`, the headline metric.
     """
     summary: dict[str, Any] = {
         "agents": {name: history.to_json() for name, history in agents.items()},
@@ -111,7 +133,8 @@ def build_summary(
 def headline_metric(summary: Mapping[str, Any]) -> str | None:
     """Return the metric that every agent of the main run has; None when there is none."""
     rows = [row for agent in summary["agents"].values() for row in agent["scores"]]
-    for name in HEADLINE_METRICS:
+    scorers = [score_metric(name) for name, each in summary.get("scorers", {}).items() if each["headline"]]
+    for name in (HEADLINE_METRICS[0], *scorers, *HEADLINE_METRICS[1:]):
         if rows and all(row.get(name) is not None for row in rows):
             return name
     return None

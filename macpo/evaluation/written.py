@@ -55,6 +55,14 @@ class _Stage(_Shape):
     seconds: float | None = None
 
 
+class _Scorer(_Shape):
+    headline: bool
+    reward_accuracy: float = 0.0
+    reward_accuracy_low: float = 0.0
+    reward_accuracy_high: float = 0.0
+    reward_pairs: int = 0
+
+
 class _Evaluated(_Shape):
     arm: str
     agent: str
@@ -71,6 +79,7 @@ class _Summary(_Shape):
     title: str = ""
     models: dict[str, str] = {}
     counts: dict[str, float] = {}
+    scorers: dict[str, _Scorer] = {}
     development: dict[str, Annotated[dict[str, Any], AfterValidator(checked_row)]] = {}
     evaluations: list[_Evaluated] = []
     warnings: list[str] = []

@@ -68,6 +68,8 @@ class RunSize:
     dev_prompts: int = 0
     words: int | None = None
     """Different words of the data's texts, where that is known before they are read."""
+    reward_prompts: int = 0
+    """With human pairs that a reward model alone learns from."""
 
     def row_bytes(self, responses: int = 2, prompt: bool = True) -> float:
         """A prompt with responses as one row of JSON; without the prompt, its id stands for it."""

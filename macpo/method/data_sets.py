@@ -26,7 +26,7 @@ Counts = dict[str, int]
 
 def read_pairs(data: SourceSettings, source: Source | None = None) -> tuple[Records[Pair], Counts]:
     """Return the pairs of a source, by default of the data block's own, and counts."""
-    return load_preferences(source or source_of(data), **_settings(data))
+    return load_preferences(source or source_of(data), **_settings(data), margin=getattr(data, "margin", None))
 
 
 def read_examples(data: SourceSettings, source: Source | None = None) -> tuple[Records[Example], Counts]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from macpo.engine.config import LoraSettings, OptimSettings, PreferenceSettings, Tuning
@@ -47,7 +48,7 @@ class LearningStage(PolicyStage):
             objective: makes what is minimised; its argument gives the policy about to be trained.
         """
         ctx = policy.ctx
-        module = functools.cache(lambda: policy.load(self.tuning, seed=self.seed))  # another reference goes before it
+        module = functools.cache(lambda: self.module(policy))  # another reference goes before it
         minimised = objective(module)
         result = train(
             module(),
@@ -62,8 +63,16 @@ class LearningStage(PolicyStage):
             progress=ctx.name,
             trackers=Trackers(self.compute.trackers, ctx.name, ctx.dir.parent / "trackers"),
         )
-        save_policy(module(), ctx.dir / "policy", base_name=str(self.agent.model), chat=policy.chat)
+        self.save(policy, module(), ctx.dir / "policy")
         ctx.note(tokens=result.tokens, steps=result.steps)
+
+    def module(self, policy: OpenPolicy) -> PolicyModule:
+        """What is trained."""
+        return policy.load(self.tuning, seed=self.seed)
+
+    def save(self, policy: OpenPolicy, module: PolicyModule, folder: Path) -> None:
+        """Write what was trained."""
+        save_policy(module, folder, base_name=str(self.agent.model), chat=policy.chat)
 
     def num_rows(self, run: RunSize) -> int:
         """Estimated number of prompts that are trained on."""

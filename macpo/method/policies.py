@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,13 +181,21 @@ class OpenPolicy:
         """The agent's tokenizer and template."""
         return chat_of(self.agent, self.base)
 
-    def load(self, tuning: Tuning | None = None, ref: PolicyRef | None = None, *, seed: int = 0) -> PolicyModule:
+    def load(
+        self,
+        tuning: Tuning | None = None,
+        ref: PolicyRef | None = None,
+        *,
+        seed: int = 0,
+        made: Callable[[PolicyModule], PolicyModule] | None = None,
+    ) -> PolicyModule:
         """The policy (or another one, `ref`), to score with (tuning None) or to train.
 
         Spread over the ranks as `compute.parallel` says where it trains, or does not fit on one rank.
 
         Args:
             seed: of a fresh adapter's weights.
+            made: makes another module of the whole policy, before it is spread.
 
         Raises:
             ConfigError: its embedding lacks a row for a token.
@@ -196,6 +205,7 @@ class OpenPolicy:
         spread = (tuning is not None or not models.fits(ref.base)) and spreads(parallel, world)
         policy = models.policy(ref, tuning, seed=seed if tuning is not None else 0, spread=spread)
         check_vocab(policy.base, self.chat.tokenizer)
+        policy = policy if made is None else made(policy)
         return parallelize(policy, parallel, world) if spread or tuning is not None else policy
 
     def load_writer(self) -> PolicyModule:

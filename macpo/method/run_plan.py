@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from macpo.config import AgentSettings, TemplateArguments
-from macpo.data_settings import SourceSettings
+from macpo.config import AgentSettings
+from macpo.data_settings import SourceSettings, TemplateArguments
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.template_settings import date_of
 from macpo.engine.run.stages import Graph, Stage, StageWork
@@ -43,6 +43,10 @@ class Plan:
     development: dict[str, StageName] = field(default_factory=dict)
     """Teacher -> the stage that evaluates its initial policy on the development prompts."""
     negatives: dict[tuple[str, str], StageName | None] = field(default_factory=dict)
+    scores: dict[StageName, dict[str, StageName]] = field(default_factory=dict)
+    """Evaluation -> scorer -> the stage that scores the evaluation's answers."""
+    checks: dict[str, StageName] = field(default_factory=dict)
+    """Scorer -> the stage that compares it with people."""
     identities: Identities = field(default_factory=Identities)
 
 

@@ -16,6 +16,7 @@ from macpo.method.policies import PolicyDataInputs
 from macpo.method.positives import ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
 from macpo.method.prompt_sets import HumanAnswers, PromptSets, SplitPrompts
 from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName, pretrains
+from macpo.method.scoring.planned import ScorerStages
 
 Side = Literal["chosen", "rejected", "answer"]
 PolicyName = Literal["positive", "negative"]
@@ -30,6 +31,7 @@ class Steps(Builder):
         self.student = recipe.student
         self.teachers = recipe.active_teachers
         self.data = self.add("data", self._prompt_sets(SplitPrompts))
+        self.scorers = ScorerStages(self, recipe)
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -200,12 +202,14 @@ class Steps(Builder):
             for teacher in self.teachers:  # which of them is the best one is not to be decided on the test prompts
                 stage = self._evaluation(teacher, 0, positive[teacher.name], "teacher", "dev")
                 self.plan.development[teacher.name] = stage
+                self.scorers.score(stage, f"dev-{teacher.name}-iter0")
 
     def evaluate(self, agent: AgentSettings, t: int, policy: StageName | None, role: Role) -> None:
         """The agent's policy on the test prompts."""
         stage = self._evaluation(agent, t, policy, role, "test")
         label = "ceiling" if role == "ceiling" else agent.name
         self.plan.points.append(Point(self.arm, label, role, t, policy, stage))
+        self.scorers.score(stage, f"{label}-iter{t if agent.served is None else 0}")
 
     def _evaluation(
         self, agent: AgentSettings, t: int, policy: StageName | None, role: Role, held_out: HeldOut

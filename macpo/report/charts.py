@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from macpo.evaluation.claims import Claim
 from macpo.evaluation.metrics import mean_and_se
-from macpo.evaluation.summary import LABELS, Agents, of_role
+from macpo.evaluation.summary import Agents, label_of, of_role
 from macpo.report.findings import score_rows
 from macpo.report.plots import INK, STUDENT, Line, bars, dots, line_panels, series_style, smooth
 from macpo.report.run_reader import Curves
@@ -72,7 +72,7 @@ def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: boo
     for metric in metrics:
         lines = agent_lines(summary["agents"], metric)
         if lines:
-            name = LABELS.get(metric, metric)
+            name = label_of(metric)
             panels.append(("", name, lines) if len(metrics) == 1 else (name[0].upper() + name[1:], "", lines))
     if not panels:
         return ""
@@ -101,7 +101,7 @@ def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:
             shown.append((row["name"].removesuffix(": student"), value, interval, ()))
             if row["role"] == "ceiling":
                 highlight[shown[-1][0]] = INK
-    return dots(shown, xlabel=LABELS.get(metric, metric), highlight=highlight, inline=inline) if shown else ""
+    return dots(shown, xlabel=label_of(metric), highlight=highlight, inline=inline) if shown else ""
 
 
 def training(curves: Sequence[Curves]) -> dict[str, list[tuple[str, Markup | None]]]:
@@ -145,7 +145,7 @@ def stage_times(stages: Sequence[Mapping[str, Any]]) -> str:
 def forest(found: Sequence[Claim], metric: str, inline: bool = True) -> str:
     """Draw every claim's mean paired change with its 95% interval and the single seeds."""
     rows = [(f"{c.better} vs. {c.worse}", c.mean, c.interval, c.changes) for c in found]
-    return dots(rows, xlabel=f"paired change in {LABELS.get(metric, metric)}", zero=0.0, inline=inline) if rows else ""
+    return dots(rows, xlabel=f"paired change in {label_of(metric)}", zero=0.0, inline=inline) if rows else ""
 
 
 def seed_scores(summaries: Sequence[Mapping[str, Any]], metric: str, inline: bool = True) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from macpo.evaluation.agreement import in_words
 from macpo.evaluation.claims import CONTRADICTED, HOLDS, INCONCLUSIVE, Claim, Verdict
-from macpo.evaluation.summary import LABELS, first_and_last, headline_metric, of_role
+from macpo.evaluation.summary import first_and_last, headline_metric, label_of, of_role
 
 Kind: TypeAlias = Literal["good", "bad", "open", "note"]
 MARKS: dict[Verdict, Kind] = {HOLDS: "good", CONTRADICTED: "bad", INCONCLUSIVE: "open"}
@@ -27,7 +28,7 @@ def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, l
     if metric is None:
         return "No metric was measured for every agent, so this run answers nothing yet.", []
     agents = {name: agent for name, agent in summary["agents"].items() if agent["scores"]}
-    label = LABELS.get(metric, metric)
+    label = label_of(metric)
     lead: list[str] = []
     notes: list[Finding] = []
     for name, agent in of_role(agents, "student").items():
@@ -46,6 +47,9 @@ def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, l
             notes.append(Finding("note", f"{text} It was found on the test prompts, so part of it is luck."))
     for name, agent in of_role(agents, "policy").items():
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
+        if metric == "reward_accuracy":  # a score head is zero before it is trained
+            lead.append(in_words("The reward model", agent["scores"][-1]))
+            continue
         lead.append(f"The {name}'s {label} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
     lead += [_recovered(gap) for gap in summary.get("pgr", [])]
     rising = [claim for claim in found if claim.kind == "teacher"]
@@ -55,6 +59,9 @@ def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, l
     for name, ceiling in of_role(agents, "ceiling").items():
         top = ceiling["scores"][-1][metric]
         notes.append(Finding("note", f"The {name} (student trained on human labels) scores {top:.3f}."))
+    for name, each in summary.get("scorers", {}).items():
+        if "reward_accuracy" in each:
+            notes.append(Finding("note", in_words(f"The scorer {name}", each)))
     return " ".join(lead), [_finding(claim, found) for claim in found] + notes
 
 
@@ -134,10 +141,10 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append([f"PGR, {gap['weak_agent']}", "student", *values, ""])
     counts = {row.get(_COUNTS.get(metric, "")) for agent in summary["agents"].values() for row in agent["scores"]}
     size = f", {counts.pop()} held-out prompts" if len(counts) == 1 and None not in counts else ""
-    return "\n".join([f"{LABELS.get(metric, metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])
+    return "\n".join([f"{label_of(metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])
 
 
-_COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs"}
+_COUNTS = {"gold": "gold_answers", "preference_accuracy": "preference_pairs", "reward_accuracy": "reward_pairs"}
 
 
 def signed(change: float) -> str:

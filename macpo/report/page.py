@@ -20,7 +20,7 @@ from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluation.claims import Claim, claims, claims_json, claims_table, shared_metric
 from macpo.evaluation.gap import gaps_recovered
 from macpo.evaluation.prompt_scores import ScoredRun
-from macpo.evaluation.summary import LABELS, headline_metric
+from macpo.evaluation.summary import LABELS, headline_metric, label_of
 from macpo.report import charts
 from macpo.report.annotated import HEADINGS, annotated
 from macpo.report.findings import headline, score_rows, signed
@@ -73,7 +73,7 @@ def write_seeds_report(out_dir: Path, runs: Sequence[ScoredRun], found: Sequence
             title=f"{summaries[0].get('title', 'MACPO')}: {len(summaries)} seeds",
             seeds=[summary["seed"] for summary in summaries],
             versions=summaries[0].get("versions", {}),
-            label=LABELS.get(metric, metric),
+            label=label_of(metric),
             claims=found,
             verdicts=verdicts,
             gaps=gaps_recovered(runs),
@@ -105,7 +105,7 @@ def environment() -> Environment:
     environment.filters["bounds"] = bounds
     environment.filters["speed"] = speed
     environment.globals["speed_names"] = SPEEDS
-    environment.globals["label"] = lambda name: LABELS.get(name, name)
+    environment.globals["label"] = label_of
     return environment
 
 

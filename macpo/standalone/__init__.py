@@ -1,1 +1,1 @@
-"""`recipe: sft` and `recipe: preference`: one policy, trained and evaluated by the method's own stages."""
+"""`recipe: sft`, `preference` and `reward`: one model, trained and evaluated by the method's own stages."""

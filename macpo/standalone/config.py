@@ -1,4 +1,4 @@
-"""Recipes that train one policy: `recipe: sft` and `recipe: preference`."""
+"""Recipes that train one model: `recipe: sft`, `recipe: preference` and `recipe: reward`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from macpo.config import AgentSettings, Template, TemplateArguments, check_reference
-from macpo.data_settings import SourceSettings
+from macpo.config import AgentSettings, check_reference
+from macpo.data_settings import SourceSettings, Template, TemplateArguments
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
@@ -16,12 +16,14 @@ from macpo.engine.config import (
     OptimSettings,
     PositiveInt,
     PreferenceSettings,
+    RewardSettings,
     Settings,
     Tuning,
     sft_weight_default,
 )
 from macpo.engine.data.template_settings import DATE
 from macpo.engine.paths import LocalPath, OptionalHubPath
+from macpo.scorer_settings import check_reward
 
 NAME = "policy"
 """How the one agent of these recipes is called in folders and reports."""
@@ -43,6 +45,13 @@ class PairData(HeldOutSettings):
     """Layout of the rows (macpo/data/preferences.py); `auto` goes by the keys of the first row."""
 
 
+class RewardData(PairData):
+    """Preference pairs for a reward model."""
+
+    margin: str | None = None
+    """Column with the number by which the chosen answer is better, as target of the rewards' difference; default 0."""
+
+
 class ExampleData(HeldOutSettings):
     """Prompts with one answer each."""
 
@@ -53,7 +62,7 @@ class ExampleData(HeldOutSettings):
 class StandaloneRecipe(Settings):
     """One policy, trained in one stage and evaluated before and after."""
 
-    recipe: Literal["sft", "preference"]
+    recipe: Literal["sft", "preference", "reward"]
     """Kind of recipe."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides the held-out prompts, the order of training and initial adapter weights."""
@@ -156,4 +165,20 @@ class PreferenceRecipe(StandaloneRecipe):
         return self
 
 
-Standalone: TypeAlias = SftRecipe | PreferenceRecipe
+class RewardRecipe(StandaloneRecipe):
+    """Training of one reward model."""
+
+    recipe: Literal["reward"] = "reward"
+    output: LocalPath = Field("runs/reward", validate_default=True)
+    """The run's folder."""
+    data: RewardData
+    training: RewardSettings = RewardSettings()
+    """The loss and how it is minimised."""
+
+    @model_validator(mode="after")
+    def _has_score_head(self) -> Self:
+        check_reward(self.tuning, self.compute)
+        return self
+
+
+Standalone: TypeAlias = SftRecipe | PreferenceRecipe | RewardRecipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from macpo.engine.config import PreferenceSettings, Tuning
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
-from macpo.engine.files import atomic_write, write_json
+from macpo.engine.files import atomic_write, write_json, write_jsonl
+from macpo.engine.models.compute import device_of, dtype_of
+from macpo.engine.models.reward.classifier import load_classifier
 from macpo.engine.run.context import StageContext
 from macpo.engine.training.objectives import loss_settings
 from macpo.engine.training.reference import weighted
+from macpo.evaluation.agreement import agreement
 from macpo.evaluation.metrics import preference_metrics
 from macpo.evaluation.summary import Role
 from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
@@ -86,7 +90,7 @@ class Evaluate(PolicyStage):
         return 1000
 
     def write(
-        self, ctx: StageContext, groups: list[PrefixGroup], counts: dict[str, int], metrics: dict[str, float]
+        self, ctx: StageContext, groups: list[PrefixGroup], counts: dict[str, int], metrics: Mapping[str, float | None]
     ) -> None:
         if ctx.world.is_main:
             about = {"role": self.role, "iteration": self.iteration, **counts}
@@ -152,3 +156,32 @@ class EvaluateExamples(Evaluate):
         loss = torch.tensor([-score.sum_logp for score in scores], dtype=torch.float64).sum() / num_tokens
         metrics = {"loss": loss.item(), "perplexity": loss.clamp(max=700.0).exp().item(), "answers": len(groups)}
         self.write(ctx, groups, counts, metrics)
+
+
+class EvaluateReward(Evaluate):
+    """How well the reward model agrees with the held-out human pairs; both rewards of each in `rewards.jsonl`.
+
+    It is read as others read it, by transformers' own sequence classifier from the saved folder.
+    """
+
+    name = "evaluate_reward"
+    responses = 2
+
+    def run(self, ctx: StageContext) -> None:
+        policy = self.open_policy(ctx)
+        pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
+        groups, kept, counts = encode_pairs(policy, pairs)
+        rows = [group.prompt_ids + response for group in groups for response in group.responses]
+        compute = self.compute
+        classifier = load_classifier(
+            ctx.input(str(self.inputs.policy)) / "policy", dtype=dtype_of(compute), device=device_of(compute)
+        )
+        values = classifier.shared_scores(
+            rows, batch_tokens=compute.score_tokens, world=ctx.world, should_stop=ctx.stop_requested
+        )
+        lengths = [[len(group.responses[side]) for group in groups] for side in (0, 1)]
+        if ctx.world.is_main:
+            both = zip(kept, values[::2], values[1::2], strict=True)
+            told = [{"prompt_id": pairs[i].prompt.id, "chosen": c, "rejected": r} for i, c, r in both]
+            write_jsonl(ctx.dir / "rewards.jsonl", told)
+        self.write(ctx, groups, counts, agreement(values[::2], values[1::2], *lengths))

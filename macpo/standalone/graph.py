@@ -1,4 +1,4 @@
-"""SFT or preference training of one policy: a short graph of the method's own stages, and a held-out evaluation.
+"""SFT, preference or reward training of one model: a short graph of the method's own stages, and a held-out evaluation.
 
 data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
 """
@@ -9,12 +9,14 @@ from macpo.config import AgentSettings
 from macpo.method.identities import Identities
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.run_plan import Builder, Plan, Point, StageName, pretrains
-from macpo.standalone.config import NAME, PreferenceRecipe, SftRecipe, Standalone
+from macpo.method.scoring.reward_model import TrainReward, TrainRewardInputs
+from macpo.standalone.config import NAME, PreferenceRecipe, RewardRecipe, SftRecipe, Standalone
 from macpo.standalone.evaluation import (
     Evaluate,
     EvaluateExamples,
     EvaluateInputs,
     EvaluatePairs,
+    EvaluateReward,
     ScoreReference,
     ScoreReferenceInputs,
 )
@@ -34,6 +36,8 @@ def build_plan(recipe: Standalone, identities: Identities | None = None) -> Plan
     steps.data = steps.add("data", split)
     if isinstance(recipe, PreferenceRecipe):
         _preference(recipe, steps, agent)
+    elif isinstance(recipe, RewardRecipe):
+        _reward(recipe, steps, agent)
     else:
         _sft(recipe, steps, agent)
     return plan
@@ -105,6 +109,29 @@ def _sft(recipe: SftRecipe, steps: Builder, agent: AgentSettings) -> None:
         compute=compute,
     )
     evaluate(1, steps.add(f"train-{NAME}", training))
+
+
+def _reward(recipe: RewardRecipe, steps: Builder, agent: AgentSettings) -> None:
+    """A score head is zero before it is trained: there is nothing to evaluate then."""
+    base, compute = steps.base(agent), recipe.compute
+    training = TrainReward(
+        policy=steps.policy(agent, ready=agent.positive),
+        optim=recipe.training,
+        tuning=agent.tuning,
+        margins=recipe.data.margin is not None,
+        seed=steps.seed(agent, recipe.recipe),
+        inputs=TrainRewardInputs(base=base, pairs=steps.data),
+        compute=compute,
+    )
+    trained = steps.add(f"train-{NAME}", training)
+    work = EvaluateReward(
+        policy=steps.policy(agent),
+        role="policy",
+        iteration=1,
+        inputs=EvaluateInputs(base=base, data=steps.data, policy=trained),
+        compute=compute,
+    )
+    _add_evaluation(steps, work, trained)
 
 
 def _add_evaluation(steps: Builder, work: Evaluate, trained: StageName | None) -> None:

@@ -110,7 +110,7 @@ class SplitRecords(MethodStage):
 
     name = "split_records"
     data: PairData | ExampleData
-    kind: Literal["sft", "preference"]
+    kind: Literal["sft", "preference", "reward"]
     files: dict[str, str]
     """Identity of each file or folder that is read."""
     seed: int

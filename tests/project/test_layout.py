@@ -59,17 +59,19 @@ MAY_IMPORT = {
         "evaluation": "engine",
         "integrations": "engine kernels",
         "data_settings": "engine demo_world",
-        "config": "engine data evaluation demo_world data_settings",
-        "method": "engine data evaluation demo_world data_settings config",
-        "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
+        "scorer_settings": "engine data_settings",
+        "config": "engine data evaluation demo_world data_settings scorer_settings",
+        "method": "engine data evaluation demo_world data_settings scorer_settings config",
+        # kernels: losses
+        "standalone": "engine kernels data evaluation demo_world data_settings scorer_settings config method",
         "iteration": "engine config method",
         "methods": "engine config method iteration",
         "comparison": "engine demo_world evaluation config method methods",
         "report": "engine evaluation comparison",
         "annotation": "engine evaluation report",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world report annotation config method methods comparison standalone "
-        "recipe_kinds",
+        "commands": "engine data evaluation demo_world report annotation scorer_settings config method methods "
+        "comparison standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }

@@ -1,4 +1,4 @@
-"""Runs pytest and writes how it ended beside what it ran on: `python -m bench.pytest_report FILE PYTEST-ARGUMENTS`."""
+"""Runs pytest and writes how it ended, and on what it ran: `python -m bench.harness.pytest_report FILE ARGUMENTS`."""
 
 from __future__ import annotations
 

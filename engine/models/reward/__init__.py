@@ -1,0 +1,1 @@
+"""Reward models: a causal LM with a score head, trained on packed pairs; and sequence classifiers as scorers."""
