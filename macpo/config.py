@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from macpo.data_settings import DataSettings
 from macpo.engine import recipe as recipes
@@ -18,6 +18,7 @@ from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
     LoraSettings,
+    Name,
     OptimSettings,
     PositiveInt,
     PreferenceSettings,
@@ -27,23 +28,12 @@ from macpo.engine.config import (
     Tuning,
 )
 from macpo.engine.data.template_settings import DATE
-from macpo.engine.data.templates import TEMPLATES
+from macpo.engine.data.templates import Template
 from macpo.engine.errors import ConfigError
-from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath, absolute, relative_to
+from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath
+from macpo.judging.settings import JudgeSettings, distinct
 
 TemplateArguments = dict[str, JsonValue]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-
-
-def _template(text: str, info: ValidationInfo) -> str:
-    """A template's name or jinja text as it is; the path of a file becomes absolute."""
-    if text in ("auto", *TEMPLATES) or "{{" in text or "{%" in text:
-        return text
-    path = absolute(text, relative_to(info))
-    return path if set("/~.") & set(text) or Path(path).is_file() else text
-
-
-Template = Annotated[str, AfterValidator(_template)]
 
 
 class ServedAgent(ServedSettings):
@@ -177,6 +167,16 @@ class EvaluationSettings(Settings):
     """Also train the student on the human answers of the student half."""
     sampling: SamplingSettings | None = None
     """How test answers are drawn; defaults to the recipe's `sampling`."""
+    judges: tuple[JudgeSettings, ...] = ()
+    """Language models that `macpo evaluate RUN --judge NAME` asks to compare answers; no stage depends on them."""
+    opponents: tuple[str, ...] = ()
+    """Whose answers the judged policy's are compared with: student@0, ceiling, teacher-best@0, ARM.student@2 (a name
+    alone is its last iteration); default the student's iteration 0, every teacher's last, and the ceiling."""
+
+    @model_validator(mode="after")
+    def _distinct_judges(self) -> EvaluationSettings:
+        distinct(self.judges)
+        return self
 
 
 class Recipe(Settings):

@@ -22,6 +22,7 @@ from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_met
 from macpo.evaluation.summary import LABELS, headline_metric
 from macpo.report import charts
 from macpo.report.findings import headline, score_rows, signed
+from macpo.report.judged import HEADINGS, judged
 from macpo.report.run_reader import Evaluation, RunReader, sample
 
 SPEEDS = {
@@ -169,6 +170,8 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "spikes": [(curve.folder.base, spike) for curve in curves for spike in curve.spikes],
         "charts": charts.of_run(summary, metric, curves, stages),
         "metric_names": _metric_names(summary),
+        "judges": judged(run),
+        "judge_headings": HEADINGS,
         "answers": _answers(run),
         "selections": _selections(run),
         "pairs": _pairs(run),

@@ -58,14 +58,17 @@ MAY_IMPORT = {
         "demo_world": "engine",
         "evaluation": "engine",
         "integrations": "engine kernels",
-        "report": "engine evaluation",
+        "judging/settings": "engine",
+        "judging": "engine judging/settings",
+        "report": "engine evaluation judging",
         "data_settings": "engine demo_world",
-        "config": "engine data evaluation demo_world data_settings",
+        "config": "engine data evaluation demo_world data_settings judging/settings",
         "method": "engine data evaluation demo_world data_settings config",
         "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
         "iteration": "engine config method",
         "recipe_kinds": "engine config method standalone iteration",
-        "commands": "engine data evaluation demo_world report config method standalone iteration recipe_kinds",
+        "commands": "engine data evaluation demo_world judging judging/settings report config method standalone "
+        "iteration recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }

@@ -1,0 +1,74 @@
+"""Names of a run's policies as people write them: `student@0`, `ceiling`, `teacher-best@0`, `one-teacher.student@2`."""
+
+from __future__ import annotations
+
+import re
+
+from macpo.engine.errors import ConfigError
+from macpo.evaluation.summary import first_and_last, headline_metric
+from macpo.report.run_reader import Evaluation, RunReader
+
+_NAME = re.compile(r"(?:(?P<arm>[^.@]+)\.)?(?P<agent>[^.@]+)(?:@(?P<iteration>\d+))?")
+BEST = "teacher-best"
+
+
+def policy_name(evaluation: Evaluation) -> str:
+    """The full name of an evaluated policy."""
+    arm = evaluation.folder.arm
+    return f"{arm}.{evaluation.agent}@{evaluation.iteration}" if arm else f"{evaluation.agent}@{evaluation.iteration}"
+
+
+def named(run: RunReader, name: str) -> Evaluation:
+    """The evaluation of a policy; without @ITERATION its agent's last.
+
+    `teacher-best` is the teacher of the highest headline metric at that iteration. It is chosen on the test prompts, so
+    what is said of it is on the optimistic side.
+
+    Raises:
+        ConfigError: no such policy was evaluated; lists those that were.
+    """
+    match = _NAME.fullmatch(name)
+    known = {policy_name(each): each for each in run.all_evaluations}
+    arm, agent, iteration = (match["arm"] or "", match["agent"], match["iteration"]) if match else ("", "", None)
+    agents = {each.agent for each in known.values()}
+    if agent == BEST and BEST not in agents and not arm:
+        agent = _best_teacher(run, None if iteration is None else int(iteration)) or ""
+    found = [each for each in known.values() if (each.folder.arm, each.agent) == (arm, agent)]
+    if iteration is not None:
+        found = [each for each in found if each.iteration == int(iteration)]
+    if not found:
+        raise ConfigError(
+            f"there is no evaluated policy {name!r}", f"use one of {', '.join(sorted(known)) or 'a finished run'}"
+        )
+    return max(found, key=lambda each: each.iteration)
+
+
+def usual_opponents(run: RunReader, policy: Evaluation) -> list[Evaluation]:
+    """Whom a policy is compared with by default: the student's iteration 0, every teacher's last, the ceiling."""
+    agents = run.summary["agents"]
+    wanted = [f"{name}@0" for name, agent in agents.items() if agent["role"] == "student"]
+    wanted += [name for role in ("teacher", "ceiling") for name, agent in agents.items() if agent["role"] == role]
+    evaluated = {each.agent for each in run.evaluations}
+    found = [named(run, name) for name in wanted if name.partition("@")[0] in evaluated]
+    return [each for each in found if policy_name(each) != policy_name(policy)]
+
+
+def last_student(run: RunReader) -> Evaluation:
+    """The student's last evaluated policy. Raises ConfigError where none is."""
+    names = [name for name, agent in run.summary["agents"].items() if agent["role"] == "student"]
+    if not names:
+        raise ConfigError(
+            "no student of this run was evaluated", "run the recipe further, or name a policy with --policy"
+        )
+    return named(run, names[0])
+
+
+def _best_teacher(run: RunReader, iteration: int | None) -> str | None:
+    metric = headline_metric(run.summary)
+    scores: dict[str, float] = {}
+    for name, agent in run.summary["agents"].items():
+        rows = [row for row in agent["scores"] if iteration is None or row["iteration"] == iteration]
+        ends = first_and_last({"scores": rows}, metric) if agent["role"] == "teacher" and metric is not None else None
+        if ends is not None:
+            scores[name] = ends[1]
+    return max(scores, key=lambda name: scores[name], default=None)
