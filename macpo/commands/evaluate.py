@@ -106,8 +106,10 @@ def evaluate(wishes: Wishes, world: World | None = None) -> None:
     matches = [_human_pairs(run, limit)] if wishes.validate else _matches(run, recipe, wishes, limit)
     folder = JudgingFolder(run.path, settings.name)
     kept: Judging | None = None
-    with _replies(folder, world, only_read=wishes.plan) as replies:
-        judge = judges.opened(settings, recipe, replies, world)
+    with (
+        _replies(folder, world, only_read=wishes.plan) as replies,
+        judges.opened(settings, recipe, replies, world) as judge,
+    ):
         if world.is_main:
             say(f"judge {settings.name} ({judges.title(settings)}): {', '.join(match.label for match in matches)}")
             cost = judges.cost(judge, settings, [each for match in matches for each in match.comparisons])

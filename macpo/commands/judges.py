@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,15 +43,19 @@ def chosen(recipe: AnyRecipe, name: str, file: Path | None) -> ServerJudge | Loc
     return found
 
 
-def opened(settings: ServerJudge | LocalJudge, recipe: AnyRecipe, replies: Replies | None, world: World) -> AnyJudge:
-    """The judge, ready to be asked; weights are read when the first question is.
+@contextlib.contextmanager
+def opened(
+    settings: ServerJudge | LocalJudge, recipe: AnyRecipe, replies: Replies | None, world: World
+) -> Iterator[AnyJudge]:
+    """The judge, ready to be asked; weights and the server's key are read when the first question is.
 
     Raises:
         ConfigError: a prompt, template, model or key that cannot be used.
     """
     if isinstance(settings, LocalJudge):
         model = VerdictModel(settings, recipe.compute, trust_remote_code=recipe.trust_remote_code)
-        return LogprobJudge(model, JudgePrompt(settings.prompt, "at once"), replies, world)
+        yield LogprobJudge(model, JudgePrompt(settings.prompt, "at once"), replies, world)
+        return
     ask = Endpoint(
         settings.base_url,
         settings.model,
@@ -59,15 +64,16 @@ def opened(settings: ServerJudge | LocalJudge, recipe: AnyRecipe, replies: Repli
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
     )
-    return AskingJudge(
-        ask,
-        JudgePrompt(settings.prompt),
-        replies,
-        {name: getattr(settings, name) for name in ("model", "temperature", "max_tokens")},
-        votes=settings.votes,
-        max_failure_rate=settings.max_failure_rate,
-        workers=settings.workers,
-    )
+    with contextlib.closing(ask):
+        yield AskingJudge(
+            ask,
+            JudgePrompt(settings.prompt),
+            replies,
+            {name: getattr(settings, name) for name in ("model", "temperature", "max_tokens")},
+            votes=settings.votes,
+            max_failure_rate=settings.max_failure_rate,
+            workers=settings.workers,
+        )
 
 
 def cost(judge: AnyJudge, settings: ServerJudge | LocalJudge, comparisons: Sequence[Comparison]) -> Cost:

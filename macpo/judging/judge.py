@@ -1,8 +1,10 @@
 """A judge that is asked in words: every question to a server, again where that may help, by several votes if wanted.
 
-ask = Endpoint("https://host/v1", model="some-judge", api_key_env="JUDGE_API_KEY")
-with Replies(folder / "replies.jsonl") as replies:
-    judgements = AskingJudge(ask, JudgePrompt("pairwise"), replies, {"model": ask.model}).compare(comparisons)
+    ask = Endpoint("https://host/v1", model="some-judge", api_key_env="JUDGE_API_KEY")
+    with closing(ask), Replies(folder / "replies.jsonl") as replies:
+        judgements = AskingJudge(ask, JudgePrompt("pairwise"), replies, {"model": ask.model}).compare(comparisons)
+
+A reply that was paid for is never asked for again; a question that was under way when the process was killed is.
 """
 
 from __future__ import annotations

@@ -229,7 +229,8 @@ def rate_at_equal_length(values: Values, lengths: Values) -> Estimate | None:
     The line is value ~ a + b tanh(d / sd), d the difference of lengths in characters and sd its standard deviation. It
     is the idea of length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475, section 3) for one pair of
     policies, with a straight line in the place of a logistic one, because a tie is half a win here. The interval is
-    Student's t of `scipy.stats.linregress`. None with fewer than three comparisons, one value or one length.
+    Student's t of `scipy.stats.linregress`. None with fewer than three comparisons, with one value or one length, and
+    where every point lies on the line, which then has no interval.
 
     Args:
         values: 1, 0.5 or 0 for each comparison. lengths: characters of ours minus theirs.
@@ -237,6 +238,8 @@ def rate_at_equal_length(values: Values, lengths: Values) -> Estimate | None:
     if len(values) < 3 or np.ptp(values) == 0 or np.ptp(lengths) == 0:
         return None
     line = stats.linregress(np.tanh(lengths / lengths.std()), values)
+    if line.intercept_stderr < 1e-6:  # rounding alone
+        return None
     reach = float(stats.t.ppf(0.975, len(values) - 2) * line.intercept_stderr)
     middle = float(line.intercept)
     return Estimate(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def judgements(server: Server, folder: Path, comparisons: list[Comparison], **op
     asked = {name: options.pop(name) for name in ("timeout_s", "temperature", "max_tokens") if name in options}
     identity = {"model": "judge-1", **{name: value for name, value in asked.items() if name != "timeout_s"}}
     prompt = JudgePrompt(options.pop("prompt", "pairwise"))
-    with Replies(folder / "replies.jsonl") as replies:
+    with closing(endpoint(server, **asked)) as ask, Replies(folder / "replies.jsonl") as replies:
         options = {"workers": 2, "retries": retries, **options}
-        return AskingJudge(endpoint(server, **asked), prompt, replies, identity, **options).compare(comparisons)
+        return AskingJudge(ask, prompt, replies, identity, **options).compare(comparisons)
 
 
 def result(server: Server, folder: Path, comparisons: list[Comparison], **options: Any) -> Result:
@@ -105,8 +106,8 @@ def test_a_judge_that_always_likes_one_place_shows_as_conflicts_not_as_ties(serv
     assert (found.win, found.tie, found.lose, found.both_tie) == (0, 6, 0, 0)
     assert getattr(found, place) == 6 and found.first + found.second == 6
     assert found.consistent.value == 0.0 and found.first_wins.value == (place == "first")
-    honest = result(server, tmp_path / "other", [])
-    assert honest.win_rate is None and honest.first_wins is None  # nothing was judged, so nothing is said
+    nothing = result(server, tmp_path, [])
+    assert nothing.win_rate is None and nothing.first_wins is None  # nothing was judged, so nothing is said
 
 
 def test_one_tie_of_two_is_neither_a_conflict_nor_consistent(server, tmp_path):
