@@ -123,6 +123,24 @@ class AgentSettings(Settings):
         return self.served is None or self.positive is not None
 
 
+MethodName = Literal[
+    "macpo",
+    "naive-sft",
+    "filtered-sft-iterated",
+    "sft-positives",
+    "confidence-loss",
+    "spin",
+    "self-rewarding",
+    "rlaif",
+    "rlcd",
+    "weak-annotator",
+]
+
+
+_OF_THE_LOOP = ("mutual_learning", "positives", "negatives")
+"""Settings of a recipe that MACPO's loop alone reads."""
+
+
 class TrainingSettings(Settings):
     """How the agents of one role are trained."""
 
@@ -184,6 +202,8 @@ class Recipe(Settings):
 
     recipe: Literal["macpo"] = "macpo"
     """Kind of recipe; `sft` and `preference` are in macpo/standalone_config.py."""
+    method: MethodName = "macpo"
+    """How the student learns from the teachers; all but `macpo` are baselines, in macpo/methods."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides splits, orders, initial weights and sampling noise."""
     output: LocalPath = Field("runs/macpo", validate_default=True)
@@ -236,6 +256,7 @@ class Recipe(Settings):
         teachers = {teacher.name for teacher in self.teachers}
         if self.use_teachers is not None and (not self.use_teachers or set(self.use_teachers) - teachers):
             raise ValueError(f"use_teachers must name some of {sorted(teachers)}; got {list(self.use_teachers)}")
+        self._check_method()
         if self.student.served is not None:
             raise ValueError("student.served is for teachers alone: the student learns Fix: leave it out")
         if self.student.data is not None:
@@ -258,6 +279,17 @@ class Recipe(Settings):
             if "ablations" in overrides or "compute" in {re.split(r"\.", key)[0] for key in overrides}:
                 raise ValueError(f"ablations.{arm} may not change `ablations` or `compute`")
         return self
+
+    def _check_method(self) -> None:
+        """Raises ValueError for a setting that the method does not read."""
+        if self.method not in ("macpo", "sft-positives"):
+            for name in _OF_THE_LOOP:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is not read: it belongs to the method macpo Fix: leave {name} out")
+        if self.method in ("naive-sft", "confidence-loss") and self.iterations:
+            raise ValueError(f"iterations must be 0: {self.method} has no rounds Fix: set iterations: 0")
+        if self.method in ("filtered-sft-iterated", "confidence-loss") and self.student.positive is not None:
+            raise ValueError(f"student.positive is not read: {self.method} trains the student from its base")
 
     @property
     def agents(self) -> tuple[AgentSettings, ...]:
@@ -285,6 +317,9 @@ class Recipe(Settings):
         `base`: the folder that relative paths of the overrides are relative to; default the working folder.
         """
         plain = self.model_copy(update={"ablations": {}})
+        if self.ablations[name].get("method", self.method) != self.method:  # another method has no use for these
+            defaults = {each: type(self).model_fields[each].default for each in _OF_THE_LOOP}
+            plain = plain.model_copy(update=defaults)
         overrides = [f"{path}={json.dumps(value)}" for path, value in self.ablations[name].items()]
         try:
             return recipes.loads(recipes.dump(plain), Recipe, overrides, file=f"ablations.{name}", base=base)

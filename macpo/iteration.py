@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from macpo.config import Recipe
-from macpo.method.identities import Identities
-from macpo.method.run_plan import Plan, Policies, StageName
+from macpo.method.run_plan import Policies, StageName
 from macpo.method.steps import Steps
 
 
@@ -54,17 +52,3 @@ def macpo(steps: Steps) -> None:
 
     for name in negative:
         steps.plan.negatives[(steps.arm, name)] = negative[name]
-    if recipe.evaluation.ceiling and not steps.arm:
-        steps.ceiling()
-
-
-def build_plan(recipe: Recipe, identities: Identities | None = None) -> Plan:
-    """The stages of the main arm and of every ablation; equal stages are shared.
-
-    `identities`: of the files that the recipe names, looked at here by default.
-    """
-    plan = Plan(identities=identities or Identities())
-    macpo(Steps(recipe, plan, arm=""))
-    for arm in recipe.ablations:
-        macpo(Steps(recipe.arm(arm), plan, arm))
-    return plan

@@ -11,9 +11,9 @@ from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
 from macpo.engine.paths import absolute, expanded
 from macpo.engine.run.stages import Graph
-from macpo.iteration import build_plan
 from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan
+from macpo.methods.registry import build_plan
 from macpo.standalone import graph as standalone
 from macpo.standalone.config import PreferenceRecipe, SftRecipe, Standalone
 

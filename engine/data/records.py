@@ -160,7 +160,8 @@ class Pair:
 
     def example(self, side: str) -> Example:
         """The prompt with the response of one side."""
-        return Example(self.prompt, getattr(self, side), parts=getattr(self, f"{side}_parts"))
+        finished, parts = getattr(self, f"{side}_finished"), getattr(self, f"{side}_parts")
+        return Example(self.prompt, getattr(self, side), finished, parts=parts)
 
     def to_json(self) -> dict[str, Any]:
         row = self.prompt.to_json()

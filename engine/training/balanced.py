@@ -18,7 +18,7 @@ from macpo.engine.training.objectives import Objective
 
 
 @dataclass(frozen=True, eq=False)
-class _Balanced:
+class _Balanced(Objective):
     inner: Objective
     router: Router
     groups: Sequence[PrefixGroup]
@@ -36,6 +36,9 @@ class _Balanced:
 
     def size(self, group: PrefixGroup) -> int:
         return self.inner.size(group)
+
+    def begin(self, progress: float) -> None:
+        self.inner.begin(progress)
 
     def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
         with router_logits(policy.base) as found:

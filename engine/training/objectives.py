@@ -43,12 +43,16 @@ class Objective(Protocol):
         """The group's contribution to the divisor of the step's loss."""
         ...
 
+    def begin(self, progress: float) -> None:
+        """Called before every step with the share of the training that is done, for a loss that changes on the way."""
+        return None
+
     def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
         """(scalar float32 share of the loss with gradient, detached float32 sums [len(metrics)])."""
         ...
 
 
-class _Sft:
+class _Sft(Objective):
     metrics: tuple[str, ...] = ()
     fingerprint = "sft"
 
@@ -70,7 +74,7 @@ def sft() -> Objective:
 
 
 @dataclass(frozen=True, eq=False)
-class _Preference:
+class _Preference(Objective):
     settings: PreferenceSettings
     ref_logps: Tensor | None  # [num_groups, 2] float32, on the CPU
     metrics: tuple[str, ...] = (

@@ -184,6 +184,7 @@ class _Stage:
     ) -> tuple[dict[str, Any], bool]:
         """Make one optimiser step; reading its numbers is the only wait for the device."""
         total = sum(self.objective.size(self.groups[i]) for i in indices)
+        self.objective.begin(step / self.order.num_steps)
         stop = should_stop is not None and should_stop()
         stats = self._gradients(step, indices, total)
         stats[0] = float(stop)

@@ -46,8 +46,8 @@ def copy_recipe(name: str, path: Path) -> str:
     Raises ConfigError for an unknown name or an existing file.
     """
     folder = files("macpo.recipes")
-    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-    known.remove("demo-ablations")
+    files_of = {item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")}
+    known = sorted(files_of - {"demo-ablations", "ablations", "methods"})  # arms are no recipes
     if name == "list":
         return "\n".join(known)
     if name not in known:

@@ -41,6 +41,8 @@ class GeneratingStage(PolicyStage):
     """Tells the policies of one agent, and repeated draws, apart: a part of the noise."""
     seed: int
     served: ServedModel | None = None
+    begin: str = ""
+    """Text that is put before every answer, after the template's own, and is no part of it."""
     server: ServedSettings | None = Field(None, exclude=True)
     """Where the served model is."""
 
@@ -124,7 +126,8 @@ class GeneratingStage(PolicyStage):
         """
         if chat is None:
             return []
-        ids = limited_prompt(chat, policy.agent, prompt)
+        begin = chat.tokens.encode(self.begin) if self.begin else []
+        ids = limited_prompt(chat, policy.agent, prompt, len(begin))
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):
             raise DataError(
@@ -133,7 +136,7 @@ class GeneratingStage(PolicyStage):
                 "set data.long_prompt to drop, or use served.api: completions",
                 field=policy.ctx.name,
             )
-        return ids
+        return None if ids is None else ids + begin
 
 
 def learnable_text(row: dict[str, Any]) -> str:

@@ -126,9 +126,13 @@ def is_cut(chat: Chat, group: PrefixGroup, n: int, finished: bool) -> bool:
     return finished and group.responses[n][-1] != chat.eos_id
 
 
-def limited_prompt(chat: Chat, agent: StageAgent, prompt: Prompt) -> list[int] | None:
-    """Token ids of a prompt within the room that the recipe leaves it; None where it is dropped."""
+def limited_prompt(chat: Chat, agent: StageAgent, prompt: Prompt, reserved: int = 0) -> list[int] | None:
+    """Token ids of a prompt within the room that the recipe leaves it; None where it is dropped.
+
+    `reserved`: tokens of that room that are needed for something else.
+    """
+    room = agent.max_prompt_tokens - reserved
     try:
-        return chat.limited_prompt_ids(prompt.messages, agent.max_prompt_tokens, long_prompt=agent.long_prompt)
+        return chat.limited_prompt_ids(prompt.messages, room, long_prompt=agent.long_prompt)
     except DataError as error:
         raise named(error, prompt) from None

@@ -124,7 +124,12 @@ class Imitate(LearningStage):
             examples = [pair.example(self.side) for pair in read_records(path, Pair)]
         groups, kept, counts = encode_examples(policy, examples)
         ctx.note(examples=len(groups), **counts)
-        self.learn(policy, groups, [examples[i].prompt.id for i in kept], lambda module: sft())
+        objective = self.objective()
+        self.learn(policy, groups, [examples[i].prompt.id for i in kept], lambda module: objective)
+
+    def objective(self) -> Objective:
+        """What is minimised over the examples."""
+        return sft()
 
     def num_rows(self, run: RunSize) -> int:
         return run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
@@ -166,6 +171,9 @@ class Prefer(LearningStage):
             return preference(settings, reference.logps(groups, module, known))
 
         self.learn(policy, groups, [pairs[i].prompt.id for i in kept], objective)
+
+    def num_rows(self, run: RunSize) -> int:
+        return run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
 
     def cost(self, run: RunSize) -> Cost:
         """Training, and one forward of the reference."""

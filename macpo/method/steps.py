@@ -53,9 +53,10 @@ class Steps(Builder):
         start: StageName | None,
         examples: tuple[StageName, str],
         side: Side,
+        name: str | None = None,
     ) -> StageName | None:
-        """SFT of an initial policy, unless the recipe brings it ready."""
-        if getattr(agent, policy) is not None or agent.served is not None:
+        """SFT of an initial policy, unless the recipe brings it ready; with a `name`, of one that is trained anyway."""
+        if name is None and (getattr(agent, policy) is not None or agent.served is not None):
             return None
         folder, file = examples
         work = Imitate(
@@ -68,7 +69,7 @@ class Steps(Builder):
             inputs=ImitateInputs(base=self.base(agent), examples=folder, policy=start),
             compute=self.compute,
         )
-        return self.add(f"init-{agent.name}-{policy}", work)
+        return self.add(name or f"init-{agent.name}-{policy}", work)
 
     def prefer(self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName) -> StageName:
         """Preference training from the previous policy, by default its own frozen reference."""
@@ -87,9 +88,20 @@ class Steps(Builder):
     # --- generation -----------------------------------------------------------------------------------------
 
     def answer(
-        self, agent: AgentSettings, policy: PolicyName, t: int, start: StageName | None, draw: int = 0
+        self,
+        agent: AgentSettings,
+        policy: PolicyName,
+        t: int,
+        start: StageName | None,
+        draw: int = 0,
+        begin: str = "",
     ) -> StageName:
-        """The agent's policy answers the student half; `draw` > 0 asks for fresh noise."""
+        """The agent's policy answers the student half.
+
+        Args:
+            draw: > 0 asks for fresh noise.
+            begin: text put before each answer, which is no part of it.
+        """
         ready = getattr(agent, policy) if start is None and agent.served is None else None
         work = Answer(
             policy=self.policy(agent, ready),
@@ -97,13 +109,14 @@ class Steps(Builder):
             policy_name=policy if draw == 0 else f"{policy}/{draw}",
             seed=self.recipe.seed,
             served=self.served(agent, policy),
+            begin=begin,
             inputs=PolicyDataInputs(base=self.base(agent), data=self.data, policy=start),
             compute=self.compute,
             server=agent.served,
         )
         stage = f"init-{agent.name}" if t == 0 else f"iter{t}-{agent.name}"
-        name = f"{stage}-bad-answer" if policy == "negative" else f"{stage}-answer{'-again' if draw else ''}"
-        return self.add(name, work)
+        again = ("", "-again")[draw] if draw < 2 else f"-again-{draw}"
+        return self.add(f"{stage}-bad-answer" if policy == "negative" else f"{stage}-answer{again}", work)
 
     def served(self, agent: AgentSettings, policy: PolicyName) -> ServedModel | None:
         """Which weights a served agent's server answers with, not where they are."""
@@ -131,7 +144,12 @@ class Steps(Builder):
         return self.add("init-weak-negatives", WeakNegativeLabels(seed=self.recipe.seed, inputs=inputs))
 
     def score(
-        self, agent: AgentSettings, t: int, start: StageName | None, answers: Mapping[str, StageName]
+        self,
+        agent: AgentSettings,
+        t: int,
+        start: StageName | None,
+        answers: Mapping[str, StageName],
+        name: str | None = None,
     ) -> StageName:
         """Perplexity of every candidate under the agent's policy (t = 0: under its base model)."""
         own = None
@@ -143,7 +161,7 @@ class Steps(Builder):
             inputs=ScoreInputs(base=self.base(agent), data=self.data, policy=start, answers=dict(answers)),
             compute=self.compute,
         )
-        return self.add(f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score", work)
+        return self.add(name or (f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score"), work)
 
     def negatives_for(
         self,

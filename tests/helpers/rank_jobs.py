@@ -20,7 +20,7 @@ from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.world import World
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.processes import StopFlag
-from macpo.engine.training.objectives import sft
+from macpo.engine.training.objectives import Objective, sft
 
 SHARD = ParallelSettings(sharding="shard")
 Job = Callable[[Path, World], PolicyModule]
@@ -61,7 +61,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-class Noted:
+class Noted(Objective):
     """SFT that writes down which groups it saw, in a file of this rank; what the step's loss is made of."""
 
     metrics: tuple[str, ...] = ()

@@ -23,12 +23,12 @@ from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
-from macpo.iteration import build_plan
 from macpo.method.encoding import encode
 from macpo.method.learning import Imitate
 from macpo.method.pairs import TeacherPairInputs, TeacherPairs
 from macpo.method.positives import as_generated
 from macpo.method.prompt_sets import read_sources
+from macpo.methods.registry import build_plan
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from macpo.engine.models.flops import ModelShape
 from macpo.engine.planning.fitting import HOST_BYTES, Workload, options
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
-from macpo.iteration import build_plan
+from macpo.methods.registry import build_plan
 from macpo.recipe_kinds import load, plan_of
 
 RUNS = Path(__file__).parents[1] / "data" / "finished-runs.tar.xz"

@@ -24,7 +24,7 @@ from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.generation import Request, SamplingParams, ServedGenerator
 from macpo.engine.recipe import dump, loads
 from macpo.engine.run.folder import folder_of
-from macpo.iteration import build_plan
+from macpo.methods.registry import build_plan
 from macpo.recipe_kinds import plan_of
 
 KEY = "sk-canary-90b1e4"

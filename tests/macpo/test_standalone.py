@@ -29,7 +29,7 @@ from macpo.engine.recipe import dump, kind_of
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.stages import Stage
-from macpo.iteration import build_plan
+from macpo.methods.registry import build_plan
 from macpo.standalone.config import ExampleData, Standalone
 from macpo.standalone.records import Sets, read_sets
 

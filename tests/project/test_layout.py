@@ -66,9 +66,11 @@ MAY_IMPORT = {
         "method": "engine data evaluation demo_world data_settings config",
         "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
         "iteration": "engine config method",
-        "recipe_kinds": "engine config method standalone iteration",
-        "commands": "engine data evaluation demo_world judging judging/settings report config method standalone "
-        "iteration recipe_kinds",
+        "methods": "engine config method iteration",
+        "comparison": "engine config method methods",
+        "recipe_kinds": "engine config method methods standalone",
+        "commands": "engine data evaluation demo_world judging judging/settings report config method methods "
+        "comparison standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }

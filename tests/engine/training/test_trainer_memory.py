@@ -19,12 +19,12 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
-from macpo.engine.training.objectives import sft
+from macpo.engine.training.objectives import Objective, sft
 
 # --- memory ---
 
 
-class Starved:
+class Starved(Objective):
     """SFT on a device that holds so many tokens; `late`: the backward notices, after it has added up some gradients."""
 
     metrics: tuple[str, ...] = ()

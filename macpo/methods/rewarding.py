@@ -1,0 +1,54 @@
+"""Self-rewarding language models (arXiv 2401.10020): the student grades its own answers and learns from the grades.
+
+A round draws NUM_ANSWERS answers a prompt, grades each from 0 to 5 by an additive rubric, and prefers the best to the
+worst by DPO from the last student, which is the reference too. The paper samples the grade as text and averages three;
+here it is the expected grade under the probabilities of the six, which needs no model that was trained to grade.
+"""
+
+from __future__ import annotations
+
+from macpo.engine.data.records import Prompt, Response
+from macpo.method.run_plan import StageName
+from macpo.method.steps import Steps
+from macpo.methods.naive import started
+from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, RatingInputs, conversation, question, softmax
+
+NUM_ANSWERS = 4
+GRADES = "012345"
+
+
+def rewarding(steps: Steps) -> None:
+    """`iterations` rounds in which the student is its own judge."""
+    start, student = started(steps), steps.student
+    for t in range(1, steps.recipe.iterations + 1):
+        last = start.positive[student.name]
+        draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(NUM_ANSWERS)}
+        grades = steps.add(f"iter{t}-{student.name}-grade", _grade(steps, last, draws))
+        inputs = RatedPairInputs(data=steps.data, answers=draws, ratings={student.name: grades})
+        pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(inputs=inputs))
+        start.positive[student.name] = steps.prefer(student, t, last, pairs)
+        steps.evaluate(student, t, start.positive[student.name], "student")
+
+
+def _grade(steps: Steps, last: StageName | None, draws: dict[str, StageName]) -> Grade:
+    student = steps.student
+    return Grade(
+        policy=steps.policy(student, ready=student.positive if last is None else None),
+        question=question("grade"),
+        inputs=RatingInputs(base=steps.base(student), data=steps.data, policy=last, answers=draws),
+        compute=steps.compute,
+    )
+
+
+class Grade(Rate):
+    """The expected grade of each answer."""
+
+    name = "grade_answers"
+
+    def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
+        about = conversation(prompt)
+        texts = [self.question.format(conversation=about, answer=each.text) for each in answers]
+        return [(Prompt.of(text), list(GRADES)) for text in texts]
+
+    def rated(self, found: list[list[float]]) -> list[float]:
+        return [sum(grade * share for grade, share in enumerate(softmax(logps))) for logps in found]

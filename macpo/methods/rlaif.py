@@ -1,0 +1,65 @@
+"""RLAIF (arXiv 2309.00267, after 2212.08073): the weak teachers say which of two answers of the student is better.
+
+A labeller's preference is the probability of one of two verdicts, averaged over both orders of the answers
+(2309.00267, section 2.1 and 3.1); here also over the teachers. The papers train a reward model and use RL; here DPO
+learns from the pairs whose preference is clear, so that the method differs from the others in its labels alone.
+"""
+
+from __future__ import annotations
+
+from macpo.config import AgentSettings
+from macpo.engine.data.records import Prompt, Response
+from macpo.method.run_plan import StageName
+from macpo.method.steps import Steps
+from macpo.methods.naive import started
+from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, RatingInputs, conversation, question, softmax
+
+LEAST_PREFERENCE = 0.2
+"""How far the two answers' probabilities have to lie apart: |p - .5| >= .1."""
+
+
+def rlaif(steps: Steps) -> None:
+    """`iterations` rounds of two answers a prompt, labelled by the teachers."""
+    start, student = started(steps), steps.student
+    labellers = [teacher for teacher in steps.teachers if teacher.has_weights]
+    for t in range(1, steps.recipe.iterations + 1):
+        last = start.positive[student.name]
+        draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(2)}
+        ratings = {
+            each.name: steps.add(
+                f"iter{t}-{each.name}-compare", _compare(steps, each, start.positive[each.name], draws)
+            )
+            for each in labellers
+        }
+        inputs = RatedPairInputs(data=steps.data, answers=draws, ratings=ratings)
+        pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(least=LEAST_PREFERENCE, inputs=inputs))
+        start.positive[student.name] = steps.prefer(student, t, last, pairs)
+        steps.evaluate(student, t, start.positive[student.name], "student")
+
+
+def _compare(steps: Steps, teacher: AgentSettings, policy: StageName | None, draws: dict[str, StageName]) -> Compare:
+    return Compare(
+        policy=steps.policy(teacher, ready=teacher.positive if policy is None else None),
+        question=question("compare"),
+        inputs=RatingInputs(base=steps.base(teacher), data=steps.data, policy=policy, answers=draws),
+        compute=steps.compute,
+    )
+
+
+class Compare(Rate):
+    """The probability that each of two answers is the better one."""
+
+    name = "compare_answers"
+
+    def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
+        about, (one, two) = conversation(prompt), [answer.text for answer in answers]
+        orders = ((one, two), (two, one))
+        return [
+            (Prompt.of(self.question.format(conversation=about, a=first, b=second)), ["A", "B"])
+            for first, second in orders
+        ]
+
+    def rated(self, found: list[list[float]]) -> list[float]:
+        as_first, as_second = (softmax(logps) for logps in found)
+        preference = (as_first[0] + as_second[1]) / 2
+        return [preference, 1 - preference]
