@@ -24,6 +24,8 @@ from macpo.judging.verdicts import JudgeError, Judgement
 
 COMPUTE = ComputeSettings(device="cpu", threads=1, score_tokens=512)
 POSITIONS = 320
+SEED = 9
+"""Of a model that says A to some questions and B to others."""
 ITEMS = [
     Comparison(f"p{i}", ({"role": "user", "content": f"say {i}"},), "yes " * (i % 3), "no " + "x" * i) for i in range(7)
 ] + [Comparison("same", ({"role": "user", "content": "say"},), "one", "one")]
@@ -58,38 +60,38 @@ def judged(folder: Path, items: list[Comparison] = ITEMS, **options: Any) -> lis
         return judge_of(folder, replies, **options).compare(items)
 
 
-def brute_force(folder: Path, question: str) -> tuple[float, float]:
-    """Log-probs of A and B behind the question and `[[`, by transformers in float64, each in a pass of its own."""
-    judge = judge_of(folder, None)
+def brute_force(folder: Path, questions: list[str]) -> list[tuple[float, float]]:
+    """Log-probs of A and B behind each question and `[[`, by transformers in float64, each in a pass of its own."""
+    chat = judge_of(folder, None).model.chat
     model = AutoModelForCausalLM.from_pretrained(folder / "judge", dtype=torch.float64).eval()
-    prompt = judge.model.chat.prompt_ids([{"role": "user", "content": question}])
     found = []
-    for letter in "AB":
-        ids = judge.model.chat.tokenizer.encode(f"[[{letter}]]", add_special_tokens=False)
-        with torch.no_grad():
-            rows = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-        at = 1 if len(ids) == 3 + 1 else 0
-        found.append(float(rows[len(prompt) + at - 1, ids[at]]))
-    return found[0], found[1]
+    for question in questions:
+        prompt = chat.prompt_ids([{"role": "user", "content": question}])
+        both = []
+        for letter in "AB":
+            ids = chat.tokenizer.encode(f"[[{letter}]]", add_special_tokens=False)
+            at = len(ids) - 3  # `[[A ] ]` or `[[ A ] ]`: where the letter stands
+            with torch.no_grad():
+                rows = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+            both.append(float(rows[len(prompt) + at - 1, ids[at]]))
+        found.append((both[0], both[1]))
+    return found
 
 
 @pytest.mark.parametrize("merged", [False, True])  # the letter a token of its own, or one with what stands before it
 def test_verdicts_are_those_of_float64(tmp_path, merged):
-    save_judge(tmp_path / "judge", merged=merged)
+    save_judge(tmp_path / "judge", merged=merged, seed=SEED)
     found = judged(tmp_path)
     prompt = JudgePrompt(str(prompt_file(tmp_path)), "at once")
     rows = {row["key"]: row for _, row in read_jsonl(tmp_path / "replies.jsonl")}
     assert len(rows) == 2 * 7 and not found[-1].asked
-    said = set()
-    for item, judgement in zip(ITEMS[:7], found, strict=False):
-        for question, order in zip(prompt.questions(item), (judgement.ours_first, judgement.theirs_first), strict=True):
-            a, b = brute_force(tmp_path, question)
-            row = rows[order.reply_ids[0]]["logps"]
-            assert (row["A"], row["B"]) == pytest.approx((a, b), abs=1e-4)
-            assert order.verdict == ("A" if a > b else "B")
-            said.add(order.verdict)
-    if not merged:
-        assert said == {"A", "B"}
+    questions = [question for item in ITEMS[:7] for question in prompt.questions(item)]
+    orders = [order for each in found[:7] for order in (each.ours_first, each.theirs_first)]
+    for (a, b), order in zip(brute_force(tmp_path, questions), orders, strict=True):
+        row = rows[order.reply_ids[0]]["logps"]
+        assert (row["A"], row["B"]) == pytest.approx((a, b), abs=1e-4)
+        assert order.verdict == ("A" if a > b else "B")
+    assert {order.verdict for order in orders} == {"A", "B"}
     wide = judged(tmp_path, margin=100.0)  # the same log-probs under another margin
     assert {each.outcome for each in wide} == {"tie"}
     assert sum(1 for _ in read_jsonl(tmp_path / "replies.jsonl")) == 14
