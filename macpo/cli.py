@@ -11,7 +11,7 @@ from macpo import __version__
 from macpo.engine.errors import Stopped
 from macpo.engine.processes import Terminated, ended_by_sigterm
 
-COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "evaluate", "export")
+COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "evaluate", "export", "annotate")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
     export.set_defaults(command=_export)
+
+    annotate = commands.add_parser("annotate", parents=[common], help="people judge pairs of a run's answers, blind")
+    _annotating(annotate)
+    annotate.set_defaults(command=_annotate)
     return root
 
 
@@ -114,6 +118,29 @@ def _judging(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--price-in", type=float, metavar="X", help="price of a million tokens that are sent")
     evaluate.add_argument("--price-out", type=float, metavar="X", help="price of a million tokens that come back")
     evaluate.add_argument("--ranks", type=_positive, default=1, help="processes that share a local judge's questions")
+
+
+def _annotating(annotate: argparse.ArgumentParser) -> None:
+    from macpo.engine.paths import argument as path_argument
+
+    annotate.add_argument("run", type=path_argument, help="folder of the run")
+    annotate.add_argument("--annotator", metavar="NAME", help="who judges (default: the account's name)")
+    annotate.add_argument("--port", type=int, help="of the page, on this machine alone (default: a free one)")
+    annotate.add_argument("--pairs", metavar="A:B,…", help="policies (default: the student's last and first)")
+    annotate.add_argument("--prompts", type=int, help="test prompts to judge each pair on (default 100)")
+    annotate.add_argument("--annotators", type=int, help="people who will judge (default 3)")
+    annotate.add_argument("--overlap", type=float, help="share of the people who judge each item (default 1)")
+    annotate.add_argument("--repeats", type=float, help="share shown again with sides swapped (default 0.1)")
+    annotate.add_argument(
+        "--gold-checks", type=float, nargs="?", const=0.05, help="also human pairs, as a share (default 0; alone 0.05)"
+    )
+    annotate.add_argument("--seed", type=int, help="of prompts, order and sides (default 0)")
+    instead = annotate.add_mutually_exclusive_group()
+    instead.add_argument("--report", action="store_true", help="no page: count all judgements, with agreement")
+    instead.add_argument(
+        "--export", dest="export_to", nargs=2, metavar=("FORMAT", "FILE"), help="label-studio, argilla"
+    )
+    instead.add_argument("--import", dest="import_from", metavar="FILE", help="Label Studio's JSON export")
 
 
 def _fitting(plan: argparse.ArgumentParser) -> None:
@@ -295,6 +322,12 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"exported: {out}")
     if base is not None and Path(base).is_absolute():
         print(f"an adapter of {base}, which has to stay there; --merge makes a model that needs no other")
+
+
+def _annotate(arguments: argparse.Namespace) -> None:
+    from macpo.commands.annotate import annotate
+
+    annotate(arguments)
 
 
 def _printed(arguments: argparse.Namespace, recipe: object) -> bool:

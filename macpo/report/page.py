@@ -8,7 +8,6 @@ security policy forbids whatever would slip through. Charts are the only markup 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,12 @@ from macpo.engine.files import atomic_write, read_jsonl, write_json
 from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
 from macpo.evaluation.summary import LABELS, headline_metric
 from macpo.report import charts
+from macpo.report.annotated import HEADINGS, annotated
 from macpo.report.findings import headline, score_rows, signed
-from macpo.report.judged import HEADINGS, judged
+from macpo.report.judged import HEADINGS as JUDGE_HEADINGS
+from macpo.report.judged import judged
 from macpo.report.run_reader import Evaluation, RunReader, sample
+from macpo.report.shown_text import clip, harmless
 
 SPEEDS = {
     "tokens_per_s": "tokens/s",
@@ -32,12 +34,7 @@ SPEEDS = {
     "mfu": "MFU",
     "peak_memory_bytes": "peak memory",
 }
-NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS, MAX_CHARS = 6, 4, 4, 1500
-# control characters, those that turn the direction of the text after them, and those that hide in it
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
+NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS = 6, 4, 4
 
 
 def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -111,14 +108,8 @@ def _environment() -> Environment:
 
 def _write(path: Path, page: str) -> Path:
     """Replace control and direction characters by U+FFFD; all text passes here."""
-    atomic_write(path, _CONTROL.sub("\ufffd", page).encode("utf-8", errors="replace"))
+    atomic_write(path, harmless(page).encode("utf-8", errors="replace"))
     return path
-
-
-def clip(text: Any, limit: int = MAX_CHARS) -> str:
-    """Return text for a page, not yet escaped; cut very long text."""
-    shown = str(text)
-    return shown if len(shown) <= limit else f"{shown[:limit]} … ({len(shown) - limit} more characters)"
 
 
 def number(value: Any, name: str = "") -> str:
@@ -171,7 +162,9 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "charts": charts.of_run(summary, metric, curves, stages),
         "metric_names": _metric_names(summary),
         "judges": judged(run),
-        "judge_headings": HEADINGS,
+        "judge_headings": JUDGE_HEADINGS,
+        "people": annotated(run),
+        "people_headings": HEADINGS,
         "answers": _answers(run),
         "selections": _selections(run),
         "pairs": _pairs(run),

@@ -61,6 +61,7 @@ MAY_IMPORT = {
         "judging/settings": "engine",
         "judging": "engine judging/settings",
         "report": "engine evaluation judging",
+        "annotation": "engine evaluation report",
         "data_settings": "engine demo_world",
         "config": "engine data evaluation demo_world data_settings judging/settings",
         "method": "engine data evaluation demo_world data_settings config",
@@ -69,8 +70,8 @@ MAY_IMPORT = {
         "methods": "engine config method iteration",
         "comparison": "engine config method methods",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world judging judging/settings report config method methods "
-        "comparison standalone recipe_kinds",
+        "commands": "engine data evaluation demo_world judging judging/settings report annotation config method "
+        "methods comparison standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }

@@ -1,0 +1,1 @@
+"""People judge pairs of a run's answers, blind, on a page of their own machine: what is shown, kept and counted."""
