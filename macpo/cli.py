@@ -11,7 +11,7 @@ from macpo import __version__
 from macpo.engine.errors import Stopped
 from macpo.engine.processes import Terminated, ended_by_sigterm
 
-COMMANDS = ("demo", "init", "check", "plan", "run", "status", "report", "evaluate", "export", "annotate")
+COMMANDS = ("demo", "init", "check", "plan", "run", "compare", "status", "report", "evaluate", "export", "annotate")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,7 +69,19 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
     run.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
+    run.add_argument("--seeds", metavar="A-B", help="several seeds in OUTPUT-seeds/seed-N, and every claim over them")
     run.set_defaults(command=_run)
+
+    compare = commands.add_parser("compare", parents=[recipe], help="a recipe's method beside its baselines")
+    compare.add_argument("--methods", default="all", help="baselines, separated by commas (default: all)")
+    compare.add_argument("--seeds", default="0", metavar="A-B", help="seeds, such as 0-4 or 1,5,9 (default: 0)")
+    compare.add_argument("--k-curve", default="", metavar="A-B", help="also with fewer teachers, such as 1-5")
+    compare.add_argument("--ablations", choices=("none", "paper"), default="none", help="also without each part")
+    compare.add_argument("--match", choices=("none", "steps"), default="none", help="limit the baselines' rounds")
+    compare.add_argument("--plan", action="store_true", help="print stages, tokens, steps and time; run nothing")
+    compare.add_argument("--calibrate", action="store_true", help="measure one step for --plan")
+    compare.add_argument("--rerun-stale", action="store_true", help="run stages again whose inputs or settings changed")
+    compare.set_defaults(command=_compare)
 
     status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
     status.set_defaults(command=_status)
@@ -172,29 +184,24 @@ def _overrides(command: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from macpo.commands import demo
+    from macpo.commands.demo import demo_recipe
     from macpo.commands.run import run, show
-    from macpo.engine.recipe import dump
+    from macpo.commands.seeds import parse_seeds, run_seeds
 
     overrides = list(arguments.overrides)
-    if arguments.seeds:
-        if arguments.print_config:
-            print(dump(demo.demo_recipe(overrides, ablations=True), comments=True))
-            return
-        demo.run_seeds(
-            demo.parse_seeds(arguments.seeds),
-            arguments.out or Path("runs/demo-seeds"),
-            overrides,
-            rerun_stale=arguments.rerun_stale,
-        )
-        return
-    if arguments.out:
+    if arguments.out and not arguments.seeds:
         overrides.append(f"output={str(arguments.out)!r}")
-    recipe = demo.demo_recipe(overrides)
-    if arguments.print_config:
-        print(dump(recipe, comments=True))
+    if _printed(arguments, demo_recipe(overrides, ablations=bool(arguments.seeds))):
         return
-    show(run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
+
+    def run_one(further: Sequence[str] = ()) -> Path:
+        recipe = demo_recipe([*overrides, *further], ablations=bool(arguments.seeds))
+        return run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage)
+
+    if arguments.seeds:
+        run_seeds(parse_seeds(arguments.seeds), arguments.out or Path("runs/demo-seeds"), run_one)
+        return
+    show(run_one())
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -238,21 +245,58 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from macpo.commands.run import run, show
+    from macpo.commands.seeds import check_kind, parse_seeds, run_seeds
+    from macpo.engine.distributed.launcher import launch
     from macpo.recipe_kinds import load
 
     recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
-    if arguments.ranks == 1:
-        show(run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage))
-        return
-    from macpo.engine.distributed.launcher import launch
 
-    words = [str(arguments.recipe), *(f"--set={override}" for override in arguments.overrides)]
-    words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
-    words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
-    launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
+    def run_one(further: Sequence[str] = ()) -> None:
+        overrides = [*arguments.overrides, *further]
+        if arguments.ranks == 1:
+            again = load(arguments.recipe, overrides)
+            run(again, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage)
+            return
+        words = [str(arguments.recipe), *(f"--set={override}" for override in overrides)]
+        words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
+        words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
+        launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
+
+    if arguments.seeds:
+        check_kind(recipe)
+        run_seeds(parse_seeds(arguments.seeds), Path(f"{recipe.output}-seeds"), run_one)
+        return
+    run_one()
     show(Path(recipe.output))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from macpo.commands.compare import compare, comparison_of, planned
+    from macpo.commands.estimates import hardware_of
+    from macpo.commands.seeds import parse_seeds
+    from macpo.config import Recipe
+    from macpo.engine.errors import ConfigError
+    from macpo.recipe_kinds import load
+
+    recipe = load(arguments.recipe, arguments.overrides)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"the recipe's kind is {recipe.recipe}", "give one of recipe: macpo", field="recipe")
+    comparison = comparison_of(
+        recipe,
+        parse_seeds(arguments.seeds),
+        methods=None if arguments.methods == "all" else arguments.methods.split(","),
+        k_curve=parse_seeds(arguments.k_curve) if arguments.k_curve else (),
+        ablations=arguments.ablations == "paper",
+        match_steps=arguments.match == "steps",
+    )
+    if _printed(arguments, comparison.recipe):
+        return
+    if arguments.plan:
+        print(planned(comparison, hardware_of(recipe, measure=True) if arguments.calibrate else None))
+        return
+    compare(comparison, rerun_stale=arguments.rerun_stale)
 
 
 def _status(arguments: argparse.Namespace) -> None:

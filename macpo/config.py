@@ -210,7 +210,8 @@ class Recipe(Settings):
     """The run's folder."""
     data: DataSettings
     template: Template = "auto"
-    """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
+    """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `vicuna-system`, `alpaca`, `chatml`, `plain`,
+    or a jinja file."""
     template_arguments: TemplateArguments = Field(default_factory=dict)
     """What the templates read besides the dialogue, such as {enable_thinking: false}; unknown names are refused."""
     template_date: datetime.date = DATE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from macpo.demo_world import WorldSettings
 from macpo.engine.config import PositiveInt, Settings
@@ -96,13 +96,15 @@ class SourceSettings(Settings):
         for name in self.later:
             if found[name] == type(self).model_fields[name].default:
                 del found[name]
+        if self.world is not None:
+            found["world"] = self.world.key()
         return found
 
 
 class DataSettings(SourceSettings):
-    """Preference data and its three disjoint sets of prompts."""
+    """Preference data and its disjoint sets of prompts."""
 
-    later: ClassVar[tuple[str, ...]] = (*SourceSettings.later, "test_split", "test_path")
+    later: ClassVar[tuple[str, ...]] = (*SourceSettings.later, "test_split", "test_path", "dev_prompts")
 
     format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
     """Layout of the rows; `auto` goes by the keys of the first row."""
@@ -112,3 +114,10 @@ class DataSettings(SourceSettings):
     """Prompts whose human answers training never reads."""
     test_prompts: PositiveInt = 2000
     """Prompts for evaluation alone."""
+    dev_prompts: NonNegativeInt = 0
+    """Prompts of the training side that no agent trains on: choices such as the best teacher are made on these."""
+
+    @property
+    def num_dev_prompts(self) -> int:
+        """Development prompts of the file or of the world."""
+        return self.dev_prompts if self.world is None else self.world.dev_prompts

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("macpo.chat")
 
-FIX = "set template to vicuna, chatml, plain or a jinja file"
+FIX = "set template to vicuna, alpaca, chatml, plain or a jinja file"
 _FIRST_MARK = 0xF0000  # private-use plane 15: placeholders for contents, never part of a template
 _MARK = re.compile("[\U000f0000-\U000fffff]")
 _PROBE = "\U000ffffd"  # stands for a response while the template is probed

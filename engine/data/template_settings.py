@@ -107,7 +107,7 @@ def _parsed(template: str) -> nodes.Template:
         return environment().parse(template)
     except Exception as problem:  # also of the parser itself: too deep, or a number of a million digits
         why = f"the chat template refuses this dialogue: {one_line(problem)}"
-        fix = "set template to vicuna, chatml, plain or a jinja file"
+        fix = "set template to vicuna, alpaca, chatml, plain or a jinja file"
         raise ConfigError(why, fix, field="template") from problem
 
 

@@ -30,7 +30,7 @@ SECONDS = 10
 MEMORY_BYTES = 1 << 30
 """Limit of the worker's address space."""
 _START_SECONDS = 120.0
-_FIX = "set template to vicuna, chatml, plain or a jinja file that does less"
+_FIX = "set template to vicuna, alpaca, chatml, plain or a jinja file that does less"
 
 
 class _Worker:

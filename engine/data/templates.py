@@ -3,9 +3,13 @@
 `eos` = the text of the EOS token, `_` = one blank:
 
     vicuna         [system_]USER:_question_ASSISTANT:_answer eos USER:_…      (LLaMA-Factory's; nothing around eos)
-    vicuna-system  the same with Vicuna's system sentence where the dialogue has no system message
+    vicuna-system  the same with Vicuna's system sentence where the dialogue has no system message, LLaMA-Factory's too
+    alpaca         system_### Instruction:\nquestion\n\n### Response:\n_answer eos \n\n_### Instruction:\n…
     chatml         <|im_start|>role\ncontent<|im_end|>\n …; both markers must be tokens of the tokenizer
     plain          every content followed by a newline
+
+LLaMA-Factory encodes the pieces of a dialogue one by one (llmtuner 0.5.3, data/template.py), and a SentencePiece
+tokenizer such as Llama 2's begins each with a blank. Where its text begins a piece, ours has one.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
 _VICUNA = (
     "{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}"
@@ -42,6 +49,16 @@ _VICUNA = (
 TEMPLATES = {
     "vicuna": _VICUNA,
     "vicuna-system": "{% if messages[0]['role'] != 'system' %}" + VICUNA_SYSTEM + " {% endif %}" + _VICUNA,
+    "alpaca": (
+        "{% if messages[0]['role'] != 'system' %}" + ALPACA_SYSTEM + "{% endif %}"
+        "{% for m in messages %}"
+        "{% if m['role'] == 'system' %}{{ m['content'] }}"
+        "{% elif m['role'] == 'user' %}"
+        "{{ '\n\n' if loop.previtem is defined and loop.previtem['role'] != 'system' else '' }}"
+        "{{ ' ### Instruction:\n' + m['content'] }}"
+        "{% else %}{{ '\n\n### Response:\n ' + m['content'] + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
+    ),
     "chatml": (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -164,5 +181,5 @@ def names_read(source: str) -> frozenset[str]:
     reply = template_worker.ask({"names": source})
     if "error" in reply:
         why = f"the chat template refuses this dialogue: {one_line(ValueError(reply['error']))}"
-        raise ConfigError(why, "set template to vicuna, chatml, plain or a jinja file", field="template")
+        raise ConfigError(why, "set template to vicuna, alpaca, chatml, plain or a jinja file", field="template")
     return frozenset(reply["names"])

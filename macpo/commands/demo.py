@@ -1,4 +1,4 @@
-"""`macpo demo`: the whole method in the demo world; with several seeds, every claim with its interval."""
+"""The recipes that the package brings: the demo's, and those that `macpo init` copies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write
-from macpo.evaluation.claims import claims, claims_table
-from macpo.report.page import write_seeds_report
-from macpo.report.run_reader import RunReader
 
 
 def demo_recipe(overrides: Sequence[str] = (), *, ablations: bool = False) -> Recipe:
@@ -27,17 +23,6 @@ def demo_recipe(overrides: Sequence[str] = (), *, ablations: bool = False) -> Re
         overrides = [f"ablations={json.dumps(arms)}", *overrides]
     with as_file(folder.joinpath("demo.yaml")) as path:
         return recipes.load(path, Recipe, overrides)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`200-204` or `1,5,9` as a list; raises ConfigError."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise ConfigError(f"got {text!r}", "write seeds as 200-204 or 1,5,9", field="--seeds")
-        seeds += range(int(first), int(last or first) + 1)
-    return list(dict.fromkeys(seeds))
 
 
 def copy_recipe(name: str, path: Path) -> str:
@@ -56,18 +41,3 @@ def copy_recipe(name: str, path: Path) -> str:
         raise ConfigError(f"{path} exists", "name a new file")
     atomic_write(path, folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
     return f"wrote {path}; next: macpo check {path}"
-
-
-def run_seeds(seeds: Sequence[int], out: Path, overrides: Sequence[str] = (), *, rerun_stale: bool = False) -> Path:
-    """One run with all ablation arms a seed; writes `claims.json` and the comparison's `report.html` into `out`."""
-    summaries = []
-    for seed in seeds:
-        folder = out / f"seed-{seed}"
-        recipe = demo_recipe([*overrides, f"seed={seed}", f"output={json.dumps(str(folder))}"], ablations=True)
-        run(recipe, rerun_stale=rerun_stale)
-        summaries.append(RunReader(folder).summary)
-    found = claims(summaries)
-    report = write_seeds_report(out, summaries, found)
-    print(claims_table(found, summaries[0]["metric"]))
-    print(f"\nreport: {report}")
-    return report

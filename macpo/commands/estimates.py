@@ -157,6 +157,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         teacher_prompts=teacher,
         student_prompts=student,
         test_prompts=test,
+        dev_prompts=data.num_dev_prompts,
         num_teachers=len(recipe.teachers),
         documents=documents,
         prompt_tokens=prompt,

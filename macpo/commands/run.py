@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,9 +134,18 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
     models = {agent.name: agent.source for agent in recipe.agents}
     versions = {"macpo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
-    extra = {} if isinstance(recipe, Recipe) else {"title": f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"}
+    extra: dict[str, Any] = {
+        "evaluations": [
+            {"arm": point.arm, "agent": point.agent, "iteration": point.iteration, "stage": point.evaluation}
+            for point in plan.points
+        ]
+    }
+    if plan.development:
+        extra["development"] = folder.development
+    if not isinstance(recipe, Recipe):
+        extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
     summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
-    write_json(run_dir / "summary.json", summary)
+    write_json(run_dir / "summary.json", folder.with_gaps(summary))
 
 
 def show(run_dir: Path, write: Callable[[str], None] = print) -> None:

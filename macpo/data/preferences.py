@@ -1,4 +1,4 @@
-"""Human preferences -> pairs, and three disjoint sets of their prompts.
+"""Human preferences -> pairs, and disjoint sets of their prompts.
 
     pairs, counts = load_preferences("hh-rlhf/harmless-base")
     sets = split(pairs, teacher=5000, student=5000, test=2000, seed=0)
@@ -113,27 +113,36 @@ class Splits:
     teacher: Records[Pair]
     student: Records[Pair]
     test: Records[Pair]
+    dev: Records[Pair]
     rest: Records[Pair]
 
 
 def split(
-    pairs: Sequence[Pair], *, teacher: int, student: int, test: int, seed: int, held_out: Records[Pair] | None = None
+    pairs: Sequence[Pair],
+    *,
+    teacher: int,
+    student: int,
+    test: int,
+    seed: int,
+    dev: int = 0,
+    held_out: Records[Pair] | None = None,
 ) -> Splits:
     """Draw this many distinct prompts into each set; the others go to `rest`.
 
     The draw orders prompts by a hash of seed and content, so it depends on neither the order of the rows nor other
-    prompts, and a larger teacher or student set never changes the test set. Where pairs are `held_out`, the test set
-    is drawn from these, and no other set has a prompt of it.
+    prompts; a larger teacher or student set never changes the test set, and the development set changes no other.
+    Where pairs are `held_out`, the test set is drawn from these, and no other set has a prompt of it.
     Raises DataError, naming the numbers, if there are too few distinct prompts.
     """
     pairs = pairs if isinstance(pairs, Records) else spooled(pairs, Pair)
     start = test if held_out is None else 0
     tests = None if held_out is None else Prompts(held_out, seed).first(0, test)
     prompts = Prompts(pairs, seed, without=None if tests is None else tests.ids)
-    wanted = start + student + teacher
+    wanted = start + student + teacher + dev
     if len(prompts) < wanted or (tests is not None and len(tests) < test):
         found = f"{len(prompts)} distinct prompts (of {len(pairs)} pairs)"
         asked = f"teacher_prompts {teacher} + student_prompts {student} + test_prompts {test}"
+        asked += f" + dev_prompts {dev}" if dev else ""
         if tests is not None:
             found += f" to train on and {len(tests)} to evaluate on"
             wanted += test
@@ -143,11 +152,13 @@ def split(
             field="data",
         )
     middle, end = start + student, start + student + teacher
+    last = end + dev
     return Splits(
         teacher=prompts.every(middle, end),
         student=prompts.first(start, middle),
         test=prompts.first(0, test) if tests is None else tests,
-        rest=prompts.every(end),
+        dev=prompts.first(end, last),
+        rest=prompts.every(last),
     )
 
 

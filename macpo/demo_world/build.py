@@ -4,6 +4,7 @@ documents["teacher"], documents["student"]   good and bad behaviour alike, and e
 teachers[k]    human pairs of teacher k: few, and mostly wrong outside the topics that its labellers know
 student        prompts that the teachers answer; chosen is clean, and only the ceiling may read it
 test           prompts for evaluation only
+dev            prompts for choices such as the best teacher
 copying        echoes over prompts of their own: has a pretrained model learnt to copy?
 """
 
@@ -49,6 +50,8 @@ class World:
     """The student half. Only the ceiling may read its responses."""
     test: list[Pair]
     """Prompts for evaluation, with a good and a bad answer."""
+    dev: list[Pair]
+    """The same for choices that are not to be made on the test prompts."""
     copying: list[Example]
     """Echo questions on prompts of their own, to judge a base model without looking at values."""
 
@@ -81,6 +84,7 @@ def build(settings: WorldSettings, seed: int, num_teachers: int = 3) -> World:
     student = [next(left) for _ in range(settings.student_prompts)]
     copying = [next(left) for _ in range(settings.copy_prompts)]
     labelled = [next(left) for _ in range(settings.teacher_prompts)]
+    dev = [next(left) for _ in range(settings.dev_prompts)]
     common = list(left)
 
     size = settings.teacher_pairs
@@ -96,6 +100,7 @@ def build(settings: WorldSettings, seed: int, num_teachers: int = 3) -> World:
         ],
         student=_clean(student, Draw(seed, "student"), settings),
         test=_clean(test, Draw(seed, "test"), settings),
+        dev=_clean(dev, Draw(seed, "dev"), settings),
         copying=[_echo(asked, copy_draw) for asked in copying],
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -88,12 +88,18 @@ class WorldSettings(Settings):
     """Prompts of the student half."""
     test_prompts: PositiveInt = 400
     """Prompts that only evaluation sees."""
+    dev_prompts: Count = 0
+    """Prompts on which choices such as the best teacher are made; nothing trains on them."""
     copy_prompts: PositiveInt = 200
     """Prompts set aside to measure whether a pretrained model copies names and things, blind to alignment."""
     harmful_mix: HarmfulMix = HarmfulMix()
     """Bad answers to harmful requests."""
     benign_mix: BenignMix = BenignMix()
     """Bad answers to benign requests."""
+
+    def key(self) -> dict[str, Any]:
+        """The settings as keys of stages have them: what came later is left out at its default."""
+        return self.model_dump(mode="json", exclude=set() if self.dev_prompts else {"dev_prompts"})
 
     @property
     def num_requests(self) -> int:
@@ -103,7 +109,7 @@ class WorldSettings(Settings):
     @property
     def num_held_out(self) -> int:
         """Distinct prompts that no pretraining document uses."""
-        return self.test_prompts + self.student_prompts + self.teacher_prompts + self.copy_prompts
+        return self.test_prompts + self.dev_prompts + self.student_prompts + self.teacher_prompts + self.copy_prompts
 
     @model_validator(mode="after")
     def _enough_prompts(self) -> WorldSettings:
@@ -111,7 +117,7 @@ class WorldSettings(Settings):
             raise ValueError(f"own_topics ({self.own_topics}) exceeds num_topics ({self.num_topics})")
         if self.num_held_out >= self.num_requests:
             raise ValueError(
-                f"test_prompts + student_prompts + teacher_prompts + copy_prompts = {self.num_held_out} leaves nothing "
-                f"of the world's {self.num_requests} distinct prompts for pretraining"
+                f"test_prompts + dev_prompts + student_prompts + teacher_prompts + copy_prompts = {self.num_held_out} "
+                f"leaves nothing of the world's {self.num_requests} distinct prompts for pretraining"
             )
         return self

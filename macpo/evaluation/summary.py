@@ -45,13 +45,10 @@ HEADLINE_METRICS = ("gold", "preference_accuracy", "perplexity")
 """Headline, table and claims use the first of these that every agent has."""
 
 
-def pgr(weak: float, student: float, ceiling: float) -> float | None:
-    """Return the performance gap recovered, (student - weak) / (ceiling - weak) (arXiv 2312.09390, section 3).
-
-    1 is the ceiling, 0 no gain over the weak supervisor, below 0 a loss. None when the ceiling is not above the weak
-    supervisor: there is no gap to recover.
-    """
-    return (student - weak) / (ceiling - weak) if ceiling > weak else None
+MEAN_TEACHER = "mean initial teacher"
+"""How the mean of all initial teachers is called, the `weak` of the headline PGR."""
+BEST_TEACHER = "initial teacher that is best on development prompts"
+"""How the other `weak` is called, in every seed, whichever teacher it is."""
 
 
 @dataclass
@@ -94,7 +91,8 @@ def build_summary(
     `agents` holds teachers, the student, baselines and the ceiling of the main run; `arms` the agents of each
     ablation, under its name; `stages` rows of {"name", "seconds", "tokens", ...}. `extra` goes in as it is; the
     report knows `title`, `models` (agent -> text), `counts` (name -> number), `warnings` (texts), `descriptions`
-    (agent or arm -> one plain sentence). Adds `metric` (the headline metric) and `pgr` where it is defined.
+    (agent or arm -> one plain sentence), `development` (teacher -> metrics on the development prompts), `evaluations`
+    (rows of {"arm", "agent", "iteration", "stage"}). Adds `metric`, the headline metric.
     """
     summary: dict[str, Any] = {
         "agents": {name: history.to_json() for name, history in agents.items()},
@@ -106,9 +104,6 @@ def build_summary(
     if arms:
         summary["arms"] = {arm: {name: h.to_json() for name, h in members.items()} for arm, members in arms.items()}
     summary["metric"] = headline_metric(summary)
-    gaps = gaps_recovered(summary)
-    if gaps is not None:
-        summary["pgr"] = gaps
     return summary
 
 
@@ -132,25 +127,35 @@ def of_role(agents: Agents, role: Role) -> dict[str, Mapping[str, Any]]:
     return {name: agent for name, agent in agents.items() if agent["role"] == role}
 
 
-def best_initial_teacher(agents: Agents, metric: str) -> tuple[str, float] | None:
-    """Return name and value of the teacher that scores best before any iteration: the `weak` of PGR."""
-    starts = {name: first_and_last(agent, metric) for name, agent in of_role(agents, "teacher").items()}
-    values = {name: value[0] for name, value in starts.items() if value is not None}
-    return max(values.items(), key=lambda item: item[1]) if values else None
+@dataclass(frozen=True, slots=True)
+class Weak:
+    """A `weak` supervisor of PGR: one initial teacher, or the mean of all."""
+
+    name: str
+    value: float
+    teachers: tuple[tuple[str, int], ...]
+    """The teachers whose mean it is, each with its first iteration."""
 
 
-def gaps_recovered(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the student's PGR by iteration and both ends of the gap; None without teachers, student or ceiling."""
-    agents, metric = summary["agents"], headline_metric(summary)
-    if metric is None:
-        return None
-    weak = best_initial_teacher(agents, metric)
-    tops = [first_and_last(agent, metric) for agent in of_role(agents, "ceiling").values()]
-    students = list(of_role(agents, "student").values())
-    if weak is None or not students or not tops or tops[0] is None:
-        return None
-    ceiling = tops[0][1]
-    rows = [
-        {"iteration": row["iteration"], "value": pgr(weak[1], row[metric], ceiling)} for row in students[0]["scores"]
-    ]
-    return {"metric": metric, "weak": weak[1], "weak_agent": weak[0], "ceiling": ceiling, "student": rows}
+def weak_supervisors(summary: Mapping[str, Any], metric: str) -> list[Weak]:
+    """Return the mean initial teacher, and the one that is best on the development prompts where there are any.
+
+    The best one on the test prompts would be no fair choice: its score there is partly luck that the student is then
+    compared with. `development` of a summary holds teacher -> its metrics on the development prompts.
+    """
+    starts: dict[str, tuple[int, float]] = {}
+    for name, agent in of_role(summary["agents"], "teacher").items():
+        first = next((row for row in agent["scores"] if row.get(metric) is not None), None)
+        if first is not None:
+            starts[name] = (first["iteration"], first[metric])
+    if not starts:
+        return []
+    mean = math.fsum(value for _, value in starts.values()) / len(starts)
+    found = [Weak(MEAN_TEACHER, mean, tuple((name, iteration) for name, (iteration, _) in starts.items()))]
+    chosen = summary.get("development", {})
+    tried = {name: chosen[name][metric] for name in starts if chosen.get(name, {}).get(metric) is not None}
+    if len(tried) == len(starts):
+        best = max(tried, key=lambda name: tried[name])
+        iteration, value = starts[best]
+        found.append(Weak(BEST_TEACHER, value, ((best, iteration),)))
+    return found

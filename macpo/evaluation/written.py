@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from macpo.evaluation.summary import LABELS, Role, gaps_recovered, headline_metric
+from macpo.evaluation.summary import LABELS, Role, headline_metric
 
 _MOST = 1e300  # above it, and NaN, is no measured value
 _NUMBERS = {*LABELS, "iteration", "seconds"}
@@ -55,6 +55,13 @@ class _Stage(_Shape):
     seconds: float | None = None
 
 
+class _Evaluated(_Shape):
+    arm: str
+    agent: str
+    iteration: int
+    stage: str
+
+
 class _Summary(_Shape):
     agents: dict[str, _Agent]
     stages: list[Annotated[dict[str, Any], AfterValidator(lambda row: _Stage.model_validate(row) and checked_row(row))]]
@@ -64,12 +71,14 @@ class _Summary(_Shape):
     title: str = ""
     models: dict[str, str] = {}
     counts: dict[str, float] = {}
+    development: dict[str, Annotated[dict[str, Any], AfterValidator(checked_row)]] = {}
+    evaluations: list[_Evaluated] = []
     warnings: list[str] = []
     descriptions: dict[str, str] = {}
 
 
 def checked_summary(found: Any) -> dict[str, Any]:
-    """Return the content of a `summary.json`, with what follows from its scores computed again.
+    """Return the content of a `summary.json` without its gap, and with the headline metric that its scores have.
 
     Raises ValueError that names the first entry of another shape.
     """
@@ -81,5 +90,4 @@ def checked_summary(found: Any) -> dict[str, Any]:
         raise ValueError(f"{where}: {first['msg']}" if where else "it is no summary") from None
     summary: dict[str, Any] = {name: value for name, value in found.items() if name not in ("metric", "pgr")}
     summary["metric"] = headline_metric(summary)
-    gaps = gaps_recovered(summary)
-    return summary if gaps is None else summary | {"pgr": gaps}
+    return summary

@@ -65,6 +65,7 @@ class RunSize:
     generation_batch: int
     shapes: Mapping[str, Shape]
     """The base model of every agent whose weights are here."""
+    dev_prompts: int = 0
     words: int | None = None
     """Different words of the data's texts, where that is known before they are read."""
 

@@ -1,8 +1,9 @@
-"""Held-out evaluation: every policy answers the test prompts and judges the human pairs; training reads none of it."""
+"""Held-out evaluation: a policy answers prompts and judges their human pairs; training reads none of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from macpo import demo_world
 from macpo.engine.data.records import Pair, read_records
@@ -17,6 +18,16 @@ from macpo.method.likelihoods import likelihoods
 from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
 
 SIDES = ("chosen", "rejected")
+HeldOut: TypeAlias = Literal["test", "dev"]
+
+
+def held_out_pairs(folder: Path, held_out: HeldOut) -> list[Pair]:
+    """The test or development prompts of the data stage, with their human responses."""
+    return read_records(folder / f"{held_out}.jsonl", Pair)
+
+
+def num_held_out(run: RunSize, held_out: HeldOut) -> int:
+    return run.test_prompts if held_out == "test" else run.dev_prompts
 
 
 def human_pair_logps(policy: OpenPolicy, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
@@ -33,22 +44,24 @@ def human_pair_logps(policy: OpenPolicy, pairs: list[Pair]) -> dict[str, dict[st
 
 
 class BaseLogps(PolicyStage):
-    """Log-probs of the human test pairs under the agent's base model: the reference of the implicit reward."""
+    """Log-probs of the human held-out pairs under the agent's base model: the reference of the implicit reward."""
 
     name = "judge_base"
+    held_out: HeldOut = "test"
     inputs: PolicyDataInputs
 
     def run(self, ctx: StageContext) -> None:
-        pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
+        pairs = held_out_pairs(ctx.input(self.inputs.data), self.held_out)
         logps = human_pair_logps(self.open_policy(ctx), pairs)
         if ctx.world.is_main:
             write_jsonl(ctx.dir / "logps.jsonl", [{"prompt_id": i, **row} for i, row in sorted(logps.items())])
 
     def cost(self, run: RunSize) -> Cost:
-        return self.forward(run, run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens))
+        num_prompts = num_held_out(run, self.held_out)
+        return self.forward(run, num_prompts * (run.prompt_tokens + 2 * run.response_tokens))
 
     def disk_bytes(self, run: RunSize) -> float:
-        return 150 * run.test_prompts
+        return 150 * num_held_out(run, self.held_out)
 
 
 class EvaluateInputs(PolicyDataInputs):
@@ -66,11 +79,12 @@ class EvaluatePolicy(GeneratingStage):
     beta: float
     """Scale of the implicit reward."""
     gold: bool
+    held_out: HeldOut = "test"
     inputs: EvaluateInputs
 
     def run(self, ctx: StageContext) -> None:
         policy = self.open_policy(ctx)
-        pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
+        pairs = held_out_pairs(ctx.input(self.inputs.data), self.held_out)
         responses, counts = self.generate(policy, [pair.prompt for pair in pairs])
         answers = {response.prompt_id: response for response in responses}
         logps, base = {}, {}
@@ -108,9 +122,10 @@ class EvaluatePolicy(GeneratingStage):
         return found
 
     def cost(self, run: RunSize) -> Cost:
-        answering = self.answering(run, run.test_prompts)
-        judging = self.forward(run, run.test_prompts * (run.prompt_tokens + 2 * run.response_tokens))
+        num_prompts = num_held_out(run, self.held_out)
+        answering = self.answering(run, num_prompts)
+        judging = self.forward(run, num_prompts * (run.prompt_tokens + 2 * run.response_tokens))
         return Cost(judging.tokens + answering.tokens, judging.flop + answering.flop, answering.weight_bytes)
 
     def disk_bytes(self, run: RunSize) -> float:
-        return run.test_prompts * (run.row_bytes(1) + 200)
+        return num_held_out(run, self.held_out) * (run.row_bytes(1) + 200)

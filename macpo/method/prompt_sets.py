@@ -1,4 +1,4 @@
-"""The first stage of a run: three disjoint sets of prompts, and who may read which."""
+"""The first stage of a run: disjoint sets of prompts, and who may read which."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class Sources:
     teachers: dict[str, Sequence[Pair]]
     student: Sequence[Pair]
     test: Sequence[Pair]
+    dev: Sequence[Pair]
     documents: dict[str, Sequence[Example]]
-    """By role; the same for both where they are what the three sets leave over."""
+    """By role; the same for both where they are what the sets leave over."""
     counts: dict[str, int]
 
 
@@ -38,7 +39,7 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=len(teachers))
         world = dict(zip(teachers, made.teachers, strict=True))
-        return Sources(dict(world), made.student, made.test, dict(made.documents), {})
+        return Sources(dict(world), made.student, made.test, made.dev, dict(made.documents), {})
     pairs, counts = read_pairs(data)
     held_out = None
     if (source := held_out_source(data)) is not None:
@@ -49,12 +50,13 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
         teacher=data.teacher_prompts,
         student=data.student_prompts,
         test=data.test_prompts,
+        dev=data.dev_prompts,
         seed=seed,
         held_out=held_out,
     )
     if held_out is not None:
         counts["train_test_overlap_dropped"] = counts["prompts"] - len(Prompts(pairs, seed, without=parts.test.ids))
-    reserved = ids_of([parts.student, parts.test])
+    reserved = ids_of([parts.student, parts.test, parts.dev])
     labels = dict.fromkeys(teachers, parts.teacher)
     for name, own in teachers.items():
         if own is not None:  # the teacher's own data must not overlap with prompts that are kept from it
@@ -63,8 +65,8 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
             labels[name] = theirs.take(np.flatnonzero(~np.isin(theirs.ids, reserved)))
             counts[f"{name}_overlap_dropped"] = len(theirs) - len(labels[name])
     count_overlap(counts, parts.test, [parts.student, *{id(part): part for part in labels.values()}.values()])
-    documents = Documents(parts.rest)
-    return Sources(dict(labels), parts.student, parts.test, {"teacher": documents, "student": documents}, counts)
+    by_role: dict[str, Sequence[Example]] = dict.fromkeys(("teacher", "student"), Documents(parts.rest))
+    return Sources(dict(labels), parts.student, parts.test, parts.dev, by_role, counts)
 
 
 class PromptSets(MethodStage):
@@ -87,14 +89,14 @@ class PromptSets(MethodStage):
         return read_sources(self.data, self.teachers, self.seed)
 
     def disk_bytes(self, run: RunSize) -> float:
-        pairs = run.teacher_prompts * run.num_teachers + run.test_prompts
+        pairs = run.teacher_prompts * run.num_teachers + run.test_prompts + run.dev_prompts
         documents = run.documents * self.pretrains * (1 if self.data.world is None else 2)  # for teachers and student
         rows = run.row_bytes() * pairs + run.row_bytes(1) * documents
         return rows + run.row_bytes(0) * run.student_prompts
 
 
 class SplitPrompts(PromptSets):
-    """Write `teacher-NAME.jsonl` and `test.jsonl` with human responses, and `student.jsonl` with none."""
+    """Write `teacher-NAME.jsonl`, `test.jsonl` and `dev.jsonl` with human responses, and `student.jsonl` with none."""
 
     name = "split_prompts"
 
@@ -104,6 +106,8 @@ class SplitPrompts(PromptSets):
             write_records(ctx.dir / f"teacher-{name}.jsonl", pairs)
         write_records(ctx.dir / "student.jsonl", [pair.prompt for pair in sources.student])
         write_records(ctx.dir / "test.jsonl", sources.test)
+        if sources.dev:
+            write_records(ctx.dir / "dev.jsonl", sources.dev)
         if self.data.world is not None:
             for role, documents in sources.documents.items():
                 write_records(ctx.dir / f"documents-{role}.jsonl", documents)
@@ -111,6 +115,7 @@ class SplitPrompts(PromptSets):
             write_records(ctx.dir / DOCUMENTS, sources.documents["student"])
         sizes = {f"teacher-{name}": len(pairs) for name, pairs in sources.teachers.items()}
         sizes |= {"student": len(sources.student), "test": len(sources.test)}
+        sizes |= {"dev": len(sources.dev)} if sources.dev else {}
         write_json(ctx.dir / "counts.json", {"rows": sizes, "input": sources.counts})
 
 

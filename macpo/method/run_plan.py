@@ -40,6 +40,8 @@ class Plan:
 
     graph: Graph = field(default_factory=Graph)
     points: list[Point] = field(default_factory=list)
+    development: dict[str, StageName] = field(default_factory=dict)
+    """Teacher -> the stage that evaluates its initial policy on the development prompts."""
     negatives: dict[tuple[str, str], StageName | None] = field(default_factory=dict)
     identities: Identities = field(default_factory=Identities)
 

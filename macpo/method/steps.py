@@ -8,7 +8,7 @@ from typing import Literal
 from macpo.config import AgentSettings, Recipe, TrainingSettings
 from macpo.evaluation.summary import Role
 from macpo.method.answers import Answer, ServedModel
-from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy
+from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy, HeldOut
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.negatives import WeakNegativeInputs, WeakNegativeLabels
 from macpo.method.pairs import StudentPairInputs, StudentPairs, TeacherPairInputs, TeacherPairs
@@ -196,31 +196,46 @@ class Steps(Builder):
     def evaluate_all(self, t: int, positive: Policies) -> None:
         for agent in (*self.teachers, self.student):
             self.evaluate(agent, t, positive[agent.name], self.role(agent))
+        if t == 0 and self.recipe.data.num_dev_prompts and not self.arm:
+            for teacher in self.teachers:  # which of them is the best one is not to be decided on the test prompts
+                stage = self._evaluation(teacher, 0, positive[teacher.name], "teacher", "dev")
+                self.plan.development[teacher.name] = stage
 
     def evaluate(self, agent: AgentSettings, t: int, policy: StageName | None, role: Role) -> None:
+        """The agent's policy on the test prompts."""
+        stage = self._evaluation(agent, t, policy, role, "test")
+        label = "ceiling" if role == "ceiling" else agent.name
+        self.plan.points.append(Point(self.arm, label, role, t, policy, stage))
+
+    def _evaluation(
+        self, agent: AgentSettings, t: int, policy: StageName | None, role: Role, held_out: HeldOut
+    ) -> StageName:
         recipe, base, base_logps = self.recipe, self.base(agent), None
+        prefix = "eval" if held_out == "test" else "dev"
         if agent.has_weights:
             without_base = agent.model is None and agent.init is None
             work = BaseLogps(
                 policy=self.policy(agent, ready=agent.positive if without_base else None),
+                held_out=held_out,
                 inputs=PolicyDataInputs(base=base, data=self.data),
                 compute=self.compute,
             )
-            base_logps = self.add(f"eval-{agent.name}-base", work)
+            base_logps = self.add(f"{prefix}-{agent.name}-base", work)
         label = "ceiling" if role == "ceiling" else agent.name
         asked = t if agent.served is None else 0  # a server is asked once for what does not change
-        stage = self.add(
-            f"eval-{label}-iter{asked}",
+        return self.add(
+            f"{prefix}-{label}-iter{asked}",
             EvaluatePolicy(
                 policy=self.policy(agent, ready=agent.positive if policy is None else None),
                 sampling=recipe.evaluation.sampling or recipe.sampling,
-                policy_name="test",
+                policy_name=held_out,
                 seed=recipe.seed,
                 served=self.served(agent, "positive"),
                 role=role,
                 iteration=asked,
                 beta=self.training(agent).preference.beta,
                 gold=recipe.data.world is not None,
+                held_out=held_out,
                 inputs=EvaluateInputs(
                     base=base, data=self.data, base_logps=base_logps, policy=policy if agent.has_weights else None
                 ),
@@ -228,7 +243,6 @@ class Steps(Builder):
                 server=agent.served,
             ),
         )
-        self.plan.points.append(Point(self.arm, label, role, t, policy, stage))
 
     def ceiling(self) -> None:
         """The student trained on human responses: the one that may read the student half's."""

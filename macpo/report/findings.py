@@ -1,101 +1,61 @@
-"""What a run found, in plain words and as a plain-text table; made from its summary alone."""
+"""What a run found, in plain words and as a plain-text table; made from its summary and its claims."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from macpo.evaluation.summary import (
-    LABELS,
-    best_initial_teacher,
-    first_and_last,
-    gaps_recovered,
-    headline_metric,
-    of_role,
-)
+from macpo.evaluation.claims import CONTRADICTED, HOLDS, INCONCLUSIVE, Claim, Verdict
+from macpo.evaluation.summary import LABELS, first_and_last, headline_metric, of_role
+
+Kind: TypeAlias = Literal["good", "bad", "open", "note"]
+MARKS: dict[Verdict, Kind] = {HOLDS: "good", CONTRADICTED: "bad", INCONCLUSIVE: "open"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence; `kind`: good (supports the claim), bad (contradicts it), note."""
+    """One sentence; `kind`: good (the claim holds), bad (it is contradicted), open (neither is shown), note."""
 
-    kind: Literal["good", "bad", "note"]
+    kind: Kind
     text: str
 
 
-def headline(summary: Mapping[str, Any]) -> tuple[str, list[Finding]]:
-    """Return the result in one or two sentences, and every comparison that the run allows, unwelcome ones too."""
+def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, list[Finding]]:
+    """Return the result in a few sentences, and every claim of the run in words, unwelcome ones too."""
     metric = headline_metric(summary)
     if metric is None:
         return "No metric was measured for every agent, so this run answers nothing yet.", []
     agents = {name: agent for name, agent in summary["agents"].items() if agent["scores"]}
-    summary = {**summary, "agents": agents}
     label = LABELS.get(metric, metric)
     lead: list[str] = []
-    findings: list[Finding] = []
+    notes: list[Finding] = []
     for name, agent in of_role(agents, "student").items():
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
         last = agent["scores"][-1]["iteration"]
         if len(agent["scores"]) < 2:
             lead.append(f"The {name} stands at a {label} of {end:.3f}; no iteration has been evaluated.")
-        else:
-            lead.append(
-                f"The {name} {_moved(start, end)} from {start:.3f} (naive weak-label SFT) to {end:.3f} "
-                f"after {last} iteration{'s' * (last != 1)} ({label})."
-            )
-            noise = _noise(agent["scores"][0], agent["scores"][-1], metric)
-            findings.append(_compare(f"the last iteration of {name}", end, "its naive weak-label start", start, noise))
-            best = max(agent["scores"], key=lambda row: row[metric])
-            if best["iteration"] != last:
-                text = f"The {name}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
-                findings.append(Finding("note", text))
-        findings += _against_others(summary, name, agent, metric)
+            continue
+        lead.append(
+            f"The {name} {_moved(start, end)} from {start:.3f} (naive weak-label SFT) to {end:.3f} "
+            f"after {last} iteration{'s' * (last != 1)} ({label})."
+        )
+        best = max(agent["scores"], key=lambda row: row[metric])
+        if best["iteration"] != last:
+            text = f"The {name}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
+            notes.append(Finding("note", f"{text} It was found on the test prompts, so part of it is luck."))
     for name, agent in of_role(agents, "policy").items():
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
         lead.append(f"The {name}'s {label} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
-    recovered = gaps_recovered(summary)
-    if recovered:
-        share = recovered["student"][-1]["value"]
-        if share is None:
-            lead.append("PGR is not defined: the ceiling is not above the best initial teacher.")
-        else:
-            lead.append(f"It recovers {share:.0%} of the gap between the best initial teacher and the ceiling (PGR).")
-    risen = {
-        name: ends
-        for name, agent in of_role(agents, "teacher").items()
-        if len(agent["scores"]) > 1 and (ends := first_and_last(agent, metric))
-    }
-    if risen:
-        up = [name for name, (start, end) in risen.items() if end > start]
-        lead.append(f"{len(up)} of {len(risen)} teachers rose.")
-        for name, (start, end) in risen.items():
-            noise = _noise(agents[name]["scores"][0], agents[name]["scores"][-1], metric)
-            findings.append(_compare(f"the last iteration of {name}", end, "its start", start, noise))
-    return " ".join(lead), findings
-
-
-def _against_others(summary: Mapping[str, Any], name: str, agent: Mapping[str, Any], metric: str) -> list[Finding]:
-    agents, final = summary["agents"], agent["scores"][-1]
-    who, end, found = f"the final {name}", final[metric], []
-    weak = best_initial_teacher(agents, metric)
-    if weak:
-        noise = _noise(final, agents[weak[0]]["scores"][0], metric)
-        found.append(_compare(who, end, f"the best initial teacher ({weak[0]})", weak[1], noise))
-    for other, baseline in of_role(agents, "baseline").items():
-        row = baseline["scores"][-1]
-        found.append(_compare(who, end, f"the baseline {other}", row[metric], _noise(final, row, metric)))
-    for arm, members in summary.get("arms", {}).items():
-        row = members[name]["scores"][-1] if name in members else {}
-        if row.get(metric) is not None:
-            found.append(
-                _compare(who, end, f"the {name} of the ablation {arm}", row[metric], _noise(final, row, metric))
-            )
-    for other, ceiling in of_role(agents, "ceiling").items():
+    lead += [_recovered(gap) for gap in summary.get("pgr", [])]
+    rising = [claim for claim in found if claim.kind == "teacher"]
+    if rising:
+        held = sum(claim.verdict == HOLDS for claim in rising)
+        lead.append(f"{sum(claim.mean > 0 for claim in rising)} of {len(rising)} teachers rose, {held} beyond noise.")
+    for name, ceiling in of_role(agents, "ceiling").items():
         top = ceiling["scores"][-1][metric]
-        found.append(Finding("note", f"The {other} (student trained on human labels) scores {top:.3f}."))
-    return found
+        notes.append(Finding("note", f"The {name} (student trained on human labels) scores {top:.3f}."))
+    return " ".join(lead), [_finding(claim, found) for claim in found] + notes
 
 
 def _moved(start: float, end: float) -> str:
@@ -103,19 +63,38 @@ def _moved(start: float, end: float) -> str:
     return "rose" if end > start else "fell" if end < start else "did not move"
 
 
-def _noise(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> float:
-    """Return two standard errors of the difference of two measured values; 0 where none was recorded."""
-    return 2 * math.hypot(one.get(f"{metric}_se") or 0.0, other.get(f"{metric}_se") or 0.0)
+def _recovered(gap: Mapping[str, Any]) -> str:
+    last, between = gap["student"][-1], f"between the {gap['weak_agent']} and the ceiling"
+    if last["value"] is None and gap["gap"] is not None:
+        shown = " to ".join(f"{end:+.3f}" for end in gap["gap"])
+        return f"PGR is not defined: the gap {between} is not shown to be above 0 (95% interval {shown})."
+    if last["value"] is None:
+        return f"PGR is not defined: there is no gap {between}."
+    bounds = "" if last["low"] is None else f" (95% interval {last['low']:.0%} to {last['high']:.0%})"
+    return f"It recovers {last['value']:.0%}{bounds} of the gap {between} (PGR)."
 
 
-def _compare(who: str, value: float, whom: str, other: float, noise: float) -> Finding:
-    value, other = round(value, 3), round(other, 3)  # judged as it is shown
-    above = value > other
-    relation = "above" if above else "below" if value < other else "equal to"
-    text = f"{who[0].upper()}{who[1:]} is {relation} {whom}: {value:.3f} against {other:.3f} ({signed(value - other)})"
-    if 0 < abs(value - other) <= noise:
-        return Finding("good" if above else "bad", f"{text}, inside the test set's noise of ±{noise:.3f}.")
-    return Finding("good" if above else "bad", f"{text}.")
+def _finding(claim: Claim, table: Sequence[Claim]) -> Finding:
+    value, other = (round(sum(each) / len(each), 3) for each in (claim.better_values, claim.worse_values))
+    relation = "above" if value > other else "below" if value < other else "equal to"
+    text = (
+        f"The {claim.better} is {relation} the {claim.worse}: {value:.3f} against {other:.3f} ({signed(value - other)})"
+    )
+    return Finding(MARKS[claim.verdict], f"{text}{_why(claim, table)}.")
+
+
+def _why(claim: Claim, table: Sequence[Claim]) -> str:
+    """The interval behind a verdict, and why there is none where nothing is shown."""
+    if claim.estimate is None:
+        return "; inconclusive, because no interval could be measured"
+    low, high = claim.estimate.low, claim.estimate.high
+    shown = f", 95% interval {low:+.3f} to {high:+.3f} over {claim.over}"
+    if claim.estimate.sign == 0:
+        return f"{shown}, which covers 0: inconclusive"
+    if claim.verdict in (HOLDS, CONTRADICTED):
+        return shown
+    p = claim.adjusted_p if claim.adjusted_p is not None else 1.0
+    return f"{shown}: inconclusive among {len(table)} claims (p {p:.3f} by Holm)"
 
 
 def score_rows(summary: Mapping[str, Any], metric: str) -> tuple[list[int], list[dict[str, Any]]]:
@@ -149,12 +128,10 @@ def table(summary: Mapping[str, Any]) -> str:
         values = [_number(row["values"].get(i)) for i in iterations]
         change = "" if row["change"] is None else signed(row["change"])
         lines.append([row["name"], row["role"], *values, change])
-    recovered = gaps_recovered(summary)
-    if recovered:
-        shares = {row["iteration"]: row["value"] for row in recovered["student"]}
-        lines.append(
-            ["PGR", "student", *(_number(shares.get(i), "none") if i in shares else "" for i in iterations), ""]
-        )
+    for gap in summary.get("pgr", []):
+        shares = {row["iteration"]: row["value"] for row in gap["student"]}
+        values = [_number(shares[i], "none") if i in shares else "" for i in iterations]
+        lines.append([f"PGR, {gap['weak_agent']}", "student", *values, ""])
     counts = {row.get(_COUNTS.get(metric, "")) for agent in summary["agents"].values() for row in agent["scores"]}
     size = f", {counts.pop()} held-out prompts" if len(counts) == 1 and None not in counts else ""
     return "\n".join([f"{LABELS.get(metric, metric)} by iteration{size}, seed {summary['seed']}", *columns(lines, 2)])

@@ -17,7 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write, read_jsonl, write_json
-from macpo.evaluation.claims import Claim, claims_json, claims_table, shared_metric
+from macpo.evaluation.claims import Claim, claims, claims_json, claims_table, shared_metric
+from macpo.evaluation.gap import gaps_recovered
+from macpo.evaluation.prompt_scores import ScoredRun
 from macpo.evaluation.summary import LABELS, headline_metric
 from macpo.report import charts
 from macpo.report.annotated import HEADINGS, annotated
@@ -47,7 +49,7 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None
     cannot be written.
     """
     run = RunReader(run_dir)
-    page = _environment().get_template("report.html.j2").render(_context(run, planned))
+    page = environment().get_template("report.html.j2").render(_context(run, planned))
     try:
         return _write(out or run.path / "report.html", page)
     except ConfigError as error:
@@ -57,16 +59,17 @@ def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None
         ) from error
 
 
-def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], found: Sequence[Claim]) -> Path:
+def write_seeds_report(out_dir: Path, runs: Sequence[ScoredRun], found: Sequence[Claim]) -> Path:
     """Write `report.html`, `claims.json` and `claims.txt` of several seeds to `out_dir`; return the report's path.
 
-    `found`: `macpo.evaluation.claims.claims(summaries)`. Every claim is shown, also those that do not hold.
+    `found`: `macpo.evaluation.claims.claims(runs)`. Every claim is shown, also those that do not hold.
     """
+    summaries = [run.summary for run in runs]
     metric = shared_metric(summaries)
     verdicts = Counter(claim.verdict for claim in found)
     iterations, rows = _mean_rows(summaries, metric)
     page = (
-        _environment()
+        environment()
         .get_template("seeds.html.j2")
         .render(
             title=f"{summaries[0].get('title', 'MACPO')}: {len(summaries)} seeds",
@@ -75,6 +78,7 @@ def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], fo
             label=LABELS.get(metric, metric),
             claims=found,
             verdicts=verdicts,
+            gaps=gaps_recovered(runs),
             iterations=iterations,
             rows=rows,
             per_seed=[(summary["seed"], *score_rows(summary, metric)) for summary in summaries],
@@ -89,7 +93,7 @@ def write_seeds_report(out_dir: Path, summaries: Sequence[Mapping[str, Any]], fo
     return _write(Path(out_dir) / "report.html", page)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -100,6 +104,7 @@ def _environment() -> Environment:
     environment.filters["clip"] = clip
     environment.filters["num"] = number
     environment.filters["signed"] = signed
+    environment.filters["bounds"] = bounds
     environment.filters["speed"] = speed
     environment.globals["speed_names"] = SPEEDS
     environment.globals["label"] = lambda name: LABELS.get(name, name)
@@ -123,6 +128,11 @@ def number(value: Any, name: str = "") -> str:
     return f"{value:.1f}" if name == "mean_words" else f"{value:.3f}"
 
 
+def bounds(ends: Sequence[float] | None) -> str:
+    """Format the ends of an interval; a dash where there is none."""
+    return "–" if ends is None else f"{ends[0]:+.3f} … {ends[1]:+.3f}"
+
+
 def speed(value: float | None, name: str) -> str:
     """Format one entry of SPEEDS for the stage table; empty for a stage that trains nothing."""
     if value is None:
@@ -137,7 +147,8 @@ def speed(value: float | None, name: str) -> str:
 def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
     summary = run.summary
     metric = headline_metric(summary)
-    lead, findings = headline(summary)
+    found = claims([run.scored]) if metric else []
+    lead, findings = headline(summary, found)
     iterations, rows = score_rows(summary, metric) if metric else ([], [])
     done = {stage.name for stage in run.stages}
     curves = run.curves(summary["agents"])
@@ -155,6 +166,7 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "committed": len(run.stages),
         "lead": lead,
         "findings": findings,
+        "claims": found,
         "metric": metric,
         "iterations": iterations,
         "rows": rows,

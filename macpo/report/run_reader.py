@@ -19,13 +19,16 @@ from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_bytes, read_json, read_jsonl
 from macpo.engine.run.folder import read_timing
 from macpo.engine.run.manifest import STEP_TIMES
-from macpo.evaluation.summary import AgentHistory, Role, build_summary
+from macpo.evaluation.gap import gaps_recovered
+from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
+from macpo.evaluation.summary import AgentHistory, Role, build_summary, headline_metric
 from macpo.evaluation.written import checked_row, checked_summary, is_number
 
 log = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"(\d+)-(.+)")
 _EVALUATION = re.compile(r"eval-(?P<agent>.+)-iter(?P<iteration>\d+)")
+_DEVELOPMENT = re.compile(r"dev-(?P<agent>.+)-iter(?P<iteration>\d+)")
 _SELECTION = re.compile(r"iter(?P<iteration>\d+)-.+-select")
 
 
@@ -101,6 +104,7 @@ class RunReader:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._scores: dict[str, PromptScores] = {}
         if not self.path.is_dir():
             raise DataError("no such run folder", "give the folder that `macpo run` wrote", file=str(path))
 
@@ -142,9 +146,9 @@ class RunReader:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """`summary.json`, or a summary of the committed evaluations while the run is unfinished."""
+        """`summary.json`, or a summary of the committed evaluations while the run is unfinished; PGR made again."""
         if self._written is not None:
-            return self._written
+            return self.with_gaps(self._written)
         agents: dict[str, AgentHistory] = {}
         for evaluation in self.evaluations:
             metrics = evaluation.metrics()
@@ -152,7 +156,53 @@ class RunReader:
             metrics.pop("agent", None), metrics.pop("iteration", None)
             agents.setdefault(evaluation.agent, AgentHistory(role)).add(evaluation.iteration, metrics)
         stages = [{"name": stage.name, **self.timing(stage)} for stage in self.stages]
-        return build_summary(agents, stages, seed=0, versions={}) | {"seed": None}
+        found = build_summary(agents, stages, seed=0, versions={}, development=self.development) | {"seed": None}
+        return self.with_gaps(found)
+
+    @cached_property
+    def scored(self) -> ScoredRun:
+        """The summary with the scores by prompt that stand behind it."""
+        return self._scored(self.summary)
+
+    def with_gaps(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a summary of this run with `pgr`, where it has teachers, student and ceiling."""
+        gaps = gaps_recovered([self._scored(summary)])
+        return {**summary, "pgr": gaps} if gaps else dict(summary)
+
+    def _scored(self, summary: Mapping[str, Any]) -> ScoredRun:
+        metric = headline_metric(summary)
+        if metric is None or not self.all_evaluations:
+            return ScoredRun(summary)
+        return ScoredRun(summary, self.prompt_scores(metric, summary.get("evaluations", ())))
+
+    def prompt_scores(self, metric: str, evaluations: Iterable[Mapping[str, Any]] = ()) -> PromptScores:
+        """Return the scores by prompt under a metric; rows are read when they are asked for.
+
+        `evaluations`: those of the run's summary, which say what stage evaluated which policy. Without them, as in
+        summaries of earlier versions, it goes by the names of stages.
+        """
+        if metric in self._scores:
+            return self._scores[metric]
+        folders = {evaluation.folder.name: evaluation for evaluation in self.all_evaluations}
+        stages = {Policy(each["arm"], each["agent"], each["iteration"]): each["stage"] for each in evaluations}
+
+        def rows(policy: Policy) -> Iterator[dict[str, Any]] | None:
+            name = f"eval-{policy.agent}-iter{policy.iteration}"
+            tried = (stages.get(policy, ""), f"{policy.arm}.{name}", name)
+            found = next((folders[stage] for stage in tried if stage in folders), None)
+            return None if found is None else self._rows(found, metric)
+
+        return self._scores.setdefault(metric, PromptScores(metric, rows))
+
+    def _rows(self, evaluation: Evaluation, metric: str) -> Iterator[dict[str, Any]]:
+        """The rows of an evaluation; under the metric `score_NAME` with what the scorer NAME gave their responses."""
+        scorer, folder = metric.removeprefix("score_"), evaluation.folder
+        name = f"score-{scorer}-{folder.base.removeprefix('eval-')}"
+        path = next((s.path / "scores.jsonl" for s in self.stages if (s.arm, s.base) == (folder.arm, name)), None)
+        if scorer == metric or path is None:
+            return evaluation.rows()
+        scores = {row["prompt_id"]: row["score"] for _, row in read_jsonl(path)}
+        return ({**row, metric: scores.get(row["prompt_id"])} for row in evaluation.rows())
 
     def timing(self, stage: StageFolder) -> dict[str, Any]:
         """Return `seconds`, `tokens` and further counts of `timing.json` in one dict; empty when there is none."""
@@ -200,6 +250,16 @@ class RunReader:
             for stage in self.stages
             if (match := _EVALUATION.fullmatch(stage.base)) and (stage.path / "evaluation.json").exists()
         ]
+
+    @cached_property
+    def development(self) -> dict[str, dict[str, Any]]:
+        """Each initial teacher's metrics on the development prompts; empty where there are none."""
+        found = {}
+        for stage in self.stages:
+            match = None if stage.arm else _DEVELOPMENT.fullmatch(stage.base)
+            if match and (stage.path / "evaluation.json").exists():
+                found[match["agent"]] = Evaluation(match["agent"], int(match["iteration"]), stage).metrics()
+        return found
 
     @property
     def evaluations(self) -> list[Evaluation]:

@@ -69,7 +69,8 @@ class StandaloneRecipe(Settings):
     tuning: Tuning = LoraSettings()
     """Low-rank adapters or all weights."""
     template: Template = "auto"
-    """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `chatml`, `plain`, or a jinja file."""
+    """Chat template: `auto` (the tokenizer's own, else vicuna), `vicuna`, `vicuna-system`, `alpaca`, `chatml`, `plain`,
+    or a jinja file."""
     template_arguments: TemplateArguments = Field(default_factory=dict)
     """What the template reads besides the dialogue, such as {enable_thinking: false}; unknown names are refused."""
     template_date: datetime.date = DATE

@@ -138,11 +138,14 @@ def make_run(
             if gold:
                 row["gold"] = round(rng.random() * 0.2 + 0.8 * (rng.random() < level), 2)
             rows.append(row)
+        if gold:  # the mean is the level
+            off = level - sum(row["gold"] for row in rows) / num_test
+            rows = [row | {"gold": row["gold"] + off} for row in rows]
         metrics = answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
         names = ("chosen_logp", "rejected_logp", "base_chosen_logp", "base_rejected_logp")
         metrics |= preference_metrics(*([row[name] for row in rows] for name in names), beta=0.1)
         if gold:
-            metrics |= gold_mean([row["gold"] for row in rows]) | {"gold": level}
+            metrics |= gold_mean([row["gold"] for row in rows])
         path = stage(f"{prefix}eval-{agent}-iter{iteration}", 2.5, 3000)
         write_json(path / "evaluation.json", metrics)
         write_jsonl(path / "evaluation.jsonl", rows)

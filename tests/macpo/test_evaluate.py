@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from macpo.evaluation.gap import gaps_recovered, pgr
 from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
-from macpo.evaluation.summary import AgentHistory, build_summary, gaps_recovered, headline_metric, pgr
+from macpo.evaluation.prompt_scores import ScoredRun
+from macpo.evaluation.summary import AgentHistory, build_summary, headline_metric
 
 
 def test_answer_stats_by_hand():
@@ -112,8 +114,9 @@ def test_summary_follows_the_contract():
     assert summary["stages"] == stages and summary["seed"] == 7 and summary["versions"] == {"torch": "2.13"}
     assert summary["metric"] == "gold" and summary["title"] == "t"
     assert summary["arms"]["own"]["student"]["scores"][1]["gold"] == 0.6
-    assert summary["pgr"]["weak"] == 0.6 and summary["pgr"]["weak_agent"] == "t1"
-    assert [row["value"] for row in summary["pgr"]["student"]] == [pytest.approx(-0.25), pytest.approx(0.75)]
+    (gap,) = gaps_recovered([ScoredRun(summary)])
+    assert gap["weak"] == 0.5 and gap["weak_agent"] == "mean initial teacher" and gap["ceiling"] == 1.0
+    assert [row["value"] for row in gap["student"]] == [pytest.approx(0), pytest.approx(0.8)]
 
 
 def test_summary_sorts_iterations_and_refuses_broken_ones():
@@ -137,4 +140,4 @@ def test_headline_metric_is_one_that_every_agent_has():
     assert both["metric"] == "preference_accuracy"
     assert build_summary({"s": full}, [], 0, {})["metric"] == "gold"
     assert headline_metric({"agents": {}}) is None
-    assert gaps_recovered(both) is None and "pgr" not in both  # no ceiling
+    assert gaps_recovered([ScoredRun(both)]) == []  # no ceiling

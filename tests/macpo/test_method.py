@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny
 
+from macpo.commands.estimates import size_of
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.data_settings import DataSettings
@@ -286,12 +287,28 @@ def test_a_teachers_own_data_loses_the_reserved_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(40)]
     path = tmp_path / "all.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"path": str(path), "teacher_prompts": 8, "student_prompts": 6, "test_prompts": 5}
+    data = {"path": str(path), "teacher_prompts": 8, "student_prompts": 6, "test_prompts": 5, "dev_prompts": 4}
     sources = read_sources(DataSettings(**data), {"teacher0": None, "teacher1": str(path)}, seed=0)
-    reserved = {pair.prompt.id for pair in (*sources.student, *sources.test)}
-    assert len(sources.teachers["teacher0"]) == 8 and len(sources.teachers["teacher1"]) == 40 - 11
+    reserved = {pair.prompt.id for pair in (*sources.student, *sources.test, *sources.dev)}
+    assert len(sources.teachers["teacher0"]) == 8 and len(sources.teachers["teacher1"]) == 40 - 15
     assert not reserved & {pair.prompt.id for pair in sources.teachers["teacher1"]}
-    assert sources.counts["teacher1_overlap_dropped"] == 11
+    assert sources.counts["teacher1_overlap_dropped"] == 15
+
+
+def test_development_prompts_enter_keys_where_there_are_any(tmp_path: Path) -> None:
+    """Runs of earlier versions, which knew none, keep their keys; the teachers alone are evaluated on them."""
+    plain, world = tiny(tmp_path), {"world": {"dev_prompts": 5}}
+    assert "dev_prompts" not in json.dumps(build_plan(plain).graph.stage("data").work.settings())
+    sized = plain.data.world.model_copy(update=world["world"])
+    recipe = plain.model_copy(update={"data": plain.data.model_copy(update={"world": sized})})
+    plan = build_plan(recipe)
+    assert plan.graph.stage("data").work.settings()["data"]["world"]["dev_prompts"] == 5
+    assert plan.development == {"teacher0": "dev-teacher0-iter0", "teacher1": "dev-teacher1-iter0"}
+    added = {stage.name for stage in plan.graph.stages} - {stage.name for stage in build_plan(plain).graph.stages}
+    assert added == {f"dev-teacher{k}-{what}" for k in (0, 1) for what in ("base", "iter0")}
+    assert build_plan(plain).graph.stage("eval-student-iter0").work.settings().get("held_out") is None
+    costs = [size_of(recipe), size_of(plain)]
+    assert [plan.graph.stage("dev-teacher0-iter0").work.cost(size).tokens > 0 for size in costs] == [True, False]
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(finished: tuple[Path, Recipe], tmp_path: Path) -> None:

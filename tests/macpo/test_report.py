@@ -16,8 +16,9 @@ from tiny import make_run
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
 from macpo.evaluation.claims import claims
+from macpo.evaluation.prompt_scores import ScoredRun
 from macpo.evaluation.summary import AgentHistory, build_summary
-from macpo.report.findings import table
+from macpo.report.findings import MARKS, table
 from macpo.report.page import write_report, write_seeds_report
 from macpo.report.run_reader import RunReader
 
@@ -73,10 +74,22 @@ def page(run_dir) -> Page:
 def test_report_says_what_was_found_and_what_does_not_hold(page):
     assert "The student rose from 0.689 (naive weak-label SFT) to 0.909 after 3 iterations" in page.text
     assert "3 of 3 teachers rose" in page.text and "(PGR)" in page.text
-    assert "The final student is below the student of the ablation filtered-sft" in page.text
+    assert "The final student is below the ablation filtered-sft" in page.text
     assert "best iteration was 2 (0.919), not the last" in page.text
-    kinds = [attrs["class"] for tag, attrs in page.tags if tag == "li" and attrs.get("class") in ("good", "bad")]
-    assert kinds.count("bad") == 1 and kinds.count("good") == 8
+
+
+def test_what_the_interval_leaves_open_has_a_neutral_mark(page, run_dir):
+    found = claims([RunReader(run_dir).scored])
+    kinds = [attrs["class"] for tag, attrs in page.tags if tag == "li" and attrs.get("class") in MARKS.values()]
+    assert kinds == [MARKS[claim.verdict] for claim in found]
+    assert kinds.count("good") == 2 and kinds.count("open") == 7  # twelve prompts show little
+    for claim in found:
+        low, high = claim.interval
+        assert (low > 0 or high < 0) or MARKS[claim.verdict] == "open"
+        assert f"95% interval {low:+.3f} to {high:+.3f} over prompts" in page.text
+    assert page.text.count("which covers 0: inconclusive") == sum(claim.estimate.sign == 0 for claim in found)
+    assert not [attrs for _, attrs in page.tags if attrs.get("class") == "down"]
+    assert [attrs.get("class") for _, attrs in page.tags].count("up") == 2  # only what holds is green
 
 
 def test_report_shows_every_part_of_the_run(page, run_dir):
@@ -247,13 +260,14 @@ def test_a_damaged_evaluation_is_a_line_that_names_it(run_dir, tmp_path, change)
 
 
 def test_table_has_every_agent_and_iteration(run_dir):
-    lines = table(json.loads((run_dir / "summary.json").read_text())).splitlines()
+    lines = table(RunReader(run_dir).summary).splitlines()
     assert lines[0] == "gold score by iteration, 12 held-out prompts, seed 200"
     assert lines[1].split() == ["agent", "role", "it0", "it1", "it2", "it3", "change"]
     rows = {line.split()[0]: line.split() for line in lines[3:]}
     assert rows["student"] == ["student", "student", "0.689", "0.799", "0.919", "0.909", "+0.220"]
     assert rows["ceiling"] == ["ceiling", "ceiling", "0.990"]
-    assert rows["own-samples:"][2:4] == ["ablation", "0.702"] and "PGR" in rows
+    assert rows["own-samples:"][2:4] == ["ablation", "0.702"]
+    assert rows["PGR,"][1:5] == ["mean", "initial", "teacher", "student"]
     assert table(build_summary({}, [], 0, {})) == "no metric was measured for every agent"
 
 
@@ -264,15 +278,19 @@ def test_seeds_report_lists_every_claim(tmp_path, run_dir):
         for row in summary["agents"]["student"]["scores"][1:]:
             row["gold"] -= (seed - 200) * 0.05
         summaries.append(summary | {"seed": seed})
-    found = claims(summaries)
-    page = page_of(write_seeds_report(tmp_path, summaries, found))
+    runs = [ScoredRun(summary) for summary in summaries]
+    found = claims(runs)
+    page = page_of(write_seeds_report(tmp_path, runs, found))
     for claim in found:
         assert claim.better in page.text and claim.worse in page.text
     tags = [
         attrs["class"] for tag, attrs in page.tags if tag == "span" and (attrs.get("class") or "").startswith("tag ")
     ]
-    assert sum(tag in ("tag good", "tag mean", "tag bad") for tag in tags) == len(found) == 9
-    assert "does not hold" in page.text and "Seed 202" in page.text
+    wanted = [f"tag {MARKS[claim.verdict]}" for claim in found]
+    assert [tag for tag in tags if tag in ("tag good", "tag open", "tag bad")] == wanted and len(found) == 9
+    verdicts = [claim.verdict for claim in found]
+    assert all(f"{word}: {verdicts.count(word.lower())}." in page.text for word in ("Inconclusive", "Contradicted"))
+    assert "Seed 202" in page.text and "mean initial teacher" in page.text and "PGR" in page.text
     assert "script" not in {tag for tag, _ in page.tags}
     content = json.loads((tmp_path / "claims.json").read_text())
     assert [row["verdict"] for row in content["claims"]] == [claim.verdict for claim in found]

@@ -1,4 +1,4 @@
-"""The three sets of prompts: disjoint, seeded, drawn by distinct prompt."""
+"""The sets of prompts: disjoint, seeded, drawn by distinct prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macpo.data.preferences import split
+from macpo.data.spool import spooled
 from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import DataError
 
@@ -34,6 +35,27 @@ def test_splits_are_disjoint_seeded_and_by_prompt(sizes: list[int], seed: int) -
     shuffled = random.Random(seed).sample(pairs, len(pairs))
     again = split(shuffled, teacher=3, student=1, test=1, seed=seed)
     assert [p.prompt for p in again.test] == [p.prompt for p in sets.test]  # the other sizes do not move it
+
+
+@given(sizes=st.lists(st.integers(1, 4), min_size=8, max_size=30), dev=st.integers(0, 3), seed=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_development_prompts_are_taken_from_the_rest_alone(sizes: list[int], dev: int, seed: int) -> None:
+    pairs = make_pairs(sizes)
+    without = split(pairs, teacher=2, student=2, test=1, seed=seed)
+    sets = split(pairs, teacher=2, student=2, test=1, dev=dev, seed=seed)
+    assert (sets.teacher, sets.student, sets.test) == (without.teacher, without.student, without.test)
+    own, rest = ({pair.prompt.id for pair in part} for part in (sets.dev, sets.rest))
+    assert len(sets.dev) == len(own) == dev and not own & rest  # the first pair of each of its prompts
+    assert own | rest == {pair.prompt.id for pair in without.rest}
+
+
+def test_development_prompts_come_from_the_training_side() -> None:
+    held_out = spooled(make_pairs([1] * 9)[5:], Pair)
+    sets = split(make_pairs([1] * 8), teacher=1, student=1, test=2, dev=2, seed=0, held_out=held_out)
+    kept = {pair.prompt.id for pair in make_pairs([1] * 8)} - {pair.prompt.id for pair in sets.test}
+    assert len(sets.dev) == 2 and {pair.prompt.id for pair in sets.dev} <= kept
+    with pytest.raises(DataError, match=r"student_prompts 3 \+ test_prompts 2 \+ dev_prompts 4"):
+        split(make_pairs([1] * 8), teacher=1, student=3, test=2, dev=4, seed=0)
 
 
 def test_split_seed_matters_and_too_few_prompts_are_named() -> None:

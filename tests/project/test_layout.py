@@ -60,15 +60,15 @@ MAY_IMPORT = {
         "integrations": "engine kernels",
         "judging/settings": "engine",
         "judging": "engine judging/settings",
-        "report": "engine evaluation judging",
-        "annotation": "engine evaluation report",
         "data_settings": "engine demo_world",
         "config": "engine data evaluation demo_world data_settings judging/settings",
         "method": "engine data evaluation demo_world data_settings config",
         "standalone": "engine kernels data evaluation demo_world data_settings config method",  # kernels: losses
         "iteration": "engine config method",
         "methods": "engine config method iteration",
-        "comparison": "engine config method methods",
+        "comparison": "engine demo_world evaluation config method methods",
+        "report": "engine evaluation judging comparison",
+        "annotation": "engine evaluation report",
         "recipe_kinds": "engine config method methods standalone",
         "commands": "engine data evaluation demo_world judging judging/settings report annotation config method "
         "methods comparison standalone recipe_kinds",

@@ -14,7 +14,11 @@ import torch
 from tiny import init, tiny
 from transformers import AutoModelForCausalLM
 
+from macpo.commands.compare import compare, comparison_of
 from macpo.commands.run import run
+from macpo.comparison.arms import named_arms
+from macpo.comparison.diagnostics import separability
+from macpo.demo_world import gold
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Example, Pair, Prompt, Response, read_records
 from macpo.engine.errors import ConfigError, DataError
@@ -29,14 +33,6 @@ from macpo.methods.registry import METHODS, build_plan
 from macpo.recipe_kinds import load, plan_of
 
 PLAIN = {"student_training.preference.sft_weight": 0}
-ARMS: dict[str, dict[str, Any]] = {
-    "naive": {"method": "naive-sft", "iterations": 0},
-    "filtered": {"method": "filtered-sft-iterated"},
-    "positives": {"method": "sft-positives"},
-    "confident": {"method": "confidence-loss", "iterations": 0},
-    "spin": {"method": "spin", "iterations": 2, **PLAIN},
-    "annotator": {"method": "weak-annotator", **PLAIN},
-}
 ASKING: dict[str, dict[str, Any]] = {
     "rewarding": {"method": "self-rewarding", **PLAIN},
     "rlaif": {"method": "rlaif", **PLAIN},
@@ -45,9 +41,18 @@ ASKING: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def in_the_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("methods") / "run"
-    return run(tiny(folder, iterations=1, ablations=ARMS, evaluation={"ceiling": False}))
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `macpo compare` leaves: all methods that the demo world allows, one teacher, and two ablations."""
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    own = {"own-positives": {"positives.source": "own"}, "random": {"positives.selection": "random"}}
+    recipe = tiny(folder, iterations=2, ablations=own)
+    compare(comparison_of(recipe, [3], k_curve=[1, 2], match_steps=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_the_world(compared: Path) -> Path:
+    return compared / "seed-3"
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +121,10 @@ def logps(policy: Path, prompt: Prompt, replies: list[list[int]], chat: Chat) ->
 
 
 def test_the_naive_student_is_the_methods_own_start(in_the_world: Path) -> None:
-    assert not [path for path in in_the_world.iterdir() if "naive." in path.name]
+    assert not [path for path in in_the_world.iterdir() if "naive-sft." in path.name]
     agents = json.loads((in_the_world / "summary.json").read_text())
-    naive, main = agents["arms"]["naive"]["student"]["scores"], agents["agents"]["student"]["scores"]
-    assert naive == main[:1] and len(main) == 2
+    naive, main = agents["arms"]["naive-sft"]["student"]["scores"], agents["agents"]["student"]["scores"]
+    assert naive == main[:1] and len(main) == 3
 
 
 def test_spin_prefers_labels_to_its_own_answers_of_this_round_and_the_last(in_the_world: Path) -> None:
@@ -146,26 +151,30 @@ def test_the_iterated_filter_keeps_the_most_plausible_labels(in_the_world: Path)
     best = {row["prompt_id"]: min(row["candidates"], key=lambda c: c["perplexity"]) for row in rows}
     order = sorted(best, key=lambda i: best[i]["perplexity"])
     wanted = {i: best[i]["text"] for i in order[: math.ceil(0.8 * len(order))]}
-    examples = read_records(stage(in_the_world, "filtered.iter1-student-labels") / "examples.jsonl", Example)
+    examples = read_records(
+        stage(in_the_world, "filtered-sft-iterated.iter1-student-labels") / "examples.jsonl", Example
+    )
     assert {e.prompt.id: e.answer for e in examples} == wanted and filtered.DROPPED == 0.2
-    assert "policy" not in manifest(in_the_world, "filtered.iter1-student-train")["inputs"], "it starts from the base"
+    assert "policy" not in manifest(in_the_world, "filtered-sft-iterated.iter1-student-train")["inputs"], (
+        "it starts from the base"
+    )
 
 
 def test_sft_on_positives_learns_from_the_better_side_with_the_same_steps(in_the_world: Path) -> None:
-    work, contrast = (manifest(in_the_world, f"{arm}iter1-student-train") for arm in ("positives.", ""))
+    work, contrast = (manifest(in_the_world, f"{arm}iter1-student-train") for arm in ("sft-positives.", ""))
     assert work["settings"]["side"] == "chosen" and work["settings"]["file"] == "pairs.jsonl"
     shared = ("learning_rate", "epochs", "batch")
     assert all(work["settings"]["optim"][name] == contrast["settings"]["optim"][name] for name in shared)
     assert work["inputs"]["examples"] == contrast["inputs"]["pairs"], "the pairs are the method's own"
     steps = [
         len(list(read_jsonl(stage(in_the_world, f"{arm}iter1-student-train") / "metrics.jsonl")))
-        for arm in ("positives.", "")
+        for arm in ("sft-positives.", "")
     ]
     assert steps[0] == steps[1] > 0
 
 
 def test_the_confidence_loss_trains_on_the_weak_labels(in_the_world: Path) -> None:
-    name = "confident.init-student-confident"
+    name = "confidence-loss.init-student-confident"
     rows = [row for _, row in read_jsonl(stage(in_the_world, name) / "metrics.jsonl")]
     assert rows[0]["loss"] == pytest.approx(rows[0]["label_nll"], rel=1e-6), "its weight begins at 0"
     assert rows[-1]["loss"] < rows[-1]["label_nll"], "the student's own guesses are likelier than the labels"
@@ -175,19 +184,19 @@ def test_the_confidence_loss_trains_on_the_weak_labels(in_the_world: Path) -> No
 
 def test_the_annotators_implicit_reward_labels_the_students_answers(in_the_world: Path) -> None:
     run_dir = in_the_world
-    (_, first), *_ = read_jsonl(stage(run_dir, "annotator.init-teacher0-aligned") / "metrics.jsonl")
-    assert first["loss"] - 0.2 * first["sft_loss"] == pytest.approx(math.log(2), abs=2e-6)
-    aligned = stage(run_dir, "annotator.init-teacher0-aligned") / "policy"
+    (_, first), *_ = read_jsonl(stage(run_dir, "weak-annotator.init-teacher0-aligned") / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2), abs=2e-6)
+    aligned = stage(run_dir, "weak-annotator.init-teacher0-aligned") / "policy"
     reference = stage(run_dir, "init-teacher0-positive") / "policy"
     chat = Chat(load_tokenizer(str(aligned)), "vicuna")
-    by_teacher = [ratings(stage(run_dir, f"annotator.iter1-teacher{k}-reward")) for k in range(2)]
-    answers, prompts = draws(run_dir, "annotator.iter1-student-pairs"), student_prompts(run_dir)
+    by_teacher = [ratings(stage(run_dir, f"weak-annotator.iter1-teacher{k}-reward")) for k in range(2)]
+    answers, prompts = draws(run_dir, "weak-annotator.iter1-student-pairs"), student_prompts(run_dir)
     for prompt_id in list(by_teacher[0])[:3]:
         replies = [chat.answer_ids(draw[prompt_id].text, draw[prompt_id].finished) for draw in answers]
         ours, theirs = (logps(folder, prompts[prompt_id], replies, chat) for folder in (aligned, reference))
         wanted = [0.1 * (a - b) for a, b in zip(ours, theirs, strict=True)]
         assert by_teacher[0][prompt_id] == pytest.approx(wanted, abs=2e-5)
-    pairs = read_records(stage(run_dir, "annotator.iter1-student-pairs") / "pairs.jsonl", Pair)
+    pairs = read_records(stage(run_dir, "weak-annotator.iter1-student-pairs") / "pairs.jsonl", Pair)
     assert pairs
     for pair in pairs:
         means = [fmean(column) for column in zip(*(each[pair.prompt.id] for each in by_teacher), strict=True)]
@@ -237,6 +246,57 @@ def test_rlcd_labels_by_the_beginning_which_is_no_part_of_the_answer(on_text: Pa
     pairs = read_records(stage(on_text, "rlcd.iter1-student-pairs") / "pairs.jsonl", Pair)
     assert pairs and all((better[p.prompt.id].text, worse[p.prompt.id].text) == (p.chosen, p.rejected) for p in pairs)
     assert not any(p.chosen.startswith("(") for p in pairs)
+
+
+def test_the_comparison_has_a_row_for_everything(compared: Path) -> None:
+    found = json.loads((compared / "compare.json").read_text())
+    kinds: dict[str, set[str]] = {}
+    for row in found["rows"]:
+        kinds.setdefault(row["kind"], set()).add(row["name"])
+    assert kinds["method"] == {"macpo", *named_arms("methods")}
+    assert kinds["bound"] == {"mean initial teacher", "ceiling"}
+    assert kinds["teachers"] == {"k1-teacher0", "k1-teacher1"} and kinds["ablation"] == {"own-positives", "random"}
+    rows = {row["name"]: row for row in found["rows"]}
+    for name in ("self-rewarding", "rlaif", "rlcd"):
+        assert "asks a model in words" in rows[name]["left_out"] and rows[name]["score"] is None
+    agents = json.loads((compared / "seed-3" / "summary.json").read_text())
+    for name, row in rows.items():
+        if name in agents["arms"]:
+            last = agents["arms"][name]["student"]["scores"][-1]
+            assert row["score"]["value"] == pytest.approx(last["gold"], abs=1e-9), name
+            assert row["score"]["low"] <= row["score"]["value"] <= row["score"]["high"]
+    naive = agents["agents"]["student"]["scores"][0]["gold"]
+    assert rows["macpo"]["change"]["value"] == pytest.approx(rows["macpo"]["score"]["value"] - naive, abs=1e-9)
+    part = rows["macpo"]["score"]["value"] - rows["random"]["score"]["value"]
+    assert rows["random"]["change"]["value"] == pytest.approx(part, abs=1e-9), "of an ablation, the method's from it"
+    assert [each["count"] for each in found["teachers"]] == [1, 2]
+    ledger = rows["spin"]["ledger"]
+    assert ledger["student_steps"] <= rows["macpo"]["ledger"]["student_steps"] and ledger["human_labels"] == 2 * 16
+    page = (compared / "compare.html").read_text()
+    assert "What does not hold" in page and all(name in page for name in rows) and "<script" not in page
+
+
+def test_the_diagnostics_are_those_of_the_files(compared: Path) -> None:
+    found = json.loads((compared / "compare.json").read_text())["diagnostics"]["3"]
+    run_dir = compared / "seed-3"
+    assert [row["iteration"] for row in found] == [1, 2]
+    labels = {
+        e.prompt.id: e.answer for e in read_records(stage(run_dir, "init-weak-labels") / "examples.jsonl", Example)
+    }
+    for row in found:
+        select = stage(run_dir, f"iter{row['iteration']}-student-select")
+        scores = [each for _, each in read_jsonl(select / "scores.jsonl")]
+        kept = [each["candidates"][each["kept"]]["text"] == labels.get(each["prompt_id"]) for each in scores]
+        assert row["kept_own_label"] == pytest.approx(fmean(kept))
+        pairs = read_records(select / "pairs.jsonl", Pair)
+        assert row["kept"] == pytest.approx(fmean(gold(p.prompt.messages, p.chosen) for p in pairs))
+        assert row["at_random"] <= row["best"] and 0 <= row["same_first_word"] <= 1
+
+
+def test_separability_is_the_chance_that_the_better_answer_is_likelier() -> None:
+    assert separability([1, 1, 0, 0], [1.0, 2.0, 3.0, 4.0]) == 1.0
+    assert separability([1, 1, 0, 0], [1.0, 3.0, 2.0, 4.0]) == 0.75
+    assert separability([0, 0, 0], [1.0, 2.0, 3.0]) is None
 
 
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.asks))
