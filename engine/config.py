@@ -13,6 +13,8 @@ from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, REFERENCE_FREE,
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+"""What can also be a part of a file's name."""
 
 
 class Settings(BaseModel):

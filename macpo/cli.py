@@ -13,7 +13,7 @@ from macpo.engine.processes import Terminated, ended_by_sigterm
 
 COMMANDS = (
     *("demo", "init", "check", "plan", "run", "train-reward", "compare"),
-    *("status", "report", "export", "annotate"),
+    *("status", "report", "evaluate", "export", "annotate"),
 )
 
 
@@ -98,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=path_argument, help="file to write (default: report.html in the run's folder)")
     report.set_defaults(command=_report)
 
+    evaluate = commands.add_parser("evaluate", parents=[common], help="a language model compares the run's answers")
+    _judging(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
     export = commands.add_parser("export", parents=[common], help="a policy as a Hugging Face or peft folder")
     export.add_argument("run", type=path_argument, help="folder of the run")
     export.add_argument("--out", type=path_argument, required=True, help="folder to make")
@@ -117,6 +121,22 @@ def parser() -> argparse.ArgumentParser:
     _annotating(annotate)
     annotate.set_defaults(command=_annotate)
     return root
+
+
+def _judging(evaluate: argparse.ArgumentParser) -> None:
+    from macpo.engine.paths import argument as path_argument
+
+    evaluate.add_argument("run", type=path_argument, help="folder of the run")
+    evaluate.add_argument("--judge", required=True, metavar="NAME", help="one of the recipe's evaluation.judges")
+    evaluate.add_argument("--judges", type=path_argument, metavar="FILE", help="file of judges instead of the recipe's")
+    evaluate.add_argument("--policy", metavar="NAME@ITERATION", help="who is judged (default: the student's last)")
+    evaluate.add_argument("--opponents", metavar="A,B", help="against whom (default: evaluation.opponents)")
+    evaluate.add_argument("--limit", type=_positive, help="judge only so many test prompts")
+    evaluate.add_argument("--validate", action="store_true", help="judge the human test pairs instead")
+    evaluate.add_argument("--plan", action="store_true", help="print what it will ask and cost, and stop")
+    evaluate.add_argument("--price-in", type=float, metavar="X", help="price of a million tokens that are sent")
+    evaluate.add_argument("--price-out", type=float, metavar="X", help="price of a million tokens that come back")
+    evaluate.add_argument("--ranks", type=_positive, default=1, help="processes that share a local judge's questions")
 
 
 def _annotating(annotate: argparse.ArgumentParser) -> None:
@@ -318,6 +338,30 @@ def _report(arguments: argparse.Namespace) -> None:
     stages = plan_of(load(arguments.run), must_exist=False).graph.stages
     print(table(RunReader(arguments.run).summary), end="\n\n")
     print(f"report: {write_report(arguments.run, planned=[stage.name for stage in stages], out=arguments.out)}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from macpo.commands.evaluate import Wishes, evaluate
+    from macpo.engine.errors import ConfigError
+
+    for name in ("policy", "opponents"):
+        if arguments.validate and getattr(arguments, name):
+            raise ConfigError("human pairs have no policies", f"leave out --{name}", field="--validate")
+    evaluate(
+        Wishes(
+            run=str(arguments.run),
+            judge=arguments.judge,
+            judges=str(arguments.judges) if arguments.judges else None,
+            policy=arguments.policy,
+            opponents=tuple(filter(None, (arguments.opponents or "").split(","))),
+            limit=arguments.limit,
+            validate=arguments.validate,
+            plan=arguments.plan,
+            price_in=arguments.price_in,
+            price_out=arguments.price_out,
+            ranks=arguments.ranks,
+        )
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from macpo.data_settings import DataSettings, Name, Template, TemplateArguments
+from macpo.data_settings import DataSettings, TemplateArguments
 from macpo.engine import recipe as recipes
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
     LoraSettings,
+    Name,
     OptimSettings,
     PositiveInt,
     PreferenceSettings,
@@ -27,8 +28,10 @@ from macpo.engine.config import (
     Tuning,
 )
 from macpo.engine.data.template_settings import DATE
+from macpo.engine.data.templates import Template
 from macpo.engine.errors import ConfigError
 from macpo.engine.paths import HubPath, LocalPath, OptionalHubPath
+from macpo.judging.settings import JudgeSettings, distinct
 from macpo.scorer_settings import ScorerSettings, check_reward
 
 
@@ -183,6 +186,11 @@ class EvaluationSettings(Settings):
     """How test answers are drawn; defaults to the recipe's `sampling`."""
     scorers: tuple[ScorerSettings, ...] = ()
     """What scores the answers besides what every run measures; the first that may be is the headline, after gold."""
+    judges: tuple[JudgeSettings, ...] = ()
+    """Language models that `macpo evaluate RUN --judge NAME` asks to compare answers; no stage depends on them."""
+    opponents: tuple[str, ...] = ()
+    """Whose answers the judged policy's are compared with: student@0, ceiling, teacher-best@0, ARM.student@2 (a name
+    alone is its last iteration); default the student's iteration 0, every teacher's last, and the ceiling."""
 
     @field_validator("scorers")
     @classmethod
@@ -191,6 +199,11 @@ class EvaluationSettings(Settings):
         if len(set(names)) != len(names):
             raise ValueError(f"scorers need distinct names; got {names}")
         return scorers
+
+    @model_validator(mode="after")
+    def _distinct_judges(self) -> EvaluationSettings:
+        distinct(self.judges)
+        return self
 
 
 class Recipe(Settings):

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, NonNegativeInt, ValidationInfo, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, model_validator
 
 from macpo.demo_world import WorldSettings
 from macpo.engine.config import PositiveInt, Settings
-from macpo.engine.data.templates import TEMPLATES
-from macpo.engine.paths import HubPath, absolute, relative_to
+from macpo.engine.paths import HubPath
 from macpo.engine.unpacking import LIMITS, Limits
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 TemplateArguments = dict[str, JsonValue]
-
-
-def _template(text: str, info: ValidationInfo) -> str:
-    """A template's name or jinja text as it is; the path of a file becomes absolute."""
-    if text in ("auto", *TEMPLATES) or "{{" in text or "{%" in text:
-        return text
-    path = absolute(text, relative_to(info))
-    return path if set("/~.") & set(text) or Path(path).is_file() else text
-
-
-Template = Annotated[str, AfterValidator(_template)]
 
 _OF_TOKENS = ("long_prompt", "special_text", "refused")
 """Settings of the data block that are about tokens, not about rows."""

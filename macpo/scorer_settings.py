@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from macpo.data_settings import Name, Template
-from macpo.engine.config import ComputeSettings, LoraSettings, PositiveInt, RewardSettings, Settings, Tuning
+from macpo.engine.config import ComputeSettings, LoraSettings, Name, PositiveInt, RewardSettings, Settings, Tuning
+from macpo.engine.data.templates import Template
 from macpo.engine.paths import HubPath, OptionalHubPath
 
 

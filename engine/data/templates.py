@@ -17,11 +17,14 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, ValidationInfo
 
 from macpo.engine.data import template_worker
 from macpo.engine.data.metering import Metered, Overspent, Uncountable
 from macpo.engine.errors import ConfigError
+from macpo.engine.paths import absolute, relative_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +69,18 @@ MAX_TEMPLATE_CHARS = 256 * 1024
 """Size limit for foreign templates; the largest published ones have about 30 thousand characters."""
 MAX_RENDERED_CHARS = 1024 * 1024
 """Characters that a template may write beyond four times the dialogue itself."""
+
+
+def _absolute(text: str, info: ValidationInfo) -> str:
+    """A template's name or jinja text as it is; the path of a file becomes absolute."""
+    if text in ("auto", *TEMPLATES) or "{{" in text or "{%" in text:
+        return text
+    path = absolute(text, relative_to(info))
+    return path if set("/~.") & set(text) or Path(path).is_file() else text
+
+
+Template = Annotated[str, AfterValidator(_absolute)]
+"""A setting that names a template."""
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:

@@ -1,1 +1,1 @@
-"""Metrics of a policy, the summary of a run, claims with intervals, an optional LLM judge."""
+"""Metrics of a policy, the summary of a run, claims with intervals."""

@@ -38,7 +38,6 @@ LABELS: dict[str, str] = {
     "reward_margin": "implicit reward margin",
     "logp_margin": "log-prob margin (nats)",
     "logp_margin_per_token": "log-prob margin per token (nats)",
-    "judge_win_rate": "judge win rate",
     "answers": "answers",
     "mean_words": "words per answer",
     "finished": "share that ended by itself",
@@ -52,7 +51,7 @@ LABELS: dict[str, str] = {
 """Plain names of the metrics, in the order in which tables show them."""
 
 
-HEADLINE_METRICS = ("gold", "judge_win_rate", "preference_accuracy", "reward_accuracy", "perplexity")
+HEADLINE_METRICS = ("gold", "preference_accuracy", "reward_accuracy", "perplexity")
 """Headline, table and claims use the first of these that every agent has; the scorers of a recipe come after gold."""
 
 

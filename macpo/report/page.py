@@ -24,6 +24,8 @@ from macpo.evaluation.summary import LABELS, headline_metric, label_of
 from macpo.report import charts
 from macpo.report.annotated import HEADINGS, annotated
 from macpo.report.findings import headline, score_rows, signed
+from macpo.report.judged import HEADINGS as JUDGE_HEADINGS
+from macpo.report.judged import judged
 from macpo.report.run_reader import Evaluation, RunReader, sample
 from macpo.report.shown_text import clip, harmless
 
@@ -171,6 +173,8 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "spikes": [(curve.folder.base, spike) for curve in curves for spike in curve.spikes],
         "charts": charts.of_run(summary, metric, curves, stages),
         "metric_names": _metric_names(summary),
+        "judges": judged(run),
+        "judge_headings": JUDGE_HEADINGS,
         "people": annotated(run),
         "people_headings": HEADINGS,
         "answers": _answers(run),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from macpo.config import AgentSettings, check_reference
-from macpo.data_settings import SourceSettings, Template, TemplateArguments
+from macpo.data_settings import SourceSettings, TemplateArguments
 from macpo.engine.config import (
     ComputeSettings,
     InitSettings,
@@ -22,6 +22,7 @@ from macpo.engine.config import (
     sft_weight_default,
 )
 from macpo.engine.data.template_settings import DATE
+from macpo.engine.data.templates import Template
 from macpo.engine.paths import LocalPath, OptionalHubPath
 from macpo.scorer_settings import check_reward
 

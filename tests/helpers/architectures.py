@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from macpo.engine.data.pack import PrefixGroup
@@ -98,3 +100,18 @@ def separate_logps(model: PreTrainedModel, groups: list[PrefixGroup]) -> list[to
         targets = torch.tensor(ids[prompt:])
         out.append(logps[row, prompt - 1 : len(ids) - 1].gather(1, targets[:, None])[:, 0])
     return out
+
+
+def save_byte_model(folder: Path, *, verdict_tokens: bool = False, positions: int = 4096, seed: int = 0) -> Path:
+    """A random Llama that reads any text byte by byte; `verdict_tokens`: `[[A` and `[[B` are one token each."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(["<s>", "</s>", *letters])}
+    merges = [("[", "["), *([("[[", "A"), ("[[", "B")] if verdict_tokens else [])]
+    vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
+    raw = Tokenizer(models.BPE(vocab, merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    ids = {"vocab_size": len(vocab), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    model_of("llama", seed, **ids, max_position_embeddings=positions).save_pretrained(folder)
+    return folder

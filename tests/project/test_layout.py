@@ -58,20 +58,22 @@ MAY_IMPORT = {
         "demo_world": "engine",
         "evaluation": "engine",
         "integrations": "engine kernels",
+        "judging/settings": "engine",
+        "judging": "engine judging/settings",
         "data_settings": "engine demo_world",
         "scorer_settings": "engine data_settings",
-        "config": "engine data evaluation demo_world data_settings scorer_settings",
+        "config": "engine data evaluation demo_world data_settings judging/settings scorer_settings",
         "method": "engine data evaluation demo_world data_settings scorer_settings config",
         # kernels: losses
         "standalone": "engine kernels data evaluation demo_world data_settings scorer_settings config method",
         "iteration": "engine config method",
         "methods": "engine config method iteration",
         "comparison": "engine demo_world evaluation config method methods",
-        "report": "engine evaluation comparison",
+        "report": "engine evaluation judging comparison",
         "annotation": "engine evaluation report",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world report annotation scorer_settings config method methods "
-        "comparison standalone recipe_kinds",
+        "commands": "engine data evaluation demo_world judging judging/settings report annotation scorer_settings "
+        "config method methods comparison standalone recipe_kinds",
         "cli": "engine report config recipe_kinds commands",
     },
 }

@@ -1,0 +1,1 @@
+"""Judging pairs of responses by a language model: a server's, or a local one's log-probs of its verdict."""
