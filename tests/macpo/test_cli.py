@@ -158,7 +158,7 @@ def test_sigterm_before_the_command_has_begun_ends_with_75(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
-    monkeypatch.setattr("macpo.cli.parser", slow)
+    monkeypatch.setattr("macpo.arguments.parser", slow)
     assert macpo("status", "nowhere") == 75
     assert capsys.readouterr().err == "error: stopped by a signal. Fix: run the same command again.\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

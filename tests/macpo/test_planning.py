@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from macpo.cli import parser
+from macpo.arguments import parser
 from macpo.commands.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
 from macpo.commands.plan import show
 from macpo.commands.plan_model import tuning_of

@@ -74,7 +74,8 @@ MAY_IMPORT = {
         "recipe_kinds": "engine config method methods standalone",
         "commands": "engine data evaluation demo_world judging judging/settings report annotation scorer_settings "
         "config method methods comparison standalone recipe_kinds",
-        "cli": "engine report config recipe_kinds commands",
+        "arguments": "engine",
+        "cli": "engine report config recipe_kinds commands arguments",
     },
 }
 
