@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from macpo.evaluation.uncertainty import wilson
+
 OUTCOMES = (1, 0, -1)
 DRAWS, ALPHA_DRAWS = 10_000, 2_000
 Interval = tuple[float, float]
@@ -22,10 +24,8 @@ def share_with_interval(count: int, of: int) -> dict[str, Any]:
     """Return {"count", "of", "share", "interval"} with Wilson's score interval; None for both of nothing."""
     if not of:
         return {"count": 0, "of": 0, "share": None, "interval": None}
-    from scipy.stats import binomtest
-
-    found = binomtest(count, of).proportion_ci(0.95, method="wilson")
-    return {"count": count, "of": of, "share": count / of, "interval": [float(found.low), float(found.high)]}
+    found = wilson(count, of)
+    return {"count": count, "of": of, "share": found.value, "interval": [found.low, found.high]}
 
 
 def mean_interval(values: Sequence[float], seed: int) -> Interval | None:
@@ -47,15 +47,6 @@ def mean_interval(values: Sequence[float], seed: int) -> Interval | None:
     found = bootstrap((np.asarray(values),), np.mean, n_resamples=DRAWS, method="BCa", batch=1000, rng=rng)
     low, high = found.confidence_interval
     return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
-
-
-def sign_test(wins: int, losses: int) -> float | None:
-    """Return the two-sided p-value of the sign test, in which ties do not count; None without a win or a loss."""
-    if not wins + losses:
-        return None
-    from scipy.stats import binomtest
-
-    return float(binomtest(wins, wins + losses).pvalue)
 
 
 def majority(outcomes: Sequence[int]) -> int:

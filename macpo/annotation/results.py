@@ -21,7 +21,6 @@ from macpo.annotation.agreement import (
     majority,
     mean_interval,
     share_with_interval,
-    sign_test,
 )
 from macpo.annotation.design import Pair, pair_name
 from macpo.annotation.judgements import Judgement, all_judgements
@@ -29,6 +28,7 @@ from macpo.annotation.others import judged, scored
 from macpo.annotation.study import Study
 from macpo.engine.errors import DataError
 from macpo.engine.files import write_json
+from macpo.evaluation.uncertainty import sign_test
 from macpo.report.annotated import RESULT
 from macpo.report.run_reader import RunReader
 
@@ -118,7 +118,7 @@ def _pair(study: Study, pair: Pair, by_item: Mapping[str, list[int]], both_bad: 
         "lose": losses,
         "win_rate": sum(rates) / len(rates) if rates else None,
         "interval": interval,
-        "sign_test": sign_test(wins, losses),
+        "sign_test": sign_test(wins, losses) if wins + losses else None,
         "verdict": _verdict(interval),
     }
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
+from macpo.evaluation.uncertainty import sign_test, wilson
 from macpo.judging.verdicts import Judgement
 
 Values = NDArray[np.float64]
@@ -153,7 +154,7 @@ def result_of(judgements: Sequence[Judgement], policy: str, opponent: str) -> Re
         second=asked["second"],
         half=asked["half"],
         win_rate=mean_estimate(values),
-        sign_test_p=float(stats.binomtest(counts["win"], decided).pvalue) if decided else None,
+        sign_test_p=sign_test(counts["win"], counts["lose"]) if decided else None,
         at_equal_length=rate_at_equal_length(values, lengths),
         consistent=share(sum(each.outcome in ("win", "tie", "lose") for each in seen), len(seen)),
         first_wins=mean_estimate(np.array([_first(each) for each in seen])),
@@ -192,8 +193,8 @@ def share(count: int, number: int) -> Estimate | None:
     """A share of independent cases with Wilson's interval; None without a case."""
     if not number:
         return None
-    found = stats.binomtest(count, number).proportion_ci(0.95, method="wilson")
-    return Estimate(value=count / number, low=float(found.low), high=float(found.high), number=number)
+    found = wilson(count, number)
+    return Estimate(value=found.value, low=found.low, high=found.high, number=number)
 
 
 def mean_estimate(values: Values) -> Estimate | None:
@@ -212,7 +213,7 @@ def estimate(values: Values, statistic: Callable[..., Any]) -> Estimate:
     """
     value, number = float(statistic(values, axis=-1)), len(values)
     if np.ptp(values) == 0:
-        unseen = stats.binomtest(0, number).proportion_ci(0.95, method="wilson").high
+        unseen = wilson(0, number).high
         many = np.full((3, 10_000), values[0])
         many[:, : round(unseen * 10_000)] = [[0.0], [0.5], [1.0]]
         ends = [value, *map(float, statistic(many, axis=-1))]

@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "evaluation": "engine",
         "integrations": "engine kernels",
         "judging/settings": "engine",
-        "judging": "engine judging/settings",
+        "judging": "engine evaluation judging/settings",
         "data_settings": "engine demo_world",
         "scorer_settings": "engine data_settings",
         "config": "engine data evaluation demo_world data_settings judging/settings scorer_settings",

@@ -21,7 +21,6 @@ from macpo.annotation.agreement import (
     majority,
     mean_interval,
     share_with_interval,
-    sign_test,
 )
 from macpo.annotation.design import Item
 from macpo.annotation.judgements import Session, all_judgements
@@ -30,6 +29,7 @@ from macpo.annotation.study import begin
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import read_json, write_json, write_jsonl
 from macpo.evaluation.summary import build_summary
+from macpo.evaluation.uncertainty import sign_test
 from macpo.report.page import write_report
 
 Answers = Callable[..., Path]
@@ -98,11 +98,6 @@ def test_cohens_kappa_by_hand() -> None:
 )
 def test_wilsons_interval_of_published_examples(count: int, of: int, low: float, high: float) -> None:
     assert share_with_interval(count, of)["interval"] == pytest.approx([low, high], abs=5e-5)
-
-
-def test_sign_test_is_the_binomial_sum() -> None:
-    assert sign_test(7, 1) == pytest.approx(2 * (8 + 1) / 2**8)
-    assert sign_test(4, 4) == 1 and sign_test(0, 0) is None
 
 
 def test_interval_of_a_mean() -> None:
