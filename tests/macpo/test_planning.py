@@ -11,6 +11,7 @@ import torch
 from tiny import tiny
 
 from macpo.arguments import parser
+from macpo.cli import COMMANDS
 from macpo.commands.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
 from macpo.commands.plan import show
 from macpo.commands.plan_model import tuning_of
@@ -158,7 +159,7 @@ def test_host_memory_helps_where_nothing_else_does() -> None:
 )
 def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = parser().parse_args(["plan", *options_])
-    arguments.command(arguments)
+    COMMANDS[arguments.command](arguments)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     if "--table" in options_:
@@ -190,4 +191,4 @@ def test_the_tables_fit_a_screen(options_: list[str], capsys: pytest.CaptureFixt
 def test_options_that_do_not_go_together_are_refused(options_: list[str], message: str) -> None:
     arguments = parser().parse_args(["plan", *options_])
     with pytest.raises(ConfigError, match=message):
-        arguments.command(arguments)
+        COMMANDS[arguments.command](arguments)

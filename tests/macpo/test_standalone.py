@@ -199,7 +199,7 @@ def test_the_file_decides_of_which_kind_it_is(base: Path, tmp_path: Path) -> Non
     path = write(recipe_of("sft", base, tmp_path / "run"), tmp_path / "recipe.yaml")
     assert entry.runner(path) is run_recipe
     path.write_text("seed: 0\nrecipe: grpo\n")
-    problem = f"{path}:2: recipe: no package runs recipes of kind 'grpo'. Fix: use macpo or preference or sft"
+    problem = f"{path}:2: recipe: no package runs recipes of kind 'grpo'. Fix: use macpo or preference or reward or sft"
     with pytest.raises(ConfigError, match=re.escape(problem)):
         entry.runner(path)
     path.write_text("seed: 0\n")

@@ -31,6 +31,8 @@ from macpo.engine.run import folder as run_folder
 from macpo.engine.run import lock
 from macpo.engine.run.manifest import Manifest
 from macpo.engine.training import checkpoint
+from macpo.evaluation.claims import claims
+from macpo.evaluation.summary import headline_metric
 from macpo.report.findings import headline, table
 from macpo.report.run_reader import RunReader
 
@@ -239,7 +241,7 @@ def _timing(folder: Path, _: str) -> None:
 def _summary(folder: Path, _: str) -> None:
     reader = RunReader(folder)
     table(reader.summary)
-    headline(reader.summary)
+    headline(reader.summary, claims([reader.scored]) if headline_metric(reader.summary) else [])
     reader.curves(["student"])
     for evaluation in reader.evaluations:
         evaluation.metrics(), list(evaluation.rows())

@@ -275,7 +275,7 @@ def test_what_cannot_score_is_refused_before_anything_runs(
     for file in classifier.iterdir():
         if file.name != "chat_template.jinja":
             (bare / file.name).write_bytes(file.read_bytes())
-    base = next(path for path in classifier.parent.iterdir() if path.name.startswith("model"))
+    base = make_base(tmp_path / "base") if "BASE" in scorer.values() else tmp_path
     places = {"RM": str(classifier), "BASE": str(base), "BARE": str(bare)}
     scorer = {key: places.get(value, value) if isinstance(value, str) else value for key, value in scorer.items()}
     recipe = tiny(tmp_path / "run")
