@@ -11,7 +11,7 @@ from macpo.commands.run import run
 from macpo.comparison.arms import Arms, matched, method_arms, named_arms, teacher_arms
 from macpo.comparison.diagnostics import diagnostics
 from macpo.comparison.ledger import Ledger, ledgers
-from macpo.comparison.results import METHOD, Kind, results
+from macpo.comparison.results import METHOD, NAIVE, Kind, results
 from macpo.config import Recipe
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import write_json
@@ -62,7 +62,7 @@ def comparison_of(
     """
     if recipe.method != "macpo":
         raise ConfigError(f"the recipe's own method is {recipe.method}", "leave `method` out", field="method")
-    baselines, left_out = method_arms(recipe, methods)
+    baselines, left_out = method_arms(recipe, None if methods is None else [NAIVE, *methods])
     fewer = teacher_arms(recipe, k_curve)
     parts: Arms = named_arms("ablations") if ablations else {}
     taken = [name for name in recipe.ablations if name in {**baselines, **fewer, **parts}]

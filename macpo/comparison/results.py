@@ -172,9 +172,8 @@ NAIVE, METHOD, WEAK, CEILING = "naive-sft", "macpo", "mean initial teacher", "ce
 
 
 def _arm(column: _Column) -> str:
-    if column.name == CEILING:
-        return CEILING
-    return column.policies[0].arm if column.kind != "bound" else ""
+    """Whose ledger a row shows; there is none of the teachers' name."""
+    return column.name if column.name in (NAIVE, CEILING, WEAK) else column.policies[0].arm
 
 
 def _columns(summary: Mapping[str, Any], metric: str, kinds: Mapping[str, Kind]) -> list[_Column]:

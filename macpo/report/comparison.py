@@ -84,7 +84,7 @@ def table(found: Results) -> str:
     lines = [heads]
     for row in found.rows:
         if row.left_out:
-            lines.append([row.name, row.kind, "", "", "", "", "", "", "", "", f"left out: {row.left_out}"])
+            lines.append([row.name, row.kind, "", "", "", "", "", "", "", "", "left out"])
             continue
         lines.append(
             [
@@ -104,7 +104,10 @@ def table(found: Results) -> str:
     seeds = ", ".join(map(str, found.seeds))
     what = LABELS.get(found.metric, found.metric)
     title = f"{what}, seed{'s' * (len(found.seeds) > 1)} {seeds}, {found.num_prompts} answers"
-    return "\n".join([title, *columns(lines, 2), "change: from naive-sft; of an ablation, the method's from it"])
+    reasons = [f"{row.name}: {row.left_out}" for row in found.rows if row.left_out]
+    return "\n".join(
+        [title, *columns(lines, 2), *reasons, "change: from naive-sft; of an ablation, the method's from it"]
+    )
 
 
 def _plain(estimate: Estimate | None, absent: str = "") -> str:
