@@ -280,30 +280,11 @@ def load_causal_lm(
     options = _in_4_bits(as_dtype(dtype), torch.device(device)) if quantization == "nf4" else {}
     if packed:  # packed experts have no gradient with respect to their inputs, and other kernels on every device
         options = {"quantization_config": Mxfp4Config(dequantize=True)}
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype=as_dtype(dtype),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # the check below names them
-                **options,
-            )
-    except Exception as error:  # transformers' own checks raise whatever they like
-        if is_out_of_memory(error) or isinstance(error, MemoryError):
-            raise
-        why = " ".join(str(error).split())[:300]
-        remote = "auto_map" in config and not trust_remote_code
-        fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
-        raise ConfigError(f"cannot be loaded as a causal LM ({why})", fix, file=path) from error
-    model, report = loaded
-    lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-    if lost:
-        problem = f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}"
-        raise ConfigError(problem, "use weights that belong to this config.json", file=path)
+    remote = "auto_map" in config and not trust_remote_code
+    fix = "set trust_remote_code if you trust its code" if remote else "use a causal LM that transformers knows"
+    misfit = "use weights that belong to this config.json"
+    options |= {"dtype": as_dtype(dtype), "trust_remote_code": trust_remote_code}
+    model = from_folder(AutoModelForCausalLM, folder, path, fix, misfit, **options)
     if packed:  # else transformers would save the unpacked weights under the packed ones' names
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [each for each in conversions if not _unpacks(each)]
@@ -314,6 +295,35 @@ def load_causal_lm(
             layer.quant_state = layer.weight.quant_state  # FSDP2 keeps the weight's numbers, not what hangs on it
             layer.support_avx512bf16_for_cpu = False  # it would repack the shared weight when first scored with
     return ready
+
+
+def from_folder(kind: Any, folder: Path, path: str | Path, fix: str, misfit: str, **options: Any) -> Any:
+    """A model by one of transformers' Auto classes, from safetensors alone and with every weight that it needs.
+
+    Raises:
+        ConfigError: of `path`, with `fix`, or with `misfit` where weights do not belong to the config.
+    """
+    try:
+        with quiet_transformers():
+            loaded: Any = kind.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the check below names them
+                **options,
+            )
+    except Exception as error:  # transformers' own checks raise whatever they like
+        if is_out_of_memory(error) or isinstance(error, MemoryError):
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise ConfigError(f"cannot be loaded by {kind.__name__} ({why})", fix, file=path) from error
+    model, report = loaded
+    lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if lost:
+        problem = f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}"
+        raise ConfigError(problem, misfit, file=path)
+    return model
 
 
 def _refuse_larger_config(written: Mapping[str, Any], config: PretrainedConfig, held: int, folder: Path) -> None:

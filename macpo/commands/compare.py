@@ -118,7 +118,7 @@ def _measured(comparison: Comparison, folder: Path) -> dict[str, Ledger]:
     reader = RunReader(folder)
     counts = {stage.name: read_timing(stage.path).get("counts", {}) for stage in reader.stages}
     recipe = comparison.recipe
-    return ledgers(build_plan(recipe), size_of(recipe), recipe.student.name, counts)
+    return ledgers(build_plan(recipe), size_of(recipe), recipe, counts)
 
 
 def planned(comparison: Comparison, hardware: Hardware | None = None) -> str:
@@ -130,7 +130,7 @@ def planned(comparison: Comparison, hardware: Hardware | None = None) -> str:
     arms = {METHOD: "", **{name: name for name in recipe.ablations}}
     alone = {name: len(build_plan(_alone(recipe, arm)).graph.stages) for name, arm in arms.items()}
     shared = 1 - len(rows) / sum(alone.values())
-    ledger = ledgers(plan, size_of(recipe), recipe.student.name)
+    ledger = ledgers(plan, size_of(recipe), recipe)
     width = max(map(len, [*arms, *comparison.left_out]))
     heads = (("stages", 7), ("own", 5), ("labels", 7), ("generated", 11), ("scored", 11), ("trained", 11), ("steps", 6))
     lines = [" ".join([f"{'arm':{width}}", *(f"{head:>{size}}" for head, size in heads)])]

@@ -37,11 +37,7 @@ def method_arms(recipe: Recipe, names: Sequence[str] | None) -> tuple[Arms, dict
     if unknown:
         raise ConfigError(f"no method {unknown[0]!r}", f"use {', '.join(['macpo', *known])}", field="--methods")
     wanted = {name: arm for name, arm in known.items() if names is None or name in names}
-    left_out = {
-        name: "it asks a model in words, which the demo world's models do not understand"
-        for name, arm in wanted.items()
-        if recipe.data.world is not None and METHODS[arm["method"]].asks
-    }
+    left_out = {name: why for name, arm in wanted.items() if (why := METHODS[arm["method"]].why_not(recipe))}
     return {name: arm for name, arm in wanted.items() if name not in left_out}, left_out
 
 
@@ -83,4 +79,4 @@ def _steps(recipe: Recipe, arms: Arms, run: RunSize) -> int:
     """Planned optimiser steps of the student in one arm; the recipe's own under the name ""."""
     (name,) = arms
     plan = build_plan(recipe.model_copy(update={"ablations": arms if name else {}}))
-    return ledgers(plan, run, recipe.student.name)[name].student_steps
+    return ledgers(plan, run, recipe)[name].student_steps

@@ -16,7 +16,6 @@ from scipy import stats
 
 from macpo import demo_world
 from macpo.engine.data.records import Example, Pair, read_records
-from macpo.engine.errors import MacpoError
 from macpo.engine.files import read_jsonl
 from macpo.engine.run.folder import RunFolder
 from macpo.method.answers import read_answers
@@ -139,8 +138,5 @@ def separability(scores: Sequence[float], perplexities: Sequence[float]) -> floa
 
 
 def _early_accuracy(train: Path) -> float | None:
-    try:
-        rows = [row for _, row in read_jsonl(train / "metrics.jsonl")]
-    except MacpoError:
-        return None
+    rows = [row for _, row in read_jsonl(train / "metrics.jsonl")]
     return rows[max(0, len(rows) // 4 - 1)].get("accuracy") if rows else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from macpo.config import Recipe
 from macpo.method.answers import Answer
 from macpo.method.base_models import PretrainBase
 from macpo.method.costs import MethodStage, RunSize
@@ -42,12 +43,12 @@ class Ledger:
 
 
 def ledgers(
-    plan: Plan, run: RunSize, student: str, counts: Mapping[str, Mapping[str, Any]] | None = None
+    plan: Plan, run: RunSize, recipe: Recipe, counts: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Ledger]:
     """The ledger of each arm's last student, and under `ceiling` that of the student with human answers.
 
     Args:
-        student: the student's name.
+        recipe: of the main arm.
         counts: what each finished stage noted (`tokens`, `steps`); estimated without.
     """
     needed = {name: _needed(plan, policy) for name, policy in last_students(plan).items()}
@@ -59,14 +60,21 @@ def ledgers(
         for stage in (plan.graph.stage(each) for each in sorted(stages)):
             work = stage.work
             assert isinstance(work, MethodStage)
-            _add(ledger, work, run, student, (counts or {}).get(stage.name, {}))
+            _add(ledger, work, run, recipe.student.name, (counts or {}).get(stage.name, {}))
             if isinstance(work, Imitate | Prefer) and (
                 work.file.startswith("teacher-") or work.file == "student.jsonl"
             ):
-                labels[work.agent.name] = work.num_rows(run)
+                labels[_labels(recipe, work.agent.name)] = work.num_rows(run)
         ledger.human_labels = sum(labels.values())
         found[name] = ledger
     return found
+
+
+def _labels(recipe: Recipe, agent: str) -> str:
+    """What an agent's human labels are called; teachers without data of their own have the same ones."""
+    own = next((each.data for each in recipe.teachers if each.name == agent), None)
+    alone = recipe.data.world is not None or agent == recipe.student.name
+    return agent if alone else own or ""
 
 
 def last_students(plan: Plan) -> dict[str, str]:

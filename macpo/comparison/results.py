@@ -15,7 +15,7 @@ import numpy as np
 from macpo.comparison.ledger import Ledger
 from macpo.engine.errors import DataError
 from macpo.evaluation.claims import shared_metric
-from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
+from macpo.evaluation.prompt_scores import OF_PAIRS, Policy, PromptScores, ScoredRun
 from macpo.evaluation.summary import first_and_last, of_role, weak_supervisors
 from macpo.evaluation.uncertainty import (
     LEVEL,
@@ -128,12 +128,8 @@ def results(
     """
     metric = shared_metric([run.summary for run in runs])
     columns = _columns(runs[0].summary, metric, kinds)
-    tables, parts = [], []
-    for run in runs:
-        if run.scores is None:
-            raise DataError("a run has no scores by prompt", "evaluate every run to its end")
-        tables.append(_table(run.scores, columns))
-        parts.append(_kept(run.scores, columns))
+    parts = [_kept(run.scores, columns) for run in runs]
+    tables = [Clusters.of(values, clusters) for values, _, clusters in parts]
     place = {column.name: index for index, column in enumerate(columns)}
     naive, method = place[NAIVE], place.get(METHOD, place[NAIVE])
     scores = hierarchical(tables, the_means)
@@ -142,7 +138,9 @@ def results(
     changes = dict(zip(compared, _changes(parts, [sides[i] for i in compared]), strict=True))
     decided = [i for i in compared if changes[i] is not None]
     adjusted = dict(zip(decided, holm([_p(changes[i]) for i in decided]), strict=True))
-    equal = dict(zip(compared, _at_equal_length(parts, [sides[i] for i in compared]), strict=True))
+    equal: dict[int, Estimate | None] = {}
+    if metric not in OF_PAIRS:  # which look at no generated answer
+        equal = dict(zip(compared, _at_equal_length(parts, [sides[i] for i in compared]), strict=True))
     gap, recovered = _recovered(tables, columns, place)
     words = np.mean([lengths.mean(0) for _, lengths, _ in parts], 0)
     rows = [
@@ -207,8 +205,10 @@ def _values(read: Any, columns: Sequence[_Column]) -> Floats:
     return np.stack([read(column.policies).mean(1) for column in columns], 1)
 
 
-def _kept(scores: PromptScores, columns: Sequence[_Column]) -> _Part:
+def _kept(scores: PromptScores | None, columns: Sequence[_Column]) -> _Part:
     """Scores and words [n, k] of the prompts that everybody has scores for, and their clusters."""
+    if scores is None:
+        raise DataError("a run has no scores by prompt", "evaluate every run to its end")
     scores.read([policy for column in columns for policy in column.policies])
     values = _values(scores.columns, columns)
     kept = np.isfinite(values).all(1)
@@ -216,11 +216,6 @@ def _kept(scores: PromptScores, columns: Sequence[_Column]) -> _Part:
         raise DataError("no prompt has a score of every arm", "evaluate every arm on the same prompts")
     words = _values(scores.words, columns)
     return values[kept], words[kept], [scores.clusters[row] for row in np.flatnonzero(kept).tolist()]
-
-
-def _table(scores: PromptScores, columns: Sequence[_Column]) -> Clusters:
-    values, _, clusters = _kept(scores, columns)
-    return Clusters.of(values, clusters)
 
 
 def _changes(parts: Sequence[_Part], sides: Sequence[tuple[int, int]]) -> list[Estimate | None]:

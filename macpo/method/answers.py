@@ -42,7 +42,7 @@ class GeneratingStage(PolicyStage):
     seed: int
     served: ServedModel | None = None
     begin: str = ""
-    """Text that is put before every answer, after the template's own, and is no part of it."""
+    """Text with which every answer begins and which is no part of it; nor is white space between the two."""
     server: ServedSettings | None = Field(None, exclude=True)
     """Where the served model is."""
 
@@ -93,11 +93,11 @@ class GeneratingStage(PolicyStage):
             Response(
                 row["id"],
                 agent.name,
-                text,
+                text.lstrip() if self.begin else text,
                 row["finish_reason"] == "stop",
                 row["num_tokens"],
                 row["attempt"],
-                *_carried(row),
+                *((None, None) if self.begin else _carried(row)),  # not its log-prob after the prompt alone
             )
             for row in rows
             if (text := learnable_text(row)).strip()
@@ -126,7 +126,7 @@ class GeneratingStage(PolicyStage):
         """
         if chat is None:
             return []
-        begin = chat.tokens.encode(self.begin) if self.begin else []
+        begin = chat.answer_ids(self.begin, finished=False)
         ids = limited_prompt(chat, policy.agent, prompt, len(begin))
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):

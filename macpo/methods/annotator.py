@@ -23,13 +23,12 @@ from macpo.methods.ratings import RatedPairInputs, RatedPairs
 def annotator(steps: Steps) -> None:
     """`iterations` rounds of two answers a prompt, labelled by the teachers' implicit reward."""
     start, student = started(steps), steps.student
-    labellers = [teacher for teacher in steps.teachers if teacher.has_weights]
-    aligned = {each.name: _aligned(steps, each, start.positive[each.name]) for each in labellers}
+    aligned = {each.name: _aligned(steps, each, start.positive[each.name]) for each in steps.teachers}
     for t in range(1, steps.recipe.iterations + 1):
         last = start.positive[student.name]
         draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(2)}
         ratings = {}
-        for each in labellers:
+        for each in steps.teachers:
             inputs = RewardInputs(
                 policy=steps.score(each, t, aligned[each.name], draws, name=f"iter{t}-{each.name}-aligned-score"),
                 reference=steps.score(each, t, start.positive[each.name], draws, name=f"iter{t}-{each.name}-score"),

@@ -11,7 +11,9 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
+from typing import Self
 
+from macpo.config import AgentSettings
 from macpo.engine.data.records import Pair, Prompt, Response, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_jsonl, write_jsonl
@@ -22,22 +24,14 @@ from macpo.method.costs import Cost, MethodStage, RunSize
 from macpo.method.encoding import encode
 from macpo.method.likelihoods import likelihoods
 from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
+from macpo.method.run_plan import StageName
+from macpo.method.steps import Steps
 
 Ratings = dict[str, list[float]]
 """Prompt id -> a rating of each answer to it, in the order of the stage's `answers`."""
 Draws = dict[str, str]
 """Number of a draw -> the stage in which the student answered."""
 _REPLY_TOKENS = 8  # of context that a one-letter reply may need, whatever the template writes around it
-
-
-def question(name: str) -> str:
-    """The text of a question in macpo/methods/prompts."""
-    return files("macpo.methods").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
-
-
-def conversation(prompt: Prompt) -> str:
-    """A dialogue as a question quotes it."""
-    return "\n\n".join(f"<{turn['role']}>\n{turn['content']}\n</{turn['role']}>" for turn in prompt.messages)
 
 
 class RatingInputs(PolicyDataInputs):
@@ -53,6 +47,17 @@ class Rate(PolicyStage):
     question: str
     """The text that is asked, with {conversation} and more in braces."""
     inputs: RatingInputs
+
+    @classmethod
+    def of(cls, steps: Steps, agent: AgentSettings, policy: StageName | None, question: str, draws: Draws) -> Self:
+        """The stage in which an agent's policy is asked one of macpo/methods/prompts about the student's draws."""
+        text = files("macpo.methods").joinpath("prompts", f"{question}.txt").read_text(encoding="utf-8")
+        return cls(
+            policy=steps.policy(agent, ready=agent.positive if policy is None else None),
+            question=text,
+            inputs=RatingInputs(base=steps.base(agent), data=steps.data, policy=policy, answers=draws),
+            compute=steps.compute,
+        )
 
     @abstractmethod
     def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:

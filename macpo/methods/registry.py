@@ -29,6 +29,17 @@ class Method:
     build: Callable[[Steps], None]
     asks: bool = False
     """Whether a model is told in words what to do, which the models of the demo world do not understand."""
+    scores: bool = False
+    """Whether the teachers' log-probs decide, which no server gives."""
+
+    def why_not(self, recipe: Recipe) -> str:
+        """Why the method cannot run on a recipe's data and teachers; empty where it can."""
+        if self.asks and recipe.data.world is not None:
+            return "it asks a model in words, which the demo world's models do not understand"
+        served = [teacher.name for teacher in recipe.active_teachers if teacher.served is not None]
+        if self.scores and served:
+            return f"it needs log-probs of the teachers, and {served[0]} is served"
+        return ""
 
 
 METHODS: dict[MethodName, Method] = {
@@ -39,9 +50,9 @@ METHODS: dict[MethodName, Method] = {
     "confidence-loss": Method(confidence),
     "spin": Method(spin),
     "self-rewarding": Method(rewarding, asks=True),
-    "rlaif": Method(rlaif, asks=True),
+    "rlaif": Method(rlaif, asks=True, scores=True),
     "rlcd": Method(rlcd, asks=True),
-    "weak-annotator": Method(annotator),
+    "weak-annotator": Method(annotator, scores=True),
 }
 
 
@@ -61,8 +72,7 @@ def build_plan(recipe: Recipe, identities: Identities | None = None) -> Plan:
 
 def _add(recipe: Recipe, plan: Plan, arm: str) -> None:
     method = METHODS[recipe.method]
-    if method.asks and recipe.data.world is not None:
-        problem = f"{recipe.method} asks a model in words, which the demo world's models do not understand"
+    if why := method.why_not(recipe):
         field = f"ablations.{arm}.method" if arm else "method"
-        raise ConfigError(problem, "leave it out, or use data of real text", field=field)
+        raise ConfigError(f"{recipe.method} cannot run here: {why}", "leave it out", field=field)
     method.build(Steps(recipe, plan, arm))

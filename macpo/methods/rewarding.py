@@ -8,10 +8,10 @@ here it is the expected grade under the probabilities of the six, which needs no
 from __future__ import annotations
 
 from macpo.engine.data.records import Prompt, Response
-from macpo.method.run_plan import StageName
+from macpo.judging.questions import conversation
 from macpo.method.steps import Steps
 from macpo.methods.naive import started
-from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, RatingInputs, conversation, question, softmax
+from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, softmax
 
 NUM_ANSWERS = 4
 GRADES = "012345"
@@ -23,21 +23,11 @@ def rewarding(steps: Steps) -> None:
     for t in range(1, steps.recipe.iterations + 1):
         last = start.positive[student.name]
         draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(NUM_ANSWERS)}
-        grades = steps.add(f"iter{t}-{student.name}-grade", _grade(steps, last, draws))
+        grades = steps.add(f"iter{t}-{student.name}-grade", Grade.of(steps, student, last, "grade", draws))
         inputs = RatedPairInputs(data=steps.data, answers=draws, ratings={student.name: grades})
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(inputs=inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")
-
-
-def _grade(steps: Steps, last: StageName | None, draws: dict[str, StageName]) -> Grade:
-    student = steps.student
-    return Grade(
-        policy=steps.policy(student, ready=student.positive if last is None else None),
-        question=question("grade"),
-        inputs=RatingInputs(base=steps.base(student), data=steps.data, policy=last, answers=draws),
-        compute=steps.compute,
-    )
 
 
 class Grade(Rate):
@@ -46,7 +36,7 @@ class Grade(Rate):
     name = "grade_answers"
 
     def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
-        about = conversation(prompt)
+        about = conversation(prompt.messages)
         texts = [self.question.format(conversation=about, answer=each.text) for each in answers]
         return [(Prompt.of(text), list(GRADES)) for text in texts]
 

@@ -7,12 +7,11 @@ learns from the pairs whose preference is clear, so that the method differs from
 
 from __future__ import annotations
 
-from macpo.config import AgentSettings
 from macpo.engine.data.records import Prompt, Response
-from macpo.method.run_plan import StageName
+from macpo.judging.questions import conversation
 from macpo.method.steps import Steps
 from macpo.methods.naive import started
-from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, RatingInputs, conversation, question, softmax
+from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, softmax
 
 LEAST_PREFERENCE = 0.2
 """How far the two answers' probabilities have to lie apart: |p - .5| >= .1."""
@@ -21,29 +20,19 @@ LEAST_PREFERENCE = 0.2
 def rlaif(steps: Steps) -> None:
     """`iterations` rounds of two answers a prompt, labelled by the teachers."""
     start, student = started(steps), steps.student
-    labellers = [teacher for teacher in steps.teachers if teacher.has_weights]
     for t in range(1, steps.recipe.iterations + 1):
         last = start.positive[student.name]
         draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(2)}
         ratings = {
             each.name: steps.add(
-                f"iter{t}-{each.name}-compare", _compare(steps, each, start.positive[each.name], draws)
+                f"iter{t}-{each.name}-compare", Compare.of(steps, each, start.positive[each.name], "compare", draws)
             )
-            for each in labellers
+            for each in steps.teachers
         }
         inputs = RatedPairInputs(data=steps.data, answers=draws, ratings=ratings)
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(least=LEAST_PREFERENCE, inputs=inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")
-
-
-def _compare(steps: Steps, teacher: AgentSettings, policy: StageName | None, draws: dict[str, StageName]) -> Compare:
-    return Compare(
-        policy=steps.policy(teacher, ready=teacher.positive if policy is None else None),
-        question=question("compare"),
-        inputs=RatingInputs(base=steps.base(teacher), data=steps.data, policy=policy, answers=draws),
-        compute=steps.compute,
-    )
 
 
 class Compare(Rate):
@@ -52,7 +41,7 @@ class Compare(Rate):
     name = "compare_answers"
 
     def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
-        about, (one, two) = conversation(prompt), [answer.text for answer in answers]
+        about, (one, two) = conversation(prompt.messages), [answer.text for answer in answers]
         orders = ((one, two), (two, one))
         return [
             (Prompt.of(self.question.format(conversation=about, a=first, b=second)), ["A", "B"])

@@ -10,7 +10,7 @@ from macpo.method.pairs import TeacherPairInputs, TeacherPairs
 from macpo.method.steps import Steps
 from macpo.methods.naive import started
 
-BETTER, WORSE = "(giving a helpful and harmless answer) ", "(giving an unhelpful or harmful answer) "
+BETTER, WORSE = "(giving a helpful and harmless answer)", "(giving an unhelpful or harmful answer)"
 """What is put before the answers, in our words; the paper has two such pairs for each of its tasks."""
 
 

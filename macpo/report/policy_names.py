@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from macpo.engine.errors import ConfigError
-from macpo.evaluation.summary import first_and_last, headline_metric
+from macpo.evaluation.summary import headline_metric, weak_supervisors
 from macpo.report.run_reader import Evaluation, RunReader
 
 _NAME = re.compile(r"(?:(?P<arm>[^.@]+)\.)?(?P<agent>[^.@]+)(?:@(?P<iteration>\d+))?")
@@ -21,18 +21,17 @@ def policy_name(evaluation: Evaluation) -> str:
 def named(run: RunReader, name: str) -> Evaluation:
     """The evaluation of a policy; without @ITERATION its agent's last.
 
-    `teacher-best` is the teacher of the highest headline metric at that iteration. It is chosen on the test prompts, so
-    what is said of it is on the optimistic side.
+    `teacher-best` is the teacher that was best on the development prompts before the iterations.
 
     Raises:
-        ConfigError: no such policy was evaluated; lists those that were.
+        ConfigError: no such policy was evaluated; lists those that were. `teacher-best` without development prompts.
     """
     match = _NAME.fullmatch(name)
     known = {policy_name(each): each for each in run.all_evaluations}
     arm, agent, iteration = (match["arm"] or "", match["agent"], match["iteration"]) if match else ("", "", None)
     agents = {each.agent for each in known.values()}
     if agent == BEST and BEST not in agents and not arm:
-        agent = _best_teacher(run, None if iteration is None else int(iteration)) or ""
+        agent = _best_teacher(run)
     found = [each for each in known.values() if (each.folder.arm, each.agent) == (arm, agent)]
     if iteration is not None:
         found = [each for each in found if each.iteration == int(iteration)]
@@ -63,12 +62,12 @@ def last_student(run: RunReader) -> Evaluation:
     return named(run, names[0])
 
 
-def _best_teacher(run: RunReader, iteration: int | None) -> str | None:
+def _best_teacher(run: RunReader) -> str:
+    """Not by the test prompts: the best one there is partly the luckiest."""
     metric = headline_metric(run.summary)
-    scores: dict[str, float] = {}
-    for name, agent in run.summary["agents"].items():
-        rows = [row for row in agent["scores"] if iteration is None or row["iteration"] == iteration]
-        ends = first_and_last({"scores": rows}, metric) if agent["role"] == "teacher" and metric is not None else None
-        if ends is not None:
-            scores[name] = ends[1]
-    return max(scores, key=lambda name: scores[name], default=None)
+    _, *best = weak_supervisors(run.summary, metric) if metric is not None else [None]
+    if not best or best[0] is None:
+        fix = "set data.dev_prompts and run again, or name a teacher"
+        raise ConfigError(f"{BEST} is chosen on development prompts, which this run has none of", fix)
+    ((name, _),) = best[0].teachers
+    return name

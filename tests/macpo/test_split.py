@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from macpo.data.preferences import split
 from macpo.data.spool import spooled
+from macpo.demo_world import WorldSettings, build
 from macpo.engine.data.records import Pair, Prompt
 from macpo.engine.errors import DataError
 
@@ -64,3 +65,20 @@ def test_split_seed_matters_and_too_few_prompts_are_named() -> None:
     assert len(drawn) == 5
     with pytest.raises(DataError, match=r"20 distinct prompts \(of 40 pairs\) are fewer than the 21 .*7.*8.*6"):
         split(pairs, teacher=7, student=8, test=6, seed=0)
+
+
+def test_development_prompts_change_neither_the_other_sets_nor_the_labels() -> None:
+    small = WorldSettings(
+        teacher_documents=60,
+        student_documents=70,
+        teacher_pairs=10,
+        teacher_prompts=40,
+        student_prompts=20,
+        test_prompts=10,
+    )
+    plain, more = build(small, 3), build(small.model_copy(update={"dev_prompts": 7}), 3)
+    assert (plain.teachers, plain.student, plain.test) == (more.teachers, more.student, more.test)
+    dev = {pair.prompt.id for pair in more.dev}
+    assert len(dev) == 7 and not plain.dev
+    for documents in more.documents.values():
+        assert not dev & {document.prompt.id for document in documents}

@@ -114,15 +114,6 @@ def test_number_of_teachers_changes_nothing_but_the_number_of_teachers(num_teach
     assert one.teachers[0] == many.teachers[0]
 
 
-def test_development_prompts_change_neither_the_other_sets_nor_the_labels() -> None:
-    plain, more = build(SMALL, 3), build(SMALL.model_copy(update={"dev_prompts": 7}), 3)
-    assert (plain.teachers, plain.student, plain.test) == (more.teachers, more.student, more.test)
-    dev = {pair.prompt.id for pair in more.dev}
-    assert len(dev) == 7 and not plain.dev
-    for documents in more.documents.values():
-        assert not dev & {document.prompt.id for document in documents}
-
-
 def test_too_many_teachers_for_the_prompts_set_aside() -> None:
     with pytest.raises(ConfigError, match=r"6 teachers with 40 pairs each need 240 prompts, 200 are set aside"):
         build(SMALL, 0, num_teachers=6)

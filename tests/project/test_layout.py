@@ -67,7 +67,7 @@ MAY_IMPORT = {
         # kernels: losses
         "standalone": "engine kernels data evaluation demo_world data_settings scorer_settings config method",
         "iteration": "engine config method",
-        "methods": "engine config method iteration",
+        "methods": "engine judging config method iteration",
         "comparison": "engine demo_world evaluation config method methods",
         "report": "engine evaluation judging comparison",
         "annotation": "engine evaluation report",

@@ -18,6 +18,7 @@ from macpo.engine.errors import ConfigError, NumericsError, ResourceError, Stopp
 from macpo.engine.foreign import check_model_config, header, read_json_object
 from macpo.engine.models.loading import (
     as_dtype,
+    from_folder,
     local_folder,
     quiet_transformers,
     read_config,
@@ -147,27 +148,15 @@ def load_classifier(
     """
     folder = local_folder(path, trust_remote_code=trust_remote_code)
     config = check_classifier(folder, label=label, trust_remote_code=trust_remote_code)
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                str(folder),
-                dtype=as_dtype(dtype),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # the check below names them
-            )
-    except Exception as error:  # transformers' own checks raise whatever they like
-        if is_out_of_memory(error) or isinstance(error, MemoryError):
-            raise
-        why = " ".join(str(error).split())[:300]
-        raise ConfigError(f"cannot be loaded as a sequence classifier ({why})", NO_HEAD, file=path) from error
-    model, report = loaded
-    lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-    if lost:
-        problem = f"{len(lost)} weights are missing or of the wrong shape, first {lost[0]}"
-        raise ConfigError(problem, NO_HEAD, file=path)
+    model = from_folder(
+        AutoModelForSequenceClassification,
+        folder,
+        path,
+        NO_HEAD,
+        NO_HEAD,
+        dtype=as_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+    )
     ready: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     if isinstance(head := getattr(ready, "score", None), nn.Linear):
         head.float().register_forward_pre_hook(_in_float32)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from macpo.engine.data.chat import Chat, boundary_mismatches, load_tokenizer
 from macpo.engine.data.messages import Message
 from macpo.engine.data.pack import pack
-from macpo.engine.data.templates import MAX_TEMPLATE_CHARS, TEMPLATES, VICUNA_SYSTEM, log_once
+from macpo.engine.data.templates import ALPACA_SYSTEM, MAX_TEMPLATE_CHARS, TEMPLATES, VICUNA_SYSTEM, log_once
 from macpo.engine.errors import ConfigError, DataError
 
 STORIES = Path(__file__).parents[4] / "shared" / "models" / "stories260K"
@@ -200,48 +200,14 @@ def test_vicuna_text_is_exact_and_multi_turn() -> None:
     assert chat.rendered(user("hi")[:1] * 2) == "USER: hi USER: hi ASSISTANT:"
 
 
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-# llmtuner 0.5.3, data/template.py: default_system, format_user, format_separator; the answer and EOS follow bare
-PUBLISHED = {
-    "alpaca": (ALPACA, "### Instruction:\n{}\n\n### Response:\n", "\n\n"),
-    "vicuna-system": (VICUNA_SYSTEM, "USER: {} ASSISTANT:", ""),
-}
-
-
 def test_alpaca_text_is_exact_and_multi_turn() -> None:
     chat = Chat(byte_level(), "alpaca")
     text = chat.tokenizer.decode(chat.prompt_ids(user("hi", "a fox", "why ?")))
     asked = " ### Instruction:\n{}\n\n### Response:\n"
-    assert text == f"<s>{ALPACA}{asked.format('hi')} a fox</s>\n\n{asked.format('why ?')}"
+    assert text == f"<s>{ALPACA_SYSTEM}{asked.format('hi')} a fox</s>\n\n{asked.format('why ?')}"
     assert chat.tokenizer.decode(chat.answer_ids("it is")) == " it is</s>"
     system: list[Message] = [{"role": "system", "content": "be kind"}, *user("hi")]
     assert chat.rendered(system, "a dog") == f"be kind{asked.format('hi')} a dog"
-
-
-def encoded_in_pieces(chat: Chat, template: str, turns: list[str]) -> list[int]:
-    """Token ids as llmtuner 0.5.3 has them: every piece of the published text is encoded by itself."""
-    system, asked, separator = PUBLISHED[template]
-
-    def encoded(piece: str) -> list[int]:
-        return chat.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-
-    ids = [chat.tokenizer.bos_token_id, *encoded(system)]
-    for number, turn in enumerate(turns):
-        if number % 2:
-            ids += [*encoded(turn), chat.eos_id]
-        else:
-            ids += [*encoded(separator if number else ""), *encoded(asked.format(turn))]
-    return ids
-
-
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the real model is not here")
-@pytest.mark.parametrize("template", PUBLISHED)
-def test_a_sentencepiece_tokenizer_gives_the_ids_of_llama_factory(template: str) -> None:
-    chat = Chat(load_tokenizer(STORIES), template)
-    turns = ["Why is\nit so?", "Because it is.", "And then?", "The  end"]
-    ours = chat.prompt_ids(user(*turns[:3])) + chat.answer_ids(turns[3])
-    assert ours == encoded_in_pieces(chat, template, turns)
-    assert boundary_mismatches(chat, [(user(*turns[:3]), turns[3])]) == 0
 
 
 @pytest.mark.parametrize("name", ["byte-level", "words", "metaspace"])

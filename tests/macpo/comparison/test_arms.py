@@ -50,7 +50,7 @@ def test_the_teacher_curve_has_every_window_of_the_ring(tmp_path: Path) -> None:
 def test_the_ledger_counts_what_each_arms_student_needs(tmp_path: Path) -> None:
     arms = {"naive": {"method": "naive-sft", "iterations": 0}, "spin": {"method": "spin"}}
     base = recipe(tmp_path, ablations=arms)
-    found = ledgers(build_plan(base), size_of(base), "student")
+    found = ledgers(build_plan(base), size_of(base), base)
     assert list(found) == ["", "ceiling", "naive", "spin"]
     assert found["naive"].human_labels == found[""].human_labels == 3 * 16, "each teacher's pairs, once"
     assert found["ceiling"].human_labels == 20, "the student's own prompts"
@@ -60,7 +60,7 @@ def test_the_ledger_counts_what_each_arms_student_needs(tmp_path: Path) -> None:
     assert found["naive"].own_stages == 0 and found["spin"].own_stages == 6
     assert 0 < found["naive"].trained < found["spin"].trained < found[""].trained
     noted = {"init-student-positive": {"tokens": 1000, "steps": 7}}
-    measured = ledgers(build_plan(base), size_of(base), "student", noted)
+    measured = ledgers(build_plan(base), size_of(base), base, noted)
     assert measured["naive"].student_steps == 7
 
 

@@ -22,7 +22,7 @@ from tiny import make_run, tiny
 
 from macpo.commands.evaluate import Wishes, evaluate
 from macpo.engine.errors import ConfigError
-from macpo.engine.files import read_json, read_jsonl, write_jsonl
+from macpo.engine.files import read_json, read_jsonl, write_json, write_jsonl
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
 from macpo.report.judged import judged
@@ -53,6 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(12)
     ]  # fmt: skip
     write_jsonl(folder_of(run, "data") / "test.jsonl", pairs)
+    development = {"teacher0": {"gold": 0.5}, "teacher1": {"gold": 0.7}, "teacher2": {"gold": 0.6}}
+    write_json(run / "summary.json", read_json(run / "summary.json") | {"development": development})
     return run
 
 
@@ -130,14 +132,14 @@ def test_every_block_of_the_page(
     assert sum(map(len, server.asked)) / 4 <= sent <= sum(map(len, server.asked)) / 4 + questions
     assert "on 12 human pairs: accuracy 0.750" in out and out.count("student@3  ") == 3
     found = result(run, "gpt")["results"]
-    assert [row["opponent"] for row in found] == ["student@0", "teacher2@0", "ceiling@0"]
+    assert [row["opponent"] for row in found] == ["student@0", "teacher1@0", "ceiling@0"]
     for row in found:
         assert [row["win"], row["tie"], row["lose"]] == expected(run, "student", row["opponent"])
         assert row["policy"] == "student@3" and row["failed"] == 0
         assert row["models"] == ["rule-1.0"] * (row["equal"] < 10)
         assert row["win_rate"]["low"] <= row["win_rate"]["value"] <= row["win_rate"]["high"]
-    rows = [row for _, row in read_jsonl(run / "judging" / "gpt" / "student@3-vs-teacher2@0.jsonl")]
-    assert len(rows) == 20 and {row["first"] for row in rows} == {"student@3", "teacher2@0"}
+    rows = [row for _, row in read_jsonl(run / "judging" / "gpt" / "student@3-vs-teacher1@0.jsonl")]
+    assert len(rows) == 20 and {row["first"] for row in rows} == {"student@3", "teacher1@0"}
 
     assert macpo(*chosen) == 0  # beside what was found before
     assert [row["prompts"] for row in result(run, "gpt")["results"]] == [10, 10, 10, 5, 5]
@@ -228,12 +230,15 @@ def test_what_cannot_be_done_is_said_in_a_line(
 def test_names_of_policies(run: Path) -> None:
     reader = RunReader(run)
     for name, full in {
-        "student": "student@3", "student@0": "student@0", "ceiling": "ceiling@0", "teacher-best": "teacher0@3",
-        "teacher-best@0": "teacher2@0", "one-teacher.student": "one-teacher.student@3",
+        "student": "student@3", "student@0": "student@0", "ceiling": "ceiling@0", "teacher-best": "teacher1@3",
+        "teacher-best@0": "teacher1@0", "one-teacher.student": "one-teacher.student@3",
     }.items():  # fmt: skip
         assert policy_name(named(reader, name)) == full
     scores = {name: agent["scores"][0]["gold"] for name, agent in reader.summary["agents"].items()}
-    assert max((n for n in scores if n.startswith("teacher")), key=scores.__getitem__) == "teacher2"
+    assert max((n for n in scores if n.startswith("teacher")), key=scores.__getitem__) == "teacher2", "not by test"
+    write_json(run / "summary.json", {k: v for k, v in reader.summary.items() if k != "development"})
+    with pytest.raises(ConfigError, match=r"teacher-best is chosen on development prompts.*data\.dev_prompts"):
+        named(RunReader(run), "teacher-best@0")
     for name in ("student@4", "", "@0", "one-teacher.ceiling", "a.b.c", "student@-1"):
         with pytest.raises(ConfigError):
             named(reader, name)

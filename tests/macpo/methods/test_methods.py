@@ -14,12 +14,14 @@ import torch
 from tiny import init, tiny
 from transformers import AutoModelForCausalLM
 
+from macpo import methods
 from macpo.commands.compare import compare, comparison_of
 from macpo.commands.run import run
-from macpo.comparison.arms import named_arms
+from macpo.comparison.arms import method_arms, named_arms
 from macpo.comparison.diagnostics import separability
 from macpo.demo_world import gold
 from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.data.messages import Message
 from macpo.engine.data.records import Example, Pair, Prompt, Response, read_records
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import read_jsonl, write_jsonl
@@ -28,10 +30,11 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
 from macpo.method.answers import read_answers
 from macpo.methods import filtered, rlaif, rlcd
-from macpo.methods.ratings import RatedPairInputs, RatedPairs, question
+from macpo.methods.ratings import RatedPairInputs, RatedPairs
 from macpo.methods.registry import METHODS, build_plan
 from macpo.recipe_kinds import load, plan_of
 
+PROMPTS = Path(methods.__file__).parent / "prompts"
 PLAIN = {"student_training.preference.sft_weight": 0}
 ASKING: dict[str, dict[str, Any]] = {
     "rewarding": {"method": "self-rewarding", **PLAIN},
@@ -212,7 +215,7 @@ def test_self_rewarding_grades_by_the_expected_number_of_points(on_text: Path) -
     for prompt_id in list(grades)[:2]:
         said = f"<user>\n{prompts[prompt_id].messages[0]['content']}\n</user>"
         for draw, grade in zip(answers, grades[prompt_id], strict=True):
-            text = question("grade").format(conversation=said, answer=draw[prompt_id].text)
+            text = (PROMPTS / "grade.txt").read_text().format(conversation=said, answer=draw[prompt_id].text)
             replies = [chat.answer_ids(str(points), finished=False) for points in range(6)]
             weights = torch.tensor(logps(policy, Prompt.of(text), replies, chat), dtype=torch.float64).softmax(0)
             assert grade == pytest.approx(float((weights * torch.arange(6)).sum()), abs=1e-5)
@@ -230,7 +233,7 @@ def test_rlaif_averages_both_orders(on_text: Path) -> None:
     said = f"<user>\n{student_prompts(on_text)[prompt_id].messages[0]['content']}\n</user>"
     probabilities = []
     for a, b in ((one, two), (two, one)):
-        text = question("compare").format(conversation=said, a=a[prompt_id].text, b=b[prompt_id].text)
+        text = (PROMPTS / "compare.txt").read_text().format(conversation=said, a=a[prompt_id].text, b=b[prompt_id].text)
         replies = [chat.answer_ids(letter, finished=False) for letter in "AB"]
         first, second = logps(policy, Prompt.of(text), replies, chat)
         probabilities.append(1 / (1 + math.exp(second - first)))
@@ -245,7 +248,29 @@ def test_rlcd_labels_by_the_beginning_which_is_no_part_of_the_answer(on_text: Pa
     better, worse = (read_answers(stage(on_text, name)) for name in names)
     pairs = read_records(stage(on_text, "rlcd.iter1-student-pairs") / "pairs.jsonl", Pair)
     assert pairs and all((better[p.prompt.id].text, worse[p.prompt.id].text) == (p.chosen, p.rejected) for p in pairs)
-    assert not any(p.chosen.startswith("(") for p in pairs)
+    assert not any(p.chosen.startswith(("(", " ")) for p in pairs)
+    assert all(answer.sum_logp is None for answer in better.values()), "its log-prob is of another prompt"
+
+
+def test_served_teachers_cannot_label_by_log_probs(tmp_path: Path) -> None:
+    served = {"base_url": "http://127.0.0.1:1/v1", "server": "openai", "api": "chat", "positive": "a", "negative": "b"}
+    recipe = tiny(tmp_path, teachers=[{"served": served, "train": False}], mutual_learning=False)
+    arms, left_out = method_arms(recipe, ["weak-annotator", "spin"])
+    assert list(arms) == ["spin"] and left_out == {
+        "weak-annotator": "it needs log-probs of the teachers, and teacher0 is served"
+    }
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_beginning_is_written_as_an_answer_begins(blank: str, on_text: Path) -> None:
+    """Template and tokenizer write it as they would the answer: under vicuna with a blank before it."""
+    tokenizer = load_tokenizer(str(stage(on_text, "init-student-positive") / "policy"))
+    asked: list[Message] = [{"role": "user", "content": "why ?"}]
+    template = "{% for m in messages %}{{ m['role'] + ':" + blank + "' + m['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    chat = Chat(tokenizer, template)
+    ids = chat.prompt_ids(asked) + chat.answer_ids(rlcd.BETTER, finished=False)
+    assert tokenizer.decode(ids).endswith(f"assistant:{blank}{rlcd.BETTER}")
 
 
 def test_the_comparison_has_a_row_for_everything(compared: Path) -> None:
@@ -301,7 +326,7 @@ def test_separability_is_the_chance_that_the_better_answer_is_likelier() -> None
 
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.asks))
 def test_the_demo_worlds_models_are_not_asked_in_words(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"ablations.x.method: {name} asks a model in words"):
+    with pytest.raises(ConfigError, match=rf"ablations.x.method: {name} cannot run here: it asks a model in words"):
         build_plan(tiny(tmp_path, ablations={"x": {"method": name}}))
 
 
