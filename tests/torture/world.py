@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from shim import Call
 from states import State, differences, remove, replace, show, state_of
 from tiny import tiny
 from zygote import Ended, Orders, Zygote
 
-from macpo.engine.recipe import dump
 from macpo.recipe_kinds import load, plan_of
 
 
@@ -42,7 +42,7 @@ class Run:
         self.recipe = zygote.scratch / "recipe.yaml"
         made = tiny(self.folder, iterations=1)
         made = made.model_copy(update={"compute": made.compute.model_copy(update={"jobs": jobs})})
-        self.recipe.write_text(dump(made))
+        self.recipe.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_unset=True)))
         self.words = ("run", self.recipe)
         self.stages = [stage.name for stage in plan_of(load(self.recipe, []), must_exist=False).graph.stages]
         self.clean = zygote.scratch / "clean"
@@ -71,7 +71,7 @@ class Run:
         for number, stage in enumerate([*self.stages, "finished"][:num_stages], 1):
             until = stage if number < last else ""
             ended = self._must(self.zygote.macpo(self.words, Orders(until=until, logs=True)), 75 if until else 0)
-            self.zygote.warm()
+            self.zygote.warm("check", self.recipe)
             after = before.parent / f"{number:03d}"
             replace(after, self.folder)
             begins = [call.number for call in ended.calls if call.name == "mkdir" and call.path.endswith(".tmp")]

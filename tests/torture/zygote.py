@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import resource
@@ -62,12 +63,17 @@ class Zygote:
         torch.set_num_threads(1)  # forks need a parent without threads
         self.output, self.modules = scratch / "printed.txt", scratch / "modules.txt"
 
-    def warm(self) -> None:
-        """Import what the last command imported."""
+    def warm(self, *words: object) -> None:
+        """Import what the last command imported, and run one that writes nothing: the caches it fills are inherited."""
         for name in self.modules.read_text().split():
             if name not in sys.modules:
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
+        if words:
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None), contextlib.suppress(SystemExit):
+                macpo.cli.main([str(word) for word in words])
+        gc.collect()
+        gc.freeze()  # a collection in a fork would copy every page
 
     def macpo(self, words: Sequence[object], orders: Orders = Orders()) -> Ended:
         """Run one command to its end, however it comes."""
