@@ -19,6 +19,7 @@ from macpo.engine.run.folder import read_timing
 from macpo.methods.registry import build_plan
 from macpo.recipe_kinds import plan_of
 from macpo.report.comparison import table, write_comparison
+from macpo.report.judged import judged
 from macpo.report.run_reader import RunReader
 
 
@@ -92,11 +93,13 @@ def compare(comparison: Comparison, *, rerun_stale: bool = False) -> Path:
     out = Path(comparison.recipe.output)
     if (out / "recipe.yaml").exists():
         raise ConfigError(f"{out} is the folder of one run", "name another folder with --out", field="output")
-    runs, explained = [], {}
+    runs, explained, judges = [], {}, {}
     for seed in comparison.seeds:
         recipe = comparison.of_seed(seed)
         folder = run(recipe, rerun_stale=rerun_stale)
-        runs.append(RunReader(folder).scored)
+        reader = RunReader(folder)
+        runs.append(reader.scored)
+        judges[seed] = judged(reader)
         gold = recipe.data.world is not None
         explained[seed] = [each.to_json() for each in diagnostics(folder, recipe.student.name, gold=gold)]
     found = results(
@@ -108,7 +111,7 @@ def compare(comparison: Comparison, *, rerun_stale: bool = False) -> Path:
     )
     write_json(out / "compare.json", {**found.to_json(), "diagnostics": explained})
     print(table(found))
-    page = write_comparison(out, found, explained)
+    page = write_comparison(out, found, explained, judges)
     print(f"\nreport: {page}")
     return page
 

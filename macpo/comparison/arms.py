@@ -68,10 +68,10 @@ def matched(recipe: Recipe, arms: Arms, run: RunSize) -> Arms:
     most = _steps(recipe, {"": {}}, run)
     found = {}
     for name, arm in arms.items():
-        rounds = arm.get("iterations", recipe.iterations)
+        rounds = wanted = arm.get("iterations", recipe.iterations)
         while rounds > 1 and _steps(recipe, {name: {**arm, "iterations": rounds}}, run) > most:
             rounds -= 1
-        found[name] = {**arm, "iterations": rounds} if rounds != recipe.iterations else arm
+        found[name] = {**arm, "iterations": rounds} if rounds != wanted else arm
     return found
 
 

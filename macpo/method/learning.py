@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from macpo.engine.config import LoraSettings, OptimSettings, PreferenceSettings, Tuning
 from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
@@ -161,6 +163,8 @@ class Prefer(LearningStage):
     reference_weights: dict[str, str]
     """Identity of a reference model that the settings name."""
     file: str = "pairs.jsonl"
+    pairs_per_prompt: int = Field(1, exclude=True)
+    """For estimates."""
     inputs: PreferInputs
 
     def run(self, ctx: StageContext) -> None:
@@ -182,7 +186,8 @@ class Prefer(LearningStage):
         self.learn(policy, groups, [pairs[i].prompt.id for i in kept], objective)
 
     def num_rows(self, run: RunSize) -> int:
-        return run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
+        prompts = run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
+        return self.pairs_per_prompt * prompts
 
     def cost(self, run: RunSize) -> Cost:
         """Training, and one forward of the reference."""

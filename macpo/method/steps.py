@@ -73,7 +73,9 @@ class Steps(Builder):
         )
         return self.add(name or f"init-{agent.name}-{policy}", work)
 
-    def prefer(self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName) -> StageName:
+    def prefer(
+        self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName, *, pairs_per_prompt: int = 1
+    ) -> StageName:
         """Preference training from the previous policy, by default its own frozen reference."""
         optim = self.training(agent).preference
         work = Prefer(
@@ -82,6 +84,7 @@ class Steps(Builder):
             tuning=agent.tuning,
             reference_weights=self.fingerprints(optim.reference_model),
             seed=self.seed(agent, f"iteration {t}"),
+            pairs_per_prompt=pairs_per_prompt,
             inputs=PreferInputs(base=self.base(agent), pairs=chosen, policy=start),
             compute=self.compute,
         )

@@ -28,7 +28,9 @@ def spin(steps: Steps) -> None:
         last = dict(zip(("own", "before"), reversed(answers), strict=False))
         inputs = SelfPlayInputs(labels=start.labels, **last)
         pairs = steps.add(f"iter{t}-{student.name}-pairs", SelfPlayPairs(inputs=inputs))
-        start.positive[student.name] = steps.prefer(student, t, start.positive[student.name], pairs)
+        start.positive[student.name] = steps.prefer(
+            student, t, start.positive[student.name], pairs, pairs_per_prompt=len(last)
+        )
         steps.evaluate(student, t, start.positive[student.name], "student")
 
 

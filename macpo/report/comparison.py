@@ -12,6 +12,7 @@ from macpo.evaluation.summary import LABELS
 from macpo.evaluation.uncertainty import Estimate
 from macpo.report import charts
 from macpo.report.findings import columns, signed
+from macpo.report.judged import HEADINGS, Judged
 from macpo.report.page import environment
 from macpo.report.plots import INK, STUDENT, Line, dots, line_panels, series_style
 
@@ -32,8 +33,18 @@ DIAGNOSTICS = {
 }
 
 
-def write_comparison(out: Path, found: Results, explained: Mapping[int, Sequence[Mapping[str, Any]]]) -> Path:
-    """Write `compare.html` into a folder and return its path."""
+def write_comparison(
+    out: Path,
+    found: Results,
+    explained: Mapping[int, Sequence[Mapping[str, Any]]],
+    judges: Mapping[int, Sequence[Judged]],
+) -> Path:
+    """Write `compare.html` into a folder and return its path.
+
+    Args:
+        explained: the diagnostics of each seed.
+        judges: what judges found in each seed's run.
+    """
     page = (
         environment()
         .get_template("compare.html.j2")
@@ -50,6 +61,8 @@ def write_comparison(out: Path, found: Results, explained: Mapping[int, Sequence
             forest=charts.svg(_forest(found)),
             diagnostics=DIAGNOSTICS,
             explained=explained,
+            judges=judges,
+            judge_headings=HEADINGS,
             links={seed: f"seed-{seed}/report.html" for seed in found.seeds},
         )
     )
