@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", default="all", help="baselines, separated by commas (default: all)")
     compare.add_argument("--seeds", default="0", metavar="A-B", help="seeds, such as 0-4 or 1,5,9 (default: 0)")
     compare.add_argument("--k-curve", default="", metavar="A-B", help="also with fewer teachers, such as 1-5")
+    compare.add_argument(
+        "--k-orders", type=int, metavar="N", help="with N choices of each number (default: one from each teacher)"
+    )
     compare.add_argument("--ablations", choices=("none", "paper"), default="none", help="also without each part")
     compare.add_argument("--match", choices=("none", "steps"), default="none", help="limit the baselines' rounds")
     compare.add_argument("--plan", action="store_true", help="print stages, tokens, steps and time; run nothing")

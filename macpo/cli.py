@@ -138,6 +138,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         parse_seeds(arguments.seeds),
         methods=None if arguments.methods == "all" else arguments.methods.split(","),
         k_curve=parse_seeds(arguments.k_curve) if arguments.k_curve else (),
+        k_orders=arguments.k_orders,
         ablations=arguments.ablations == "paper",
         match_steps=arguments.match == "steps",
     )

@@ -47,6 +47,7 @@ def comparison_of(
     *,
     methods: Sequence[str] | None = None,
     k_curve: Sequence[int] = (),
+    k_orders: int | None = None,
     ablations: bool = False,
     match_steps: bool = False,
 ) -> Comparison:
@@ -54,7 +55,7 @@ def comparison_of(
 
     Args:
         methods: names of baselines; None takes all that can run on the recipe's data.
-        k_curve: numbers of teachers, each from every place in the ring of teachers.
+        k_curve: numbers of teachers, each from every place in the ring of teachers, or from `k_orders` of them.
         ablations: add the method without each of its parts.
         match_steps: leave out rounds of baselines whose student would take more optimiser steps than the method's.
 
@@ -64,7 +65,7 @@ def comparison_of(
     if recipe.method != "macpo":
         raise ConfigError(f"the recipe's own method is {recipe.method}", "leave `method` out", field="method")
     baselines, left_out = method_arms(recipe, None if methods is None else [NAIVE, *methods])
-    fewer = teacher_arms(recipe, k_curve)
+    fewer = teacher_arms(recipe, k_curve, k_orders)
     parts: Arms = named_arms("ablations") if ablations else {}
     taken = [name for name in recipe.ablations if name in {**baselines, **fewer, **parts}]
     if taken:

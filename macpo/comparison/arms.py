@@ -41,20 +41,26 @@ def method_arms(recipe: Recipe, names: Sequence[str] | None) -> tuple[Arms, dict
     return {name: arm for name, arm in wanted.items() if name not in left_out}, left_out
 
 
-def teacher_arms(recipe: Recipe, counts: Iterable[int]) -> Arms:
-    """Arms of fewer teachers: for each count K, K neighbours in the ring of teachers, from every place in it.
+def teacher_arms(recipe: Recipe, counts: Iterable[int], orders: int | None = None) -> Arms:
+    """Arms of fewer teachers: for each count K, K neighbours in the ring of teachers.
 
     The whole ring is the recipe itself, so it is no arm.
 
+    Args:
+        orders: number of places to begin at, evenly spread; None takes every place in the ring.
+
     Raises:
-        ConfigError: more teachers than the recipe has.
+        ConfigError: more teachers, or more places, than the recipe has teachers.
     """
     teachers = [teacher.name for teacher in recipe.active_teachers]
+    if orders is not None and not 1 <= orders <= len(teachers):
+        raise ConfigError(f"got {orders}", f"the recipe has {len(teachers)} teachers", field="--k-orders")
+    places = [each * len(teachers) // (orders or len(teachers)) for each in range(orders or len(teachers))]
     arms: Arms = {}
     for count in counts:
         if not 1 <= count <= len(teachers):
             raise ConfigError(f"got {count}", f"the recipe has {len(teachers)} teachers", field="--k-curve")
-        for first in range(len(teachers) if count < len(teachers) else 0):
+        for first in places if count < len(teachers) else ():
             chosen = [teachers[(first + k) % len(teachers)] for k in range(count)]
             arms[f"k{count}-{teachers[first]}"] = {"use_teachers": chosen}
     return arms

@@ -45,6 +45,15 @@ def test_the_teacher_curve_has_every_window_of_the_ring(tmp_path: Path) -> None:
     assert arms["k2-teacher2"]["use_teachers"] == ["teacher2", "teacher0"]
     with pytest.raises(ConfigError, match=r"--k-curve: got 5.*3 teachers"):
         teacher_arms(recipe(tmp_path), [5])
+    assert list(teacher_arms(recipe(tmp_path), [1, 2, 3], 2)) == [
+        "k1-teacher0",
+        "k1-teacher1",
+        "k2-teacher0",
+        "k2-teacher1",
+    ]
+    for wrong in (0, 4):
+        with pytest.raises(ConfigError, match=rf"--k-orders: got {wrong}.*3 teachers"):
+            teacher_arms(recipe(tmp_path), [1], wrong)
 
 
 def test_the_ledger_counts_what_each_arms_student_needs(tmp_path: Path) -> None:
