@@ -163,7 +163,7 @@ class Prefer(LearningStage):
     reference_weights: dict[str, str]
     """Identity of a reference model that the settings name."""
     file: str = "pairs.jsonl"
-    pairs_per_prompt: int = Field(1, exclude=True)
+    pairs_per_prompt: int = Field(default=1, exclude=True)
     """For estimates."""
     inputs: PreferInputs
 

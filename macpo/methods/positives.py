@@ -13,7 +13,9 @@ from macpo.method.steps import Steps
 class _Imitating(Steps):
     """Learns from the better side of each pair alone, with the steps and learning rate of the preference training."""
 
-    def prefer(self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName) -> StageName:
+    def prefer(
+        self, agent: AgentSettings, t: int, start: StageName | None, chosen: StageName, *, pairs_per_prompt: int = 1
+    ) -> StageName:
         preference = self.training(agent).preference
         work = Imitate(
             policy=self.policy(agent, ready=agent.positive if start is None else None),
