@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, printable
+from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, is_failure, printable
 from macpo.engine.files import explain, is_expected
 from macpo.engine.processes import Terminated, ended_by_sigterm
 
@@ -55,7 +55,9 @@ def run_cli(
         return 0
     except OSError as found:
         error = explain(found).with_traceback(found.__traceback__) if is_expected(found) else found
-    except Exception as found:
+    except BaseException as found:
+        if not is_failure(found):
+            raise
         error = found
     if debug:
         traceback.print_exception(error)

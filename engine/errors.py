@@ -29,6 +29,14 @@ def printable(text: str, limit: int | None = None) -> str:
     return text if limit is None else _cut(text, limit)
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is one of the work itself: an Exception, or a panic of a library in Rust, which is none.
+
+    Ctrl-C, SIGTERM (processes.Terminated) and SystemExit are not, and go on to whoever waits for them.
+    """
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
 

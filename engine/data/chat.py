@@ -33,7 +33,7 @@ from macpo.engine.data.template_settings import (
 from macpo.engine.data.templates import one_line, template_text
 from macpo.engine.data.token_text import Piece, TokenText
 from macpo.engine.data.truncation import shortened
-from macpo.engine.errors import ConfigError, DataError, ResourceError
+from macpo.engine.errors import ConfigError, DataError, ResourceError, is_failure
 from macpo.engine.opening import refuse_special
 
 if TYPE_CHECKING:
@@ -310,9 +310,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         largest = max(found.get_vocab().values(), default=0)
         found("a", verbose=False)  # settings of other types break only here
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as problem:  # of many types, and the panics of tokenizers are no Exception
+    except BaseException as problem:  # of many types
+        if not is_failure(problem):
+            raise
         fix = "check the path; without a network download the model first and give its folder"
         if "trust_remote_code" in str(problem):
             fix = "use a model without code of its own, or set trust_remote_code if you trust its authors"

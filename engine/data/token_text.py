@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, is_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +90,9 @@ class TokenText:
         backend.encode_special_tokens = as_data
         try:
             return list(backend.encode(text, add_special_tokens=False).ids)
-        except Exception as problem:  # tokenizers raises this type alone
+        except BaseException as problem:  # tokenizers raises Exception itself, or panics
+            if not is_failure(problem):
+                raise
             why = f"the tokenizer cannot encode {text[:40]!r}: {problem}"
             raise ConfigError(
                 why, "use a complete tokenizer, which knows its own unk_token", field="tokenizer"

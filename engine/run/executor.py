@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from macpo.engine import files
 from macpo.engine.distributed.agree import is_main, on_main, stopped
-from macpo.engine.errors import IntegrityError, MacpoError, PeerError, Stopped
+from macpo.engine.errors import IntegrityError, MacpoError, PeerError, Stopped, is_failure
 from macpo.engine.faults import point
 from macpo.engine.processes import StopFlag
 from macpo.engine.removal import is_file, is_folder, remove, remove_leftovers
@@ -134,14 +134,16 @@ class Executor:
                 raise stopped(stage.name, world)
         except Stopped:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             error.add_note(f"in stage {stage.name}")
             if world is None:
                 raise
             raise self._blame(context, world.rank, error) from error
 
     @staticmethod
-    def _blame(context: StageContext, rank: int, error: Exception) -> Exception:
+    def _blame(context: StageContext, rank: int, error: BaseException) -> BaseException:
         """A rank that fails leaves its message in a file, and one that loses its peer reports what it finds there."""
         if not isinstance(error, PeerError):
             text = str(error) if isinstance(error, MacpoError) else f"{type(error).__name__}: {error}"

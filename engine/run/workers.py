@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from macpo.engine.distributed.agree import pack_error
-from macpo.engine.errors import MacpoError
+from macpo.engine.errors import MacpoError, is_failure
 from macpo.engine.files import explain, is_expected
 from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads, signals_blocked
 from macpo.engine.run.executor import Executor
@@ -166,7 +166,9 @@ def main() -> None:
                 answer = _answer(executor, request, start["threads"])
             except MacpoError as error:
                 answer = {"error": pack_error(error)}
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 if isinstance(error, OSError) and is_expected(error):
                     answer = {"error": pack_error(explain(error))}
                 else:  # the parent reports it, with the traceback under --debug
