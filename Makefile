@@ -56,15 +56,16 @@ demo: venv
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
-# A fifth of the MINUTES for each part; the kills are those that the time allows, in an order drawn from the SEED.
+# A sixth of the MINUTES for each part; the kills are those that the time allows, in an order drawn from the SEED.
 # Alone, tests/torture/kills.py tries every one (some two hours on one core; --slice K/N divides them).
 TORTURE = OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python tests/torture
-EACH = --seed $(SEED) --minutes $(shell expr $(MINUTES) / 5)
+EACH = --seed $(SEED) --minutes $(shell expr $(MINUTES) / 6)
 torture: dev
 	@status=0; \
 	$(TORTURE)/kills.py $(EACH) || status=1; \
 	$(TORTURE)/stops.py $(EACH) || status=1; \
 	$(TORTURE)/stops.py $(EACH) $(if $(filter 1,$(RANKS)),--jobs 2,--ranks $(RANKS)) || status=1; \
+	$(TORTURE)/stops.py $(EACH) --small-disk || status=1; \
 	$(TORTURE)/corruption.py $(EACH) || status=1; \
 	$(TORTURE)/fuzz.py $(EACH) || status=1; \
 	exit $$status

@@ -2,10 +2,12 @@
 
     python tests/torture/stops.py --minutes 10 --seed 0 --ranks 2
     python tests/torture/stops.py --minutes 10 --jobs 2
+    python tests/torture/stops.py --minutes 10 --small-disk
 
 A life of the run is one folder from nothing to its end. Attempt after attempt gets a SIGKILL, a SIGTERM, a SIGINT or a
 full disk (RLIMIT_FSIZE) at a random moment; then the same command is left alone, and the folder compared with that of
-an undisturbed run. One rank and one job go through forks of this process; several through real processes.
+an undisturbed run. One rank and one job go through forks of this process; several through real processes. A small disk
+is a tmpfs that somebody else fills while the command runs; it needs the right to mount one.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shim import preloaded
@@ -29,14 +32,15 @@ from states import State, differences, remove, show, state_of
 from world import Run
 from zygote import HUNG, Ended, Orders, Zygote
 
-FULL = "disk full"
+FULL, FILLED = "disk full", "disk filled"
 HOW = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, FULL)
+DISK_BYTES = 64 * 2**20
 _PYTHON_STARTS_S = 0.3  # no program can answer a signal before its interpreter runs
 
 
 @dataclass(frozen=True, slots=True)
 class Disturbance:
-    """One of HOW: a signal after so many seconds, or files of at most so many bytes."""
+    """One of HOW: a signal after so many seconds, or files of at most so many bytes; or a disk filled up by others."""
 
     how: signal.Signals | str
     seconds: float = 0.0
@@ -45,6 +49,8 @@ class Disturbance:
     def __str__(self) -> str:
         if self.how == FULL:
             return f"{FULL} at {self.file_bytes:,} bytes"
+        if self.how == FILLED:
+            return f"{FILLED} up to {self.file_bytes:,} bytes after {self.seconds:.2f} s"
         return f"{signal.Signals(int(self.how)).name} after {self.seconds:.2f} s"
 
 
@@ -68,10 +74,11 @@ Command = Callable[[Disturbance | None], Ended]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """When to disturb: up to `span_s` seconds after a start, and not any more behind `deadline` (monotonic)."""
+    """How to disturb, up to `span_s` seconds after a start, and not any more behind `deadline` (monotonic)."""
 
     span_s: float
     deadline: float
+    how: tuple[signal.Signals | str, ...] = (*HOW[:3], *HOW)  # a full disk less often
 
 
 def life(command: Command, folder: Path, wanted: State, draw: random.Random, tally: Tally, plan: Plan) -> None:
@@ -80,7 +87,7 @@ def life(command: Command, folder: Path, wanted: State, draw: random.Random, tal
     history: list[str] = []
     sizes = sorted(path.stat().st_size for path in (folder.parent / "clean").rglob("*") if path.is_file())
     for _ in range(draw.randrange(2, 25)):
-        how = draw.choice((*HOW[:3], *HOW))  # a full disk less often
+        how = draw.choice(plan.how)
         if time.monotonic() > plan.deadline:
             break
         done = Disturbance(
@@ -88,7 +95,7 @@ def life(command: Command, folder: Path, wanted: State, draw: random.Random, tal
         )
         ended = command(done)
         history.append(str(done))
-        name = FULL if how == FULL else signal.Signals(int(how)).name
+        name = how if isinstance(how, str) else how.name
         tally.codes[f"{ended.code} after {name}"] += 1
         if ended.code == 0 and how != FULL:
             break
@@ -105,7 +112,7 @@ def life(command: Command, folder: Path, wanted: State, draw: random.Random, tal
 
 def _wrong(done: Disturbance, ended: Ended) -> list[str]:
     """What is wrong with how a disturbed command ended."""
-    expected = {signal.SIGKILL: {-9}, signal.SIGTERM: {75}, signal.SIGINT: {75}, FULL: {0, 4}}[done.how]  # type: ignore[index]
+    expected = {signal.SIGKILL: {-9}, signal.SIGTERM: {75}, signal.SIGINT: {75}, FULL: {0, 4}, FILLED: {4}}[done.how]
     found = [] if ended.code in expected else [f"{ended.code} after {done}: {ended.last_line}"]
     if "Traceback (most recent call last)" in ended.printed:
         found.append(f"a traceback after {done}")
@@ -120,9 +127,53 @@ def forked(run: Run, limit_s: float) -> Command:
             return run.zygote.macpo(run.words, Orders(limit_s=limit_s))
         if done.how == FULL:
             return run.zygote.macpo(run.words, Orders(file_bytes=done.file_bytes, limit_s=limit_s))
+        if done.how == FILLED:
+            with filled(run.folder.parent, done):
+                return run.zygote.macpo(run.words, Orders(limit_s=limit_s))
         return run.zygote.macpo(run.words, Orders(signal_after=(int(done.how), done.seconds), limit_s=limit_s))
 
     return command
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Iterator[Path]:
+    """A file system of its own, of DISK_BYTES, in a new folder."""
+    place.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", place], check=True, capture_output=True
+    )
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def may_mount(scratch: Path) -> bool:
+    try:
+        with small_disk(scratch / "tried"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextlib.contextmanager
+def filled(disk: Path, done: Disturbance) -> Iterator[None]:
+    """Another process leaves so few bytes of the disk after so many seconds; afterwards its file is gone."""
+    ballast = disk / "ballast"
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            time.sleep(done.seconds)
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            with open(ballast, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, free - done.file_bytes))
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        ballast.unlink(missing_ok=True)
 
 
 def real(run: Run, words: list[str], limit_s: float) -> Command:
@@ -172,8 +223,10 @@ def torture(run: Run, command: Command, options: argparse.Namespace) -> Tally:
         tally.findings.append(f"undisturbed, but not as with one rank and one job: {show(lines)}")
     wanted = state_of(run.folder)
     remove(run.clean)
-    run.folder.rename(run.clean)
+    shutil.move(run.folder, run.clean)
     plan = Plan(max(1.0, clean.seconds * options.span), began + 60 * options.minutes)
+    if options.small_disk:
+        plan = replace(plan, how=(FILLED, signal.SIGKILL))
     while tally.lives == 0 or time.monotonic() < plan.deadline:
         life(command, run.folder, wanted, draw, tally, plan)
     return tally
@@ -188,15 +241,21 @@ def main() -> int:
     parser.add_argument(
         "--span", type=float, default=0.5, help="latest moment, as a share of an undisturbed run's time"
     )
+    parser.add_argument("--small-disk", action="store_true", help="on a small tmpfs that is filled up (one rank)")
     options = parser.parse_args()
     control, scratch = preloaded()
+    if options.small_disk and not may_mount(scratch):
+        remove(scratch)
+        print("small disk: left out, there is no right to mount one here")
+        return 0
     try:
-        run = Run(Zygote(control, scratch, scratch / "run"), jobs=options.jobs)
-        words = [f"--ranks={options.ranks}"] if options.ranks > 1 else []
-        plain = options.ranks == options.jobs == 1
-        if plain:
-            run.make_clean()
-        tally = torture(run, forked(run, 120.0) if plain else real(run, words, 300.0), options)
+        with small_disk(scratch / "disk") if options.small_disk else contextlib.nullcontext(scratch) as place:
+            run = Run(Zygote(control, scratch, place / "run"), jobs=options.jobs)
+            words = [f"--ranks={options.ranks}"] if options.ranks > 1 else []
+            plain = options.ranks == options.jobs == 1
+            if plain:
+                run.make_clean()
+            tally = torture(run, forked(run, 120.0) if plain else real(run, words, 300.0), options)
     finally:
         remove(scratch)
     for line in tally.findings:
