@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shim import preloaded
@@ -33,14 +33,14 @@ from world import Run
 from zygote import HUNG, Ended, Orders, Zygote
 
 FULL, FILLED = "disk full", "disk filled"
-HOW = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, FULL)
+WAYS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "FULL": FULL}
 DISK_BYTES = 64 * 2**20
 _PYTHON_STARTS_S = 0.3  # no program can answer a signal before its interpreter runs
 
 
 @dataclass(frozen=True, slots=True)
 class Disturbance:
-    """One of HOW: a signal after so many seconds, or files of at most so many bytes; or a disk filled up by others."""
+    """One of WAYS: a signal after so many seconds, or files of at most so many bytes; or a disk filled up by others."""
 
     how: signal.Signals | str
     seconds: float = 0.0
@@ -78,7 +78,7 @@ class Plan:
 
     span_s: float
     deadline: float
-    how: tuple[signal.Signals | str, ...] = (*HOW[:3], *HOW)  # a full disk less often
+    how: tuple[signal.Signals | str, ...]
 
 
 def life(command: Command, folder: Path, wanted: State, draw: random.Random, tally: Tally, plan: Plan) -> None:
@@ -224,9 +224,8 @@ def torture(run: Run, command: Command, options: argparse.Namespace) -> Tally:
     wanted = state_of(run.folder)
     remove(run.clean)
     shutil.move(run.folder, run.clean)
-    plan = Plan(max(1.0, clean.seconds * options.span), began + 60 * options.minutes)
-    if options.small_disk:
-        plan = replace(plan, how=(FILLED, signal.SIGKILL))
+    how = (FILLED, signal.SIGKILL) if options.small_disk else tuple(WAYS[name] for name in options.how.split(","))
+    plan = Plan(max(1.0, clean.seconds * options.span), began + 60 * options.minutes, how)
     while tally.lives == 0 or time.monotonic() < plan.deadline:
         life(command, run.folder, wanted, draw, tally, plan)
     return tally
@@ -242,6 +241,9 @@ def main() -> int:
         "--span", type=float, default=0.5, help="latest moment, as a share of an undisturbed run's time"
     )
     parser.add_argument("--small-disk", action="store_true", help="on a small tmpfs that is filled up (one rank)")
+    parser.add_argument(
+        "--how", default="KILL,TERM,INT,KILL,TERM,INT,FULL", help="drawn from these (KILL,TERM,INT,FULL)"
+    )
     options = parser.parse_args()
     control, scratch = preloaded()
     if options.small_disk and not may_mount(scratch):
