@@ -90,9 +90,15 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def heeded() -> list[signal.Signals]:
+    """Those of SIGTERM and SIGINT that this process does not ignore."""
+    return [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+
+
 class StopFlag:
     """Context manager; inside it `requested` becomes true on SIGTERM or SIGINT (main thread only).
 
+    A signal that the process ignores, as background jobs of scripts do with SIGINT, stays ignored.
     `quiet`: print no message.
     """
 
@@ -104,7 +110,7 @@ class StopFlag:
     def __enter__(self) -> Self:
         self.requested |= _terminated
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in heeded():
                 self._old[number] = signal.signal(number, self._catch)
         return self
 

@@ -23,7 +23,7 @@ from typing import IO
 from macpo.engine.console import say
 from macpo.engine.distributed.agree import pack_error, stopped, unpack_error
 from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopped
-from macpo.engine.processes import signals_blocked
+from macpo.engine.processes import heeded, signals_blocked
 
 ERROR_FD = "MACPO_ERROR_FD"
 """Environment variable: number of the open file in which a rank leaves its error for the launcher, which prints it. The
@@ -128,7 +128,7 @@ class _Job:
         self.forwarded = False
 
     def __enter__(self) -> _Job:
-        self.old = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.old = {number: signal.signal(number, self._catch) for number in heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -79,19 +79,20 @@ class Plan:
     span_s: float
     deadline: float
     how: tuple[signal.Signals | str, ...]
+    sizes: list[int]
+    """Of the files of an undisturbed run, in bytes."""
 
 
 def life(command: Command, folder: Path, wanted: State, draw: random.Random, tally: Tally, plan: Plan) -> None:
     """From nothing to a finished run, with disturbances on the way; what is wrong goes to the tally's findings."""
     remove(folder)
     history: list[str] = []
-    sizes = sorted(path.stat().st_size for path in (folder.parent / "clean").rglob("*") if path.is_file())
     for _ in range(draw.randrange(2, 25)):
         how = draw.choice(plan.how)
         if time.monotonic() > plan.deadline:
             break
         done = Disturbance(
-            how, draw.uniform(_PYTHON_STARTS_S, plan.span_s), draw.choice(sizes) + draw.randrange(-1, 2000)
+            how, draw.uniform(_PYTHON_STARTS_S, plan.span_s), draw.choice(plan.sizes) + draw.randrange(-1, 2000)
         )
         ended = command(done)
         history.append(str(done))
@@ -183,6 +184,7 @@ def real(run: Run, words: list[str], limit_s: float) -> Command:
 
     def command(done: Disturbance | None) -> Ended:
         def limit() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background job ignores it
             if done is not None and done.how == FULL:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (done.file_bytes, done.file_bytes))
 
@@ -225,7 +227,8 @@ def torture(run: Run, command: Command, options: argparse.Namespace) -> Tally:
     remove(run.clean)
     shutil.move(run.folder, run.clean)
     how = (FILLED, signal.SIGKILL) if options.small_disk else tuple(WAYS[name] for name in options.how.split(","))
-    plan = Plan(max(1.0, clean.seconds * options.span), began + 60 * options.minutes, how)
+    sizes = sorted(path.stat().st_size for path in run.clean.rglob("*") if path.is_file())
+    plan = Plan(max(1.0, clean.seconds * options.span), began + 60 * options.minutes, how, sizes)
     while tally.lives == 0 or time.monotonic() < plan.deadline:
         life(command, run.folder, wanted, draw, tally, plan)
     return tally

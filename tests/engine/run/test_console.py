@@ -160,6 +160,20 @@ def test_a_stop_that_a_library_swallowed_is_remembered() -> None:
         assert not stop.requested
 
 
+def test_a_signal_that_the_process_ignores_stops_nothing() -> None:
+    """A script's background job ignores Ctrl-C: that is meant for the script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopFlag(quiet=True) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_process_started_with_signals_blocked_answers_them_later() -> None:
     """It gets SIGTERM while it still imports, and has its exit code from `run_cli`."""
     body = "import sys, time; print(flush=True); time.sleep(0.3); from macpo.engine.console import run_cli; "
