@@ -157,14 +157,13 @@ def main() -> int:
     parser.add_argument("--per-kind", type=int, help="so many files of a kind, such as a stage's manifest.json")
     options = parser.parse_args()
     control, scratch = preloaded()
-    began = time.monotonic()
     table = Table()
     try:
         run = Run(Zygote(control, scratch, scratch / "run"))
         calls = run.make_clean().calls
         half = scratch / "half"
         _interrupt(run, half, calls)
-        draw = random.Random(options.seed)
+        draw, began = random.Random(options.seed), time.monotonic()
         for case in cases({"finished": run.clean, "half": half}, draw, options.per_kind):
             if (time.monotonic() - began) / 60 > options.minutes:
                 break

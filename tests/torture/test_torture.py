@@ -1,4 +1,4 @@
-"""A slice of `make torture`: kills of every kind, some thousand broken files, and those that were ever findings."""
+"""A slice of `make torture`: kills and stops, spoilt runs, some thousand broken files, and those once found."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def tortured(part: str, *options: str) -> str:
 def test_a_kill_of_every_kind_loses_nothing_and_leaves_nothing() -> None:
     said = tortured("kills", "--stages=4", "--per-kind=1", "--seed=1")
     assert ", 0 findings" in said and "middle" in said
+
+
+def test_stops_at_random_moments_end_with_75_and_the_same_bits() -> None:
+    assert "; 0 findings" in tortured("stops", "--minutes=0.2", "--how=KILL,TERM,INT,FULL", "--span=0.3", "--seed=1")
+
+
+def test_a_spoilt_file_is_found_or_harmless() -> None:
+    said = tortured("corruption", "--minutes=0.2", "--seed=1")
+    assert ", 0 findings" in said and "corruption: 0 spoilt files" not in said
 
 
 @pytest.fixture(scope="module")
