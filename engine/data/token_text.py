@@ -51,7 +51,11 @@ class TokenText:
         self._normalizer = getattr(self.backend, "normalizer", None)
         added = tokenizer.added_tokens_decoder.items()
         self._special = {str(token): i for i, token in added if token.special}
-        self._special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        try:
+            self._special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        except RecursionError:  # transformers looks for the id of the unknown token by the id of the unknown token
+            why, fix = "the tokenizer has a special token that it does not know", "use a complete tokenizer"
+            raise ConfigError(why, f"{fix}, which knows its own unk_token", field="tokenizer") from None
         self._added = {str(token): i for i, token in added if str(token).strip()}
         self.guard_template("", "", "", "")
         first = (tokenizer.convert_ids_to_tokens(self.encode("a")) or [""])[0]

@@ -49,7 +49,7 @@ def of_bytes(raw: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
             case 3:
                 del data[at:end]
             case 4:
-                data[at:at] = data[at:end] * draw.choice((1, 2, 50))
+                data[at:at] = data[at : min(end, at + _MAX_BYTES // 50)] * draw.choice((1, 2, 50))
             case 5:
                 data[at:at] = draw.choice(_PIECES)
             case 6:
@@ -58,7 +58,8 @@ def of_bytes(raw: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
                 other = draw.choice(others)
                 start, stop = _span(other, draw)
                 data[at:end] = other[start:stop]
-    return bytes(data[:_MAX_BYTES])
+        del data[_MAX_BYTES:]
+    return bytes(data)
 
 
 def _span(data: bytes | bytearray, draw: random.Random) -> tuple[int, int]:
