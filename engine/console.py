@@ -11,7 +11,7 @@ from typing import Any
 
 from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, is_failure, printable
 from macpo.engine.files import explain, is_expected
-from macpo.engine.processes import Terminated, ended_by_sigterm
+from macpo.engine.processes import Terminated, ended_by_sigterm, stop_behind
 
 MAX_ERRORS = 100
 """Problems of one command that are printed."""
@@ -46,19 +46,19 @@ def run_cli(
             command()
             sys.stdout.flush()
         return 0
-    except Terminated:
-        error: BaseException = Stopped("stopped by SIGTERM", "run the same command again to go on")
-    except KeyboardInterrupt:
-        error = Stopped("aborted by Ctrl-C", "run the same command again to go on")
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as found:
-        error = explain(found).with_traceback(found.__traceback__) if is_expected(found) else found
     except BaseException as found:
-        if not is_failure(found):
+        error: BaseException = found
+        stop = None if isinstance(found, Stopped) else stop_behind(found)
+        if stop is not None:
+            by = "stopped by SIGTERM" if isinstance(stop, Terminated) else "aborted by Ctrl-C"
+            error = Stopped(by, "run the same command again to go on")
+        elif isinstance(found, BrokenPipeError):  # the reader of our output, such as `head`, has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        elif isinstance(found, OSError) and is_expected(found):
+            error = explain(found).with_traceback(found.__traceback__)
+        elif not is_failure(found):
             raise
-        error = found
     if debug:
         traceback.print_exception(error)
     text = printable("unexpected " + " ".join(f"{type(error).__name__}: {error}".split()), MAX_CHARS - 60)

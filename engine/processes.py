@@ -42,9 +42,14 @@ class Terminated(BaseException):
     """SIGTERM came where nothing has to be brought to a safe point first; no `except Exception` keeps it."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. KeyboardInterrupt itself, where it passes Python that C code runs, as extensions do when they are
+    imported, makes the interpreter end by SIGINT whatever the exit code was to be."""
+
+
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Context in which SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt.
+    """Context in which SIGTERM raises Terminated in the main thread, and Ctrl-C Interrupted.
 
     Inside it a `StopFlag` takes over. A handler that is there already stays. Both signals are let through where
     the process was started with them blocked (`signals_blocked`).
@@ -55,6 +60,9 @@ def ended_by_sigterm() -> Iterator[None]:
     if mine:
         signal.signal(signal.SIGTERM, _terminate)
         _keep_the_exit_code()
+    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         yield
@@ -62,6 +70,8 @@ def ended_by_sigterm() -> Iterator[None]:
         if mine:
             _terminated = False
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _terminated = False
@@ -74,10 +84,26 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted
+
+
+def stop_behind(error: BaseException) -> BaseException | None:
+    """The SIGTERM or Ctrl-C that an error came of, if any: Python and libraries make other errors of both.
+
+    In Python 3.11, for example, one that comes inside `__set_name__` leaves as a RuntimeError.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, Terminated | KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 @functools.cache
 def _keep_the_exit_code() -> None:
-    """Once the process ends by itself, SIGTERM no longer changes its exit code."""
-    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    """Once the process ends by itself, SIGTERM and Ctrl-C no longer change its exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -122,6 +148,6 @@ class StopFlag:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         before, self.requested = self.requested, True  # first, because another signal may come during the write
         if before and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         if not before and not self.quiet:
             os.write(2, b"stopping at the next safe point; Ctrl-C again aborts at once\n")  # print is not reentrant

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from macpo.engine.errors import Stopped
-from macpo.engine.processes import Terminated, ended_by_sigterm
+from macpo.engine.processes import ended_by_sigterm, stop_behind
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             arguments = parser().parse_args(argv)
             code = run_cli(lambda: COMMANDS[arguments.command](arguments), debug=arguments.debug)
-        except (KeyboardInterrupt, Terminated):  # before the command or after it
+        except BaseException as error:  # before the command or after it
+            if stop_behind(error) is None:
+                raise
             print(Stopped("stopped by a signal", "run the same command again").problems[0], file=sys.stderr)
             code = Stopped.code
     sys.exit(code)

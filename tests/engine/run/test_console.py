@@ -174,6 +174,27 @@ def test_a_signal_that_the_process_ignores_stops_nothing() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_became_another_error_is_a_stop(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            os.kill(os.getpid(), number)
+
+    def command() -> None:
+        type("Made", (), {"field": Field()})  # in Python 3.11 what is raised here leaves as a RuntimeError
+
+    assert run_cli(command) == 75
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_ctrl_c_inside_python_that_c_code_runs_leaves_the_exit_code_alone() -> None:
+    inner = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    body = "import ctypes, sys; from macpo.engine.console import run_cli; "
+    body += f"sys.exit(3 + run_cli(lambda: ctypes.pythonapi.PyRun_SimpleString({inner.encode()!r})))"
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, check=False)
+    assert done.returncode == 3, done.stderr
+
+
 def test_a_process_started_with_signals_blocked_answers_them_later() -> None:
     """It gets SIGTERM while it still imports, and has its exit code from `run_cli`."""
     body = "import sys, time; print(flush=True); time.sleep(0.3); from macpo.engine.console import run_cli; "
