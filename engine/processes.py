@@ -42,14 +42,9 @@ class Terminated(BaseException):
     """SIGTERM came where nothing has to be brought to a safe point first; no `except Exception` keeps it."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. KeyboardInterrupt itself, where it passes Python that C code runs, as extensions do when they are
-    imported, makes the interpreter end by SIGINT whatever the exit code was to be."""
-
-
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Context in which SIGTERM raises Terminated in the main thread, and Ctrl-C Interrupted.
+    """Context in which SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt.
 
     Inside it a `StopFlag` takes over. A handler that is there already stays. Both signals are let through where
     the process was started with them blocked (`signals_blocked`).
@@ -60,9 +55,6 @@ def ended_by_sigterm() -> Iterator[None]:
     if mine:
         signal.signal(signal.SIGTERM, _terminate)
         _keep_the_exit_code()
-    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, _interrupt)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         yield
@@ -70,8 +62,6 @@ def ended_by_sigterm() -> Iterator[None]:
         if mine:
             _terminated = False
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _terminated = False
@@ -84,19 +74,19 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted
-
-
 def stop_behind(error: BaseException) -> BaseException | None:
     """The SIGTERM or Ctrl-C that an error came of, if any: Python and libraries make other errors of both.
 
     In Python 3.11, for example, one that comes inside `__set_name__` leaves as a RuntimeError.
     """
     found: BaseException | None = error
-    while found is not None and not isinstance(found, Terminated | KeyboardInterrupt):
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        if isinstance(found, Terminated | KeyboardInterrupt):
+            return found
+        seen.add(id(found))  # an error may be its own cause
         found = found.__cause__ or found.__context__
-    return found
+    return None
 
 
 @functools.cache
@@ -148,6 +138,6 @@ class StopFlag:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         before, self.requested = self.requested, True  # first, because another signal may come during the write
         if before and number == signal.SIGINT:
-            raise Interrupted
+            raise KeyboardInterrupt
         if not before and not self.quiet:
             os.write(2, b"stopping at the next safe point; Ctrl-C again aborts at once\n")  # print is not reentrant

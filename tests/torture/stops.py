@@ -248,6 +248,8 @@ def main() -> int:
         "--how", default="KILL,TERM,INT,KILL,TERM,INT,FULL", help="drawn from these (KILL,TERM,INT,FULL)"
     )
     options = parser.parse_args()
+    if options.small_disk and options.ranks * options.jobs > 1:
+        parser.error("--small-disk has one rank and one job")
     control, scratch = preloaded()
     if options.small_disk and not may_mount(scratch):
         remove(scratch)

@@ -187,12 +187,13 @@ def test_a_stop_that_became_another_error_is_a_stop(number: int, capsys: pytest.
     assert "run the same command again" in capsys.readouterr().err
 
 
-def test_ctrl_c_inside_python_that_c_code_runs_leaves_the_exit_code_alone() -> None:
-    inner = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    body = "import ctypes, sys; from macpo.engine.console import run_cli; "
-    body += f"sys.exit(3 + run_cli(lambda: ctypes.pythonapi.PyRun_SimpleString({inner.encode()!r})))"
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, check=False)
-    assert done.returncode == 3, done.stderr
+def test_an_error_that_is_its_own_cause_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        error = ValueError("round and round")
+        raise error from error
+
+    assert run_cli(command) == 1
+    assert "round and round" in capsys.readouterr().err
 
 
 def test_a_process_started_with_signals_blocked_answers_them_later() -> None:
