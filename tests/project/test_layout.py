@@ -214,6 +214,12 @@ def test_stages_read_their_settings_by_attribute():
     assert not [name(path) for path in MODULES if "ctx.settings[" in path.read_text()]
 
 
+def test_each_test_module_has_its_own_name():
+    """Test folders are no packages, so that pytest imports every module by its bare name; helpers are on that path."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_tests_import_only_helpers():
     shared = ("helpers", "torture")
     loose = [path for path in TESTS if path.parent.name not in shared and not re.match(r"test_|conftest\.", path.name)]
