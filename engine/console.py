@@ -11,7 +11,7 @@ from typing import Any
 
 from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, is_failure, printable
 from macpo.engine.files import explain, is_expected
-from macpo.engine.processes import Terminated, ended_by_sigterm, stop_behind
+from macpo.engine.processes import Terminated, ended_by_sigterm, forget_ctrl_c, stop_behind
 
 MAX_ERRORS = 100
 """Problems of one command that are printed."""
@@ -50,6 +50,7 @@ def run_cli(
         error: BaseException = found
         stop = None if isinstance(found, Stopped) else stop_behind(found)
         if stop is not None:
+            forget_ctrl_c()
             by = "stopped by SIGTERM" if isinstance(stop, Terminated) else "aborted by Ctrl-C"
             error = Stopped(by, "run the same command again to go on")
         elif isinstance(found, BrokenPipeError):  # the reader of our output, such as `head`, has closed it

@@ -89,6 +89,16 @@ def stop_behind(error: BaseException) -> BaseException | None:
     return None
 
 
+def forget_ctrl_c() -> None:
+    """After a Ctrl-C that was answered: let the interpreter end with the exit code it is given.
+
+    CPython notes when a KeyboardInterrupt leaves code that was compiled from text, as dataclasses and named tuples are
+    while modules are imported, and under `python -m` then ends by SIGINT whatever became of it. Running any text takes
+    the note back (run_eval_code_obj in Python/pythonrun.c, pymain_run_module in Modules/main.c).
+    """
+    exec("", {})
+
+
 @functools.cache
 def _keep_the_exit_code() -> None:
     """Once the process ends by itself, SIGTERM and Ctrl-C no longer change its exit code."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from macpo.engine.errors import Stopped
-from macpo.engine.processes import ended_by_sigterm, stop_behind
+from macpo.engine.processes import ended_by_sigterm, forget_ctrl_c, stop_behind
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except BaseException as error:  # before the command or after it
             if stop_behind(error) is None:
                 raise
+            forget_ctrl_c()
             print(Stopped("stopped by a signal", "run the same command again").problems[0], file=sys.stderr)
             code = Stopped.code
     sys.exit(code)

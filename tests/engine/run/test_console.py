@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,25 @@ def test_a_stop_that_became_another_error_is_a_stop(number: int, capsys: pytest.
 
     assert run_cli(command) == 75
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_module_that_makes_code_of_text_ends_with_75(tmp_path: Path) -> None:
+    """As dataclasses do while a command imports; under `python -m` the interpreter would end by SIGINT after all."""
+    body = """
+        import os, signal, sys
+        from macpo.engine.console import run_cli
+        text = "os.kill(os.getpid(), signal.SIGINT); [None for _ in range(10**6)]"
+        sys.exit(run_cli(lambda: exec(text)))
+    """
+    (tmp_path / "interrupted.py").write_text(textwrap.dedent(body))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        env=environment, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "aborted by Ctrl-C" in done.stderr
 
 
 def test_an_error_that_is_its_own_cause_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
