@@ -29,6 +29,7 @@ from macpo.engine.planning.step_time import Machine
 from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost, made_config
 from macpo.method.data_sets import read_pairs, source_of
 from macpo.method.run_plan import Plan
+from macpo.method.scoring.planned import own_model
 from macpo.recipe_kinds import AnyRecipe
 from macpo.standalone.config import Standalone
 from macpo.standalone.records import Sets, sample_rows
@@ -153,6 +154,8 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         teacher, student, test = world.teacher_pairs, world.student_prompts, world.test_prompts
         documents = world.student_documents
     prompt, response = _sample_lengths(recipe)
+    scorers = filter(None, map(own_model, recipe.evaluation.scorers))
+    shapes = {agent.name: shape_of(agent, dtype) for agent in scorers} | shapes
     return RunSize(
         teacher_prompts=teacher,
         student_prompts=student,

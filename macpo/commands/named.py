@@ -13,6 +13,7 @@ from macpo.engine.config import LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.models import loading
 from macpo.method.data_sets import held_out_source, own_source, source_of
+from macpo.method.scoring.planned import own_model
 from macpo.recipe_kinds import AnyRecipe
 
 
@@ -78,9 +79,8 @@ def models_of(recipe: AnyRecipe) -> Iterator[Model]:
         if not is_adapter(path):
             yield Model(name, path, agent, has_agents_tokens=not agent.model and path == agent.positive)
     for index, scorer in enumerate(recipe.evaluation.scorers if isinstance(recipe, Recipe) else ()):
-        if scorer.training is not None and scorer.training.model is not None:
-            agent = AgentSettings(name=scorer.name, model=scorer.training.model, tuning=scorer.training.tuning)
-            yield Model(f"evaluation.scorers.{index}.reward.train.model", scorer.training.model, agent)
+        if (agent := own_model(scorer)) is not None:
+            yield Model(f"evaluation.scorers.{index}.reward.train.model", str(agent.model), agent)
     for field_, settings, agent in _preferences(recipe):
         if settings.reference_model is not None and not is_adapter(settings.reference_model):
             yield Model(field_, settings.reference_model, agent, has_agents_tokens=False)

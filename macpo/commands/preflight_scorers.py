@@ -21,6 +21,7 @@ from macpo.engine.models.reward.classifier import check_classifier
 from macpo.engine.models.reward.saving import check_class, padding_id
 from macpo.method.policies import chat_with
 from macpo.method.run_plan import Builder, Plan
+from macpo.method.scoring.planned import own_model
 from macpo.method.scoring.scorers import scorer_chat
 from macpo.recipe_kinds import AnyRecipe
 from macpo.scorer_settings import ScorerSettings
@@ -35,10 +36,7 @@ def scorer_checks(recipe: AnyRecipe) -> Iterator[tuple[str, Callable[[], None]]]
     for index, scorer in enumerate(recipe.evaluation.scorers):
         where = f"evaluation.scorers.{index}"
         if scorer.training is not None:
-            agent = recipe.student
-            if scorer.training.model is not None:
-                agent = AgentSettings(name=scorer.name, model=scorer.training.model)
-            yield f"{where}.reward.train", partial(_trainable, recipe, agent)
+            yield f"{where}.reward.train", partial(_trainable, recipe, own_model(scorer) or recipe.student)
         elif scorer.kind == "reward":
             yield f"{where}.reward", partial(_classifier, recipe, scorer)
         elif scorer.kind == "implicit-reward":

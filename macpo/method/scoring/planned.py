@@ -12,6 +12,14 @@ from macpo.method.scoring.stages import CheckScorer, CheckScorerInputs, ScoreAns
 from macpo.scorer_settings import RewardTraining, ScorerSettings
 
 
+def own_model(scorer: ScorerSettings) -> AgentSettings | None:
+    """The model that a scorer names to be trained from in the run; None where it is ready, or begins as the student."""
+    training = scorer.training
+    if training is None or training.model is None:
+        return None
+    return AgentSettings(name=scorer.name, model=training.model, tuning=training.tuning)
+
+
 class _Ready(NamedTuple):
     scorer: Scorer
     weights: dict[str, str]
@@ -41,7 +49,7 @@ class ScorerStages:
 
     def _ready(self, settings: ScorerSettings) -> _Ready:
         steps = self.steps
-        trained = None if settings.training is None else self._trained(settings.name, settings.training)
+        trained = None if settings.training is None else self._trained(settings, settings.training)
         ready = _Ready(*self._described(settings), trained)
         if settings.kind != "gold":
             work = CheckScorer(
@@ -55,12 +63,11 @@ class ScorerStages:
         return ready
 
     def _base(self, settings: ScorerSettings) -> str | None:
-        training = settings.training
-        return self.recipe.student.name if training is not None and training.model is None else None
+        return (own_model(settings) or self.recipe.student).name if settings.training is not None else None
 
-    def _trained(self, name: str, training: RewardTraining) -> StageName:
-        steps, student = self.steps, self.recipe.student
-        agent = student if training.model is None else AgentSettings(name=name, model=training.model)
+    def _trained(self, settings: ScorerSettings, training: RewardTraining) -> StageName:
+        steps, name = self.steps, settings.name
+        agent = own_model(settings) or self.recipe.student
         work = TrainReward(
             policy=steps.policy(agent),
             optim=training.training,

@@ -42,7 +42,7 @@ class ScoringStage(MethodStage):
     """Identity of each model folder or Hub id that the scorer reads."""
     inputs: ScoringInputs
     base: str | None = Field(None, exclude=True)
-    """The agent whose base model the scorer was trained from in the run, where it is one."""
+    """Whose shape in a RunSize the scorer has that was trained in the run."""
     compute: ComputeSettings = Field(exclude=True)
 
     def scored(self, ctx: StageContext, items: Sequence[Item]) -> list[Score]:

@@ -15,6 +15,7 @@ from standalone_runs import make_base
 from tiny import init, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from macpo.commands.estimates import estimate, hardware_of, size_of
 from macpo.commands.run import is_finished, run
 from macpo.config import Recipe
 from macpo.data.preferences import split
@@ -153,6 +154,27 @@ def test_a_reward_model_trained_in_the_run_leads_where_it_agrees_with_people(tmp
     assert headline_metric(guessing) == "preference_accuracy"
     trained = folder_of(tmp_path / "run", "reward-own") / "policy"
     assert AutoModelForSequenceClassification.from_pretrained(trained).config.num_labels == 1
+
+
+def test_a_plan_knows_the_model_that_a_scorer_is_trained_from(tmp_path: Path) -> None:
+    """Its weights are the work of training and scoring, and lie on the disk merged; the student's would be others."""
+    base = make_base(tmp_path / "model")
+    data = {
+        "path": str(human_pairs(tmp_path / "pairs.jsonl", 90)),
+        "teacher_prompts": 16,
+        "student_prompts": 12,
+        "test_prompts": 16,
+        "reward_prompts": 40,
+    }
+    scorers = [{"name": "own", "reward": {"train": {}}}, {"name": "named", "reward": {"train": {"model": str(base)}}}]
+    recipe = recipe_of(tmp_path / "run", scorers, data=data)
+    rows = {row.stage: row for row in estimate(recipe, build_plan(recipe), hardware_of(recipe))}
+    sizes = size_of(recipe).shapes
+    assert sizes["named"].name == str(base) and sizes["named"].num_parameters != sizes["student"].num_parameters
+    assert rows["reward-named"].load and rows["reward-named"].seconds > 0
+    for name in ("reward-own", "reward-named"):
+        agent = "student" if name == "reward-own" else "named"
+        assert rows[name].disk_bytes >= 4 * sizes[agent].num_parameters
 
 
 def test_the_fourth_set_leaves_the_others_as_they_are() -> None:
