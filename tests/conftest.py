@@ -1,8 +1,12 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before any is imported."""
+"""What has to be so before any test module is imported."""
 
 import os
+import signal
 
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # the Triton kernels then run under Triton's interpreter, which an import chooses
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A background job of a script ignores Ctrl-C, and so would the commands started here that tests stop by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
