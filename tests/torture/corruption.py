@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def _is_said(printed: str) -> bool:
     return at < len(lines) and all(line.startswith("error: ") and line.isprintable() for line in lines[at:])
 
 
-def main() -> int:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many (default: when all are done)")
     parser.add_argument("--seed", type=int, default=0)
@@ -162,27 +162,35 @@ def main() -> int:
         "--skip", type=int, default=0, help="leave out so many of the files, which come in the order of the seed"
     )
     parser.add_argument("--per-kind", type=int, help="so many files of a kind, such as a stage's manifest.json")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    options = arguments()
     control, scratch = preloaded()
-    table = Table()
     try:
         run = Run(Zygote(control, scratch, scratch / "run"))
-        calls = run.make_clean().calls
-        half = scratch / "half"
-        _interrupt(run, half, calls)
-        draw, began = random.Random(options.seed), time.monotonic()
-        every = cases({"finished": run.clean, "half": half}, draw, options.per_kind)
-        print(f"{len(every)} files and ways to spoil them", flush=True)
-        for case in every[options.skip :]:
-            if (time.monotonic() - began) / 60 > options.minutes:
-                break
-            spoil(run, case, draw, table)
+        table = torture(run, run.make_clean().calls, options)
     finally:
         remove(scratch)
     for line in table.findings:
         print(f"finding: {line}")
     print(table)
     return 1 if table.findings else 0
+
+
+def torture(run: Run, calls: list[Call], options: argparse.Namespace) -> Table:
+    """The cases that there is time for. `calls`: those of the undisturbed run that change files."""
+    table, half = Table(), run.zygote.scratch / "half"
+    _interrupt(run, half, calls)
+    draw, began = random.Random(options.seed), time.monotonic()
+    every = cases({"finished": run.clean, "half": half}, draw, options.per_kind)
+    print(f"{len(every)} files and ways to spoil them", flush=True)
+    for case in every[options.skip :]:
+        if (time.monotonic() - began) / 60 > options.minutes:
+            break
+        spoil(run, case, draw, table)
+    return table
 
 
 def _interrupt(run: Run, half: Path, calls: list[Call]) -> None:

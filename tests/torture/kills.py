@@ -44,6 +44,11 @@ class Tally:
     findings: list[str] = field(default_factory=list)
     seen: set[tuple[str, str]] = field(default_factory=set)
 
+    def __str__(self) -> str:
+        ways = ", ".join(f"{number} {way}" for way, number in self.kills.items())
+        number = sum(self.kills.values())
+        return f"kills: {number} ({ways}), {self.resumed} states resumed, {len(self.findings)} findings"
+
 
 def trials(segments: Sequence[Segment]) -> list[Trial]:
     """Every call of every segment in every way; what a start does is tried in an empty, a begun and a finished run."""
@@ -102,7 +107,7 @@ def progress(done: int, every: int, tally: Tally, began: float) -> None:
         print(f"{done}/{every} kills, {len(tally.findings)} findings, {minutes:.1f} min", file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many (default: when all are done)")
     parser.add_argument("--seed", type=int, default=0, help="order of the trials, and which are chosen")
@@ -111,7 +116,11 @@ def main() -> int:
         "--stages", type=int, help="only the first stages of the run, without an uninterrupted run before"
     )
     parser.add_argument("--slice", default="1/1", help="K/N: the Kth of N parts, for several machines or cores")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    options = arguments()
     control, scratch = preloaded()
     try:
         tally = torture(Run(Zygote(control, scratch, scratch / "run")), options)
@@ -119,10 +128,7 @@ def main() -> int:
         remove(scratch)
     for line in tally.findings:
         print(f"finding: {line}")
-    ways = ", ".join(f"{number} {way}" for way, number in tally.kills.items())
-    print(
-        f"kills: {sum(tally.kills.values())} ({ways}), {tally.resumed} states resumed, {len(tally.findings)} findings"
-    )
+    print(tally)
     return 1 if tally.findings else 0
 
 

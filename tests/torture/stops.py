@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -234,7 +234,7 @@ def torture(run: Run, command: Command, options: argparse.Namespace) -> Tally:
     return tally
 
 
-def main() -> int:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -247,9 +247,14 @@ def main() -> int:
     parser.add_argument(
         "--how", default="KILL,TERM,INT,KILL,TERM,INT,FULL", help="drawn from these (KILL,TERM,INT,FULL)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.small_disk and options.ranks * options.jobs > 1:
         parser.error("--small-disk has one rank and one job")
+    return options
+
+
+def main() -> int:
+    options = arguments()
     control, scratch = preloaded()
     if options.small_disk and not may_mount(scratch):
         remove(scratch)
