@@ -69,8 +69,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from macpo.commands import plan, plan_model
-    from macpo.commands.estimates import hardware_of
+    from macpo.commands.planning import plan, plan_model
+    from macpo.commands.planning.estimates import hardware_of
     from macpo.commands.preflight import preflight
     from macpo.engine.errors import ConfigError
     from macpo.recipe_kinds import load, plan_of
@@ -127,7 +127,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from macpo.commands.compare import compare, comparison_of, planned
-    from macpo.commands.estimates import hardware_of
+    from macpo.commands.planning.estimates import hardware_of
     from macpo.commands.seeds import parse_seeds
     from macpo.config import Recipe
     from macpo.engine.errors import ConfigError

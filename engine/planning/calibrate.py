@@ -27,7 +27,7 @@ from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning import lora
 from macpo.engine.planning.memory import Row, Setup
 from macpo.engine.planning.step_time import Machine, step_time
-from macpo.engine.training.objectives import preference
+from macpo.engine.training.objectives import preference, sft
 from macpo.engine.training.optim import Optimizer
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -44,14 +44,14 @@ def calibration_config(device: str, vocab: int = 8192) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab, num_key_value_heads=heads, max_position_embeddings=4096, **sizes)
 
 
-def pairs(count: int, prompt: int, response: int, vocab: int, *, seed: int = 0) -> list[PrefixGroup]:
-    """Random pairs whose lengths vary by a third around the means."""
+def pairs(count: int, prompt: int, response: int, vocab: int, *, answers: int = 2, seed: int = 0) -> list[PrefixGroup]:
+    """Random prompts with so many answers each, whose lengths vary by a third around the means."""
     draw = random.Random(seed)
 
     def ids(mean: int) -> list[int]:
         return [draw.randrange(3, vocab) for _ in range(draw.randint(max(1, mean * 2 // 3), mean * 4 // 3))]
 
-    return [PrefixGroup(ids(prompt), [ids(response), ids(response)]) for _ in range(count)]
+    return [PrefixGroup(ids(prompt), [ids(response) for _ in range(answers)]) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +82,16 @@ def measure(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measured:
-    """Measure the median seconds of whole steps over `groups`, after two warm-up steps.
+    """Measure the median seconds of whole steps over `groups`, after two warm-up steps: SFT of one answer, DPO of two.
 
     Args:
         setup: a setup of one rank on this machine.
         clock: returns seconds; `time.process_time` with one thread ignores the machine's other load.
     """
-    policy = _policy(config, setup)
+    policy = random_policy(config, setup)
     batches = pack(groups, max_tokens=max_tokens)
-    objective = preference(PreferenceSettings(), torch.zeros(len(groups), 2))
+    paired = len(groups[0].responses) == 2
+    objective = preference(PreferenceSettings(), torch.zeros(len(groups), 2)) if paired else sft()
     optimizer = Optimizer(policy.trainable_parameters(), PreferenceSettings())
     cuda = setup.device == "cuda"
     seconds = []
@@ -123,7 +124,8 @@ def row_of(groups: list[PrefixGroup], indices: tuple[int, ...]) -> Row:
     return [(len(groups[i].prompt_ids), [len(response) for response in groups[i].responses]) for i in indices]
 
 
-def _policy(config: PretrainedConfig, setup: Setup) -> PolicyModule:
+def random_policy(config: PretrainedConfig, setup: Setup) -> PolicyModule:
+    """A policy of that shape with random weights."""
     with torch.device(setup.device), quiet_transformers():
         model = AutoModelForCausalLM.from_config(config)
     full = isinstance(setup.tuning, FullSettings)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from macpo.commands.estimates import Hardware, estimate, hardware_of, size_of
+from macpo.commands.planning.estimates import Hardware, estimate, hardware_of, size_of
 from macpo.commands.run import run
 from macpo.comparison.arms import Arms, matched, method_arms, named_arms, teacher_arms
 from macpo.comparison.diagnostics import diagnostics

@@ -79,8 +79,8 @@ def models_of(recipe: AnyRecipe) -> Iterator[Model]:
         if not is_adapter(path):
             yield Model(name, path, agent, has_agents_tokens=not agent.model and path == agent.positive)
     for index, scorer in enumerate(recipe.evaluation.scorers if isinstance(recipe, Recipe) else ()):
-        if (agent := own_model(scorer)) is not None:
-            yield Model(f"evaluation.scorers.{index}.reward.train.model", str(agent.model), agent)
+        if (own := own_model(scorer)) is not None:
+            yield Model(f"evaluation.scorers.{index}.reward.train.model", str(own.model), own)
     for field_, settings, agent in _preferences(recipe):
         if settings.reference_model is not None and not is_adapter(settings.reference_model):
             yield Model(field_, settings.reference_model, agent, has_agents_tokens=False)

@@ -115,7 +115,8 @@ class GeneratingStage(PolicyStage):
         shape = run.shapes.get(self.agent.name)
         if shape is None or self.served is not None:
             return Cost(tokens)
-        return Cost(tokens, 2 * shape.num_parameters * tokens, run.decode_steps(num_prompts) * shape.bytes_loaded)
+        flop = 2 * shape.num_parameters * tokens
+        return Cost(tokens, flop, num_prompts * run.response_tokens, run.decode_steps(num_prompts))
 
     def _request(self, policy: OpenPolicy, chat: Chat | None, prompt: Prompt) -> list[int] | None:
         """The prompt's token ids; none where only the server's template is known; None where the prompt is dropped.

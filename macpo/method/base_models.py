@@ -28,7 +28,6 @@ from macpo.engine.training.objectives import sft
 from macpo.engine.training.trackers import Trackers
 from macpo.engine.training.trainer import CONTINUED, SCRATCH, train
 from macpo.method.costs import (
-    PRETRAIN_DOCUMENT_TOKENS,
     STEP_BYTES,
     Cost,
     MethodStage,
@@ -111,7 +110,7 @@ class PretrainBase(MethodStage):
 
     def cost(self, run: RunSize) -> Cost:
         settings = self.init.pretrain
-        tokens = (settings.max_documents or run.documents) * PRETRAIN_DOCUMENT_TOKENS * settings.epochs
+        tokens = (settings.max_documents or run.documents) * run.document_tokens * settings.epochs
         return Cost(tokens, 6 * self._num_parameters(run) * tokens)
 
     def _num_parameters(self, run: RunSize) -> int:
@@ -124,7 +123,8 @@ class PretrainBase(MethodStage):
 
     def training(self, run: RunSize) -> TrainingCost:
         settings = self.init.pretrain
-        step = Workload(settings.batch, 1, PRETRAIN_DOCUMENT_TOKENS - 1, settings.microbatch_tokens, answers=1)
+        length = max(1, round(run.document_tokens) - 1)
+        step = Workload(settings.batch, 1, length, settings.microbatch_tokens, answers=1)
         return TrainingCost(made_config(self.init, run.words), FullSettings(), step, self.cost(run).tokens)
 
 

@@ -22,7 +22,6 @@ ROW_BYTES, RESPONSE_BYTES = 80, 110
 """Of a row and of each response in it, the names, ids and log-probs beside the text."""
 STEP_BYTES = 400
 """Of a training step in metrics.jsonl and timing.jsonl."""
-PRETRAIN_DOCUMENT_TOKENS = 42
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,8 @@ class RunSize:
     num_teachers: int
     documents: int
     """To pretrain a base model on, where the recipe has no limit of its own."""
+    document_tokens: float
+    """Mean."""
     prompt_tokens: float
     """Mean."""
     response_tokens: float
@@ -76,18 +77,24 @@ class RunSize:
         tokens = self.prompt_tokens * prompt + responses * self.response_tokens
         return CHARS_PER_TOKEN * tokens + ROW_BYTES + RESPONSE_BYTES * responses
 
-    def decode_steps(self, num_prompts: int) -> int:
-        """Steps of decoding, each of which reads every weight once, to answer so many prompts."""
-        return -(-num_prompts // self.generation_batch) * self.max_new_tokens
+    def decode_steps(self, num_prompts: int) -> float:
+        """Steps of decoding, each of which reads every weight once, to answer so many prompts.
+
+        A response that has ended makes room for another; the last ones take as long as responses may get.
+        """
+        full = num_prompts / self.generation_batch * self.response_tokens
+        return max(full, self.response_tokens) + self.max_new_tokens - self.response_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one stage computes: `weight_bytes` are read while decoding, beside the FLOP."""
+    """What one stage computes. Of its tokens `decoded` come one by one, in so many steps, each of which reads every
+    weight; the others go through the model together."""
 
     tokens: float = 0.0
     flop: float = 0.0
-    weight_bytes: float = 0.0
+    decoded: float = 0.0
+    decode_steps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -125,7 +126,7 @@ class EvaluatePolicy(GeneratingStage):
         num_prompts = num_held_out(run, self.held_out)
         answering = self.answering(run, num_prompts)
         judging = self.forward(run, num_prompts * (run.prompt_tokens + 2 * run.response_tokens))
-        return Cost(judging.tokens + answering.tokens, judging.flop + answering.flop, answering.weight_bytes)
+        return replace(answering, tokens=judging.tokens + answering.tokens, flop=judging.flop + answering.flop)
 
     def disk_bytes(self, run: RunSize) -> float:
         return num_held_out(run, self.held_out) * (run.row_bytes(1) + 200)

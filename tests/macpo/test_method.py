@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from macpo.commands.estimates import size_of
+from macpo.commands.planning.estimates import size_of
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.data_settings import DataSettings

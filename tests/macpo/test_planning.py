@@ -12,9 +12,9 @@ from tiny import tiny
 
 from macpo.arguments import parser
 from macpo.cli import COMMANDS
-from macpo.commands.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
-from macpo.commands.plan import show
-from macpo.commands.plan_model import tuning_of
+from macpo.commands.planning.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
+from macpo.commands.planning.plan import show
+from macpo.commands.planning.plan_model import tuning_of
 from macpo.config import Recipe
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError

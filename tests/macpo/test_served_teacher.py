@@ -14,7 +14,7 @@ from fake_server import Reply, Server, completion
 from tiny import init, tiny
 
 from macpo.commands.check import check
-from macpo.commands.estimates import estimate
+from macpo.commands.planning.estimates import estimate
 from macpo.commands.preflight import preflight
 from macpo.commands.run import runner_of
 from macpo.config import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import init, tiny
 
-from macpo.commands.estimates import size_of
+from macpo.commands.planning.estimates import size_of
 from macpo.comparison.arms import matched, method_arms, named_arms, teacher_arms
 from macpo.comparison.ledger import ledgers
 from macpo.config import Recipe

@@ -15,7 +15,7 @@ from standalone_runs import make_base
 from tiny import init, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from macpo.commands.estimates import estimate, hardware_of, size_of
+from macpo.commands.planning.estimates import estimate, hardware_of, size_of
 from macpo.commands.run import is_finished, run
 from macpo.config import Recipe
 from macpo.data.preferences import split

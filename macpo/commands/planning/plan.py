@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from macpo.commands.estimates import Hardware, estimate, hardware_of
+from macpo.commands.planning.estimates import Hardware, estimate, hardware_of
 from macpo.config import Recipe
 from macpo.engine.files import free_bytes
 from macpo.recipe_kinds import AnyRecipe, plan_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,8 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig
 
-from macpo.commands.plan_model import gpu_of
+from macpo.commands.planning.plan_model import gpu_of
+from macpo.commands.planning.rehearsal import STAGE_S, Rehearsal, company
 from macpo.config import AgentSettings, Recipe
 from macpo.demo_world.build import vocabulary
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
@@ -26,7 +28,7 @@ from macpo.engine.planning.fitting import Option, option
 from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
-from macpo.method.costs import CHARS_PER_TOKEN, MethodStage, RunSize, Shape, TrainingCost, made_config
+from macpo.method.costs import CHARS_PER_TOKEN, Cost, MethodStage, RunSize, Shape, TrainingCost, made_config
 from macpo.method.data_sets import read_pairs, source_of
 from macpo.method.run_plan import Plan
 from macpo.method.scoring.planned import own_model
@@ -40,6 +42,8 @@ TOKEN_BYTES = 100
 """Of a token in tokenizer.json, where it cannot be looked at: 71 at SmolLM2, 127 at Gemma 3."""
 MADE_TOKEN_BYTES = 25
 """The same for a tokenizer that the run makes."""
+WORLD_TOKENS = (18.0, 24.0, 33.0)
+"""Mean tokens of the demo world's prompts, responses and documents."""
 BYTES_PER_S = {"cpu": 1.0e10, "cuda": 3.0e12}
 """Assumed memory bandwidth: decoding reads every weight once a step."""
 
@@ -51,6 +55,8 @@ class Hardware:
     machine: Machine
     room: float
     ranks: int = 1
+    rehearsed: bool = False
+    """Whether the recipe's own work is measured on this CPU."""
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -82,7 +88,8 @@ class Estimate:
 
 
 def hardware_of(recipe: AnyRecipe, gpu: str | None = None, gpus: int | None = None, measure: bool = False) -> Hardware:
-    """The GPUs that are named, or this machine; with `measure` scaled by one step on it.
+    """The GPUs that are named, or this machine; with `measure` a GPU is scaled by one step on it, and `estimate`
+    measures on a CPU what the recipe's stages do.
 
     Raises:
         ConfigError: an unknown GPU, or one to be measured that is not here.
@@ -98,11 +105,9 @@ def hardware_of(recipe: AnyRecipe, gpu: str | None = None, gpus: int | None = No
     on_gpu = device == "cuda"
     room = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory() / compute.jobs
     machine = this_machine(device, threads)
-    if measure:
-        torch.set_num_threads(threads)
-        setup = Setup(FullSettings(), dtype=dtype_of(compute), device="cuda" if on_gpu else "cpu")
-        machine = calibrate(setup, machine)
-    return Hardware(machine, float(room), ranks)
+    if measure and on_gpu:
+        machine = calibrate(Setup(FullSettings(), dtype=dtype_of(compute), device="cuda"), machine)
+    return Hardware(machine, float(room), ranks, rehearsed=measure and not on_gpu)
 
 
 def shape_of(agent: AgentSettings, dtype: torch.dtype, words: int | None = None) -> Shape:
@@ -150,10 +155,11 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         return replace(_standalone_size(recipe, sets, shapes), words=words)
     data, world = recipe.data, recipe.data.world
     teacher, student, test, documents = data.teacher_prompts, data.student_prompts, data.test_prompts, 2000
+    prompt, response = _sample_lengths(recipe)
+    document = prompt + response
     if world is not None:
         teacher, student, test = world.teacher_pairs, world.student_prompts, world.test_prompts
-        documents = world.student_documents
-    prompt, response = _sample_lengths(recipe)
+        documents, document = world.student_documents, WORLD_TOKENS[2]
     scorers = filter(None, map(own_model, recipe.evaluation.scorers))
     shapes = {agent.name: shape_of(agent, dtype) for agent in scorers} | shapes
     return RunSize(
@@ -164,6 +170,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         dev_prompts=data.num_dev_prompts,
         num_teachers=len(recipe.teachers),
         documents=documents,
+        document_tokens=document,
         prompt_tokens=prompt,
         response_tokens=response,
         max_new_tokens=recipe.sampling.max_new_tokens,
@@ -175,7 +182,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
 
 def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Shape]) -> RunSize:
     data, world = recipe.data, recipe.data.world
-    prompt, response = 18.0, 24.0
+    prompt, response, document = WORLD_TOKENS
     train, test = data.train_prompts or 0, data.test_prompts
     rows: Sequence[Pair | Example] = ()
     if sets is not None:
@@ -196,6 +203,7 @@ def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Sh
         test_prompts=test,
         num_teachers=0,
         documents=world.student_documents if world is not None else len(sets.documents) if sets is not None else 0,
+        document_tokens=document if world is not None else prompt + response,
         prompt_tokens=prompt,
         response_tokens=min(response, recipe.context_tokens - prompt),
         max_new_tokens=0,
@@ -208,7 +216,7 @@ def _sample_lengths(recipe: Recipe) -> tuple[float, float]:
     """Mean tokens of a prompt and a response in up to 200 rows of the data, at four characters a token."""
     limit = recipe.context_tokens - recipe.sampling.max_new_tokens
     if recipe.data.world is not None:
-        return min(18, limit), min(24, recipe.sampling.max_new_tokens)
+        return min(WORLD_TOKENS[0], limit), min(WORLD_TOKENS[1], recipe.sampling.max_new_tokens)
     pairs, _ = read_pairs(recipe.data, source_of(recipe.data, max_rows=200))
     prompt = statistics.fmean(sum(len(m["content"]) for m in p.prompt.messages) for p in pairs) / CHARS_PER_TOKEN
     response = statistics.fmean(len(p.chosen) for p in pairs) / CHARS_PER_TOKEN
@@ -228,28 +236,59 @@ def estimate(
         ConfigError: settings that a stage's model cannot be trained with.
     """
     here = hardware or hardware_of(recipe)
-    machine, dtype, budget = here.machine, here.dtype(recipe.compute), here.budget(recipe.compute)
+    dtype, budget = here.dtype(recipe.compute), here.budget(recipe.compute)
     run = size_of(recipe, dtype, sets)
+    rehearsal = Rehearsal(here.machine, dtype, here.room) if here.rehearsed else None
     resident: OrderedDict[str, int] = OrderedDict()
     rows = []
-    for name, work in _works(plan):
-        cost, agent, training = work.cost(run), work.loads(run), None
-        seconds = machine.scale * machine.product(cost.flop, dtype)
-        seconds += cost.weight_bytes / BYTES_PER_S[here.device]
-        if hardware is not None and (learning := work.training(run)) is not None:
-            training = _step(learning, recipe, hardware)
-            seconds = learning.tokens / learning.step.tokens * training.time.total
-        load = False
-        if agent is not None:
-            shape = run.shapes[agent]
-            load = shape.name not in resident
-            resident[shape.name] = shape.bytes_loaded
-            resident.move_to_end(shape.name)
-            while sum(resident.values()) > budget and len(resident) > 1:
-                resident.popitem(last=False)
-        disk, held = round(work.disk_bytes(run)), sum(resident.values())
-        rows.append(Estimate(name, round(cost.tokens), disk, seconds, agent or "", load, held, training))
+    with _rehearsing(recipe, rehearsal):
+        for name, work in _works(plan):
+            cost, agent, learning = work.cost(run), work.loads(run), None
+            shape = run.shapes[agent] if agent is not None else None
+            if hardware is not None:
+                learning = work.training(run)
+            training = None if learning is None else _step(learning, recipe, here, rehearsal, shape)
+            if learning is not None and training is not None:
+                seconds = learning.tokens / learning.step.tokens * training.time.total
+            else:
+                seconds = _inference(cost, here, dtype, shape, rehearsal, run)
+            seconds += STAGE_S if rehearsal is not None else 0.0
+            load = False
+            if shape is not None:
+                load = shape.name not in resident
+                resident[shape.name] = shape.bytes_loaded
+                resident.move_to_end(shape.name)
+                while sum(resident.values()) > budget and len(resident) > 1:
+                    resident.popitem(last=False)
+            disk, held = round(work.disk_bytes(run)), sum(resident.values())
+            rows.append(Estimate(name, round(cost.tokens), disk, seconds, agent or "", load, held, training))
     return rows
+
+
+def _inference(
+    cost: Cost, here: Hardware, dtype: torch.dtype, shape: Shape | None, rehearsal: Rehearsal | None, run: RunSize
+) -> float:
+    """Seconds of a stage that does not train."""
+    pace = rehearsal.pace_of(shape, run) if rehearsal is not None and shape is not None else None
+    if pace is not None:
+        return pace.seconds(cost)
+    read = cost.decode_steps * (shape.bytes_loaded if shape is not None else 0)
+    return here.machine.scale * here.machine.product(cost.flop, dtype) + read / BYTES_PER_S[here.device]
+
+
+@contextmanager
+def _rehearsing(recipe: AnyRecipe, rehearsal: Rehearsal | None) -> Iterator[None]:
+    """Context in which a rehearsal measures with the recipe's threads, beside as many processes as it has jobs."""
+    if rehearsal is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.compute.threads or threads)
+    try:
+        with company(recipe.compute.jobs - 1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def disk_needed(recipe: AnyRecipe, plan: Plan) -> int | None:
@@ -267,8 +306,11 @@ def _works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:
         yield stage.name, stage.work
 
 
-def _step(learning: TrainingCost, recipe: AnyRecipe, hardware: Hardware) -> Option:
+def _step(
+    learning: TrainingCost, recipe: AnyRecipe, hardware: Hardware, rehearsal: Rehearsal | None, shape: Shape | None
+) -> Option:
     """Memory and time of one training step."""
     dtype = hardware.dtype(recipe.compute) if hardware.device == "cpu" else torch.bfloat16
     setup = Setup(learning.tuning, recipe.compute.parallel, dtype, hardware.device, hardware.ranks)
-    return option(learning.config, setup, hardware.machine, hardware.room, learning.step)
+    machine = hardware.machine if rehearsal is None else rehearsal.machine_of(learning, shape)
+    return option(learning.config, setup, machine, hardware.room, learning.step)
