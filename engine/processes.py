@@ -74,6 +74,23 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+@contextlib.contextmanager
+def killed_by_sigterm() -> Iterator[None]:
+    """Context inside `ended_by_sigterm` in which SIGTERM ends the process at once by its default action.
+
+    For code that waits outside Python, where no handler runs, and has nothing to bring to a safe point.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    mine = main and signal.getsignal(signal.SIGTERM) is _terminate
+    if mine:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, _terminate)
+
+
 def stop_behind(error: BaseException) -> BaseException | None:
     """The SIGTERM or Ctrl-C that an error came of, if any: Python and libraries make other errors of both.
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from macpo.engine.errors import ConfigError, PeerError
+from macpo.engine.processes import killed_by_sigterm
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def init_from_env(timeout_s: float = 1800.0) -> World:
     use_gpu = torch.cuda.is_available()
     if use_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", str(rank))) % torch.cuda.device_count())
-    with _peer_errors("rendezvous"):
+    with killed_by_sigterm(), _peer_errors("rendezvous"):  # a peer that has been stopped never comes
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     return World(rank, size)
 

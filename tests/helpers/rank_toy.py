@@ -51,6 +51,16 @@ def act(what: str, folder: Path, stop: StopFlag) -> None:
         raise Stopped("stopped after step 5", "run the same command again")
 
 
+def join(folder: Path) -> None:
+    """Rank 1 waits for rank 0, which never comes."""
+    from macpo.engine.distributed.world import init_from_env  # imports torch
+
+    (folder / f"started-{os.environ['RANK']}").write_text(str(os.getpid()))
+    if os.environ["RANK"] == "1":
+        init_from_env()
+    time.sleep(60)
+
+
 def main() -> int:
     what, folder = sys.argv[1], Path(sys.argv[2])
     if "RANK" not in os.environ:
@@ -61,6 +71,8 @@ def main() -> int:
         (folder / f"started-{os.environ['RANK']}").write_text(str(os.getpid()))
         time.sleep(0.5)
         return run_cli(lambda: time.sleep(60), report=leave_error)
+    if what == "joining":
+        return run_cli(lambda: join(folder), report=leave_error)
     with StopFlag() as stop:
         return run_cli(lambda: act(what, folder, stop), report=leave_error)
 

@@ -116,6 +116,20 @@ def test_a_job_whose_ranks_have_not_begun_ends_with_75(tmp_path: Path) -> None:
     assert (process.returncode, said) == (75, "error: stopped by SIGTERM. Fix: run the same command again to go on.\n")
 
 
+def test_a_rank_that_waits_for_a_stopped_one_to_join_ends_too(tmp_path: Path) -> None:
+    """torch waits for the rendezvous outside Python, where no handler of a signal runs."""
+    process = start("joining", tmp_path)
+    pids = started(tmp_path, process)
+    time.sleep(1.0)  # rank 1 is in the rendezvous by now
+    process.terminate()
+    try:
+        said, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert said.count("error: ") == 1 and gone(pids)
+
+
 def test_a_rank_that_loses_a_peer_because_it_stopped_is_no_failure() -> None:
     """Each of two ranks: it answered, it lost the other, or SIGTERM killed it before it could answer."""
     stopped = {"second": False, **pack_error(Stopped("stopped"))}
