@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--ablations", choices=("none", "paper"), default="none", help="also without each part")
     compare.add_argument("--match", choices=("none", "steps"), default="none", help="limit the baselines' rounds")
     compare.add_argument("--plan", action="store_true", help="print stages, tokens, steps and time; run nothing")
-    compare.add_argument("--calibrate", action="store_true", help="measure one step for --plan")
+    compare.add_argument(
+        "--calibrate", action="store_true", help="for --plan: measure this machine with the recipe's own models"
+    )
     compare.add_argument("--rerun-stale", action="store_true", help="run stages again whose inputs or settings changed")
     compare.set_defaults(command="compare")
 
@@ -141,7 +143,11 @@ def _fitting(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--table", action="store_true", help="no recipe: a 70B student, 8B teachers; 1, 2 and 8 nodes")
     plan.add_argument("--gpu", help="h100, h200, a100 or b200 (default h100; of a recipe: this machine)")
     plan.add_argument("--gpus", type=_positive, help="ranks that share a stage (default 8; of a recipe: 1)")
-    plan.add_argument("--calibrate", action="store_true", help="measure one step on this machine and scale by it")
+    plan.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine: a GPU by one step, a CPU by the recipe's own models",
+    )
     plan.add_argument("--tuning", choices=("lora", "full"), help="with --model (default lora)")
     for name, what in (
         ("--pairs", "of a step over all GPUs (default 128)"),

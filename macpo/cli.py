@@ -147,6 +147,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
     if _printed(arguments, comparison.recipe):
         return
+    if arguments.calibrate and not arguments.plan:
+        raise ConfigError("it is for --plan", "add --plan, or leave it out", field="--calibrate")
     if arguments.plan:
         print(planned(comparison, hardware_of(recipe, measure=True) if arguments.calibrate else None))
         return

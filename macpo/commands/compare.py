@@ -64,6 +64,8 @@ def comparison_of(
     """
     if recipe.method != "macpo":
         raise ConfigError(f"the recipe's own method is {recipe.method}", "leave `method` out", field="method")
+    if k_orders is not None and not k_curve:
+        raise ConfigError("it counts the choices of --k-curve", "add --k-curve, or leave it out", field="--k-orders")
     baselines, left_out = method_arms(recipe, None if methods is None else [NAIVE, *methods])
     fewer = teacher_arms(recipe, k_curve, k_orders)
     parts: Arms = named_arms("ablations") if ablations else {}
@@ -152,7 +154,8 @@ def planned(comparison: Comparison, hardware: Hardware | None = None) -> str:
         "",
         f"{len(rows)} stages a seed; alone the arms would have {sum(alone.values())}: {shared:.0%} are shared",
         f"time: about {minutes:.0f} min for {count} seed{'s' * (count > 1)} on {hardware.machine.name}"
-        + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else ""),
+        + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else "")
+        + ("" if hardware.rehearsed or hardware.device == "cuda" else "; --calibrate measures this one"),
     ]
     return "\n".join(lines)
 

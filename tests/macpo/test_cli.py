@@ -128,6 +128,14 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], words: tuple[str, ...],
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--calibrate", ()), ("--k-orders", ("2",))])
+def test_an_option_of_compare_that_nothing_would_read_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], option: str, value: tuple[str, ...]
+) -> None:
+    assert macpo("compare", recipe, option, *value) == 2
+    assert f"error: {option}: it " in capsys.readouterr().err
+
+
 def test_missing_data_and_models_hint_at_being_offline(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tarfile
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny
+from transformers import PretrainedConfig
 
 from macpo.arguments import parser
 from macpo.cli import COMMANDS
+from macpo.commands.planning import rehearsal
 from macpo.commands.planning.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
 from macpo.commands.planning.plan import show
 from macpo.commands.planning.plan_model import tuning_of
+from macpo.commands.planning.rehearsal import Pace
 from macpo.config import Recipe
 from macpo.engine.config import LoraSettings
+from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.errors import ConfigError
 from macpo.engine.hardware import GPUS
 from macpo.engine.models.flops import ModelShape
+from macpo.engine.planning.calibrate import Measured
 from macpo.engine.planning.fitting import HOST_BYTES, Workload, options
+from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
+from macpo.method.costs import MethodStage, RunSize
 from macpo.methods.registry import build_plan
 from macpo.recipe_kinds import load, plan_of
 
@@ -99,6 +110,51 @@ def test_training_stages_have_memory_step_time_and_checkpoint(tmp_path: Path) ->
     assert max(map(len, text.splitlines()[1:])) <= 100 and "ckpt" in text and "DOES NOT FIT" not in text
     small = Hardware(Machine.of_gpu(GPUS["H100"]), room=1e6)
     assert "DOES NOT FIT: " in show(recipe, small)
+
+
+def test_a_cpu_is_measured_with_the_recipes_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of each kind that trains, scoring and decoding by shape, each once; here all are said to be slow."""
+    recipe, steps, shapes = tiny(tmp_path), Counter[str](), Counter[str]()
+
+    def slow(config: PretrainedConfig, setup: Setup, machine: Machine, groups: list[PrefixGroup], **_: Any) -> Measured:
+        steps[f"{config.hidden_size} {setup.tuning.type} {len(groups)} {len(groups[0].responses)}"] += 1
+        return Measured(3.0, 1.0)
+
+    def slowly(config: PretrainedConfig, setup: Setup, run: RunSize) -> Pace:
+        shapes[str(config.hidden_size)] += 1
+        return Pace(token=0.01, decode_step=0.5)
+
+    monkeypatch.setattr(rehearsal, "measure", slow)
+    monkeypatch.setattr(rehearsal, "_pace", slowly)
+    plan, run = build_plan(recipe), size_of(recipe)
+    assumed = {row.stage: row for row in estimate(recipe, plan, hardware_of(recipe))}
+    measured = {row.stage: row for row in estimate(recipe, plan, hardware_of(recipe, measure=True))}
+    assert set(shapes.values()) == {1} and len(shapes) == 3 and set(steps.values()) == {1}
+    assert {key.rpartition(" ")[2] for key in steps} == {"1", "2"}, "SFT has one response, preference training two"
+    for stage in plan.graph.stages:
+        work, row = stage.work, measured[stage.name]
+        assert isinstance(work, MethodStage)
+        if row.training is not None:
+            wanted = 3 * assumed[stage.name].seconds
+        elif work.loads(run) is not None:
+            cost = work.cost(run)
+            wanted = 0.01 * (cost.tokens - cost.decoded) + 0.5 * cost.decode_steps
+        else:
+            wanted = 0.0
+        assert row.seconds == pytest.approx(wanted + rehearsal.STAGE_S), stage.name
+    tight = replace(hardware_of(recipe, measure=True), room=1.0)  # no model fits: a small one stands for all
+    steps.clear()
+    monkeypatch.setattr(rehearsal, "calibrate", lambda setup, machine: machine.calibrated(5.0, 1.0))
+    found = {row.stage: row for row in estimate(recipe, plan, tight)}
+    assert not steps and found["base-student"].seconds == pytest.approx(5 * assumed["base-student"].seconds + 0.3)
+
+
+def test_what_is_measured_on_a_cpu_is_positive_and_beside_other_work(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, iterations=0)
+    busy = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"jobs": 2})})
+    rows = estimate(busy, build_plan(busy), hardware_of(busy, measure=True))
+    assert all(row.seconds > rehearsal.STAGE_S for row in rows if row.base)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

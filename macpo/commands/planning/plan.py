@@ -50,7 +50,8 @@ def show(recipe: AnyRecipe, hardware: Hardware | None = None) -> str:
         f"memory: base models kept loaded up to {_size(hardware.budget(recipe.compute))}; at most {_size(peak)} at "
         f"once, {loads} loads",
         f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
-        + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else ""),
+        + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else "")
+        + (", measured here with models of the same shapes" if hardware.rehearsed else ""),
         f"time: about {_time(seconds)} in one process on {hardware.machine.name}"
         + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else ""),
     ]
