@@ -13,6 +13,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = {
+    "test_aot.py",
+    "test_bench_train_step.py",
+    "test_evaluation_page.py",
+    "test_kill_resume.py",
+    "test_methods.py",
+    "test_parallel.py",
+    "test_ranks.py",
+    "test_real_model.py",
+    "test_split_generation.py",
+    "test_torture.py",
+}
+"""Modules with single tests of half a minute and more."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Thousands of quick tests come last, so that no process ends with a long one while the others wait."""
-    items.sort(key=lambda item: item.path.name == "test_layout.py")
+    """They come first, so that no process ends with a long test while the others have nothing left to do."""
+    items.sort(key=lambda item: item.path.name not in LONG)
