@@ -165,7 +165,7 @@ def _teachers(found: Results) -> str:
 
 def _forest(found: Results) -> str:
     """What each part of the method adds: the method minus the method without it."""
-    changes = [(f"without: {row.name}", row.change) for row in found.of("ablation") if row.change]
+    changes = [(row.name, row.change) for row in found.of("ablation") if row.change]
     shown = [(name, change.value, (change.low, change.high), ()) for name, change in changes]
     label = f"the method's {LABELS.get(found.metric, found.metric)} minus the arm's"
     return dots(shown, xlabel=label, zero=0.0) if shown else ""
