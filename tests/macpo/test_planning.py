@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from macpo.arguments import parser
 from macpo.cli import COMMANDS
@@ -117,7 +117,8 @@ def test_a_cpu_is_measured_with_the_recipes_own_models(tmp_path: Path, monkeypat
     recipe, steps, shapes = tiny(tmp_path), Counter[str](), Counter[str]()
 
     def slow(config: PretrainedConfig, setup: Setup, machine: Machine, groups: list[PrefixGroup], **_: Any) -> Measured:
-        steps[f"{config.hidden_size} {setup.tuning.type} {len(groups)} {len(groups[0].responses)}"] += 1
+        lengths = len(groups), len(groups[0].prompt_ids)
+        steps[f"{config.hidden_size} {setup.tuning.type} {lengths} {len(groups[0].responses)}"] += 1
         return Measured(3.0, 1.0)
 
     def slowly(config: PretrainedConfig, setup: Setup, run: RunSize) -> Pace:
@@ -147,6 +148,34 @@ def test_a_cpu_is_measured_with_the_recipes_own_models(tmp_path: Path, monkeypat
     monkeypatch.setattr(rehearsal, "calibrate", lambda setup, machine: machine.calibrated(5.0, 1.0))
     found = {row.stage: row for row in estimate(recipe, plan, tight)}
     assert not steps and found["base-student"].seconds == pytest.approx(5 * assumed["base-student"].seconds + 0.3)
+
+
+def test_what_cannot_be_measured_is_predicted_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny(tmp_path)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such\nmodel")
+
+    monkeypatch.setattr(rehearsal, "random_policy", fails)
+    monkeypatch.setattr(rehearsal, "measure", fails)
+    monkeypatch.setattr(rehearsal, "calibrate", lambda setup, machine: machine.calibrated(5.0, 1.0))
+    assumed, found = (
+        {row.stage: row.seconds for row in estimate(recipe, build_plan(recipe), hardware_of(recipe, measure=measured))}
+        for measured in (False, True)
+    )
+    for stage in ("base-student", "iter1-student-train"):
+        assert found[stage] == pytest.approx(5 * assumed[stage] + rehearsal.STAGE_S)
+    assert found["iter1-student-answer"] == pytest.approx(assumed["iter1-student-answer"] + rehearsal.STAGE_S)
+    assert "a step cannot be measured (no such model), so it is predicted" in caplog.text
+
+
+def test_a_rehearsal_stays_within_the_models_positions() -> None:
+    short, long = LlamaConfig(max_position_embeddings=96), LlamaConfig(max_position_embeddings=8192)
+    assert rehearsal._lengths(long, 60, 36) == (60, 36)
+    prompt, response = rehearsal._lengths(short, 60, 36)
+    assert prompt > response and 4 / 3 * (prompt + response) <= 96
 
 
 def test_what_is_measured_on_a_cpu_is_positive_and_beside_other_work(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def estimate(
             shape = run.shapes[agent] if agent is not None else None
             if hardware is not None:
                 learning = work.training(run)
-            training = None if learning is None else _step(learning, recipe, here, rehearsal, shape)
+            training = None if learning is None else _step(learning, recipe, here, rehearsal)
             if learning is not None and training is not None:
                 seconds = learning.tokens / learning.step.tokens * training.time.total
             else:
@@ -306,11 +306,9 @@ def _works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:
         yield stage.name, stage.work
 
 
-def _step(
-    learning: TrainingCost, recipe: AnyRecipe, hardware: Hardware, rehearsal: Rehearsal | None, shape: Shape | None
-) -> Option:
+def _step(learning: TrainingCost, recipe: AnyRecipe, hardware: Hardware, rehearsal: Rehearsal | None) -> Option:
     """Memory and time of one training step."""
     dtype = hardware.dtype(recipe.compute) if hardware.device == "cpu" else torch.bfloat16
     setup = Setup(learning.tuning, recipe.compute.parallel, dtype, hardware.device, hardware.ranks)
-    machine = hardware.machine if rehearsal is None else rehearsal.machine_of(learning, shape)
+    machine = hardware.machine if rehearsal is None else rehearsal.machine_of(learning)
     return option(learning.config, setup, machine, hardware.room, learning.step)

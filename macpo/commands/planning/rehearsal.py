@@ -2,23 +2,28 @@
 
 Small models are bound by the calls of operators, large ones by their products, and both by what runs beside them: a
 step of training, scoring and decoding are measured for each shape while as many processes compute as the recipe has
-jobs.
+jobs. What cannot be measured so is predicted from a step of a small model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
 from macpo.engine.config import FullSettings
+from macpo.engine.errors import is_failure
 from macpo.engine.generation import Generator, SamplingParams
+from macpo.engine.models.flops import ModelShape
 from macpo.engine.planning.calibrate import calibrate, measure, pairs, random_policy
 from macpo.engine.planning.fitting import Workload
 from macpo.engine.planning.memory import Setup
@@ -27,6 +32,8 @@ from macpo.engine.processes import die_with
 from macpo.engine.scoring import score
 from macpo.method.costs import Cost, RunSize, Shape, TrainingCost
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 STAGE_S = 0.3
 """Of a stage beside its model's work: its files, their hashes, and the way between processes."""
 _STEP_S = 1.0
@@ -50,51 +57,71 @@ class Pace:
 
 @dataclass
 class Rehearsal:
-    """Measures what is asked for, each shape once.
-
-    Models that need more than `room` bytes are predicted from a step of a small one.
-    """
+    """Measures what is asked for, each shape once. `room`: bytes that a model may take."""
 
     machine: Machine
     dtype: torch.dtype
     room: float
     _machines: dict[str, Machine] = field(default_factory=dict)
-    _paces: dict[str, Pace] = field(default_factory=dict)
+    _paces: dict[str, Pace | None] = field(default_factory=dict)
 
-    def machine_of(self, learning: TrainingCost, shape: Shape | None) -> Machine:
+    def machine_of(self, learning: TrainingCost) -> Machine:
         """The machine on which a step like the stage's is predicted as long as it takes."""
-        setup = Setup(learning.tuning, dtype=self.dtype, device="cpu")
-        bytes_ = 4 * 4 * shape.num_parameters if shape is not None else 0.0  # weights, gradients, two moments
-        if bytes_ > self.room:
-            return self._machine_of("", lambda: calibrate(Setup(FullSettings(), dtype=self.dtype), self.machine))
         key = f"{learning.tuning!r} {learning.step!r} {learning.config.to_json_string()}"
-        return self._machine_of(key, lambda: _rehearsed(learning.config, setup, self.machine, learning.step))
-
-    def _machine_of(self, key: str, made: Callable[[], Machine]) -> Machine:
         if key not in self._machines:
-            self._machines[key] = made()
+            needed = 4 * 4 * ModelShape.of(learning.config).num_parameters  # weights, gradients, two moments
+            setup = Setup(learning.tuning, dtype=self.dtype, device="cpu")
+            found = None
+            if needed <= self.room:
+                found = _tried(lambda: _rehearsed(learning.config, setup, self.machine, learning.step), "a step")
+            self._machines[key] = found or self.generic
         return self._machines[key]
 
     def pace_of(self, shape: Shape, run: RunSize) -> Pace | None:
-        """Seconds of scoring and decoding; None of a model that does not fit."""
-        if shape.bytes_loaded > self.room:
-            return None
+        """Seconds of scoring and decoding; None where they cannot be measured."""
         if shape.name not in self._paces:
-            self._paces[shape.name] = _pace(shape.config, Setup(FullSettings(), dtype=self.dtype, device="cpu"), run)
+            setup, found = Setup(FullSettings(), dtype=self.dtype, device="cpu"), None
+            if shape.bytes_loaded <= self.room:
+                found = _tried(lambda: _pace(shape.config, setup, run), "inference")
+            self._paces[shape.name] = found
         return self._paces[shape.name]
+
+    @cached_property
+    def generic(self) -> Machine:
+        """The machine by a step of a small model."""
+        return calibrate(Setup(FullSettings(), dtype=self.dtype, device="cpu"), self.machine)
+
+
+def _tried(measured: Callable[[], T], what: str) -> T | None:
+    """The result; None where a model of that shape cannot be made or run here, as some of others' code cannot."""
+    try:
+        return measured()
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        log.warning("note: %s cannot be measured (%s), so it is predicted", what, " ".join(str(error).split())[:200])
+        return None
+
+
+def _lengths(config: PretrainedConfig, prompt: float, response: float) -> tuple[int, int]:
+    """Mean tokens of a prompt and a response whose longest pair has room in the model's positions."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    share = min(1.0, 0.75 * (most - 2) / (prompt + response))
+    return max(1, int(prompt * share)), max(1, int(response * share))
 
 
 def _rehearsed(config: PretrainedConfig, setup: Setup, machine: Machine, step: Workload) -> Machine:
     predicted = step_time(config, setup, machine, step.rows(1)).total
     count = max(1, min(step.pairs, int(step.pairs * _STEP_S / predicted)))
-    groups = pairs(count, step.prompt, step.response, config.get_text_config().vocab_size, answers=step.answers)
+    prompt, response = _lengths(config, step.prompt, step.response)
+    groups = pairs(count, prompt, response, config.get_text_config().vocab_size, answers=step.answers)
     found = measure(config, setup, machine, groups, max_tokens=step.microbatch_tokens, repeats=5 if count > 1 else 2)
     return machine.calibrated(found.seconds, found.predicted)
 
 
 def _pace(config: PretrainedConfig, setup: Setup, run: RunSize) -> Pace:
     policy = random_policy(config, setup)
-    prompt, response = max(1, round(run.prompt_tokens)), max(1, round(run.response_tokens))
+    prompt, response = _lengths(config, run.prompt_tokens, run.response_tokens)
     num_parameters = sum(parameter.numel() for parameter in policy.parameters())
     count = max(2, min(256, int(_STEP_S * 3e10 / (2 * num_parameters * (prompt + response)))))
     groups = pairs(count, prompt, response, config.get_text_config().vocab_size)
