@@ -11,7 +11,7 @@ from typing import Any
 
 from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, is_failure, printable
 from macpo.engine.files import explain, is_expected
-from macpo.engine.processes import Terminated, ended_by_sigterm, forget_ctrl_c, stop_behind
+from macpo.engine.processes import Terminated, ended_by_sigterm, forget_ctrl_c
 
 MAX_ERRORS = 100
 """Problems of one command that are printed."""
@@ -48,10 +48,9 @@ def run_cli(
         return 0
     except BaseException as found:
         error: BaseException = found
-        stop = None if isinstance(found, Stopped) else stop_behind(found)
-        if stop is not None:
+        if isinstance(found, Terminated | KeyboardInterrupt):
             forget_ctrl_c()
-            by = "stopped by SIGTERM" if isinstance(stop, Terminated) else "aborted by Ctrl-C"
+            by = "stopped by SIGTERM" if isinstance(found, Terminated) else "aborted by Ctrl-C"
             error = Stopped(by, "run the same command again to go on")
         elif isinstance(found, BrokenPipeError):  # the reader of our output, such as `head`, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+from macpo.engine.errors import is_failure
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -46,32 +48,55 @@ class Terminated(BaseException):
 def ended_by_sigterm() -> Iterator[None]:
     """Context in which SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt.
 
+    Python and libraries make other errors of both: what one raises inside `__set_name__` leaves as a RuntimeError in
+    Python 3.11, and matplotlib's C++ code has another word for any error of an array. An error that leaves this
+    context after a stop has been raised leaves it as that stop.
+
     Inside it a `StopFlag` takes over. A handler that is there already stays. Both signals are let through where
     the process was started with them blocked (`signals_blocked`).
     """
-    global _terminated
+    global _raised
+    ours = {signal.SIGTERM: (signal.SIG_DFL, _terminate), signal.SIGINT: (signal.default_int_handler, _interrupt)}
     in_main = threading.current_thread() is threading.main_thread()
-    mine = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if mine:
-        signal.signal(signal.SIGTERM, _terminate)
+    mine = [number for number, (usual, _) in ours.items() if in_main and signal.getsignal(number) is usual]
+    for number in mine:
+        signal.signal(number, ours[number][1])
+    if signal.SIGTERM in mine:
         _keep_the_exit_code()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         yield
+    except BaseException as error:
+        if _raised is not None and is_failure(error):
+            raise _raised from error
+        raise
     finally:
         if mine:
-            _terminated = False
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _raised = None
+        for number in mine:
+            signal.signal(number, ours[number][0])
 
 
-_terminated = False
+_raised: type[BaseException] | None = None
+"""The stop that a signal has raised: a library may swallow it or make another error of it."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    global _terminated
-    _terminated = True  # a library may swallow the exception: the next StopFlag knows
+    global _raised
+    _raised = Terminated
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt what the first has begun
     raise Terminated
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    interrupt()
+
+
+def interrupt() -> NoReturn:
+    """Raise KeyboardInterrupt, in a signal's handler."""
+    global _raised
+    _raised = KeyboardInterrupt
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -89,21 +114,6 @@ def killed_by_sigterm() -> Iterator[None]:
     finally:
         if mine:
             signal.signal(signal.SIGTERM, _terminate)
-
-
-def stop_behind(error: BaseException) -> BaseException | None:
-    """The SIGTERM or Ctrl-C that an error came of, if any: Python and libraries make other errors of both.
-
-    In Python 3.11, for example, one that comes inside `__set_name__` leaves as a RuntimeError.
-    """
-    found: BaseException | None = error
-    seen: set[int] = set()
-    while found is not None and id(found) not in seen:
-        if isinstance(found, Terminated | KeyboardInterrupt):
-            return found
-        seen.add(id(found))  # an error may be its own cause
-        found = found.__cause__ or found.__context__
-    return None
 
 
 def forget_ctrl_c() -> None:
@@ -151,7 +161,7 @@ class StopFlag:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self.requested |= _terminated
+        self.requested |= _raised is Terminated
         if threading.current_thread() is threading.main_thread():
             for number in heeded():
                 self._old[number] = signal.signal(number, self._catch)
@@ -165,6 +175,6 @@ class StopFlag:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         before, self.requested = self.requested, True  # first, because another signal may come during the write
         if before and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            interrupt()
         if not before and not self.quiet:
             os.write(2, b"stopping at the next safe point; Ctrl-C again aborts at once\n")  # print is not reentrant

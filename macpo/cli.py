@@ -8,21 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from macpo.engine.errors import Stopped
-from macpo.engine.processes import ended_by_sigterm, forget_ctrl_c, stop_behind
+from macpo.engine.processes import Terminated, ended_by_sigterm, forget_ctrl_c
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, run, and exit with the exit code (0, 2 config, 3 data, 4 resources, 5 integrity, …)."""
     with ended_by_sigterm():
         try:
-            from macpo.arguments import parser  # from here on, what takes longer to import
-            from macpo.engine.console import run_cli
+            with ended_by_sigterm():  # whatever error a stop has become leaves it as the stop
+                from macpo.arguments import parser  # from here on, what takes longer to import
+                from macpo.engine.console import run_cli
 
-            arguments = parser().parse_args(argv)
-            code = run_cli(lambda: COMMANDS[arguments.command](arguments), debug=arguments.debug)
-        except BaseException as error:  # before the command or after it
-            if stop_behind(error) is None:
-                raise
+                arguments = parser().parse_args(argv)
+                code = run_cli(lambda: COMMANDS[arguments.command](arguments), debug=arguments.debug)
+        except (Terminated, KeyboardInterrupt):  # before the command or after it
             forget_ctrl_c()
             print(Stopped("stopped by a signal", "run the same command again").problems[0], file=sys.stderr)
             code = Stopped.code

@@ -23,7 +23,7 @@ from typing import IO
 from macpo.engine.console import say
 from macpo.engine.distributed.agree import pack_error, stopped, unpack_error
 from macpo.engine.errors import Again, ConfigError, MacpoError, PeerError, Stopped
-from macpo.engine.processes import heeded, signals_blocked
+from macpo.engine.processes import heeded, interrupt, signals_blocked
 
 ERROR_FD = "MACPO_ERROR_FD"
 """Environment variable: number of the open file in which a rank leaves its error for the launcher, which prints it. The
@@ -142,7 +142,7 @@ class _Job:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.signals and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            interrupt()
         self.signals += 1
 
     def start(self, command: Sequence[str], ranks: int) -> None:

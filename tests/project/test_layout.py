@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "paths": "errors",
         "config": "errors connection paths kernels",  # kernels: the names of the losses
         "hardware": "",
-        "processes": "",
+        "processes": "errors",
         "progress": "errors",
         "recipe": GROUND,
         "distributed": GROUND,

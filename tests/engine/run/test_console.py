@@ -188,6 +188,27 @@ def test_a_stop_that_became_another_error_is_a_stop(number: int, capsys: pytest.
     assert "run the same command again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_a_library_swallowed_and_made_an_error_of_is_a_stop(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As matplotlib's C++ code does with any error of an array; the next command is not taken for stopped."""
+
+    def command() -> None:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+        raise ValueError("Invalid affine transformation matrix")
+
+    assert run_cli(command) == 75
+    assert "run the same command again" in capsys.readouterr().err
+
+    def wrong() -> None:
+        raise ValueError("of its own")
+
+    assert run_cli(wrong) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_ctrl_c_in_a_module_that_makes_code_of_text_ends_with_75(tmp_path: Path) -> None:
     """As dataclasses do while a command imports; under `python -m` the interpreter would end by SIGINT after all."""
     body = """
