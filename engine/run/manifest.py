@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from macpo.engine import files
-from macpo.engine.errors import DataError, IntegrityError
+from macpo.engine.errors import DataError, IntegrityError, MacpoError
 from macpo.engine.run.keys import SCHEMA, canonical, key_of
 
 MANIFEST, RUNNING, TIMING = "manifest.json", "RUNNING", "timing.json"
@@ -146,6 +146,22 @@ class Manifest:
             for relative, _ in _walk(folder, scratch):
                 if is_hashed(relative) and relative not in self.files:
                     raise damaged(folder, f"{relative} does not belong to it", f"delete {folder / relative}")
+
+
+def unchanged(folder: Path, relative: str) -> Path:
+    """The path of a finished stage's file, for readers that show what it holds.
+
+    Raises: IntegrityError if the manifest knows the file with another content; a manifest that says nothing of it, or
+    cannot be read, is left to `verify`.
+    """
+    path = folder / relative
+    try:
+        known = files.read_json(folder / MANIFEST)["files"][relative]["sha256"]
+    except (OSError, MacpoError, KeyError, TypeError):
+        return path
+    if path.is_file() and files.sha256(path) != known:
+        raise damaged(folder, f"the content of {relative} was changed")
+    return path
 
 
 def damaged(folder: Path, what: str, fix: str = "") -> IntegrityError:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import atomic_write, read_jsonl, write_json
+from macpo.engine.run.manifest import unchanged
 from macpo.evaluation.claims import Claim, claims, claims_json, claims_table, shared_metric
 from macpo.evaluation.gap import gaps_recovered
 from macpo.evaluation.prompt_scores import ScoredRun
@@ -220,13 +221,14 @@ def _selections(run: RunReader) -> list[dict[str, Any]]:
         kept: Counter[str] = Counter()
         perplexities: dict[str, list[float]] = {}
         total = 0
-        for _, row in read_jsonl(stage.path / "scores.jsonl"):
+        scores = unchanged(stage.path, "scores.jsonl")
+        for _, row in read_jsonl(scores):
             total += 1
             for index, candidate in enumerate(row["candidates"]):
                 perplexities.setdefault(candidate["by"], []).append(candidate["perplexity"])
                 kept[candidate["by"]] += index == row["kept"]
-        cases = sample((row for _, row in read_jsonl(stage.path / "scores.jsonl")), NUM_SELECTIONS)
-        prompts = _prompts(stage.path / "pairs.jsonl", {case["prompt_id"] for case in cases})
+        cases = sample((row for _, row in read_jsonl(scores)), NUM_SELECTIONS)
+        prompts = _prompts(unchanged(stage.path, "pairs.jsonl"), {case["prompt_id"] for case in cases})
         found.append(
             {
                 "iteration": iteration,
@@ -254,7 +256,7 @@ def _pairs(run: RunReader) -> list[dict[str, Any]]:
     """Return a few training pairs of every stage that wrote some, with their number."""
     found = []
     for stage in run.pair_files():
-        rows = [row for _, row in read_jsonl(stage.path / "pairs.jsonl")]
+        rows = [row for _, row in read_jsonl(unchanged(stage.path, "pairs.jsonl"))]
         cases = [{**row, "messages": messages(row["prompt"])} for row in sample(rows, NUM_PAIRS)]
         found.append({"stage": stage.name, "total": len(rows), "cases": cases})
     return found

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_bytes, read_json, read_jsonl
 from macpo.engine.run.folder import read_timing
-from macpo.engine.run.manifest import STEP_TIMES
+from macpo.engine.run.manifest import STEP_TIMES, unchanged
 from macpo.evaluation.gap import gaps_recovered
 from macpo.evaluation.prompt_scores import Policy, PromptScores, ScoredRun
 from macpo.evaluation.summary import AgentHistory, Role, build_summary, headline_metric
@@ -61,7 +61,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`. Raises DataError for one that no table can show."""
-        path = self.folder.path / "evaluation.json"
+        path = unchanged(self.folder.path, "evaluation.json")
         found = read_object(path)
         try:
             if found.get("role") not in (None, *get_args(Role)):
@@ -71,7 +71,7 @@ class Evaluation:
             raise DataError(str(error), f"run again with --from {self.folder.name}", file=path) from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        path = self.folder.path / "evaluation.jsonl"
+        path = unchanged(self.folder.path, "evaluation.jsonl")
         return (row for _, row in read_jsonl(path)) if path.exists() else iter(())
 
 
@@ -198,10 +198,10 @@ class RunReader:
         """The rows of an evaluation; under the metric `score_NAME` with what the scorer NAME gave their responses."""
         scorer, folder = metric.removeprefix("score_"), evaluation.folder
         name = f"score-{scorer}-{folder.base.removeprefix('eval-')}"
-        path = next((s.path / "scores.jsonl" for s in self.stages if (s.arm, s.base) == (folder.arm, name)), None)
-        if scorer == metric or path is None:
+        stage = next((s.path for s in self.stages if (s.arm, s.base) == (folder.arm, name)), None)
+        if scorer == metric or stage is None:
             return evaluation.rows()
-        scores = {row["prompt_id"]: row["score"] for _, row in read_jsonl(path)}
+        scores = {row["prompt_id"]: row["score"] for _, row in read_jsonl(unchanged(stage, "scores.jsonl"))}
         return ({**row, metric: scores.get(row["prompt_id"])} for row in evaluation.rows())
 
     def timing(self, stage: StageFolder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html.parser
 import json
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import make_run
 
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, IntegrityError
 from macpo.engine.files import write_json
 from macpo.evaluation.claims import claims
 from macpo.evaluation.prompt_scores import ScoredRun
@@ -247,6 +248,29 @@ def test_a_summary_or_step_times_of_any_shape_do_not_stop_a_report(run_dir, tmp_
     assert "This run is not finished." in text and "student" in text
     assert "summary.json is ignored: " in caplog.text and "a run writes it again" in caplog.text
     assert table(RunReader(run).summary).startswith("gold score by iteration")
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("*-eval-student-iter1", "evaluation.jsonl"),
+        ("*-eval-student-iter1", "evaluation.json"),
+        ("*-iter1-student-select", "scores.jsonl"),
+        ("*-iter1-student-select", "pairs.jsonl"),
+    ],
+)
+def test_a_flipped_bit_is_not_shown(run_dir, tmp_path, stage, name):
+    """Rows that still parse could show another score, or lack the key that a reader asks for."""
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / "summary.json").unlink()  # without it scores are the stages' own
+    folder = sorted(run.glob(stage))[0]
+    raw = (folder / name).read_bytes()
+    files = {name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    write_report(run)
+    (folder / name).write_bytes(raw.replace(b'"', b'"x', 1))
+    with pytest.raises(IntegrityError, match=f"the content of {name} was changed"):
+        write_report(run)
 
 
 @pytest.mark.parametrize("change", [{"role": "king"}, {"gold": "high"}, {"gold": math.inf}, {"gold": [1]}])
