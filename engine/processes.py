@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -56,7 +56,10 @@ def ended_by_sigterm() -> Iterator[None]:
     the process was started with them blocked (`signals_blocked`).
     """
     global _raised
-    ours = {signal.SIGTERM: (signal.SIG_DFL, _terminate), signal.SIGINT: (signal.default_int_handler, _interrupt)}
+    ours: dict[signal.Signals, tuple[Any, Callable[[int, FrameType | None], None]]] = {
+        signal.SIGTERM: (signal.SIG_DFL, _terminate),
+        signal.SIGINT: (signal.default_int_handler, _interrupt),
+    }
     in_main = threading.current_thread() is threading.main_thread()
     mine = [number for number, (usual, _) in ours.items() if in_main and signal.getsignal(number) is usual]
     for number in mine:

@@ -29,6 +29,7 @@ from macpo.engine.processes import StopFlag, die_with
 from macpo.engine.progress import counted
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.lock import RunLock
+from macpo.engine.run.manifest import unchanged
 from macpo.judging.folder import JudgingFolder
 from macpo.judging.logprob import LogprobJudge
 from macpo.judging.questions import Comparison, human_comparisons, read_comparisons
@@ -154,7 +155,7 @@ def _matches(run: RunReader, recipe: AnyRecipe, wishes: Wishes, limit: int | Non
 
 
 def _answers(evaluation: Evaluation) -> Path:
-    return evaluation.folder.path / "evaluation.jsonl"
+    return unchanged(evaluation.folder.path, "evaluation.jsonl")
 
 
 @contextlib.contextmanager
