@@ -62,6 +62,8 @@ def ended_by_sigterm() -> Iterator[None]:
     }
     in_main = threading.current_thread() is threading.main_thread()
     mine = [number for number, (usual, _) in ours.items() if in_main and signal.getsignal(number) is usual]
+    if mine:
+        _raised = None  # of an earlier command of this process
     for number in mine:
         signal.signal(number, ours[number][1])
     if signal.SIGTERM in mine:

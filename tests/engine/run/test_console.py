@@ -21,7 +21,7 @@ from macpo.engine.console import run_cli, say
 from macpo.engine.distributed.agree import pack_error, unpack_error
 from macpo.engine.errors import ConfigError, DataError, MacpoError, ResourceError, Stopped
 from macpo.engine.files import atomic_open
-from macpo.engine.processes import StopFlag, ended_by_sigterm, signals_blocked
+from macpo.engine.processes import StopFlag, ended_by_sigterm, interrupt, signals_blocked
 from macpo.engine.progress import RowProgress
 
 
@@ -205,6 +205,8 @@ def test_a_stop_that_a_library_swallowed_and_made_an_error_of_is_a_stop(
     def wrong() -> None:
         raise ValueError("of its own")
 
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()  # outside any command, as a StopFlag does at a second Ctrl-C
     assert run_cli(wrong) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

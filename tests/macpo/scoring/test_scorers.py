@@ -73,6 +73,12 @@ def human_pairs(path: Path, count: int) -> Path:
     return path
 
 
+def four_sets(path: Path) -> dict[str, Any]:
+    """Data of a recipe whose scorer is trained on prompts of its own."""
+    sizes = {"teacher_prompts": 16, "student_prompts": 12, "test_prompts": 16, "reward_prompts": 40}
+    return {"path": str(human_pairs(path, 90)), **sizes}
+
+
 def test_gold_and_a_classifier_score_every_answer(classifier: Path, tmp_path: Path) -> None:
     """The gold scorer repeats what evaluation measured; the classifier does what transformers does with one row."""
     scorers = [
@@ -120,13 +126,7 @@ def test_gold_and_a_classifier_score_every_answer(classifier: Path, tmp_path: Pa
 
 def test_a_reward_model_trained_in_the_run_leads_where_it_agrees_with_people(tmp_path: Path) -> None:
     """On a fourth set of prompts; without gold it is the headline, and one that only guesses is not."""
-    data = {
-        "path": str(human_pairs(tmp_path / "pairs.jsonl", 90)),
-        "teacher_prompts": 16,
-        "student_prompts": 12,
-        "test_prompts": 16,
-        "reward_prompts": 40,
-    }
+    data = four_sets(tmp_path / "pairs.jsonl")
     training = {"learning_rate": 1e-2, "batch": 8, "epochs": 4}
     lora = {"type": "lora", "rank": 4, "target_modules": "all-linear"}
     scorers = [
@@ -159,13 +159,7 @@ def test_a_reward_model_trained_in_the_run_leads_where_it_agrees_with_people(tmp
 def test_a_plan_knows_the_model_that_a_scorer_is_trained_from(tmp_path: Path) -> None:
     """Its weights are the work of training and scoring, and lie on the disk merged; the student's would be others."""
     base = make_base(tmp_path / "model")
-    data = {
-        "path": str(human_pairs(tmp_path / "pairs.jsonl", 90)),
-        "teacher_prompts": 16,
-        "student_prompts": 12,
-        "test_prompts": 16,
-        "reward_prompts": 40,
-    }
+    data = four_sets(tmp_path / "pairs.jsonl")
     scorers = [{"name": "own", "reward": {"train": {}}}, {"name": "named", "reward": {"train": {"model": str(base)}}}]
     recipe = recipe_of(tmp_path / "run", scorers, data=data)
     rows = {row.stage: row for row in estimate(recipe, build_plan(recipe), hardware_of(recipe))}
