@@ -4,9 +4,10 @@
         [--tuning lora|full] [--batch 32] [--learning-rate 1e-4] [--epochs 1] [--max-length 512] [--json FILE]
 
 Both start from the same weights (a score head of zeros, the same adapter) and see the same batches in the same order
-at the same constant learning rate. TRL runs without gradient checkpointing, in float32 as we do. Its padding token is
-one that ends no response, so both read the reward at a response's end token. The time is that of all steps; loading,
-tokenising and scoring are left out. Both models are then scored by the same plain transformers forward.
+at the same constant learning rate. TRL runs without gradient checkpointing, in float32 as we do, with the micro-batch
+(2, 4, 8 pairs or the whole batch) whose second step was the fastest. Its padding token is one that ends no response,
+so both read the reward at a response's end token. The time is that of all steps; loading, tokenising and scoring are
+left out. Both models are then scored by the same plain transformers forward.
 
 A set's test prompts are in none of its training pairs; one pair of each prompt is used.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from bench.harness.device import provenance
@@ -75,6 +76,8 @@ class Outcome:
     seconds: float
     first_loss: float
     last_loss: float
+    micro_batch: int | None
+    """Pairs of a forward of TRL's; None for packed tokens."""
     agreement: dict[str, Any]
 
 
@@ -109,11 +112,48 @@ def ours(name: str, groups: list[PrefixGroup], test: list[PrefixGroup], chat: Ch
         losses = [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
         save_reward(module, work / "policy", start=ref, tuning=options.tuning, chat=chat)
         found = judged(load_classifier(work / "policy"), test)
-    return Outcome(name, "macpo", len(losses), seconds, losses[0], losses[-1], found)
+    return Outcome(name, "macpo", len(losses), seconds, losses[0], losses[-1], None, found)
 
 
 def theirs(name: str, groups: list[PrefixGroup], test: list[PrefixGroup], chat: Chat, options: Options) -> Outcome:
     """Train by TRL, from the same weights, in the same order."""
+    batch = options.optim.batch
+    order = BatchOrder(len(groups), batch, options.optim.epochs, options.seed)
+    rows = [_row(groups[i]) for _, indices in order.steps() for i in indices]
+    sizes = [size for size in sorted({2, 4, 8, batch}) if batch % size == 0]
+    tried = {size: _trl(rows[: 2 * batch], chat, options, size) for size in sizes}
+    micro_batch = min(tried, key=lambda size: tried[size].step_seconds[-1])
+    done = _trl(rows, chat, options, micro_batch)
+    trained = done.model.merge_and_unload() if options.is_lora else done.model
+    found = judged(Classifier(trained.eval(), 0), test)
+    losses, seconds = done.losses, sum(done.step_seconds)
+    return Outcome(name, "TRL RewardTrainer", len(losses), seconds, losses[0], losses[-1], micro_batch, found)
+
+
+@dataclass(frozen=True)
+class TrlRun:
+    """What TRL made of some batches."""
+
+    model: Any
+    losses: list[float]
+    step_seconds: list[float]
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **more: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **more: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begun)
+
+
+def _trl(rows: list[dict[str, list[int]]], chat: Chat, options: Options, micro_batch: int) -> TrlRun:
+    """TRL's trainer over `rows`, in their order, `micro_batch` pairs a forward."""
     model: Any = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype=torch.float32)
     torch.nn.init.zeros_(model.score.weight)
     tokenizer = chat.hf_tokenizer()
@@ -122,15 +162,15 @@ def theirs(name: str, groups: list[PrefixGroup], test: list[PrefixGroup], chat: 
     if isinstance(options.tuning, LoraSettings):
         model = with_adapter(model, options)
     optim = options.optim
-    order = BatchOrder(len(groups), optim.batch, optim.epochs, options.seed)
-    rows = [_row(groups[i]) for _, indices in order.steps() for i in indices]
+    times = StepTimes()
     with tempfile.TemporaryDirectory() as made:
         config = RewardConfig(
             made,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=optim.batch,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=optim.batch // micro_batch,
             num_train_epochs=1,  # the epochs' own orders lie one after the other
             learning_rate=optim.learning_rate,
             lr_scheduler_type="constant",
@@ -143,14 +183,11 @@ def theirs(name: str, groups: list[PrefixGroup], test: list[PrefixGroup], chat: 
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = RewardTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        start = time.perf_counter()
+        data = Dataset.from_list(rows)
+        trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[times])
         trainer.train()
-        seconds = time.perf_counter() - start
-        losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    trained = model.merge_and_unload() if options.is_lora else model
-    found = judged(Classifier(trained.eval(), 0), test)
-    return Outcome(name, "TRL RewardTrainer", len(losses), seconds, losses[0], losses[-1], found)
+    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    return TrlRun(model, losses, times.seconds)
 
 
 def with_adapter(model: Any, options: Options) -> Any:
