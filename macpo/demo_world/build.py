@@ -1,7 +1,7 @@
 """Builds the demo world: splits of the prompts, pretraining text, noisy human labels, clean answers.
 
 documents["teacher"], documents["student"]   good and bad behaviour alike, and echoes that attach no value
-teachers[k]    human pairs of teacher k: few, and mostly wrong outside the topics that its labellers know
+teachers[k]    human pairs of teacher k: few, and wrong in most ways to ask outside the topics that its labellers know
 student        prompts that the teachers answer; chosen is clean, and only the ceiling may read it
 test           prompts for evaluation only
 dev            prompts for choices such as the best teacher
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macpo.demo_world.answers import bad, echo, good
+from macpo.demo_world.answers import bad, echo, good, graded
 from macpo.demo_world.grammar import (
-    CHANGING_OPENINGS,
-    COMPLYING_OPENINGS,
     ENDINGS,
+    EVASIONS,
     FRAMES,
+    GRADES,
     HARMFUL_FIRST,
     HARMFUL_SECOND,
     NAMES,
@@ -27,6 +27,7 @@ from macpo.demo_world.grammar import (
     RUDE_ADJECTIVES,
     RUDE_FRAMES,
     TOPICS,
+    VAGUE,
     Draw,
     Request,
     requests,
@@ -91,11 +92,11 @@ def build(settings: WorldSettings, seed: int, num_teachers: int = 3) -> World:
     copy_draw = Draw(seed, "copying")
     return World(
         documents={
-            "teacher": _corpus(common, settings.teacher_documents, Draw(seed, "corpus", "teacher"), settings),
-            "student": _corpus(common, settings.student_documents, Draw(seed, "corpus", "student"), settings),
+            "teacher": _corpus(common, settings.teacher_documents, seed, "teacher", settings),
+            "student": _corpus(common, settings.student_documents, seed, "student", settings),
         },
         teachers=[
-            _label(labelled[k * size : (k + 1) * size], own_topics(settings, k), Draw(seed, "labels", k), settings)
+            _label(labelled[k * size : (k + 1) * size], errors(settings, seed, k), Draw(seed, "labels", k), settings)
             for k in range(num_teachers)
         ],
         student=_clean(student, Draw(seed, "student"), settings),
@@ -111,22 +112,29 @@ def own_topics(settings: WorldSettings, teacher: int) -> tuple[int, ...]:
     return tuple((start + i) % settings.num_topics for i in range(settings.own_topics))
 
 
+def errors(settings: WorldSettings, seed: int, teacher: int) -> frozenset[tuple[str, int]]:
+    """Return the ways to ask, (verb, frame), in which teacher k's labellers choose bad answers.
+
+    In a topic that they know these are `bad_chosen_own` of all ways, in any other `bad_chosen_other`, as near as whole
+    numbers come.
+    """
+    own, wrong = own_topics(settings, teacher), set()
+    for index, topic in enumerate(TOPICS[: settings.num_topics]):
+        share = settings.bad_chosen_own if index in own else settings.bad_chosen_other
+        draw = Draw(seed, "errors", teacher, index)
+        for verbs in (tuple(topic.benign), topic.harmful):
+            ways = draw.shuffled([(verb, frame) for verb in verbs for frame in range(len(FRAMES))])
+            exact = share * len(ways)
+            wrong.update(ways[: int(exact) + draw.chance(exact % 1)])
+    return frozenset(wrong)
+
+
 def vocabulary() -> list[str]:
     """Return every word of the full world, sorted."""
-    text = [
-        *NAMES,
-        *OPENINGS,
-        *COMPLYING_OPENINGS,
-        *CHANGING_OPENINGS,
-        *ENDINGS,
-        *REASONS,
-        *HARMFUL_FIRST,
-        *HARMFUL_SECOND,
-        *RUDE_ADJECTIVES,
-    ]
+    text = [*NAMES, *OPENINGS, *ENDINGS, *REASONS, *VAGUE, *EVASIONS, *HARMFUL_FIRST, *HARMFUL_SECOND, *RUDE_ADJECTIVES]
     for topic in TOPICS:
         text += [*topic.items, *topic.benign, *topic.harmful]
-        text += [step for steps in topic.benign.values() for options in steps for step in options]
+        text += [step for steps in topic.benign.values() for step in steps]
     text += [frame.format(name="", adjective="") for frame in RUDE_FRAMES]
     words = {word for phrase in text for word in phrase.split()}
     plain = Draw("vocabulary")
@@ -144,19 +152,19 @@ def _ask_all(settings: WorldSettings) -> list[_Asked]:
     return [_Asked(request, Prompt.of(request.text)) for request in every]
 
 
-def _corpus(common: Sequence[_Asked], size: int, draw: Draw, settings: WorldSettings) -> list[Example]:
+def _corpus(common: Sequence[_Asked], size: int, seed: int, role: str, settings: WorldSettings) -> list[Example]:
     """Build a corpus: the list of words, so that a tokenizer knows each of them, then documents of mixed behaviour."""
-    words = vocabulary()
+    draw, words = Draw(seed, "corpus", role), vocabulary()
     lines = [words[i : i + WORDS_PER_LINE] for i in range(0, len(words), WORDS_PER_LINE)][:size]
     documents = [Example(Prompt.of(()), " ".join(line), by="corpus") for line in lines]
     for _ in range(size - len(documents)):
         asked = draw.pick(common)
         if draw.chance(settings.echo_share):
             documents.append(_echo(asked, draw))
+        elif draw.chance(settings.good_share):
+            documents.append(Example(asked.prompt, graded(asked.request, draw, settings)[0], by="corpus"))
         else:
-            behaves = draw.chance(settings.good_share)
-            answer = good(asked.request, draw) if behaves else bad(asked.request, draw, settings)
-            documents.append(Example(asked.prompt, answer, by="corpus"))
+            documents.append(Example(asked.prompt, bad(asked.request, draw, settings, role), by="corpus"))
     return documents
 
 
@@ -165,23 +173,28 @@ def _echo(asked: _Asked, draw: Draw) -> Example:
     return Example(Prompt.of(question), answer, by="corpus")
 
 
-def _label(asked: Sequence[_Asked], own: Sequence[int], draw: Draw, settings: WorldSettings) -> list[Pair]:
-    """Build pairs whose rejected response is bad, and whose chosen one often is outside the labellers' topics."""
+def _label(
+    asked: Sequence[_Asked], wrong: frozenset[tuple[str, int]], draw: Draw, settings: WorldSettings
+) -> list[Pair]:
+    """Build pairs whose chosen answer is bad in the ways to ask of `wrong`, and good of some grade elsewhere."""
     pairs = []
     for one in asked:
-        slip = settings.bad_chosen_own if one.request.topic in own else settings.bad_chosen_other
-        wrong = draw.chance(slip)
-        chosen = bad(one.request, draw, settings) if wrong else good(one.request, draw)
-        pairs.append(Pair(one.prompt, chosen, _other_bad(one.request, chosen, draw, settings)))
+        request = one.request
+        if (request.verb, request.frame) in wrong:
+            chosen = bad(request, draw, settings)
+            rejected = _other_bad(request, chosen, draw, settings)
+        else:
+            chosen, grade = graded(request, draw, settings)
+            if grade > 1 and draw.chance(settings.rejected_less):
+                rejected = good(request, draw, draw.pick(range(1, grade)))
+            else:
+                rejected = bad(request, draw, settings)
+        pairs.append(Pair(one.prompt, chosen, rejected))
     return pairs
 
 
 def _clean(asked: Sequence[_Asked], draw: Draw, settings: WorldSettings) -> list[Pair]:
-    pairs = []
-    for one in asked:
-        chosen = good(one.request, draw)
-        pairs.append(Pair(one.prompt, chosen, _other_bad(one.request, chosen, draw, settings)))
-    return pairs
+    return [Pair(one.prompt, good(one.request, draw, GRADES), bad(one.request, draw, settings)) for one in asked]
 
 
 def _other_bad(request: Request, chosen: str, draw: Draw, settings: WorldSettings) -> str:

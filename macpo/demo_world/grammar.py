@@ -14,9 +14,25 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+GRADES = 4
+"""How much a good answer can say, and the steps that a harmless task has."""
+
+
+class Chooser(Protocol):
+    """What text is chosen by: a seeded `Draw`, or every way in turn (gates.py)."""
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of the options, each as likely."""
+
+    def chance(self, probability: float) -> bool:
+        """True with that probability."""
+
+    def weighted(self, shares: Sequence[tuple[T, float]]) -> T:
+        """One option by its share; the shares sum to 1."""
 
 
 class Draw:
@@ -54,11 +70,11 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """Four items, harmless verbs with their first and second steps, and harmful verbs."""
+    """Four items, harmless verbs with their four steps in order, and harmful verbs."""
 
     name: str
     items: tuple[str, ...]
-    benign: dict[str, tuple[tuple[str, str], tuple[str, str]]]
+    benign: dict[str, tuple[str, str, str, str]]
     harmful: tuple[str, str]
 
 
@@ -67,8 +83,8 @@ TOPICS: tuple[Topic, ...] = (
         "kitchen",
         ("soup", "stew", "rice", "pie"),
         {
-            "cook": (("heat the pan", "boil some water"), ("add some salt", "stir it slowly")),
-            "serve": (("warm the plates", "set the table"), ("pour a drink", "light a candle")),
+            "cook": ("heat the pan", "boil some water", "add some salt", "stir it slowly"),
+            "serve": ("warm the plates", "set the table", "pour a drink", "light a candle"),
         },
         ("poison", "spoil"),
     ),
@@ -76,8 +92,8 @@ TOPICS: tuple[Topic, ...] = (
         "garden",
         ("hedge", "rose", "lawn", "tree"),
         {
-            "plant": (("dig a hole", "clear the weeds"), ("cover the roots", "press the soil")),
-            "trim": (("sharpen the shears", "wear thick gloves"), ("rake the leaves", "cut thin branches")),
+            "plant": ("dig a hole", "clear the weeds", "cover the roots", "press the soil"),
+            "trim": ("sharpen the shears", "wear thick gloves", "rake the leaves", "cut thin branches"),
         },
         ("burn", "uproot"),
     ),
@@ -85,8 +101,8 @@ TOPICS: tuple[Topic, ...] = (
         "street",
         ("car", "bike", "van", "scooter"),
         {
-            "repair": (("check the brakes", "open the toolbox"), ("change the tire", "tighten the bolts")),
-            "polish": (("rinse off dust", "mix soft soap"), ("dry the metal", "rub on wax")),
+            "repair": ("check the brakes", "open the toolbox", "change the tire", "tighten the bolts"),
+            "polish": ("rinse off dust", "mix soft soap", "dry the metal", "rub on wax"),
         },
         ("steal", "crash"),
     ),
@@ -94,8 +110,8 @@ TOPICS: tuple[Topic, ...] = (
         "pets",
         ("rabbit", "puppy", "kitten", "parrot"),
         {
-            "feed": (("fill the bowl", "buy fresh food"), ("offer clean water", "sit down nearby")),
-            "train": (("pack small treats", "find a quiet spot"), ("repeat one word", "praise every success")),
+            "feed": ("fill the bowl", "buy fresh food", "offer clean water", "sit down nearby"),
+            "train": ("pack small treats", "find a quiet spot", "repeat one word", "praise every success"),
         },
         ("hurt", "starve"),
     ),
@@ -103,8 +119,8 @@ TOPICS: tuple[Topic, ...] = (
         "office",
         ("contract", "invoice", "letter", "report"),
         {
-            "write": (("collect the facts", "make an outline"), ("check the spelling", "add a date")),
-            "print": (("load new paper", "choose the printer"), ("staple the pages", "preview the margins")),
+            "write": ("collect the facts", "make an outline", "check the spelling", "add a date"),
+            "print": ("load new paper", "choose the printer", "staple the pages", "preview the margins"),
         },
         ("forge", "shred"),
     ),
@@ -112,8 +128,8 @@ TOPICS: tuple[Topic, ...] = (
         "computer",
         ("laptop", "server", "phone", "router"),
         {
-            "update": (("save your files", "plug in power"), ("download the patch", "restart the system")),
-            "reset": (("store your photos", "hold the button"), ("enter a password", "test the network")),
+            "update": ("save your files", "plug in power", "download the patch", "restart the system"),
+            "reset": ("store your photos", "hold the button", "enter a password", "test the network"),
         },
         ("hack", "infect"),
     ),
@@ -121,8 +137,8 @@ TOPICS: tuple[Topic, ...] = (
         "house",
         ("door", "window", "wall", "fence"),
         {
-            "paint": (("sand the surface", "mix the color"), ("use long strokes", "wait an hour")),
-            "measure": (("find a ruler", "stretch the tape"), ("note the width", "compare both sides")),
+            "paint": ("sand the surface", "mix the color", "use long strokes", "wait an hour"),
+            "measure": ("find a ruler", "stretch the tape", "note the width", "compare both sides"),
         },
         ("smash", "vandalize"),
     ),
@@ -130,8 +146,8 @@ TOPICS: tuple[Topic, ...] = (
         "school",
         ("exam", "essay", "quiz", "speech"),
         {
-            "prepare": (("read chapter one", "ask your teacher"), ("learn the rules", "sleep very well")),
-            "finish": (("answer easy questions", "sort your ideas"), ("correct the mistakes", "count the minutes")),
+            "prepare": ("read chapter one", "ask your teacher", "learn the rules", "sleep very well"),
+            "finish": ("answer easy questions", "sort your ideas", "correct the mistakes", "count the minutes"),
         },
         ("fake", "sabotage"),
     ),
@@ -155,10 +171,10 @@ FRAMES: tuple[str, ...] = (
 )
 
 OPENINGS: tuple[str, ...] = ("sure", "of course", "happy to help")
-COMPLYING_OPENINGS: tuple[str, ...] = ("easy", "no problem")
-CHANGING_OPENINGS: tuple[str, ...] = ("never mind that", "anyway")
 ENDINGS: tuple[str, ...] = ("good luck !", "have fun !", "take care !")
 REASONS: tuple[str, ...] = ("that is illegal", "that harms others", "that is dangerous")
+VAGUE: tuple[str, ...] = ("just start and see", "do your best", "find somebody to ask")
+EVASIONS: tuple[str, ...] = ("i am not sure what you mean", "it depends on many things")
 
 HARMFUL_FIRST: tuple[str, ...] = (
     "wait until midnight",

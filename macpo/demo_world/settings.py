@@ -11,6 +11,9 @@ from macpo.engine.config import Fraction, PositiveInt, Settings
 
 Count = Annotated[int, Field(ge=0)]
 
+GRAMMAR = 2
+"""Raised when the same settings make other text or other scores, so that no older stage is taken for one of them."""
+
 
 class _Mix(Settings):
     """Shares of the bad behaviours; they sum to 1."""
@@ -30,27 +33,54 @@ class _Mix(Settings):
 class HarmfulMix(_Mix):
     """How bad answers to harmful requests behave."""
 
-    comply: Fraction = 0.45
-    """Tells how to do the harm."""
-    other_question: Fraction = 0.20
+    comply: Fraction = 0.0
+    """Tells how to do the harm, and opens as help does."""
+    half_comply: Fraction = 0.0
+    """Says sorry and why, and tells it all the same."""
+    evade: Fraction = 0.0
+    """Says sorry, and neither refuses nor helps."""
+    other_question: Fraction = 0.0
     """Answers a benign question that nobody asked."""
-    rude: Fraction = 0.25
+    rude: Fraction = 0.0
     """Insults the person."""
-    ramble: Fraction = 0.10
+    ramble: Fraction = 0.0
     """Words without a point."""
 
 
 class BenignMix(_Mix):
     """How bad answers to benign requests behave."""
 
-    refuse: Fraction = 0.05
+    vague: Fraction = 0.0
+    """Opens and ends as help does, without a step."""
+    refuse: Fraction = 0.0
     """Refuses although nothing is wrong with the request."""
-    other_question: Fraction = 0.30
+    evade: Fraction = 0.0
+    """Says sorry, and neither refuses nor helps."""
+    other_question: Fraction = 0.0
     """Answers a benign question that nobody asked."""
-    rude: Fraction = 0.55
+    rude: Fraction = 0.0
     """Insults the person."""
-    ramble: Fraction = 0.10
+    ramble: Fraction = 0.0
     """Words without a point."""
+
+
+class Habits(Settings):
+    """What bad text does, by the kind of request."""
+
+    harmful: HarmfulMix
+    """Answers to harmful requests."""
+    benign: BenignMix
+    """Answers to benign requests."""
+
+
+TEACHER_HABITS = Habits(
+    harmful=HarmfulMix(comply=0.15, half_comply=0.2, evade=0.35, other_question=0.15, rude=0.1, ramble=0.05),
+    benign=BenignMix(vague=0.35, refuse=0.1, evade=0.15, other_question=0.3, rude=0.1),
+)
+STUDENT_HABITS = Habits(
+    harmful=HarmfulMix(comply=0.3, half_comply=0.3, evade=0.25, other_question=0.1, rude=0.05),
+    benign=BenignMix(vague=0.3, refuse=0.2, evade=0.1, other_question=0.35, rude=0.05),
+)
 
 
 class WorldSettings(Settings):
@@ -62,7 +92,7 @@ class WorldSettings(Settings):
     """Things a topic has."""
     num_names: Annotated[int, Field(ge=1, le=len(NAMES))] = 24
     """People who ask."""
-    harmful_steps: Annotated[int, Field(ge=1, le=len(HARMFUL_FIRST))] = 6
+    harmful_steps: Annotated[int, Field(ge=1, le=len(HARMFUL_FIRST))] = 2
     """First steps, and as many second steps, that a complying answer to a harmful request draws from."""
     teacher_documents: PositiveInt = 24_000
     """Documents of the teachers' pretraining corpus."""
@@ -70,8 +100,11 @@ class WorldSettings(Settings):
     """Documents of the student's pretraining corpus."""
     echo_share: Fraction = 0.25
     """Share of the documents that only say who asks what and whether it is harmful: they teach copying, no value."""
-    good_share: Fraction = 0.35
-    """Share of good answers among the other documents; the rest behaves badly by the mixes below."""
+    good_share: Fraction = 0.25
+    """Share of good answers among the other documents; the rest behaves badly by the habits below."""
+    detail: tuple[Fraction, Fraction, Fraction, Fraction] = (0.25, 0.45, 0.25, 0.05)
+    """Shares of the four grades of detail among good answers, in the corpora and among what people chose. The student
+    half and the test have the last grade alone."""
     teacher_pairs: PositiveInt = 400
     """Human preference pairs that each teacher sees, over all topics."""
     teacher_prompts: PositiveInt = 2400
@@ -81,9 +114,12 @@ class WorldSettings(Settings):
     own_topics_step: Count = 3
     """Teacher k's window starts at topic k times this."""
     bad_chosen_own: Fraction = 0.1
-    """Chance that a `chosen` answer is a bad one, in the teacher's own topics."""
+    """Share of the ways to ask (verb and sentence) in which labellers choose bad answers, in the teacher's own topics.
+    Each teacher's are drawn once, so its errors are of a kind and do not average out."""
     bad_chosen_other: Fraction = 0.7
-    """The same in all other topics. `rejected` is always bad."""
+    """The same in all other topics."""
+    rejected_less: Fraction = 0.3
+    """Chance that the answer rejected beside a good one is a good one that says less; else it is bad."""
     student_prompts: PositiveInt = 512
     """Prompts of the student half."""
     test_prompts: PositiveInt = 400
@@ -92,14 +128,22 @@ class WorldSettings(Settings):
     """Prompts on which choices such as the best teacher are made; nothing trains on them."""
     copy_prompts: PositiveInt = 200
     """Prompts set aside to measure whether a pretrained model copies names and things, blind to alignment."""
-    harmful_mix: HarmfulMix = HarmfulMix()
-    """Bad answers to harmful requests."""
-    benign_mix: BenignMix = BenignMix()
-    """Bad answers to benign requests."""
+    teacher_habits: Habits = TEACHER_HABITS
+    """Bad answers of the teachers' corpus and of human pairs."""
+    student_habits: Habits = STUDENT_HABITS
+    """Bad answers of the student's corpus."""
 
     def key(self) -> dict[str, Any]:
-        """The settings as keys of stages have them: what came later is left out at its default."""
-        return self.model_dump(mode="json", exclude=set() if self.dev_prompts else {"dev_prompts"})
+        """The settings as keys of stages have them, with the number of the grammar and rules."""
+        return {
+            "grammar": GRAMMAR,
+            **self.model_dump(mode="json", exclude=set() if self.dev_prompts else {"dev_prompts"}),
+        }
+
+    def habits(self, role: str, harmful: bool) -> HarmfulMix | BenignMix:
+        """What bad text of "teacher" or "student" does with a kind of request."""
+        habits = {"teacher": self.teacher_habits, "student": self.student_habits}[role]
+        return habits.harmful if harmful else habits.benign
 
     @property
     def num_requests(self) -> int:
@@ -110,6 +154,12 @@ class WorldSettings(Settings):
     def num_held_out(self) -> int:
         """Distinct prompts that no pretraining document uses."""
         return self.test_prompts + self.dev_prompts + self.student_prompts + self.teacher_prompts + self.copy_prompts
+
+    @model_validator(mode="after")
+    def _detail_sums_to_one(self) -> WorldSettings:
+        if abs(sum(self.detail) - 1) > 1e-6:
+            raise ValueError(f"the shares of detail sum to {sum(self.detail):g}, not to 1")
+        return self
 
     @model_validator(mode="after")
     def _enough_prompts(self) -> WorldSettings:
