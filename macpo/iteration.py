@@ -32,7 +32,10 @@ def macpo(steps: Steps) -> None:
     for t in range(1, recipe.iterations + 1):
         if student.train:  # the student learns from the teachers' best answers against its own bad habits
             candidates = {student.name: steps.own_sample(student, t, positive)} if own_samples else answers
-            scores = steps.score(student, t, positive[student.name], candidates)
+            if t == 1 and recipe.positives.cross_fit:  # a variant: no label is scored by a student that learnt it
+                scores = steps.cross_score(examples[0], candidates)
+            else:
+                scores = [steps.score(student, t, positive[student.name], candidates)]
             bad = steps.negatives_for(student, t, positive, negative, bad_answers)
             positive[student.name] = steps.prefer(
                 student, t, positive[student.name], steps.student_pairs(t, scores, bad)

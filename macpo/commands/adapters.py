@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.engine.config import LoraSettings, Tuning
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.loading import local_folder, refuse_adapter, weight_files

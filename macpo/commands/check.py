@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from macpo.agent_settings import AgentSettings
 from macpo.commands.check_rows import Reading, Rows, encode_rows
 from macpo.commands.preflight import preflight
-from macpo.config import AgentSettings, Recipe
+from macpo.config import Recipe
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat, boundary_mismatches
 from macpo.engine.data.messages import Message

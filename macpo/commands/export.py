@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from macpo.agent_settings import AgentSettings
 from macpo.commands.model_card import Exported, model_card
-from macpo.config import AgentSettings
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError

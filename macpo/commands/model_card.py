@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from macpo import __version__
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import printable

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from macpo.config import AgentSettings, Recipe
+from macpo.agent_settings import AgentSettings
+from macpo.config import Recipe
 from macpo.data.rows import Source
 from macpo.engine.config import LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError

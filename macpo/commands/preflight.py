@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from macpo.agent_settings import AgentSettings
 from macpo.commands.adapters import check_adapter, check_targets
 from macpo.commands.named import Model, adapters_of, agents_of, four_bits, models_of, sources_of
 from macpo.commands.planning.estimates import disk_needed
 from macpo.commands.preflight_scorers import scorer_checks
-from macpo.config import AgentSettings, Recipe
+from macpo.config import Recipe
 from macpo.data.folders import data_files
 from macpo.data.rows import Source, is_local
 from macpo.engine.data.chat import load_tokenizer

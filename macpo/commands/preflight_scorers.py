@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from macpo.config import AgentSettings, Recipe
+from macpo.agent_settings import AgentSettings
+from macpo.config import Recipe
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ResourceError
 from macpo.engine.models.compute import memory_budget

@@ -23,6 +23,7 @@ from macpo.engine.training.trainer import CONTINUED, SCRATCH, train
 from macpo.method.costs import STEP_BYTES, Cost, RunSize, Shape, TrainingCost
 from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
+from macpo.method.positives import Half, half_of
 from macpo.method.reference import Reference, read_reference
 
 
@@ -124,6 +125,8 @@ class Imitate(LearningStage):
     file: str
     side: Literal["chosen", "rejected", "answer"]
     """Which side of pairs; `answer` where the file holds examples."""
+    half: Half | None = None
+    """Only the examples of these prompts."""
     inputs: ImitateInputs
 
     def run(self, ctx: StageContext) -> None:
@@ -133,6 +136,8 @@ class Imitate(LearningStage):
             examples = read_records(path, Example)
         else:
             examples = [pair.example(self.side) for pair in read_records(path, Pair)]
+        if self.half is not None:
+            examples = [example for example in examples if half_of(example.prompt.id) == self.half]
         groups, kept, counts = encode_examples(policy, examples)
         ctx.note(examples=len(groups), **counts)
         objective = self.objective()
@@ -143,7 +148,8 @@ class Imitate(LearningStage):
         return sft()
 
     def num_rows(self, run: RunSize) -> int:
-        return run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
+        prompts = run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
+        return prompts if self.half is None else prompts // 2
 
 
 class PreferInputs(PolicyInputs):

@@ -27,6 +27,8 @@ class _Positive:
 class StudentPairInputs(StageInputs):
     data: str
     scores: str
+    other_half: str | None = None
+    """The scores of the other half of the prompts, where halves were scored by policies of their own."""
     negatives: dict[str, str]
     """Agent -> the stage in which its negative policy answered."""
 
@@ -34,7 +36,7 @@ class StudentPairInputs(StageInputs):
 class StudentPairs(MethodStage):
     """The kept candidate of every prompt against the negative response; writes `scores.jsonl` and `pairs.jsonl`.
 
-    The kept candidate's log-prob goes along: the scorer is the policy about to be trained.
+    The kept candidate's log-prob goes along where the scorer is the policy about to be trained.
     """
 
     name = "student_pairs"
@@ -43,11 +45,15 @@ class StudentPairs(MethodStage):
     inputs: StudentPairInputs
 
     def run(self, ctx: StageContext) -> None:
-        rows, positives = [], {}
-        for prompt_id, candidates in sorted(read_candidates(ctx.input(self.inputs.scores)).items()):
+        rows, positives, other = [], {}, self.inputs.other_half
+        scored = read_candidates(ctx.input(self.inputs.scores))
+        if other is not None:
+            scored |= read_candidates(ctx.input(other))
+        for prompt_id, candidates in sorted(scored.items()):
             index, why = choose(candidates, self.selection, self.seed, prompt_id)
             kept = candidates[index]
-            positives[prompt_id] = _Positive(kept.text, kept.finished, kept.by, kept.sum_logp)
+            logp = kept.sum_logp if other is None else None
+            positives[prompt_id] = _Positive(kept.text, kept.finished, kept.by, logp)
             written = [asdict(each) for each in candidates]
             rows.append({"prompt_id": prompt_id, "candidates": written, "kept": index, "why": why})
         write_jsonl(ctx.dir / "scores.jsonl", rows)

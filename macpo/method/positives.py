@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +37,15 @@ class Candidate:
     perplexity: float
 
 
+Half = Literal[0, 1]
+"""Of the student's prompts, for a cross-fitted choice."""
+
+
+def half_of(prompt_id: str) -> int:
+    """Which half a prompt is in, by its id alone."""
+    return hashlib.sha256(f"half/{prompt_id}".encode()).digest()[0] & 1
+
+
 class ScoreInputs(PolicyDataInputs):
     answers: dict[str, str]
     """Agent -> the stage in which it answered."""
@@ -48,6 +59,8 @@ class ScoreCandidates(PolicyStage):
     """The agent whose responses the scoring weights drew themselves. In float32 these need not be scored again where
     the tokens of the text are those that were drawn. In 16 bits scoring and generation round differently, and
     reference log-probs come from here."""
+    half: Half | None = None
+    """Only these prompts are scored, by weights that learnt from the others' labels."""
     inputs: ScoreInputs
 
     def run(self, ctx: StageContext) -> None:
@@ -55,6 +68,8 @@ class ScoreCandidates(PolicyStage):
         answers = answers_by_agent(ctx, self.inputs.answers)
         items: list[tuple[Prompt, list[Response]]] = []
         for prompt in read_records(ctx.input(self.inputs.data) / "student.jsonl", Prompt):
+            if self.half is not None and half_of(prompt.id) != self.half:
+                continue
             given = [answers[name][prompt.id] for name in sorted(answers) if prompt.id in answers[name]]
             if given:
                 items.append((prompt, given))
@@ -82,10 +97,13 @@ class ScoreCandidates(PolicyStage):
 
     def cost(self, run: RunSize) -> Cost:
         responses = len(self.inputs.answers) * run.response_tokens
-        return self.forward(run, run.student_prompts * (run.prompt_tokens + responses))
+        return self.forward(run, self._num_prompts(run) * (run.prompt_tokens + responses))
 
     def disk_bytes(self, run: RunSize) -> float:
-        return run.student_prompts * run.row_bytes(len(self.inputs.answers), prompt=False)
+        return self._num_prompts(run) * run.row_bytes(len(self.inputs.answers), prompt=False)
+
+    def _num_prompts(self, run: RunSize) -> float:
+        return run.student_prompts * (1 if self.half is None else 0.5)
 
 
 def as_generated(response: Response, ids: list[int]) -> Likelihood | None:

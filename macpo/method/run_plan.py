@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.data_settings import SourceSettings, TemplateArguments
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.template_settings import date_of

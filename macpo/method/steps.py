@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from macpo.config import AgentSettings, Recipe, TrainingSettings
+from macpo.agent_settings import AgentSettings
+from macpo.config import Recipe, TrainingSettings
 from macpo.evaluation.summary import Role
 from macpo.method.answers import Answer, ServedModel
 from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy, HeldOut
@@ -13,7 +14,7 @@ from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.negatives import WeakNegativeInputs, WeakNegativeLabels
 from macpo.method.pairs import StudentPairInputs, StudentPairs, TeacherPairInputs, TeacherPairs
 from macpo.method.policies import PolicyDataInputs
-from macpo.method.positives import ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
+from macpo.method.positives import Half, ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
 from macpo.method.prompt_sets import HumanAnswers, PromptSets, SplitPrompts
 from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName, pretrains
 from macpo.method.scoring.planned import ScorerStages
@@ -56,6 +57,7 @@ class Steps(Builder):
         examples: tuple[StageName, str],
         side: Side,
         name: str | None = None,
+        half: Half | None = None,
     ) -> StageName | None:
         """SFT of an initial policy, unless the recipe brings it ready; with a `name`, of one that is trained anyway."""
         if name is None and (getattr(agent, policy) is not None or agent.served is not None):
@@ -67,6 +69,7 @@ class Steps(Builder):
             tuning=agent.tuning,
             file=file,
             side=side,
+            half=half,
             seed=self.seed(agent, policy),
             inputs=ImitateInputs(base=self.base(agent), examples=folder, policy=start),
             compute=self.compute,
@@ -155,6 +158,7 @@ class Steps(Builder):
         start: StageName | None,
         answers: Mapping[str, StageName],
         name: str | None = None,
+        half: Half | None = None,
     ) -> StageName:
         """Perplexity of every candidate under the agent's policy (t = 0: under its base model)."""
         own = None
@@ -163,10 +167,22 @@ class Steps(Builder):
         work = ScoreCandidates(
             policy=self.policy(agent, ready=agent.positive if start is None and t > 0 else None),
             own=own,
+            half=half,
             inputs=ScoreInputs(base=self.base(agent), data=self.data, policy=start, answers=dict(answers)),
             compute=self.compute,
         )
         return self.add(name or (f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score"), work)
+
+    def cross_score(self, examples: tuple[StageName, str], answers: Mapping[str, StageName]) -> list[StageName]:
+        """The candidates of each half of the prompts, by a student that learnt from the labels of the other half."""
+        student, scores = self.student, []
+        for half, other in ((0, 1), (1, 0)):
+            policy = self.imitate(
+                student, "positive", None, examples, "answer", f"init-{student.name}-half{other}", other
+            )
+            name = f"iter1-{student.name}-score-half{half}"
+            scores.append(self.score(student, 1, policy, answers, name, half))
+        return scores
 
     def negatives_for(
         self,
@@ -187,8 +203,10 @@ class Steps(Builder):
             return {donor.name: bad_answers[donor.name] for donor in donors}
         return {d.name: self.answer(d, "negative", t, negative[d.name], draw=t) for d in donors}
 
-    def student_pairs(self, t: int, scores: StageName, bad: dict[str, StageName]) -> StageName:
-        inputs = StudentPairInputs(data=self.data, scores=scores, negatives=bad)
+    def student_pairs(self, t: int, scores: Sequence[StageName], bad: dict[str, StageName]) -> StageName:
+        """`scores`: of all prompts, or of each half."""
+        first, other = scores if len(scores) == 2 else (scores[0], None)
+        inputs = StudentPairInputs(data=self.data, scores=first, other_half=other, negatives=bad)
         work = StudentPairs(selection=self.recipe.positives.selection, seed=self.recipe.seed, inputs=inputs)
         return self.add(f"iter{t}-{self.student.name}-select", work)
 

@@ -7,7 +7,7 @@ averaged. The student learns from the labels by DPO.
 
 from __future__ import annotations
 
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.engine.files import write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.engine.config import OptimSettings
 from macpo.iteration import macpo
 from macpo.method.learning import Imitate, ImitateInputs

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Self
 
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.engine.data.records import Pair, Prompt, Response, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_jsonl, write_jsonl

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from macpo.config import AgentSettings, check_reference
+from macpo.agent_settings import AgentSettings
+from macpo.config import check_reference
 from macpo.data_settings import SourceSettings, TemplateArguments
 from macpo.engine.config import (
     ComputeSettings,

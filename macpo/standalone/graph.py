@@ -5,7 +5,7 @@ data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
 
 from __future__ import annotations
 
-from macpo.config import AgentSettings
+from macpo.agent_settings import AgentSettings
 from macpo.method.identities import Identities
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.run_plan import Builder, Plan, Point, StageName, pretrains

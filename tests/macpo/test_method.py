@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import tiny
 
 from macpo.commands.planning.estimates import size_of
 from macpo.commands.run import run
-from macpo.config import Recipe
+from macpo.config import PositiveSettings, Recipe
 from macpo.data_settings import DataSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
-from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records, write_records
+from macpo.engine.data.records import Example, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.models.compute import model_cache
@@ -27,7 +28,7 @@ from macpo.engine.scoring import score
 from macpo.method.encoding import encode
 from macpo.method.learning import Imitate
 from macpo.method.pairs import TeacherPairInputs, TeacherPairs
-from macpo.method.positives import as_generated
+from macpo.method.positives import Candidate, as_generated, half_of, read_candidates
 from macpo.method.prompt_sets import read_sources
 from macpo.methods.registry import build_plan
 
@@ -150,6 +151,7 @@ ARMS = {
     "own-against-own": {"positives.source": "own", "negatives.source": "previous-positive"},
     "no-mutual": {"mutual_learning": False},
     "fresh-negatives": {"negatives.refresh": True},
+    "cross-fit": {"positives.cross_fit": True},
     "filtered-labels": {"initial.weak_label": "min-perplexity", "iterations": 0},
     "one-labeller": {"initial.weak_label": "teacher1", "iterations": 0},
 }
@@ -191,6 +193,34 @@ def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) 
     teachers = summary["arms"]["no-mutual"]["teacher0"]["scores"]
     assert teachers[0]["gold"] == teachers[1]["gold"]
     assert [s["iteration"] for s in summary["arms"]["filtered-labels"]["student"]["scores"]] == [0]
+
+
+def test_a_cross_fitted_choice_scores_no_prompt_by_a_student_that_learnt_its_label(with_arms: Path) -> None:
+    labels = {e.prompt.id for e in read_records(folder_of(with_arms, "init-weak-labels") / "examples.jsonl", Example)}
+    scored: dict[str, list[Candidate]] = {}
+    for half in (0, 1):
+        learnt = {i for i in labels if half_of(i) != half}
+        trained = folder_of(with_arms, f"cross-fit.init-student-half{1 - half}")
+        counts = read_json(trained / "timing.json")["counts"]
+        assert 0 < counts["examples"] <= len(learnt) < len(labels)
+        found = read_candidates(folder_of(with_arms, f"cross-fit.iter1-student-score-half{half}"))
+        assert found and not set(found) & learnt and all(half_of(i) == half for i in found)
+        scored |= found
+    assert set(scored) == set(read_candidates(folder_of(with_arms, "iter1-student-score")))
+    select = folder_of(with_arms, "cross-fit.iter1-student-select")
+    for _, row in read_jsonl(select / "scores.jsonl"):
+        perplexities = [each.perplexity for each in scored[row["prompt_id"]]]
+        assert row["kept"] == perplexities.index(min(perplexities))
+    pairs = read_records(select / "pairs.jsonl", Pair)
+    assert pairs and all(p.ref_chosen_logp is None for p in pairs), "the scorer is not the policy about to be trained"
+    (_, first), *_ = read_jsonl(folder_of(with_arms, "cross-fit.iter1-student-train") / "metrics.jsonl")
+    assert first["loss"] - 0.2 * first["sft_loss"] == pytest.approx(0.6931472, abs=2e-6)
+
+
+def test_cross_fit_is_for_a_choice_by_perplexity() -> None:
+    for other in ({"source": "own"}, {"selection": "random"}):
+        with pytest.raises(ValidationError, match="cross_fit is for a choice by perplexity"):
+            PositiveSettings(cross_fit=True, **other)
 
 
 def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None:

@@ -61,19 +61,21 @@ MAY_IMPORT = {
         "judging/settings": "engine",
         "judging": "engine evaluation judging/settings",
         "data_settings": "engine demo_world",
+        "agent_settings": "engine data_settings",
         "scorer_settings": "engine data_settings",
-        "config": "engine data evaluation demo_world data_settings judging/settings scorer_settings",
-        "method": "engine data evaluation demo_world data_settings scorer_settings config",
+        "config": "engine data evaluation demo_world data_settings agent_settings judging/settings scorer_settings",
+        "method": "engine data evaluation demo_world data_settings agent_settings scorer_settings config",
         # kernels: losses
-        "standalone": "engine kernels data evaluation demo_world data_settings scorer_settings config method",
+        "standalone": "engine kernels data evaluation demo_world data_settings agent_settings scorer_settings config "
+        "method",
         "iteration": "engine config method",
-        "methods": "engine judging config method iteration",
+        "methods": "engine judging agent_settings config method iteration",
         "comparison": "engine demo_world evaluation config method methods",
         "report": "engine evaluation judging comparison",
         "annotation": "engine evaluation report",
         "recipe_kinds": "engine config method methods standalone",
-        "commands": "engine data evaluation demo_world judging judging/settings report annotation scorer_settings "
-        "config method methods comparison standalone recipe_kinds",
+        "commands": "engine data evaluation demo_world judging judging/settings report annotation agent_settings "
+        "scorer_settings config method methods comparison standalone recipe_kinds",
         "arguments": "engine",
         "cli": "engine report config recipe_kinds commands arguments",
     },

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig
 
+from macpo.agent_settings import AgentSettings
 from macpo.commands.planning.plan_model import gpu_of
 from macpo.commands.planning.rehearsal import STAGE_S, Rehearsal, company
-from macpo.config import AgentSettings, Recipe
+from macpo.config import Recipe
 from macpo.demo_world.build import vocabulary
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example, Pair

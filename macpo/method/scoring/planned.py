@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from macpo.config import AgentSettings, Recipe
+from macpo.agent_settings import AgentSettings
+from macpo.config import Recipe
 from macpo.method.run_plan import Builder, StageName, derived_seed
 from macpo.method.scoring.reward_model import TrainReward, TrainRewardInputs
 from macpo.method.scoring.scorers import ClassifierScorer, GoldScorer, ImplicitScorer, Scorer

@@ -1,6 +1,6 @@
 """The gates of the demo world: what may stop it before a score of the method is looked at.
 
-    python -m bench.world_gates RECIPE [RUN ...] [--json FILE]
+    python -m bench.evidence.world_gates RECIPE [RUN ...] [--json FILE]
 
 Of a recipe's text, exactly (macpo/demo_world/gates.py); of finished runs of it: the naive student's score between the
 best teacher's and the ceiling's, the ceiling's, and how often the base models' greedy continuation of an echo question
@@ -78,10 +78,12 @@ def copying(model: Path, echoes: Sequence[Any], template: str) -> float:
     greedy = SamplingParams(temperature=0.0, max_new_tokens=24)
     outputs = generator.generate([chat.prompt_ids(echo.prompt.messages) for echo in echoes], greedy)
     answers = [output.samples[0].text for output in outputs]
-    return sum(said(answer) == said(echo.answer) for answer, echo in zip(answers, echoes, strict=True)) / len(echoes)
+    return sum(
+        without_verdict(answer) == without_verdict(echo.answer) for answer, echo in zip(answers, echoes, strict=True)
+    ) / len(echoes)
 
 
-def said(answer: str) -> str:
+def without_verdict(answer: str) -> str:
     """An echo without its verdict, which is one of several."""
     return answer.partition(" . ")[2].strip()
 

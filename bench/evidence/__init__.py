@@ -1,0 +1,1 @@
+"""What the claims about the method rest on: the gates of the demo world."""
