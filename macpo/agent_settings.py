@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from macpo.data_settings import TemplateArguments
-from macpo.engine.config import InitSettings, LoraSettings, Name, ServedSettings, Settings, Tuning
+from macpo.engine.config import InitSettings, LoraSettings, Name, PositiveInt, ServedSettings, Settings, Tuning
 from macpo.engine.data.templates import Template
 from macpo.engine.paths import HubPath, OptionalHubPath
 
@@ -44,12 +44,16 @@ class AgentSettings(Settings):
     """End-of-answer token for tokenizers that name none."""
     data: HubPath | None = None
     """A preference set of this teacher's own, instead of the shared teacher half; the data block's settings hold."""
+    data_prompts: PositiveInt | None = None
+    """How many prompts of `data` this teacher sees, drawn by the seed; default all."""
     served: ServedAgent | None = None
     """A teacher that a server answers for; needs `train: false`. `model` then gives the tokenizer, and a `positive`
     policy here too the held-out log-probs, which servers do not give."""
 
     @model_validator(mode="after")
     def _has_weights(self) -> AgentSettings:
+        if self.data_prompts is not None and self.data is None:
+            raise ValueError("data_prompts is for a teacher with `data` of its own Fix: use data.teacher_prompts")
         if self.served is not None:
             return self._answers_only(self.served)
         if self.model is not None and self.init is not None:

@@ -115,7 +115,8 @@ def _accepted(
 
 def _of_method(recipe: Recipe) -> _Found:
     teachers = {teacher.name: teacher.data for teacher in recipe.teachers}
-    sources = read_sources(recipe.data, teachers, recipe.seed)
+    most = {teacher.name: teacher.data_prompts for teacher in recipe.teachers if teacher.data_prompts}
+    sources = read_sources(recipe.data, teachers, recipe.seed, most)
     sizes = {f"{name}'s human pairs": len(pairs) for name, pairs in sources.teachers.items()}
     sizes |= {"student prompts": len(sources.student), "test prompts": len(sources.test)}
     sizes |= {"pairs for a reward model": len(sources.reward)} if sources.reward else {}

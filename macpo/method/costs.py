@@ -6,7 +6,7 @@ The stages themselves are exact; each kind says beside its work what it costs (`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -51,6 +51,7 @@ class RunSize:
     """The sizes of a run that its stages' costs depend on."""
 
     teacher_prompts: int
+    """Of a teacher without data of its own."""
     student_prompts: int
     test_prompts: int
     num_teachers: int
@@ -71,6 +72,17 @@ class RunSize:
     """Different words of the data's texts, where that is known before they are read."""
     reward_prompts: int = 0
     """With human pairs that a reward model alone learns from."""
+    own_prompts: Mapping[str, int] = field(default_factory=dict)
+    """Of each teacher with data of its own."""
+
+    def labels_of(self, teacher: str) -> int:
+        """Human pairs that a teacher sees."""
+        return self.own_prompts.get(teacher, self.teacher_prompts)
+
+    def prompts_of(self, file: str) -> int:
+        """Rows of a file of the prompts' stage: `teacher-NAME.jsonl`, or the student half's."""
+        name = file.removesuffix(".jsonl")
+        return self.labels_of(name.removeprefix("teacher-")) if name.startswith("teacher-") else self.student_prompts
 
     def row_bytes(self, responses: int = 2, prompt: bool = True) -> float:
         """A prompt with responses as one row of JSON; without the prompt, its id stands for it."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from macpo.data.examples import load_examples
-from macpo.data.folders import has_split
+from macpo.data.folders import data_files, has_split
 from macpo.data.preferences import load_preferences
 from macpo.data.prompts import ids_of
-from macpo.data.rows import Source
+from macpo.data.rows import Source, is_local
 from macpo.data.spool import Records, View
 from macpo.data_settings import SourceSettings
 from macpo.engine.data.records import Example, Pair
@@ -22,6 +25,9 @@ log = logging.getLogger("macpo.data")
 
 R = TypeVar("R", Pair, Example)
 Counts = dict[str, int]
+
+PACKED = {".gz": 3, ".parquet": 2}
+"""How many times its size a file's rows take, about."""
 
 
 def read_pairs(data: SourceSettings, source: Source | None = None) -> tuple[Records[Pair], Counts]:
@@ -38,6 +44,19 @@ def source_of(data: SourceSettings, max_rows: int | None = None) -> Source:
     """Return the source of the rows that are trained on."""
     assert data.path is not None
     return Source(data.path, data.split, data.subset, data.columns, max_rows, limits=data.limits.limits)
+
+
+def judged_rows(source: Source, rows: Sequence[Pair | Example], counts: Counts) -> int:
+    """Return how many rows a source has, by the size of its files, from its first `source.max_rows` ones.
+
+    Of the Hub's only those that were read count.
+    """
+    if counts["rows"] < (source.max_rows or 0) or not is_local(source.path):
+        return len(rows)
+    files = data_files(Path(source.path).expanduser(), source.split, source.subset)
+    size = sum(file.stat().st_size * PACKED.get(file.suffix, 1) for file in files if file.is_file())
+    each = statistics.fmean(len(json.dumps(row.to_json())) for row in rows)
+    return max(len(rows), round(size / each))
 
 
 def own_source(data: SourceSettings, path: str) -> Source:

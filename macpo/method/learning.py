@@ -148,7 +148,7 @@ class Imitate(LearningStage):
         return sft()
 
     def num_rows(self, run: RunSize) -> int:
-        prompts = run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
+        prompts = run.prompts_of(self.file)
         return prompts if self.half is None else prompts // 2
 
 
@@ -192,8 +192,7 @@ class Prefer(LearningStage):
         self.learn(policy, groups, [pairs[i].prompt.id for i in kept], objective)
 
     def num_rows(self, run: RunSize) -> int:
-        prompts = run.teacher_prompts if self.file.startswith("teacher-") else run.student_prompts
-        return self.pairs_per_prompt * prompts
+        return self.pairs_per_prompt * run.prompts_of(self.file)
 
     def cost(self, run: RunSize) -> Cost:
         """Training, and one forward of the reference."""

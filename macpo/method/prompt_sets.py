@@ -36,8 +36,15 @@ class Sources:
     counts: dict[str, int]
 
 
-def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: int) -> Sources:
-    """Build the demo world, or load and split a preference set; `teachers`: name -> data of its own or None."""
+def read_sources(
+    data: DataSettings, teachers: Mapping[str, str | None], seed: int, most: Mapping[str, int] | None = None
+) -> Sources:
+    """Build the demo world, or load and split a preference set.
+
+    Args:
+        teachers: name -> data of its own or None.
+        most: how many prompts of its own data a teacher sees; those that are not named see all.
+    """
     if data.world is not None:
         made = demo_world.build(data.world, seed, num_teachers=len(teachers))
         world = dict(zip(teachers, made.teachers, strict=True))
@@ -67,6 +74,8 @@ def read_sources(data: DataSettings, teachers: Mapping[str, str | None], seed: i
             count_dropped(counts, dropped, name)
             labels[name] = theirs.take(np.flatnonzero(~np.isin(theirs.ids, reserved)))
             counts[f"{name}_overlap_dropped"] = len(theirs) - len(labels[name])
+            if most and name in most:
+                labels[name] = Prompts(labels[name], seed).every(0, most[name])
     training = [parts.student, parts.reward, *{id(part): part for part in labels.values()}.values()]
     count_overlap(counts, parts.test, training)
     by_role: dict[str, Sequence[Example]] = dict.fromkeys(("teacher", "student"), Documents(parts.rest))
@@ -79,6 +88,8 @@ class PromptSets(MethodStage):
     data: DataSettings
     teachers: dict[str, str | None]
     """Name -> data of its own."""
+    most: dict[str, int] = Field(default_factory=dict)
+    """Name -> how many prompts of these it sees, where not all."""
     files: dict[str, str]
     """Identity of each file or folder that is read."""
     seed: int
@@ -90,10 +101,10 @@ class PromptSets(MethodStage):
         return data.key()
 
     def sources(self) -> Sources:
-        return read_sources(self.data, self.teachers, self.seed)
+        return read_sources(self.data, self.teachers, self.seed, self.most)
 
     def disk_bytes(self, run: RunSize) -> float:
-        pairs = run.teacher_prompts * run.num_teachers + run.test_prompts + run.dev_prompts + run.reward_prompts
+        pairs = sum(map(run.labels_of, self.teachers)) + run.test_prompts + run.dev_prompts + run.reward_prompts
         documents = run.documents * self.pretrains * (1 if self.data.world is None else 2)  # for teachers and student
         rows = run.row_bytes() * pairs + run.row_bytes(1) * documents
         return rows + run.row_bytes(0) * run.student_prompts

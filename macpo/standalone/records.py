@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_serializer
 
 from macpo import demo_world
-from macpo.data.folders import data_files
 from macpo.data.prompts import Prompts
-from macpo.data.rows import Source, is_local
+from macpo.data.rows import Source
 from macpo.data.spool import Records
 from macpo.engine.data.records import Example, Pair, write_records
 from macpo.engine.errors import DataError
@@ -27,6 +23,7 @@ from macpo.method.data_sets import (
     count_dropped,
     count_overlap,
     held_out_source,
+    judged_rows,
     read_examples,
     read_pairs,
     source_of,
@@ -43,10 +40,6 @@ class Sets:
     documents: Sequence[Example]
     """For a model that is pretrained here: what `train_prompts` leaves over."""
     counts: dict[str, int]
-
-
-PACKED = {".gz": 3, ".parquet": 2}
-"""How many times its size a file's rows take, about."""
 
 
 def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
@@ -93,12 +86,7 @@ def sample_rows(data: PairData | ExampleData, count: int) -> tuple[Sequence[Pair
     """
     source = source_of(data, max_rows=count)
     rows, counts = _load(data, source)
-    if counts["rows"] < count or not is_local(source.path):
-        return rows, len(rows)
-    files = data_files(Path(source.path).expanduser(), source.split, source.subset)
-    size = sum(file.stat().st_size * PACKED.get(file.suffix, 1) for file in files if file.is_file())
-    each = statistics.fmean(len(json.dumps(row.to_json())) for row in rows)
-    return rows, max(len(rows), round(size / each))
+    return rows, judged_rows(source, rows, counts)
 
 
 def _of_kind(pairs: list[Pair], data: PairData | ExampleData, side: str) -> list[Pair] | list[Example]:

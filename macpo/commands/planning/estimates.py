@@ -17,6 +17,7 @@ from macpo.agent_settings import AgentSettings
 from macpo.commands.planning.plan_model import gpu_of
 from macpo.commands.planning.rehearsal import STAGE_S, Rehearsal, company
 from macpo.config import Recipe
+from macpo.data_settings import DataSettings
 from macpo.demo_world.build import vocabulary
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example, Pair
@@ -30,7 +31,7 @@ from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.method.costs import CHARS_PER_TOKEN, Cost, MethodStage, RunSize, Shape, TrainingCost, made_config
-from macpo.method.data_sets import read_pairs, source_of
+from macpo.method.data_sets import judged_rows, own_source, read_pairs, source_of
 from macpo.method.run_plan import Plan
 from macpo.method.scoring.planned import own_model
 from macpo.recipe_kinds import AnyRecipe
@@ -169,6 +170,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         test_prompts=test,
         reward_prompts=data.reward_prompts,
         dev_prompts=data.num_dev_prompts,
+        own_prompts={each.name: _own_prompts(data, each) for each in recipe.teachers if each.data is not None},
         num_teachers=len(recipe.teachers),
         documents=documents,
         document_tokens=document,
@@ -179,6 +181,14 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         shapes=shapes,
         words=words,
     )
+
+
+def _own_prompts(data: DataSettings, teacher: AgentSettings) -> int:
+    """Rows of a teacher's own data, judged by the size of its files."""
+    assert teacher.data is not None
+    source = replace(own_source(data, teacher.data), max_rows=200)
+    found = judged_rows(source, *read_pairs(data, source))
+    return min(found, teacher.data_prompts or found)
 
 
 def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Shape]) -> RunSize:

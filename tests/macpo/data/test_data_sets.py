@@ -10,9 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from standalone_runs import COMPUTE, INIT, OPTIM
+from tiny import tiny
 
+from macpo.agent_settings import AgentSettings
 from macpo.commands.check import check
+from macpo.commands.planning.estimates import size_of
 from macpo.data.prompts import Prompts
 from macpo.data.spool import Spool, spooled, whole
 from macpo.data_settings import DataSettings
@@ -20,6 +24,7 @@ from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.errors import ConfigError, DataError, MacpoError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.method.prompt_sets import read_sources
+from macpo.methods.registry import build_plan as method_plan
 from macpo.recipe_kinds import KINDS
 from macpo.standalone.config import ExampleData, PairData
 from macpo.standalone.graph import build_plan
@@ -64,6 +69,28 @@ def test_the_settings_hold_for_a_teachers_own_file_test_files_and_documents(tmp_
     assert found.counts["b_empty_dropped"] == found.counts["test_empty_dropped"] == 1
     documents = found.documents["student"]
     assert len(documents) == 2 * (8 - 1 - 2 - 3) and {d.answer[0] for d in documents} == {"0", "1"}
+
+
+def test_a_teacher_sees_as_many_prompts_of_its_own_data_as_it_is_said_to(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{name}{i} ?", "chosen": "yes " * 400, "rejected": "no " * 400} for name in "xy" for i in range(300)]
+    main, own = write(tmp_path / "main.jsonl", rows[:300]), write(tmp_path / "own.jsonl", [*rows[250:], rows[300]])
+    teachers = [
+        {"name": name, "init": INIT, "data": own, **more}
+        for name, more in {"few": {"data_prompts": 40}, "all": {}, "many": {"data_prompts": 9_000}}.items()
+    ]
+    data = {"path": main, "teacher_prompts": 20, "student_prompts": 30, "test_prompts": 10}
+    recipe = tiny(tmp_path / "run", data=data, teachers=[{"init": INIT}, *teachers])
+    found = read_sources(recipe.data, {"few": own, "all": own}, 0, {"few": 40})
+    few, everything = asked(found.teachers["few"]), asked(found.teachers["all"])
+    assert len(few) == 40 and few < everything and not few & (asked(found.student) | asked(found.test))
+    assert asked(read_sources(recipe.data, {"few": own}, 1, {"few": 40}).teachers["few"]) != few, "drawn by the seed"
+    size = size_of(recipe)
+    assert size.labels_of("few") == 40 and size.labels_of("teacher0") == size.teacher_prompts == 20
+    assert size.labels_of("all") == size.labels_of("many") == pytest.approx(351, rel=0.1)
+    steps = {stage.name: stage.work for stage in method_plan(recipe).graph.stages}
+    assert steps["init-few-positive"].num_rows(size) == 40
+    with pytest.raises(ValidationError, match="data_prompts is for a teacher with `data` of its own"):
+        AgentSettings(init=INIT, data_prompts=3)
 
 
 @pytest.mark.parametrize("kind", [PairData, ExampleData])
