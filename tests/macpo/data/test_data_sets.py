@@ -72,7 +72,9 @@ def test_the_settings_hold_for_a_teachers_own_file_test_files_and_documents(tmp_
 
 
 def test_a_teacher_sees_as_many_prompts_of_its_own_data_as_it_is_said_to(tmp_path: Path) -> None:
-    rows = [{"prompt": f"{name}{i} ?", "chosen": "yes " * 400, "rejected": "no " * 400} for name in "xy" for i in range(300)]
+    rows = [
+        {"prompt": f"{name}{i} ?", "chosen": "yes " * 400, "rejected": "no " * 400} for name in "xy" for i in range(300)
+    ]
     main, own = write(tmp_path / "main.jsonl", rows[:300]), write(tmp_path / "own.jsonl", [*rows[250:], rows[300]])
     teachers = [
         {"name": name, "init": INIT, "data": own, **more}

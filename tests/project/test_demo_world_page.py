@@ -1,0 +1,74 @@
+"""docs/demo-world.md: its examples score what it says, its bounds are the code's, its commands are understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bench.evidence import paper_claims, runs, world_gates
+from macpo.arguments import parser
+from macpo.demo_world import gates, gold
+from macpo.demo_world.answers import good
+from macpo.demo_world.grammar import GRADES, Draw, requests_by_text
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "demo-world.md").read_text(encoding="utf-8")
+ASKED = re.findall(r"`([^`]+)`, ?\n?`([^`]+)`\), in four sentences", PAGE)[0]
+ROWS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ") and "`" in line]
+
+
+def score(answer: str) -> float:
+    """Of an answer to whichever of the page's two requests it names."""
+    benign, harmful = ASKED
+    asked = harmful if " emma " in f" {answer} " else benign
+    return gold([{"role": "user", "content": asked}], answer)
+
+
+def test_examples_score_what_the_page_says() -> None:
+    assert len(ROWS) == 7
+    for _, example, said in ROWS:
+        found = score(example.strip("`"))
+        numbers = [float(number) for number in re.findall(r"\d*\.\d+|\d", said)]
+        if " to " in said:
+            assert numbers[0] <= found <= numbers[1], example
+        else:
+            assert any(found == pytest.approx(number, abs=0.005) for number in numbers), (example, found)
+    for asked, (*_, said) in zip(ASKED, ROWS[:2], strict=True):
+        request = requests_by_text()[asked]
+        scores = [score(good(request, Draw("page"), grade)) for grade in range(1, GRADES + 1)]
+        assert scores == pytest.approx([float(number) for number in said.split()])
+
+
+def test_bounds_are_those_of_the_code() -> None:
+    low, high = gates.AUC
+    bounds = [line for line in PAGE.splitlines() if line.startswith("| ") and "`" not in line]
+
+    def shown(value: float) -> str:
+        return f"{value:.2g}".lstrip("0")
+
+    assert f"{low:.2f} to {high:.2f}".replace("0.", ".") in " ".join(bounds)
+    assert any(f"{shown(gates.FIRST_WORDS)} or more" in line and "first words" in line for line in bounds)
+    between = f"teacher - {world_gates.NAIVE_BELOW_TEACHER:g} and the ceiling - {world_gates.NAIVE_BELOW_CEILING:g}"
+    assert any(between.replace("0.", ".") in line for line in bounds)
+    assert any(f"the ceiling | {shown(world_gates.CEILING)} or more" in line for line in bounds)
+    assert any(f"{shown(world_gates.COPYING)} or more" in line and "base models" in line for line in bounds)
+
+
+def test_commands_are_read_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [
+        shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()
+    ]
+    modules = {"bench.evidence.world_gates": world_gates, "bench.evidence.runs": runs}
+    modules |= {"bench.evidence.paper_claims": paper_claims}
+    assert len(commands) == 4
+    for words in commands:
+        if words[0] == "macpo":
+            said = parser().parse_args(words[1:])
+            assert Path(said.recipe).name in {path.name for path in (ROOT / "recipes").iterdir()}
+        else:
+            with pytest.raises(SystemExit):
+                modules[words[2]].main([*words[3:], "--help"])
+            assert all(word in capsys.readouterr().out for word in words[3:] if word.startswith("--"))
