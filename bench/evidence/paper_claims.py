@@ -63,6 +63,18 @@ class Seed:
         arms = [arm for arm in self.summary["arms"] if arm.startswith(f"k{count}-")]
         return sum(self.student(arm, t) for arm in arms) / len(arms)
 
+    def stopped(self, names: Sequence[str]) -> float:
+        """The mean score of agents, each after the round in which it prefers the human choice the most often.
+
+        A rule that reads no gold score: pairs of people decide, the earliest round where rounds tie.
+        """
+        found = []
+        for name in names:
+            rows = self.summary["agents"][name]["scores"]
+            best = max(range(len(rows)), key=lambda t: (rows[t]["preference_accuracy"], -t))
+            found.append(float(rows[best][self.metric]))
+        return sum(found) / len(found)
+
     def words(self, t: int) -> float:
         return float(self.summary["agents"][self.student_name]["scores"][t]["mean_words"])
 
@@ -127,6 +139,16 @@ def claims(seed: Seed) -> list[Claim]:
             )
         )
     found += [
+        Claim(
+            "teachers, stopped by human pairs above the last round",
+            lambda seed: seed.stopped(seed.teachers),
+            Seed.teachers_mean,
+        ),
+        Claim(
+            "student, stopped by human pairs above the last round",
+            lambda seed: seed.stopped([seed.student_name]),
+            Seed.student,
+        ),
         _arm("above filtered labels and SFT", "filtered-sft"),
         _arm("above filtered labels and SFT, iterated", "filtered-sft-iterated"),
         _arm("above SFT on the selected positives, equal steps", "sft-positives"),

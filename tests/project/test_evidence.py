@@ -11,7 +11,7 @@ from tiny import tiny
 
 from bench.evidence import paper_claims, runs, world_gates
 from macpo.commands.compare import compare, comparison_of
-from macpo.evaluation.prompt_scores import Policy
+from macpo.evaluation.prompt_scores import Policy, ScoredRun
 from macpo.report.run_reader import RunReader
 
 
@@ -77,6 +77,20 @@ def test_verdicts_need_interval_and_adjusted_p() -> None:
     assert answer(0.05, 0.15, 0.2).verdict == "not shown"
     assert answer(-0.05, 0.15, 0.01).verdict == "not shown"
     assert answer(-0.15, -0.05, 0.01).verdict == "the opposite holds"
+
+
+def test_stopping_goes_by_human_pairs_alone() -> None:
+    rows = [{"gold": 0.2, "preference_accuracy": 0.6}, {"gold": 0.7, "preference_accuracy": 0.9}]
+    rows.append({"gold": 0.9, "preference_accuracy": 0.9})
+    falls = [{"gold": 0.8, "preference_accuracy": 0.7}, {"gold": 0.5, "preference_accuracy": 0.4}]
+    agents = {
+        "s": {"role": "student", "scores": rows},
+        "a": {"role": "teacher", "scores": falls},
+        "b": {"role": "teacher", "scores": rows},
+    }
+    seed = paper_claims.Seed(ScoredRun({"agents": agents, "metric": "gold", "seed": 1}))
+    assert seed.stopped(["s"]) == 0.7 and seed.stopped(seed.teachers) == pytest.approx((0.8 + 0.7) / 2)
+    assert seed.student() == 0.9 and seed.teachers_mean() == pytest.approx((0.5 + 0.9) / 2)
 
 
 def test_gates_of_a_run(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
