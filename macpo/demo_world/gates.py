@@ -1,11 +1,8 @@
-"""What may stop a world before a score is looked at: is there anything to learn, and does likelihood not give it away?
-
-    python -m macpo.demo_world.gates recipes/demo.yaml [RUN ...]
+"""What may stop a world before a score is looked at: does likelihood give good answers away, does the first word?
 
 Of the text alone, exactly, by going through every way in which the grammar can answer: the area under the curve (AUC)
 by which mean log-likelihood per token under a corpus tells its good answers from its bad ones, and how far the first
-words of good and bad answers overlap. Of finished runs: the naive student between the best teacher and the ceiling, the
-ceiling itself, and how well the base models copy names and things.
+words of good and bad answers overlap. `python -m bench.evidence.world_gates` prints them, and those of finished runs.
 """
 
 from __future__ import annotations
