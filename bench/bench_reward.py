@@ -5,7 +5,7 @@
 
 Both start from the same weights (a score head of zeros, the same adapter) and see the same batches in the same order
 at the same constant learning rate. TRL runs without gradient checkpointing, in float32 as we do, with the micro-batch
-(2, 4, 8 pairs or the whole batch) whose second step was the fastest. Its padding token is one that ends no response,
+(2, 4, 8 pairs or the whole batch) that takes a first step the fastest. Its padding token is one that ends no response,
 so both read the reward at a response's end token. The time is that of all steps; loading, tokenising and scoring are
 left out. Both models are then scored by the same plain transformers forward.
 
@@ -121,8 +121,9 @@ def theirs(name: str, groups: list[PrefixGroup], test: list[PrefixGroup], chat: 
     order = BatchOrder(len(groups), batch, options.optim.epochs, options.seed)
     rows = [_row(groups[i]) for _, indices in order.steps() for i in indices]
     sizes = [size for size in sorted({2, 4, 8, batch}) if batch % size == 0]
-    tried = {size: _trl(rows[: 2 * batch], chat, options, size) for size in sizes}
-    micro_batch = min(tried, key=lambda size: tried[size].step_seconds[-1])
+    tried = {size: _trl(rows[:batch], chat, options, size).step_seconds[-1] for size in sizes}
+    print(f"TRL, seconds of a step by pairs a forward: {tried}", flush=True)
+    micro_batch = min(sizes, key=tried.__getitem__)
     done = _trl(rows, chat, options, micro_batch)
     trained = done.model.merge_and_unload() if options.is_lora else done.model
     found = judged(Classifier(trained.eval(), 0), test)
