@@ -283,7 +283,9 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     print(shown(outcomes))
     if said.json is not None:
         body = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        body |= {"options": {k: str(v) for k, v in vars(said).items()}, "results": [asdict(each) for each in outcomes]}
+        names = {"model": Path(said.model).name, "data": [each.partition("=")[0] for each in said.data], "json": None}
+        options = {name: str(value) for name, value in {**vars(said), **names}.items() if value is not None}
+        body |= {"options": options, "results": [asdict(each) for each in outcomes]}
         said.json.write_text(json.dumps(body, indent=1) + "\n")
     return outcomes
 
