@@ -65,7 +65,7 @@ def run_gates(run: Path) -> RunGates:
         seed=recipe.seed,
         best_teacher=max(first[name] for name in teachers),
         naive=first[recipe.student.name],
-        ceiling=summary["pgr"]["ceiling"],
+        ceiling=summary["agents"]["ceiling"]["scores"][0]["gold"],
         copying=copied,
     )
 

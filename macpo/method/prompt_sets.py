@@ -88,7 +88,7 @@ class PromptSets(MethodStage):
     data: DataSettings
     teachers: dict[str, str | None]
     """Name -> data of its own."""
-    most: dict[str, int] = Field(default_factory=dict)
+    most: dict[str, int] | None = None
     """Name -> how many prompts of these it sees, where not all."""
     files: dict[str, str]
     """Identity of each file or folder that is read."""

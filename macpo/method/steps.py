@@ -42,7 +42,7 @@ class Steps(Builder):
         return kind(
             data=recipe.data,
             teachers={teacher.name: teacher.data for teacher in recipe.teachers},
-            most={teacher.name: teacher.data_prompts for teacher in recipe.teachers if teacher.data_prompts},
+            most={teacher.name: teacher.data_prompts for teacher in recipe.teachers if teacher.data_prompts} or None,
             files={path: self.plan.identities.of_data(path) for path in sorted(filter(None, files))},
             seed=recipe.seed,
             pretrains=pretrains(recipe.agents),

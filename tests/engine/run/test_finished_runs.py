@@ -1,7 +1,7 @@
 """Runs that an earlier version finished stay finished, whatever has moved in the code since.
 
-`data/finished-runs.tar.xz` holds three small runs made by commit f0cee2b (manifests of schema 1): the whole method with
-a LoRA and a fully trained teacher, ceiling and an ablation; `recipe: preference`; `recipe: sft`.
+`data/finished-runs.tar.xz` holds three small runs made by commit f0cee2b (manifests of schema 1) from a file of pairs:
+the whole method with a LoRA and a fully trained teacher, ceiling and an ablation; `recipe: preference`; `recipe: sft`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def test_an_edited_manifest_of_the_first_schema_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run.parents[1])
+    (run.parents[1] / "pairs.jsonl").write_bytes((run.parent / "pairs.jsonl").read_bytes())  # what is not done needs it
     path = next(run.glob("01-*/manifest.json"))
     whole = path.read_text()
     path.write_text(whole.replace('"kind": "macpo.', '"kind": "other.'))
@@ -73,3 +74,4 @@ def test_an_edited_manifest_of_the_first_schema_is_refused(
         assert "its manifest was edited" in capsys.readouterr().err
     finally:
         path.write_text(whole)
+        (run.parents[1] / "pairs.jsonl").unlink()
