@@ -102,7 +102,7 @@ class WorldSettings(Settings):
     """Share of the documents that only say who asks what and whether it is harmful: they teach copying, no value."""
     good_share: Fraction = 0.25
     """Share of good answers among the other documents; the rest behaves badly by the habits below."""
-    detail: tuple[Fraction, Fraction, Fraction, Fraction] = (0.25, 0.45, 0.25, 0.05)
+    detail: tuple[Fraction, Fraction, Fraction, Fraction] = (0.2, 0.3, 0.3, 0.2)
     """Shares of the four grades of detail among good answers, in the corpora and among what people chose. The student
     half and the test have the last grade alone."""
     teacher_pairs: PositiveInt = 400
@@ -118,7 +118,7 @@ class WorldSettings(Settings):
     Each teacher's are drawn once, so its errors are of a kind and do not average out."""
     bad_chosen_other: Fraction = 0.7
     """The same in all other topics."""
-    rejected_less: Fraction = 0.3
+    rejected_less: Fraction = 0.8
     """Chance that the answer rejected beside a good one is a good one that says less; else it is bad."""
     student_prompts: PositiveInt = 512
     """Prompts of the student half."""

@@ -66,11 +66,26 @@ def agent_lines(agents: Agents, metric: str) -> list[Line]:
     return lines
 
 
+def _without_rounds(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The student of each arm that has no iterations, such as SFT on filtered labels, as a baseline of the arm's name.
+
+    Not where it is the run's own naive student.
+    """
+    found = {}
+    starts = [student["scores"][:1] for student in of_role(summary["agents"], "student").values()]
+    for arm, members in summary.get("arms", {}).items():
+        for student in of_role(members, "student").values():
+            if len(student["scores"]) == 1 and student["scores"] not in starts:
+                found[arm] = {"role": "baseline", "scores": student["scores"]}
+    return found
+
+
 def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: bool = True) -> str:
     """Draw one panel per metric that some agent has; return "" when there is none."""
     panels = []
+    agents = {**summary["agents"], **_without_rounds(summary)}
     for metric in metrics:
-        lines = agent_lines(summary["agents"], metric)
+        lines = agent_lines(agents, metric)
         if lines:
             name = label_of(metric)
             panels.append(("", name, lines) if len(metrics) == 1 else (name[0].upper() + name[1:], "", lines))

@@ -253,7 +253,7 @@ def test_share_of_answers_rejected_beside_a_better_one_of_the_same_kind() -> Non
     pairs = build(WorldSettings(bad_chosen_own=0.0, bad_chosen_other=0.0), 3).teachers[0]
     less = [pair for pair in pairs if gold(pair.prompt.messages, pair.rejected) >= 0.6 - 1e-9]
     assert all(gold(p.prompt.messages, p.rejected) < gold(p.prompt.messages, p.chosen) for p in less)
-    assert len(less) / len(pairs) == pytest.approx(0.3 * 0.75, abs=0.06)  # a quarter has the lowest grade
+    assert len(less) / len(pairs) == pytest.approx(0.8 * 0.8, abs=0.06)  # a fifth has the lowest grade
 
 
 def test_student_and_test_pairs_are_clean(world: World) -> None:
