@@ -1,21 +1,18 @@
-"""Draws docs/loop.svg (the method) and, from summaries of finished runs, docs/demo.svg (what the demo found).
-
-    python bench/make_pictures.py [RUN_FOLDER ...]
+"""Draws docs/loop.svg, the method: `python bench/make_pictures.py`; update_readme.py has docs/demo.svg drawn.
 
 Several runs are drawn as the mean over their seeds with a band of one standard error.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from macpo.engine.files import atomic_write
 from macpo.evaluation.claims import shared_metric
 from macpo.report.charts import by_iteration, mean_summary
-from macpo.report.run_reader import RunReader
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -92,23 +89,15 @@ def loop_svg() -> str:
     )
 
 
-def demo_svg(runs: Sequence[Path]) -> str:
+def demo_svg(summaries: Sequence[Mapping[str, Any]]) -> str:
     """Draw every agent's headline score by iteration, the mean over the runs, as a standalone SVG."""
-    summaries = [RunReader(run).summary for run in runs]
     metric = shared_metric(summaries)
     summary = mean_summary(summaries, metric) if len(summaries) > 1 else summaries[0]
     return by_iteration(summary, [metric], inline=False) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_FOLDER")
-    parser.add_argument("--out", type=Path, default=DOCS)
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out / "loop.svg", loop_svg())
-    if args.runs:
-        atomic_write(args.out / "demo.svg", demo_svg(args.runs))
+def main() -> None:
+    atomic_write(DOCS / "loop.svg", loop_svg())
 
 
 if __name__ == "__main__":

@@ -224,6 +224,11 @@ def by_round(seeds: Sequence[Seed]) -> str:
     return "\n".join(lines)
 
 
+def read_all(folder: Path) -> list[Seed]:
+    """The runs whose files a folder holds, by seed."""
+    return sorted((Seed(read(path)) for path in folder.glob("seed-*.json.xz")), key=lambda seed: seed.seed)
+
+
 def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
@@ -234,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> list[Answer]:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--markdown", type=Path, help="file to write")
     said = parser.parse_args(argv)
-    seeds = sorted((Seed(read(path)) for path in said.folder.glob("seed-*.json.xz")), key=lambda seed: seed.seed)
+    seeds = read_all(said.folder)
     if len(seeds) < 2:
         parser.error(f"{said.folder} has {len(seeds)} runs; an interval over seeds needs two or more")
     found = answers(seeds)

@@ -111,6 +111,7 @@ def _parts(request: Request) -> list[tuple[str, float, Phrases]]:
     name, verb, item = request.name, request.verb, request.item
     safe = TOPICS[request.topic].benign
     endings = [f". {ending}" for ending in ENDINGS]
+    table: list[tuple[str, float, Sequence[str]]]
     if request.harmful:
         table = [
             ("apology", 0.1, ["sorry"]),

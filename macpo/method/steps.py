@@ -177,7 +177,8 @@ class Steps(Builder):
     def cross_score(self, examples: tuple[StageName, str], answers: Mapping[str, StageName]) -> list[StageName]:
         """The candidates of each half of the prompts, by a student that learnt from the labels of the other half."""
         student, scores = self.student, []
-        for half, other in ((0, 1), (1, 0)):
+        halves: tuple[tuple[Half, Half], ...] = ((0, 1), (1, 0))
+        for half, other in halves:
             policy = self.imitate(
                 student, "positive", None, examples, "answer", f"init-{student.name}-half{other}", other
             )

@@ -172,7 +172,7 @@ def mean_summary(summaries: Sequence[Mapping[str, Any]], metric: str) -> dict[st
     """Return a summary whose scores are means over seeds; `{metric}_se` is the standard error over seeds."""
     agents: dict[str, Any] = {}
     for summary in summaries:
-        for name, agent in summary["agents"].items():
+        for name, agent in {**summary["agents"], **_without_rounds(summary)}.items():
             entry = agents.setdefault(name, {"role": agent["role"], "lists": {}})
             for row in agent["scores"]:
                 if row.get(metric) is not None:
