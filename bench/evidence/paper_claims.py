@@ -52,6 +52,11 @@ class Seed:
     def teachers_mean(self, t: int = LAST) -> float:
         return sum(self.teacher(name, t) for name in self.teachers) / len(self.teachers)
 
+    @property
+    def has_best(self) -> bool:
+        """Whether there are development prompts on which the best initial teacher is chosen."""
+        return any(weak.name == BEST_TEACHER for weak in weak_supervisors(self.summary, self.metric))
+
     def best_teacher(self) -> float:
         """The initial teacher that is best on the development prompts, on the test prompts."""
         return next(weak.value for weak in weak_supervisors(self.summary, self.metric) if weak.name == BEST_TEACHER)
@@ -127,7 +132,12 @@ def claims(seed: Seed) -> list[Claim]:
     ]
     found += [
         Claim("final student above the naive one", Seed.student, lambda seed: seed.student("", 0)),
-        Claim("final student above the best initial teacher", Seed.student, Seed.best_teacher),
+        Claim("final student above the mean initial teacher", Seed.student, lambda seed: seed.teachers_mean(0)),
+        *(
+            [Claim("final student above the best initial teacher", Seed.student, Seed.best_teacher)]
+            if seed.has_best
+            else []
+        ),
         Claim("teachers, last round above the start", Seed.teachers_mean, lambda seed: seed.teachers_mean(0)),
     ]
     if rounds > 1:
@@ -150,6 +160,7 @@ def claims(seed: Seed) -> list[Claim]:
             Seed.student,
         ),
         _arm("above filtered labels and SFT", "filtered-sft"),
+        _arm("above filtered labels and SFT", "filtered-labels-sft"),
         _arm("above filtered labels and SFT, iterated", "filtered-sft-iterated"),
         _arm("above SFT on the selected positives, equal steps", "sft-positives"),
         _arm("above the confidence loss", "confidence-loss"),

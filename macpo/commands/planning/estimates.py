@@ -17,7 +17,6 @@ from macpo.agent_settings import AgentSettings
 from macpo.commands.planning.plan_model import gpu_of
 from macpo.commands.planning.rehearsal import STAGE_S, Rehearsal, company
 from macpo.config import Recipe
-from macpo.data_settings import DataSettings
 from macpo.demo_world.build import vocabulary
 from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example, Pair
@@ -170,7 +169,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         test_prompts=test,
         reward_prompts=data.reward_prompts,
         dev_prompts=data.num_dev_prompts,
-        own_prompts={each.name: _own_prompts(data, each) for each in recipe.teachers if each.data is not None},
+        own_prompts={each.name: _own_prompts(recipe, each) for each in recipe.teachers if each.data is not None},
         num_teachers=len(recipe.teachers),
         documents=documents,
         document_tokens=document,
@@ -183,11 +182,11 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
     )
 
 
-def _own_prompts(data: DataSettings, teacher: AgentSettings) -> int:
+def _own_prompts(recipe: Recipe, teacher: AgentSettings) -> int:
     """Rows of a teacher's own data, judged by the size of its files."""
     assert teacher.data is not None
-    source = replace(own_source(data, teacher.data), max_rows=200)
-    found = judged_rows(source, *read_pairs(data, source))
+    source = replace(own_source(recipe.data, teacher.data), max_rows=200)
+    found = judged_rows(source, *read_pairs(recipe.data, source))
     return min(found, teacher.data_prompts or found)
 
 
