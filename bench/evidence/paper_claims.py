@@ -61,6 +61,14 @@ class Seed:
         """The initial teacher that is best on the development prompts, on the test prompts."""
         return next(weak.value for weak in weak_supervisors(self.summary, self.metric) if weak.name == BEST_TEACHER)
 
+    def ceiling(self) -> float:
+        return float(self.summary["agents"]["ceiling"]["scores"][0][self.metric])
+
+    def has_no_rounds(self, arm: str) -> bool:
+        """Whether an arm is a baseline without rounds that differs from the naive student."""
+        rows = self._agents(arm)[self.student_name]["scores"]
+        return len(rows) == 1 and rows[0][self.metric] != self.student("", 0)
+
     def with_teachers(self, count: int, t: int = LAST) -> float:
         """The mean student of the arms with so many teachers; all of them is the method itself."""
         if count == len(self.teachers):
@@ -220,19 +228,24 @@ def markdown(found: Sequence[Answer]) -> str:
 
 
 def by_round(seeds: Sequence[Seed]) -> str:
-    """Means over seeds by round: student, teachers, and the student by number of teachers."""
+    """Means over seeds by round: student and teachers; baselines without rounds and the ceiling once."""
     rounds = range(seeds[0].rounds + 1)
     rows = {
         "student": [_mean(seed.student("", t) for seed in seeds) for t in rounds],
         "teachers": [_mean(seed.teachers_mean(t) for seed in seeds) for t in rounds],
-        "words of a student's answer": [_mean(seed.words(t) for seed in seeds) for t in rounds],
     }
-    heads = [f"round {t}" if t else "start" for t in rounds]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(rounds) + 1) + "|"]
+    for arm in (arm for arm in seeds[0].summary["arms"] if seeds[0].has_no_rounds(arm)):
+        rows[arm] = [_mean(seed.student(arm) for seed in seeds)]
+    rows["ceiling"] = [_mean(seed.ceiling() for seed in seeds)]
+    lines = [_row("", [f"round {t}" if t else "start" for t in rounds]), "|---" * (len(rounds) + 1) + "|"]
     for name, values in rows.items():
-        shown = [f"{value:.1f}" if "words" in name else f"{value:.3f}" for value in values]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        lines.append(_row(name, [f"{value:.3f}" for value in values] + [""] * (len(rounds) - len(values))))
+    lines.append(_row("words of a student's answer", [f"{_mean(seed.words(t) for seed in seeds):.1f}" for t in rounds]))
     return "\n".join(lines)
+
+
+def _row(head: str, cells: Sequence[str]) -> str:
+    return f"| {' | '.join([head, *cells])} |"
 
 
 def read_all(folder: Path) -> list[Seed]:
