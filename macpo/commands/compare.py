@@ -95,7 +95,7 @@ def compare(comparison: Comparison, *, rerun_stale: bool = False) -> Path:
     """
     out = Path(comparison.recipe.output)
     if (out / "recipe.yaml").exists():
-        raise ConfigError(f"{out} is the folder of one run", "name another folder with --out", field="output")
+        raise ConfigError(f"{out} is the folder of one run", "name another folder: --set output=FOLDER", field="output")
     runs, explained, judges = [], {}, {}
     for seed in comparison.seeds:
         recipe = comparison.of_seed(seed)
