@@ -155,6 +155,7 @@ def test_the_recipes_that_come_along_are_valid(name: str, capsys: pytest.Capture
         assert "own-positives" in capsys.readouterr().out
         return
     missing = {"hh-local": ("data.path=x", "teachers.0.model=y"), "small-models": ("data.path=x",)}
+    missing |= {"hh-small": ("data.path=x", "teachers.0.data=y", "teachers.1.data=z")}
     needed = [word for one in missing.get(name, ()) for word in ("--set", one)]
     assert macpo("run", RECIPES / f"{name}.yaml", "--print-config", *needed) == 0
 

@@ -160,8 +160,8 @@ ARMS = {
 @pytest.fixture(scope="module")
 def with_arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("arms") / "run"
-    evaluation = {"ceiling": False}
-    return run(tiny(folder, iterations=1, ablations=ARMS, evaluation=evaluation))
+    evaluation, sampling = {"ceiling": False}, {"max_new_tokens": 32}  # long enough for some answers to end
+    return run(tiny(folder, iterations=1, ablations=ARMS, evaluation=evaluation, sampling=sampling))
 
 
 def test_ablations_share_equal_stages_and_change_what_they_say(with_arms: Path) -> None:

@@ -46,5 +46,7 @@ def test_readme_and_docs_show_the_committed_result():
     for page, text in {ROOT / "README.md": rounds, ROOT / "docs" / "demo-world.md": claims}.items():
         found = page.read_text(encoding="utf-8")
         assert update_readme.replaced(found, text) == found
-    drawn, committed = (set(re.findall(r">([^<>]+)</text>", text)) for text in (picture, (DOCS / "demo.svg").read_text()))
+    drawn, committed = (
+        set(re.findall(r">([^<>]+)</text>", text)) for text in (picture, (DOCS / "demo.svg").read_text())
+    )
     assert drawn and drawn == committed  # the curves' digits depend on matplotlib's version
