@@ -37,9 +37,11 @@ def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, l
         if len(agent["scores"]) < 2:
             lead.append(f"The {name} stands at a {label} of {end:.3f}; no iteration has been evaluated.")
             continue
+        changes = [claim.estimate for claim in found if claim.kind == "naive" and claim.better == f"final {name}"]
+        noise = any(change is not None and change.sign == 0 for change in changes)
         lead.append(
             f"The {name} {_moved(start, end)} from {start:.3f} (naive weak-label SFT) to {end:.3f} "
-            f"after {last} iteration{'s' * (last != 1)} ({label})."
+            f"after {last} iteration{'s' * (last != 1)} ({label}){', which is inside the noise' * noise}."
         )
         best = max(agent["scores"], key=lambda row: row[metric])
         if best["iteration"] != last:

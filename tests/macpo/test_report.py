@@ -16,10 +16,11 @@ from tiny import make_run
 
 from macpo.engine.errors import DataError, IntegrityError
 from macpo.engine.files import write_json
-from macpo.evaluation.claims import claims
+from macpo.evaluation.claims import Claim, claims
 from macpo.evaluation.prompt_scores import ScoredRun
 from macpo.evaluation.summary import AgentHistory, build_summary
-from macpo.report.findings import MARKS, table
+from macpo.evaluation.uncertainty import Estimate
+from macpo.report.findings import MARKS, headline, table
 from macpo.report.page import write_report, write_seeds_report
 from macpo.report.run_reader import RunReader
 
@@ -319,3 +320,13 @@ def test_seeds_report_lists_every_claim(tmp_path, run_dir):
     content = json.loads((tmp_path / "claims.json").read_text())
     assert [row["verdict"] for row in content["claims"]] == [claim.verdict for claim in found]
     assert (tmp_path / "claims.txt").read_text().count("\n") == 3 + len(found)
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [(-0.03, 0.04, True), (0.001, 0.04, False), (-0.04, -0.001, False)])
+def test_a_change_inside_the_noise_is_not_told_as_a_success(low, high, said):
+    rows = [{"iteration": 0, "gold": 0.746}, {"iteration": 1, "gold": 0.752}]
+    summary = build_summary({"student": AgentHistory("student", rows)}, [], 0, {})
+    estimate = Estimate(0.006, low, high, 0.5)
+    claim = Claim("naive", "final student", "naive weak-label student", (0,), (0.752,), (0.746,), estimate)
+    text, _ = headline(summary, [claim])
+    assert ("(gold score), which is inside the noise." in text) is said
