@@ -35,9 +35,9 @@ from macpo.data.prompts import Prompts
 from macpo.engine.config import FullSettings, LoraSettings, OptimSettings, Tuning
 from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.chat import Chat, load_tokenizer
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.reward.classifier import Classifier, load_classifier
 from macpo.engine.models.reward.saving import padding_id, save_reward
 from macpo.engine.models.reward.score_head import RewardModule

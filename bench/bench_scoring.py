@@ -26,7 +26,7 @@ from bench.harness.measure import Case, Peer, head_ceiling
 from bench.harness.options import Spec, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.requests import load
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
 from macpo.engine.scoring import score
 

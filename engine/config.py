@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from macpo.engine.connection import url_problem
 from macpo.engine.paths import HubPath, LocalPath, absolute, relative_to
-from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, REFERENCE_FREE, SMOOTHED
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -20,7 +19,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=6
 class Settings(BaseModel):
     """Base of every block of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 Quantization = Literal["none", "nf4"]
@@ -79,6 +80,10 @@ class OptimSettings(Settings):
 
 
 LossName = Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo"]
+# What kernels/pair_loss/losses.py says of them, which cannot be asked without torch; a test compares the two.
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+SMOOTHED = frozenset({"sigmoid", "robust"})
+DESENSITISED = frozenset({"sigmoid", "robust", "hinge"})
 
 
 class PreferenceSettings(OptimSettings):
@@ -114,7 +119,7 @@ class PreferenceSettings(OptimSettings):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> PreferenceSettings:
-        with_reference = frozenset(LOSSES) - REFERENCE_FREE
+        with_reference = frozenset(get_args(LossName)) - REFERENCE_FREE
         for name, is_set, losses in (
             ("label_smoothing", self.label_smoothing > 0, SMOOTHED),
             ("gamma", self.gamma is not None, {"simpo"}),

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from macpo.engine.errors import printable
 
 PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.1
@@ -24,6 +21,9 @@ class _Shown:
     """
 
     def __init__(self, label: str, *, done: int, total: int, text: str, fields: dict[str, str]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = Progress(

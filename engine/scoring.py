@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from macpo.engine.data.batches import MicroBatch, microbatches
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch, pack
 from macpo.engine.distributed.failures import free_memory, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ResourceError, Stopped

@@ -56,13 +56,14 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from macpo.commands.check import check
     from macpo.engine.console import say
     from macpo.recipe_kinds import load
 
     recipe = load(arguments.recipe, arguments.overrides)
     if _printed(arguments, recipe):
         return
+    from macpo.commands.check import check
+
     for line in check(recipe, arguments.examples):
         say(line, error=False)
 

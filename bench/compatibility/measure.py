@@ -22,7 +22,8 @@ from transformers import (
 from bench.compatibility.families import VOCAB, Family, config_of, model_of
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.chat import Chat
-from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.loading import load_causal_lm, quiet_transformers

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 
 HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"  # a checkout may lie beside the data
 SUBSETS = ("harmless-base", "helpful-base")

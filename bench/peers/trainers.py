@@ -29,7 +29,7 @@ from bench.harness.measure import Unavailable
 from bench.inputs.pairs import PairData
 from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.batches import BatchOrder
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World, finish
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, bins, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch, bins, pack
 from macpo.engine.distributed.world import World
 
 

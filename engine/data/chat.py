@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.messages import ROLES, Message
-from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.rendering import Rendering, framed
 from macpo.engine.data.template_settings import (
     DATE,

@@ -16,19 +16,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from macpo.engine.data.messages import Message
 from macpo.engine.distributed.agree import agreed
-from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, Stopped
 from macpo.engine.files import atomic_write, explained, read_bytes
-from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.request import Request, Sample
-from macpo.engine.generation.served import ServedGenerator
 from macpo.engine.progress import Count, counted
 from macpo.engine.removal import is_file, make_way
+
+if TYPE_CHECKING:
+    from macpo.engine.distributed.world import World
+    from macpo.engine.generation.generator import Generator
+    from macpo.engine.generation.served import ServedGenerator
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ def generate_waves(
     Raises:
         ConfigError, DataError: bad requests, before any work. Stopped: asked to stop; committed waves stay.
     """
+    from macpo.engine.distributed.world import World
+
     if wave_requests < 1:
         raise ConfigError(f"got {wave_requests}", "wave_requests must be at least 1", field="wave_requests")
     world, team = world or World.current(), generator.team

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch, pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook
 from macpo.engine.models.float32 import SIXTEEN_BITS, in_float32, is_plain

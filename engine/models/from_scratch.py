@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from macpo.engine.config import InitSettings
 from macpo.engine.data.chat import Chat
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.messages import Message
-from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Prompt, named
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.files import explained, read_jsonl

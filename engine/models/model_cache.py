@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from macpo.engine.config import FullSettings, LoraSettings, Quantization
 from macpo.engine.errors import ResourceError
+from macpo.engine.model_folders import PolicyRef, local_folder, num_parameters, weight_files
 from macpo.engine.models.equivalence import passed_structures
-from macpo.engine.models.loading import as_dtype, load_causal_lm, local_folder, num_parameters, weight_files
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.loading import as_dtype, load_causal_lm
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning import lora
 from macpo.engine.models.tuning.text_path import freeze_outside_text
 

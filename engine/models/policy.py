@@ -6,7 +6,6 @@ T tokens of a packed row, N response tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -176,11 +175,3 @@ class PolicyModule(nn.Module):
             if main:
                 out[name] = tensor.cpu()
         return out
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyRef:
-    """The folders or Hub ids of a policy's weights: of its base model, and of its adapter."""
-
-    base: str
-    adapter: str | None = None

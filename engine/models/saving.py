@@ -16,16 +16,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from macpo.engine.data.chat import Chat
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch, pack
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError
 from macpo.engine.files import atomic_write, explained, fsync_dir, fsync_file, require_free, sha256
+from macpo.engine.model_folders import local_folder, weight_files
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.equivalence import spread_ids
 from macpo.engine.models.float32 import in_float32
 from macpo.engine.models.head import Head, whole
-from macpo.engine.models.loading import load_causal_lm, local_folder, quiet_transformers, weight_files
+from macpo.engine.models.loading import load_causal_lm, quiet_transformers
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning import lora
 from macpo.engine.removal import is_file, is_folder, remove, remove_leftovers

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from macpo.engine import hardware
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings
-from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import quiet_transformers

@@ -16,15 +16,9 @@ from transformers import PreTrainedModel
 
 from macpo.engine.errors import ConfigError
 from macpo.engine.foreign import LAYERS, check_model_config, header, read_json_object
+from macpo.engine.model_folders import local_folder, refuse_adapter, weight_files
 from macpo.engine.models.flops import meta_model
-from macpo.engine.models.loading import (
-    has_mxfp4,
-    local_folder,
-    read_config,
-    refuse_adapter,
-    refuse_larger,
-    weight_files,
-)
+from macpo.engine.models.loading import has_mxfp4, read_config, refuse_larger
 from macpo.engine.models.support import refuse_unsupported
 
 FIX = "use weights that belong to this config.json"

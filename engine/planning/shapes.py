@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.loading import local_folder, read_config
+from macpo.engine.model_folders import local_folder
+from macpo.engine.models.loading import read_config
 from macpo.engine.paths import expanded
 
 

@@ -6,6 +6,7 @@ text = dump(settings, comments=True)
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -67,6 +68,8 @@ def loads(
         raise ConfigError(problems=problems)
     if defaults:
         root = merge(from_plain(defaults, "defaults"), root)
+    if overrides:
+        root = copy.deepcopy(root)
     for wish in overrides:
         assign(root, wish, problems)
     try:

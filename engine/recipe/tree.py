@@ -6,6 +6,8 @@ It is read from PyYAML's events, so nothing is ever constructed from a tag. Scal
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -50,12 +52,21 @@ def from_plain(value: Any, file: str = "") -> Node:
 def parse(text: str, file: str, problems: list[Problem], *, lines: bool = True) -> Node:
     """The tree of one YAML document; forbidden content is appended to `problems`.
 
-    `lines`: False leaves out line numbers (one-line sources). Raises ConfigError if the text is not YAML at all.
+    `lines`: False leaves out line numbers (one-line sources). A text that is asked for again gives the same tree: copy
+    it before you change it. Raises ConfigError if the text is not YAML at all.
     """
+    root, found = _parse(text, file, lines)
+    problems += found
+    return root
+
+
+@functools.lru_cache(maxsize=8)  # a command asks a recipe's kind, its place and its content, one after the other
+def _parse(text: str, file: str, lines: bool) -> tuple[Node, tuple[Problem, ...]]:
+    problems: list[Problem] = []
     try:
         events = yaml.parse(text.removeprefix("\ufeff"), Loader=yaml.SafeLoader)
         reader = _Reader(events, file, problems, lines)
-        return reader.document()
+        return reader.document(), tuple(problems)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f" at column {mark.column + 1}" if mark else ""
@@ -187,7 +198,7 @@ def assign(root: Node, wish: str, problems: list[Problem]) -> None:
         problems.append(Problem("expected a.b.c=value", "write the field, =, and its value", source))
         return
     try:
-        value = parse(text, source, problems, lines=False)
+        value = copy.deepcopy(parse(text, source, problems, lines=False))
     except ConfigError as error:
         problems.extend(error.problems)
         return

@@ -51,7 +51,9 @@ class RunFolder:
     def _find(self, name: str, state: str | None) -> Path | None:
         if not self.path.is_dir():
             return None
-        matches = [(path, _FOLDER.fullmatch(path.name)) for path in sorted(self.path.iterdir())]
+        ending = f"-{name}{state or ''}"  # a quick look at each name, as a run may have thousands of stages
+        likely = sorted(each for each in os.listdir(self.path) if each.endswith(ending))
+        matches = [(self.path / each, _FOLDER.fullmatch(each)) for each in likely]
         found = [path for path, match in matches if match and match["name"] == name and match["state"] == state]
         if len(found) > 1:
             raise IntegrityError(

@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 class StageInputs(BaseModel):
     """Names of the earlier stages whose folders a stage reads: a field each, or a mapping for several alike."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     def by_alias(self) -> dict[str, str]:
         """What keys and manifests call each input, `field` or `field:key` -> name of the stage."""
@@ -47,7 +47,7 @@ class StageWork(BaseModel, ABC):
     the stage runs, and those that have their default: a kind can gain a setting without making finished runs stale.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", defer_build=True)
 
     name: ClassVar[str]
     """Name of the kind; part of the key, so it outlives the code's layout."""
@@ -110,6 +110,7 @@ class Graph:
         self._stages: dict[str, Stage] = {}
         self._identity: dict[str, str] = {}
         self._by_identity: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
 
     def add(self, stage: Stage) -> str:
         """Adds the stage, or finds the equal one that is there. Returns: the name to use as an input.
@@ -130,6 +131,7 @@ class Graph:
         if name in self._stages:
             raise ConfigError(f"two different stages are called {name!r}", "give one another name", field="name")
         self._stages[name] = stage
+        self._numbers[name] = len(self._stages)
         self._identity[name] = identity
         self._by_identity[identity] = name
         return name
@@ -152,7 +154,7 @@ class Graph:
 
     def number(self, name: str) -> int:
         """Position in the run, from 1."""
-        return list(self._stages).index(name) + 1
+        return self._numbers[name]
 
     def folder_name(self, name: str) -> str:
         width = max(2, len(str(len(self._stages))))
@@ -169,7 +171,9 @@ class Graph:
     def urgency(self) -> dict[str, float]:
         """Weight of the longest chain that begins at each stage: the order in which free workers take them."""
         longest: dict[str, float] = {}
+        after = dict.fromkeys(self._stages, 0.0)
         for stage in reversed(self.stages):
-            users = [longest[other.name] for other in self.stages if stage.name in other.inputs.values()]
-            longest[stage.name] = stage.work.weight + max(users, default=0.0)
+            longest[stage.name] = stage.work.weight + after[stage.name]
+            for name in stage.inputs.values():
+                after[name] = max(after[name], longest[stage.name])
         return longest

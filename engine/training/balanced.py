@@ -9,7 +9,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.router import Router, balance, router_logits, router_of

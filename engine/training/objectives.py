@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from macpo.engine.config import PreferenceSettings
-from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import DataError
 from macpo.engine.models.head import Head, pair_loss
 from macpo.engine.models.policy import PolicyModule

@@ -23,12 +23,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from macpo.engine import files
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, NumericsError
-from macpo.engine.models.loading import local_folder, weight_files
-from macpo.engine.models.policy import PolicyRef
+from macpo.engine.model_folders import PolicyRef, local_folder, weight_files
 from macpo.engine.opening import open_regular
 from macpo.engine.removal import make_way
 from macpo.engine.run.keys import canonical

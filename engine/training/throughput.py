@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from macpo.engine import hardware
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.flops import ModelShape, Targets, Tuning, counts_of, model_flops

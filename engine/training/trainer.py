@@ -23,7 +23,8 @@ from torch import Tensor
 from macpo.engine.config import OptimSettings
 from macpo.engine.console import say
 from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
-from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
@@ -42,7 +43,6 @@ from macpo.engine.training.throughput import Meter
 from macpo.engine.training.token_budget import TokenBudget
 from macpo.engine.training.trackers import Trackers, Training
 
-SCRATCH, CONTINUED = ("checkpoint",), ("metrics.jsonl", "timing.jsonl")
 """What `train` resumes from in its folder: what can go once the weights are saved, and what stays."""
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from macpo.agent_settings import AgentSettings
 from macpo.engine.config import LoraSettings, Tuning
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.loading import local_folder, refuse_adapter, weight_files
+from macpo.engine.model_folders import local_folder, refuse_adapter, weight_files
 from macpo.engine.models.tuning import lora
 from macpo.engine.models.tuning.adapter_rules import read_config
 from macpo.method.learning import LearningStage

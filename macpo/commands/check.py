@@ -18,8 +18,8 @@ from macpo.engine.data.messages import Message
 from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.errors import TemplateRefusal
 from macpo.engine.foreign import read_json_object
+from macpo.engine.model_folders import local_folder
 from macpo.engine.models.from_scratch import read_corpus, train_tokenizer
-from macpo.engine.models.loading import local_folder
 from macpo.method.encoding import encoded, is_cut, pair_responses
 from macpo.method.policies import READING, StageAgent, chat_of, chat_with
 from macpo.method.prompt_sets import read_sources

@@ -13,10 +13,10 @@ from macpo.commands.model_card import Exported, model_card
 from macpo.engine.config import FullSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError
+from macpo.engine.model_folders import PolicyRef, local_folder
 from macpo.engine.models.compute import device_of, memory_budget, model_cache
-from macpo.engine.models.loading import as_dtype, local_folder, stored_dtype
+from macpo.engine.models.loading import as_dtype, stored_dtype
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.saving import cast, logits_of, publish, publish_copy, refuse_existing
 from macpo.engine.paths import absolute_or_hub
 from macpo.engine.run.folder import folder_of

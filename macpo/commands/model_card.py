@@ -16,7 +16,7 @@ from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.errors import printable
 from macpo.engine.files import read_json
-from macpo.engine.models.policy import PolicyRef
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.paths import expanded
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest

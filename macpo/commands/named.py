@@ -10,9 +10,9 @@ from pathlib import Path
 from macpo.agent_settings import AgentSettings
 from macpo.config import Recipe
 from macpo.data.rows import Source
+from macpo.engine import model_folders
 from macpo.engine.config import LoraSettings, PreferenceSettings
 from macpo.engine.errors import ConfigError
-from macpo.engine.models import loading
 from macpo.method.data_sets import held_out_source, own_source, source_of
 from macpo.method.scoring.planned import own_model
 from macpo.recipe_kinds import AnyRecipe
@@ -106,13 +106,13 @@ def adapters_of(recipe: AnyRecipe) -> Iterator[tuple[str, str, AgentSettings]]:
 
 def is_adapter(path: str) -> bool:
     """Whether a folder or Hub id is an adapter; what cannot be had is left to the checks of models."""
-    return loading.is_adapter(Path(path)) if Path(path).is_absolute() else _is_hub_adapter(path)
+    return model_folders.is_adapter(Path(path)) if Path(path).is_absolute() else _is_hub_adapter(path)
 
 
 @cache
 def _is_hub_adapter(name: str) -> bool:
     try:
-        return loading.is_adapter(loading.local_folder(name))
+        return model_folders.is_adapter(model_folders.local_folder(name))
     except ConfigError:
         return False
 

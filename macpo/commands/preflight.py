@@ -33,13 +33,14 @@ from macpo.engine.errors import ConfigError, MacpoError, Problem, ResourceError
 from macpo.engine.files import require_free
 from macpo.engine.generation.vocabulary import check_vocab
 from macpo.engine.hardware import Gpu
+from macpo.engine.model_folders import local_folder, refuse_adapter
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of, memory_budget
 from macpo.engine.models.equivalence import expected_window
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.from_scratch import llama_shape
 from macpo.engine.models.head import head_of
-from macpo.engine.models.loading import local_folder, read_config, refuse_adapter
+from macpo.engine.models.loading import read_config
 from macpo.engine.models.support import ROUTER_OFF, router_loss_coefficient
 from macpo.engine.planning.headers import Folder, inspect
 from macpo.engine.planning.memory import tensor_config

@@ -9,15 +9,9 @@ from macpo.agent_settings import AgentSettings
 from macpo.config import Recipe
 from macpo.engine.data.chat import load_tokenizer
 from macpo.engine.errors import ResourceError
+from macpo.engine.model_folders import is_adapter, local_folder, num_parameters, refuse_adapter, weight_files
 from macpo.engine.models.compute import memory_budget
-from macpo.engine.models.loading import (
-    is_adapter,
-    local_folder,
-    num_parameters,
-    read_config,
-    refuse_adapter,
-    weight_files,
-)
+from macpo.engine.models.loading import read_config
 from macpo.engine.models.reward.classifier import check_classifier
 from macpo.engine.models.reward.saving import check_class, padding_id
 from macpo.method.policies import chat_with

@@ -6,20 +6,16 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from macpo import __version__
-from macpo.commands.check import check_templates
-from macpo.commands.preflight import preflight
 from macpo.commands.scored import judged_by, scored
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
-from macpo.engine.distributed.agree import on_main
-from macpo.engine.distributed.world import World
+from macpo.engine.distributed.agree import is_main, on_main
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, write_json
+from macpo.engine.processes import set_threads
 from macpo.engine.removal import make_way
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
@@ -28,8 +24,10 @@ from macpo.evaluation.summary import AgentHistory, build_summary
 from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
-from macpo.report.page import write_report
 from macpo.report.run_reader import RunReader
+
+if TYPE_CHECKING:
+    from macpo.engine.distributed.world import World
 
 TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training", "reward": "Reward model"}
 GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
@@ -44,11 +42,10 @@ def run_recipe(
     from_stage: str | None = None,
 ) -> Path:
     """Entry point of `macpo run` and `torchrun engine/train.py`: the recipe of a file, run to its end."""
-    world = world or World.current()
     try:
         recipe = load(path, overrides)
     except MacpoError as error:
-        error.relayed = not world.is_main  # every rank finds it, one says it
+        error.relayed = not is_main(world)  # every rank finds it, one says it
         raise
     return run(recipe, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
 
@@ -94,26 +91,30 @@ def run(
 
     Raises MacpoError with its exit code; the same call resumes a stopped run.
     """
-    world = world or World.current()
-    if recipe.compute.threads is not None:
-        torch.set_num_threads(recipe.compute.threads)
+    set_threads(recipe.compute.threads)
     run_dir = Path(recipe.output)
     plan = plan_of(recipe, must_exist=False)
     finished = from_stage is None and on_main(world, lambda: is_finished(recipe, plan))
     if not finished:  # a finished run needs neither its data nor its models
-        on_main(world, lambda: preflight(recipe, plan, ranks=world.size))
+        from macpo.commands.check import check_templates
+        from macpo.commands.preflight import preflight
+
+        on_main(world, lambda: preflight(recipe, plan, ranks=1 if world is None else world.size))
         if RunFolder(run_dir).committed("data") is None:
             on_main(world, lambda: check_templates(recipe))
         plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
     runner.began = lambda: _note_recipe(recipe, run_dir, runner.log)
     runner.run()
-    if world.is_main:
+    if is_main(world):
+        from macpo.report.page import write_report
+
         for name in ("summary.json", "report.html"):
             make_way(run_dir / name, run_dir, runner.log)
         summarise(recipe, plan, run_dir)
         write_report(run_dir)
-    world.barrier()
+    if world is not None:
+        world.barrier()
     return run_dir
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from scipy import stats
-
 from macpo import demo_world
 from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.files import read_jsonl
@@ -129,6 +127,8 @@ def _scored(
 
 def separability(scores: Sequence[float], perplexities: Sequence[float]) -> float | None:
     """The area under the curve of low perplexity as a sign of a score above the median; None without both kinds."""
+    from scipy import stats
+
     middle = median(scores)
     good = [p for s, p in zip(scores, perplexities, strict=True) if s > middle]
     rest = [p for s, p in zip(scores, perplexities, strict=True) if s <= middle]

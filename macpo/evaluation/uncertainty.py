@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -94,6 +93,8 @@ def bootstrap(table: Clusters, statistic: Statistic = the_means, *, seed: int = 
     By `scipy.stats.bootstrap`; all columns share the draws, so policies that answered the same prompts are paired. A
     value that is the same in every draw has an interval of no width. None for fewer than two clusters.
     """
+    from scipy import stats
+
     if len(table) < 2:
         return None
 
@@ -146,6 +147,8 @@ def paired_differences(table: Clusters, *, seed: int = SEED) -> list[Estimate] |
 
 def t_interval(values: Sequence[float]) -> Estimate | None:
     """Return the mean of independent values with Student's t interval and p value; None for fewer than two."""
+    from scipy import stats
+
     if len(values) < 2:
         return None
     mean = float(np.mean(values))
@@ -158,12 +161,16 @@ def t_interval(values: Sequence[float]) -> Estimate | None:
 
 def wilson(successes: int, trials: int) -> Estimate:
     """Return a share with Wilson's score interval (1927), for example an accuracy. Raises ValueError for no trial."""
+    from scipy import stats
+
     found = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return Estimate(successes / trials, float(found.low), float(found.high))
 
 
 def sign_test(wins: int, losses: int) -> float:
     """Return the two-sided p value of "a win is as likely as a loss"; ties do not count (Dixon & Mood 1946)."""
+    from scipy import stats
+
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
@@ -178,6 +185,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Return Spearman's rank correlation, such as that of a score with length; None where a side does not vary."""
+    from scipy import stats
+
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
     return float(stats.spearmanr(one, other).statistic)

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack, unshared
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch, pack, unshared
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import PackedAttention, attention_hook, is_active
 from macpo.engine.models.head import Head

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.head import Head, pair_loss

@@ -16,15 +16,15 @@ from typing import Any
 
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation.vocabulary import check_vocab
+from macpo.engine.model_folders import PolicyRef, fingerprint_model, local_folder, refuse_adapter
 from macpo.engine.models.compute import dtype_of, model_cache
-from macpo.engine.models.loading import fingerprint_model, local_folder, refuse_adapter
 from macpo.engine.models.parallelize import parallelize, spreads
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.progress import Count, uncounted
 from macpo.engine.scoring import score
 from macpo.judging.questions import Comparison, JudgePrompt

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 
 from macpo.evaluation.uncertainty import sign_test, wilson
 from macpo.judging.verdicts import Judgement
@@ -211,6 +210,8 @@ def estimate(values: Values, statistic: Callable[..., Any]) -> Estimate:
     Args:
         statistic: of [..., n] float64 along `axis`.
     """
+    from scipy import stats
+
     value, number = float(statistic(values, axis=-1)), len(values)
     if np.ptp(values) == 0:
         unseen = wilson(0, number).high
@@ -236,6 +237,8 @@ def rate_at_equal_length(values: Values, lengths: Values) -> Estimate | None:
     Args:
         values: 1, 0.5 or 0 for each comparison. lengths: characters of ours minus theirs.
     """
+    from scipy import stats
+
     if len(values) < 3 or np.ptp(values) == 0 or np.ptp(lengths) == 0:
         return None
     line = stats.linregress(np.tanh(lengths / lengths.std()), values)

@@ -12,9 +12,7 @@ from macpo.engine.config import SamplingSettings, ServedSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError, TemplateRefusal
-from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
 from macpo.engine.generation.response_text import INCOMPLETE
-from macpo.engine.generation.served import OPTIONS
 from macpo.engine.generation.waves import SCRATCH
 from macpo.engine.run.context import StageContext
 from macpo.method.costs import Cost, RunSize
@@ -48,6 +46,9 @@ class GeneratingStage(PolicyStage):
 
     def generate(self, policy: OpenPolicy, prompts: Sequence[Prompt]) -> tuple[list[Response], dict[str, int]]:
         """One response a prompt, in fixed waves below the stage's folder; and counts."""
+        from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
+        from macpo.engine.generation.served import OPTIONS
+
         ctx, agent = policy.ctx, policy.agent
         chat = policy.chat if agent.model is not None else None
         distinct = sorted({p.id: p for p in prompts}.values(), key=lambda p: p.id)

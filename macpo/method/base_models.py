@@ -12,21 +12,10 @@ from macpo.engine.config import ComputeSettings, FullSettings, InitSettings
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, read_records
 from macpo.engine.errors import ConfigError, DataError, TemplateRefusal
-from macpo.engine.models.flops import ModelShape
-from macpo.engine.models.from_scratch import (
-    build_model,
-    document_groups,
-    read_corpus,
-    save_base,
-    train_tokenizer,
-)
-from macpo.engine.models.policy import PolicyModule
-from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.engine.training.objectives import sft
+from macpo.engine.training.leftovers import CONTINUED, SCRATCH
 from macpo.engine.training.trackers import Trackers
-from macpo.engine.training.trainer import CONTINUED, SCRATCH, train
 from macpo.method.costs import (
     STEP_BYTES,
     Cost,
@@ -67,6 +56,17 @@ class PretrainBase(MethodStage):
     compute: ComputeSettings = Field(exclude=True)
 
     def run(self, ctx: StageContext) -> None:
+        from macpo.engine.models.from_scratch import (
+            build_model,
+            document_groups,
+            read_corpus,
+            save_base,
+            train_tokenizer,
+        )
+        from macpo.engine.models.policy import PolicyModule
+        from macpo.engine.training.objectives import sft
+        from macpo.engine.training.trainer import train
+
         init = self.init
         if init.corpus == "data":
             documents = _left_over(ctx.input(self.inputs.data), self.role)
@@ -114,6 +114,8 @@ class PretrainBase(MethodStage):
         return Cost(tokens, 6 * self._num_parameters(run) * tokens)
 
     def _num_parameters(self, run: RunSize) -> int:
+        from macpo.engine.models.flops import ModelShape
+
         return ModelShape.of(made_config(self.init, run.words)).num_parameters
 
     def disk_bytes(self, run: RunSize) -> float:
@@ -122,6 +124,8 @@ class PretrainBase(MethodStage):
         return 4 * self._num_parameters(run) + STEP_BYTES * steps
 
     def training(self, run: RunSize) -> TrainingCost:
+        from macpo.engine.planning.fitting import Workload
+
         settings = self.init.pretrain
         length = max(1, round(run.document_tokens) - 1)
         step = Workload(settings.batch, 1, length, settings.microbatch_tokens, answers=1)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from macpo.engine.config import InitSettings, Tuning
-from macpo.engine.models.from_scratch import llama_shape
-from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.stages import StageWork
 from macpo.method.identities import portable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from macpo.engine.planning.fitting import Workload
 
 CHARS_PER_TOKEN = 4.0
 ROW_BYTES, RESPONSE_BYTES = 80, 110
@@ -42,6 +43,8 @@ def made_config(init: InitSettings, words: int | None) -> PretrainedConfig:
     Args:
         words: different words of the texts that its tokenizer is made of; None where they are not known.
     """
+    from macpo.engine.models.from_scratch import llama_shape
+
     known = words if init.tokenizer == "word" and init.corpus == "data" else None
     return llama_shape(init, min(init.vocab_size, known or init.vocab_size))
 

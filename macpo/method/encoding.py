@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from macpo.engine.data.chat import Chat
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.messages import Message
-from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Example, Pair, Prompt, named
 from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.method.policies import OpenPolicy, StageAgent

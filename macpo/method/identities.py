@@ -10,7 +10,7 @@ from macpo.data.rows import fingerprint
 from macpo.engine.data.templates import TEMPLATES
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import explained
-from macpo.engine.models.loading import fingerprint_model
+from macpo.engine.model_folders import fingerprint_model
 from macpo.engine.run.keys import UNKNOWN
 
 _IDENTITIES = ("files", "weights", "reference_weights")

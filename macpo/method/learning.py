@@ -5,26 +5,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from macpo.engine.config import LoraSettings, OptimSettings, PreferenceSettings, Tuning
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
-from macpo.engine.models.policy import PolicyModule
-from macpo.engine.models.saving import save_policy
-from macpo.engine.planning.fitting import Workload
 from macpo.engine.run.context import StageContext
-from macpo.engine.training.objectives import Objective, preference, sft
-from macpo.engine.training.reference import weighted
+from macpo.engine.training.leftovers import CONTINUED, SCRATCH
 from macpo.engine.training.trackers import Trackers
-from macpo.engine.training.trainer import CONTINUED, SCRATCH, train
 from macpo.method.costs import STEP_BYTES, Cost, RunSize, Shape, TrainingCost
 from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.policies import OpenPolicy, PolicyInputs, PolicyStage
 from macpo.method.positives import Half, half_of
-from macpo.method.reference import Reference, read_reference
+
+if TYPE_CHECKING:
+    from macpo.engine.models.policy import PolicyModule
+    from macpo.engine.training.objectives import Objective
 
 
 class LearningStage(PolicyStage):
@@ -50,6 +48,8 @@ class LearningStage(PolicyStage):
             ids: the ids of the groups' prompts.
             objective: makes what is minimised; its argument gives the policy about to be trained.
         """
+        from macpo.engine.training.trainer import train
+
         ctx = policy.ctx
         module = functools.cache(lambda: self.module(policy))  # another reference goes before it
         minimised = objective(module)
@@ -75,6 +75,8 @@ class LearningStage(PolicyStage):
 
     def save(self, policy: OpenPolicy, module: PolicyModule, folder: Path) -> None:
         """Write what was trained."""
+        from macpo.engine.models.saving import save_policy
+
         save_policy(module, folder, base_name=str(self.agent.model), chat=policy.chat)
 
     def num_rows(self, run: RunSize) -> int:
@@ -92,6 +94,8 @@ class LearningStage(PolicyStage):
         return (shape.bytes_policy if shape else 0) + STEP_BYTES * steps
 
     def training(self, run: RunSize) -> TrainingCost:
+        from macpo.engine.planning.fitting import Workload
+
         prompt, response = max(1, round(run.prompt_tokens)), max(1, round(run.response_tokens))
         step = Workload(self.optim.batch, prompt, response, self.optim.microbatch_tokens, self.responses)
         return TrainingCost(run.shapes[self.agent.name].config, self.tuning, step, self._training_tokens(run))
@@ -145,6 +149,8 @@ class Imitate(LearningStage):
 
     def objective(self) -> Objective:
         """What is minimised over the examples."""
+        from macpo.engine.training.objectives import sft
+
         return sft()
 
     def num_rows(self, run: RunSize) -> int:
@@ -174,6 +180,10 @@ class Prefer(LearningStage):
     inputs: PreferInputs
 
     def run(self, ctx: StageContext) -> None:
+        from macpo.engine.training.objectives import preference
+        from macpo.engine.training.reference import weighted
+        from macpo.method.reference import Reference, read_reference
+
         policy, settings = self.open_policy(ctx), self.optim
         pairs = read_records(ctx.input(self.inputs.pairs) / self.file, Pair)
         groups, kept, counts = encode_pairs(policy, pairs)

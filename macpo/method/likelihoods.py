@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
-
-from macpo.engine.data.pack import PrefixGroup
-from macpo.engine.models.policy import PolicyModule
-from macpo.engine.scoring import ResponseScore, score
-from macpo.engine.training.reference import shared_sums
+from macpo.engine.data.groups import PrefixGroup
 from macpo.method.policies import OpenPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from macpo.engine.models.policy import PolicyModule
+    from macpo.engine.scoring import ResponseScore
 
 T = TypeVar("T")
 
@@ -40,6 +40,10 @@ def likelihoods(policy: OpenPolicy, groups: Sequence[PrefixGroup]) -> list[list[
 
 def shared_parts(policy: OpenPolicy, module: PolicyModule, groups: Sequence[PrefixGroup]) -> Tensor:
     """`shared_sums` of every response of every group under `module`: [R, 2] float64; all ranks get all results."""
+    import torch
+
+    from macpo.engine.training.reference import shared_sums
+
     scores = _scored(policy, module, groups, lambda g: shared_sums([r.token_logps for r in g]))
     return torch.tensor([part for group in scores for part in group], dtype=torch.float64).reshape(-1, 2)
 
@@ -51,6 +55,8 @@ def _scored(
     kept: Callable[[list[ResponseScore]], list[T]],
 ) -> list[list[T]]:
     """What is kept of each group's scores. Each rank scores some of the groups; all ranks get all results."""
+    from macpo.engine.scoring import score
+
     ctx, max_tokens = policy.ctx, policy.compute.score_tokens
     mine = score(module, groups, max_tokens=max_tokens, world=ctx.world, should_stop=ctx.stop_requested)
     found = ctx.world.gather([kept(scores) if scores else None for scores in mine])

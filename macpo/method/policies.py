@@ -16,13 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from macpo.engine.config import ComputeSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
-from macpo.engine.generation.split_model import split_policy, team_size
-from macpo.engine.generation.vocabulary import check_vocab
-from macpo.engine.models.compute import model_cache
-from macpo.engine.models.loading import is_adapter, local_folder
-from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.parallelize import parallelize, spreads
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.model_folders import PolicyRef, is_adapter, local_folder
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.keys import UNKNOWN, is_unknown
 from macpo.engine.run.stages import StageInputs
@@ -30,6 +24,9 @@ from macpo.method.costs import Cost, MethodStage, RunSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from macpo.engine.models.model_cache import ModelCache
+    from macpo.engine.models.policy import PolicyModule
 
 
 class StageAgent(BaseModel):
@@ -200,6 +197,9 @@ class OpenPolicy:
         Raises:
             ConfigError: its embedding lacks a row for a token.
         """
+        from macpo.engine.generation.vocabulary import check_vocab
+        from macpo.engine.models.parallelize import parallelize, spreads
+
         models, parallel, world = self._models(), self.compute.parallel, self.ctx.world
         ref = ref or self.ref
         spread = (tuning is not None or not models.fits(ref.base)) and spreads(parallel, world)
@@ -215,6 +215,9 @@ class OpenPolicy:
             ConfigError: its embedding lacks a row for a token.
             ResourceError: no number of ranks can hold it.
         """
+        from macpo.engine.generation.split_model import split_policy, team_size
+        from macpo.engine.generation.vocabulary import check_vocab
+
         models, world = self._models(), self.ctx.world
         shared = world.size > 1 and not models.fits(self.ref.base)
         policy = models.policy(self.ref, spread=shared)
@@ -227,6 +230,8 @@ class OpenPolicy:
 
     def _models(self) -> ModelCache:
         """The process's cache, without whole models of this run that no stage reads any more."""
+        from macpo.engine.models.compute import model_cache
+
         models = model_cache(self.compute, self.agent.trust_remote_code)
         if self.ctx.needed is not None:
             models.keep(self.ctx.dir.parent, self.ctx.needed)

@@ -9,13 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.records import Example, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.files import read_jsonl, write_jsonl
-from macpo.engine.models.compute import dtype_of
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
 from macpo.method.costs import Cost, MethodStage, RunSize
@@ -64,6 +62,10 @@ class ScoreCandidates(PolicyStage):
     inputs: ScoreInputs
 
     def run(self, ctx: StageContext) -> None:
+        import torch
+
+        from macpo.engine.models.compute import dtype_of
+
         policy = self.open_policy(ctx)
         answers = answers_by_agent(ctx, self.inputs.answers)
         items: list[tuple[Prompt, list[Response]]] = []

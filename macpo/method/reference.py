@@ -12,12 +12,12 @@ from torch import Tensor
 
 from macpo.engine.config import FullSettings, LoraSettings, PreferenceSettings, Tuning
 from macpo.engine.data.chat import load_tokenizer
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.model_folders import PolicyRef, local_folder
 from macpo.engine.models.compute import device_of, dtype_of
-from macpo.engine.models.loading import local_folder
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.paths import expanded
 from macpo.engine.run.folder import CACHE
 from macpo.engine.training.reference import cached, reference_key, weighted

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from macpo.engine.training.confidence import confident_sft
-from macpo.engine.training.objectives import Objective
+from typing import TYPE_CHECKING
+
 from macpo.method.learning import Imitate, ImitateInputs
 from macpo.method.steps import Steps
 from macpo.methods.naive import labelled
+
+if TYPE_CHECKING:
+    from macpo.engine.training.objectives import Objective
 
 WEIGHT = 0.5
 """alpha_max; the paper takes .75 for the largest students."""
@@ -41,4 +44,6 @@ class ImitateConfidently(Imitate):
     warmup: float
 
     def objective(self) -> Objective:
+        from macpo.engine.training.confidence import confident_sft
+
         return confident_sft(self.confidence, self.warmup)

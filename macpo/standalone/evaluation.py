@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import field_serializer
-from safetensors.torch import save
-from torch import Tensor
 
 from macpo.engine.config import PreferenceSettings, Tuning
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.files import atomic_write, write_json, write_jsonl
-from macpo.engine.models.compute import device_of, dtype_of
-from macpo.engine.models.reward.classifier import load_classifier
 from macpo.engine.run.context import StageContext
-from macpo.engine.training.objectives import loss_settings
-from macpo.engine.training.reference import weighted
 from macpo.evaluation.agreement import agreement
 from macpo.evaluation.metrics import preference_metrics
 from macpo.evaluation.summary import Role
-from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.likelihoods import likelihoods, shared_parts
 from macpo.method.policies import PolicyDataInputs, PolicyInputs, PolicyStage
-from macpo.method.reference import Reference, read_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOSS_FIELDS = {"loss", "beta", "label_smoothing", "gamma", "ld_alpha", "sft_weight"}
 
@@ -47,6 +41,10 @@ class ScoreReference(PolicyStage):
     inputs: ScoreReferenceInputs
 
     def run(self, ctx: StageContext) -> None:
+        from safetensors.torch import save
+
+        from macpo.method.reference import Reference
+
         policy = self.open_policy(ctx)
         settings = PreferenceSettings(reference=self.reference, reference_model=self.reference_model)
         tokens = 0
@@ -111,6 +109,8 @@ class EvaluatePairs(Evaluate):
         return loss.model_dump(mode="json", include=LOSS_FIELDS)
 
     def run(self, ctx: StageContext) -> None:
+        from macpo.method.reference import read_reference
+
         policy = self.open_policy(ctx)
         pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
         groups, _, counts = encode_pairs(policy, pairs)
@@ -129,6 +129,12 @@ def pair_metrics(
     parts, reference: [B, 2, 2] float64, `objectives.shared_sums` of chosen and rejected under policy and reference.
     A loss without a reference rewards beta times the log-prob per token.
     """
+    import torch
+
+    from macpo.engine.training.objectives import loss_settings
+    from macpo.engine.training.reference import weighted
+    from macpo.kernels.pair_loss.losses import LOSSES, PairScores, sft
+
     tokens_b2 = torch.tensor([[len(ids) for ids in group.responses] for group in groups], dtype=torch.float64)
     logps_b2 = weighted(parts, settings.ld_alpha)
     ref_b2 = torch.zeros_like(logps_b2) if reference is None else weighted(reference, settings.ld_alpha)
@@ -148,6 +154,8 @@ class EvaluateExamples(Evaluate):
     name = "evaluate_examples"
 
     def run(self, ctx: StageContext) -> None:
+        import torch
+
         policy = self.open_policy(ctx)
         examples = read_records(ctx.input(self.inputs.data) / "test.jsonl", Example)
         groups, _, counts = encode_examples(policy, examples)
@@ -168,6 +176,9 @@ class EvaluateReward(Evaluate):
     responses = 2
 
     def run(self, ctx: StageContext) -> None:
+        from macpo.engine.models.compute import device_of, dtype_of
+        from macpo.engine.models.reward.classifier import load_classifier
+
         policy = self.open_policy(ctx)
         pairs = read_records(ctx.input(self.inputs.data) / "test.jsonl", Pair)
         groups, kept, counts = encode_pairs(policy, pairs)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 
 VOCAB = 61  # odd, so that nothing is aligned by luck
 SIZES: dict[str, Any] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from macpo.engine.config import OptimSettings, ParallelSettings, PreferenceSettings
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule

@@ -22,10 +22,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.generation import Generator, SamplingParams
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyRef
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 

@@ -19,8 +19,8 @@ from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.data.records import Example, Pair, Prompt, Response, ids_digest, read_records, write_records
 from macpo.engine.errors import DataError
 from macpo.engine.files import read_json, read_jsonl
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.compute import model_cache
-from macpo.engine.models.policy import PolicyRef
 from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of

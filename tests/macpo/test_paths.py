@@ -15,7 +15,7 @@ from tiny import tiny
 
 from macpo import demo_world
 from macpo.engine.files import read_json, sha256
-from macpo.engine.models.loading import fingerprint_model
+from macpo.engine.model_folders import fingerprint_model
 from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.keys import filled

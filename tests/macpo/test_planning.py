@@ -25,7 +25,7 @@ from macpo.commands.planning.rehearsal import Pace
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.config import LoraSettings
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.errors import ConfigError
 from macpo.engine.hardware import GPUS
 from macpo.engine.models.flops import ModelShape

@@ -24,7 +24,7 @@ from macpo.data.rows import Source
 from macpo.engine import faults
 from macpo.engine import train as entry
 from macpo.engine.errors import ConfigError, DataError
-from macpo.engine.models.loading import fingerprint_model
+from macpo.engine.model_folders import fingerprint_model
 from macpo.engine.recipe import dump, kind_of
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import folder_of

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from macpo.engine.config import LoraSettings, PreferenceSettings
-from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import DataError
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning.lora import new_adapter

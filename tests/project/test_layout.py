@@ -18,7 +18,8 @@ PACKAGES = ("kernels", "engine", "macpo")  # imported as macpo.kernels, macpo.en
 # Who may import whom: a folder, or a module directly in engine/ or macpo/, and what it may import besides itself.
 # Everything goes down: macpo -> engine -> kernels, and each table has the lowest floor first.
 GROUND = (
-    "config connection console errors faults files foreign hardware opening paths processes progress removal unpacking"
+    "config connection console errors faults files foreign hardware model_folders opening paths processes progress "
+    "removal unpacking"
 )
 MAY_IMPORT = {
     "kernels": {"kernels": ""},
@@ -30,11 +31,12 @@ MAY_IMPORT = {
         "opening": "errors",
         "files": "errors faults opening unpacking",
         "foreign": "errors",
+        "model_folders": "errors files foreign opening paths",
         "removal": "errors faults files",
         "console": "errors faults files processes",
         "connection": "errors",
         "paths": "errors",
-        "config": "errors connection paths kernels",  # kernels: the names of the losses
+        "config": "errors connection paths",
         "hardware": "",
         "processes": "errors",
         "progress": "errors",

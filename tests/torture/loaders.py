@@ -24,7 +24,8 @@ from macpo.engine.config import LoraSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.distributed.world import World
 from macpo.engine.generation import waves
-from macpo.engine.models.loading import fingerprint_model, load_causal_lm, read_config, stored_dtype, weight_files
+from macpo.engine.model_folders import fingerprint_model, weight_files
+from macpo.engine.models.loading import load_causal_lm, read_config, stored_dtype
 from macpo.engine.models.tuning import adapter_rules, lora
 from macpo.engine.planning.headers import inspect
 from macpo.engine.run import folder as run_folder

@@ -16,15 +16,8 @@ from macpo.engine.distributed.failures import free_memory, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, NumericsError, ResourceError, Stopped
 from macpo.engine.foreign import check_model_config, header, read_json_object
-from macpo.engine.models.loading import (
-    as_dtype,
-    from_folder,
-    local_folder,
-    quiet_transformers,
-    read_config,
-    refuse_adapter,
-    weight_files,
-)
+from macpo.engine.model_folders import local_folder, refuse_adapter, weight_files
+from macpo.engine.models.loading import as_dtype, from_folder, quiet_transformers, read_config
 
 NO_HEAD = "name a reward model (a ...ForSequenceClassification), or train one: macpo train-reward RECIPE"
 ENDING = "reward_ending"

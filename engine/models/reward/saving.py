@@ -17,8 +17,8 @@ from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import explained, require_free
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.loading import load_causal_lm, quiet_transformers
-from macpo.engine.models.policy import PolicyRef
 from macpo.engine.models.reward.classifier import ENDING
 from macpo.engine.models.reward.score_head import RewardModule
 from macpo.engine.models.saving import MAX_FILE_BYTES, share_as_folder

@@ -31,7 +31,7 @@ from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.distributed.failures import is_out_of_memory
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.foreign import header
-from macpo.engine.models.loading import local_folder, weight_files
+from macpo.engine.model_folders import local_folder, weight_files
 from macpo.engine.models.tuning.adapter_rules import base_copies, check_copies, check_layers, read_config
 from macpo.engine.models.tuning.text_path import outside_pattern, outside_text
 

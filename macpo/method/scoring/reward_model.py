@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from macpo.engine.config import RewardSettings
 from macpo.engine.data.records import Pair, read_records
-from macpo.engine.models.policy import PolicyModule
-from macpo.engine.models.reward.saving import save_reward
-from macpo.engine.models.reward.score_head import RewardModule
 from macpo.engine.run.context import StageContext
-from macpo.engine.training.objectives import bradley_terry
 from macpo.method.costs import RunSize
 from macpo.method.encoding import encode_pairs
 from macpo.method.learning import LearningStage
 from macpo.method.policies import OpenPolicy, PolicyInputs
+
+if TYPE_CHECKING:
+    from macpo.engine.models.policy import PolicyModule
 
 
 class TrainRewardInputs(PolicyInputs):
@@ -36,6 +34,10 @@ class TrainReward(LearningStage):
     inputs: TrainRewardInputs
 
     def run(self, ctx: StageContext) -> None:
+        import torch
+
+        from macpo.engine.training.objectives import bradley_terry
+
         policy = self.open_policy(ctx)
         pairs = read_records(ctx.input(self.inputs.pairs) / self.file, Pair)
         groups, kept, counts = encode_pairs(policy, pairs)
@@ -45,9 +47,14 @@ class TrainReward(LearningStage):
         self.learn(policy, groups, [pairs[i].prompt.id for i in kept], lambda module: objective)
 
     def module(self, policy: OpenPolicy) -> PolicyModule:
+        from macpo.engine.models.reward.score_head import RewardModule
+
         return policy.load(self.tuning, seed=self.seed, made=RewardModule)
 
     def save(self, policy: OpenPolicy, module: PolicyModule, folder: Path) -> None:
+        from macpo.engine.models.reward.saving import save_reward
+        from macpo.engine.models.reward.score_head import RewardModule
+
         assert isinstance(module, RewardModule)
         save_reward(module, folder, start=policy.ref, tuning=self.tuning, chat=policy.chat)
 

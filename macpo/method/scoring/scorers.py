@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from macpo import demo_world
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.messages import Message
-from macpo.engine.data.pack import PrefixGroup
 from macpo.engine.data.records import Prompt
 from macpo.engine.data.truncation import shortened
 from macpo.engine.errors import ConfigError, DataError, MacpoError
-from macpo.engine.models.compute import device_of, dtype_of, model_cache
-from macpo.engine.models.loading import as_dtype, local_folder, num_parameters, weight_files
-from macpo.engine.models.reward.classifier import ENDING, Classifier, load_classifier
+from macpo.engine.model_folders import local_folder, num_parameters, weight_files
 from macpo.engine.run.context import StageContext
 from macpo.method.encoding import encoded, limited_prompt
 from macpo.method.likelihoods import likelihoods
 from macpo.method.policies import OpenPolicy, StageAgent, policy_ref
+
+if TYPE_CHECKING:
+    from macpo.engine.models.reward.classifier import Classifier
 
 
 class Item(NamedTuple):
@@ -69,6 +70,10 @@ class ClassifierScorer(Described):
 
     def open(self, ctx: StageContext, compute: ComputeSettings, trained: Path | None) -> Scores:
         """Load it; `trained`: its folder, where a stage of the run trained it."""
+        from macpo.engine.models.compute import device_of, dtype_of, model_cache
+        from macpo.engine.models.loading import as_dtype
+        from macpo.engine.models.reward.classifier import load_classifier
+
         folder = str(trained or self.model)
         model_cache(compute, False).make_room(folder, 1)
         classifier = load_classifier(
@@ -127,6 +132,8 @@ class Reader(NamedTuple):
     @classmethod
     def of(cls, classifier: Classifier, chat: Chat, max_tokens: int | None) -> Reader:
         """`max_tokens`: bound of the user's; the model's positions are one too."""
+        from macpo.engine.models.reward.classifier import ENDING
+
         config = classifier.model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         bounds = [int(bound) for bound in (max_tokens, positions) if isinstance(bound, int) and bound > 0]

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from macpo.engine.config import ComputeSettings
 from macpo.engine.data.records import Pair, Prompt, read_records
-from macpo.engine.distributed.failures import free_memory
 from macpo.engine.errors import MacpoError, Stopped
 from macpo.engine.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
 from macpo.engine.removal import make_way
@@ -68,6 +67,8 @@ class ScoringStage(MethodStage):
                     atomic_write(path, json.dumps({"keys": wave, "scores": done}))
             found |= {key: Score(*each) for key, each in zip(wave, done, strict=True)}
         if score is not None:  # what comes next needs the memory
+            from macpo.engine.distributed.failures import free_memory
+
             del score
             free_memory()
         ctx.note(scored=len(order), tokens=sum(each.tokens for each in found.values()))

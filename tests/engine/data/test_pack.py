@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import DataError
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=12)

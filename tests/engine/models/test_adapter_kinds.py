@@ -27,10 +27,11 @@ from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation import Generator
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.flops import meta_model
 from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
 from macpo.engine.models.tuning import lora
 from macpo.engine.models.tuning.adapter_rules import MERGE

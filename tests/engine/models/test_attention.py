@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import HOOK_NAME, PackedAttention, attention_hook, is_active
 from macpo.engine.models.policy import PolicyModule

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from macpo.engine.config import LoraSettings
 from macpo.engine.errors import ConfigError
 from macpo.engine.generation import Generator, SamplingParams
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models import attention_hook, equivalence
 from macpo.engine.models.equivalence import TOLERANCE, probes_of, separate_logits
 from macpo.engine.models.float32 import in_float32, is_plain
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning.lora import new_adapter
 
 SIXTEEN = [torch.bfloat16, torch.float16]

@@ -23,11 +23,11 @@ from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
+from macpo.engine.model_folders import PolicyRef, weight_files
 from macpo.engine.models import saving
-from macpo.engine.models.loading import weight_files
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import logits_of, publish, save_policy
 
 WAYS = {"shard": ParallelSettings(sharding="shard"), "tensor": ParallelSettings(tensor=2)}

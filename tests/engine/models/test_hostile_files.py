@@ -25,7 +25,8 @@ from macpo.engine.data.chat import Chat, load_tokenizer
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
 from macpo.engine.files import read_json
 from macpo.engine.foreign import header, read_json_object
-from macpo.engine.models.loading import fingerprint_model, load_causal_lm, local_folder
+from macpo.engine.model_folders import fingerprint_model, local_folder
+from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.tuning.lora import load_adapter
 from macpo.engine.planning.headers import inspect
 

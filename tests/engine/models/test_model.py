@@ -20,10 +20,11 @@ from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings, Pre
 from macpo.engine.data.pack import pack
 from macpo.engine.errors import ConfigError, IntegrityError, MacpoError, ResourceError
 from macpo.engine.hardware import host_memory
+from macpo.engine.model_folders import PolicyRef, fingerprint_model, weight_files
 from macpo.engine.models.compute import memory_budget
-from macpo.engine.models.loading import fingerprint_model, load_causal_lm, weight_files
+from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import preference, sft

@@ -41,10 +41,11 @@ from macpo.engine.config import FullSettings, OptimSettings, ParallelSettings, P
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World, finish
 from macpo.engine.errors import ConfigError
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models import policy
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import mesh, parallelize
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import preference, sft
 from macpo.engine.training.optim import Optimizer

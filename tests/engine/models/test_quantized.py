@@ -18,11 +18,12 @@ from macpo.engine.config import LoraSettings, OptimSettings, ParallelSettings, T
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models import loading
 from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.planning.headers import inspect
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft

@@ -12,7 +12,8 @@ from generation_checks import some_prompts
 from transformers import PreTrainedModel
 
 from macpo.engine.config import PreferenceSettings
-from macpo.engine.data.pack import PrefixGroup, pack, unshared
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack, unshared
 from macpo.engine.errors import ConfigError, DataError
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.equivalence import expected_window

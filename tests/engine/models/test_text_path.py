@@ -17,12 +17,13 @@ from macpo.engine.config import FullSettings, LoraSettings, OptimSettings, Paral
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.flops import ModelShape, meta_model
 from macpo.engine.models.head import head_of
 from macpo.engine.models.loading import load_causal_lm
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
 from macpo.engine.models.tuning.text_path import outside_text
 from macpo.engine.scoring import score

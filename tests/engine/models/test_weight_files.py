@@ -13,7 +13,8 @@ from architectures import model_of
 from safetensors.torch import load_file, save_file
 
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.loading import fingerprint_model, load_causal_lm, weight_files
+from macpo.engine.model_folders import fingerprint_model, weight_files
+from macpo.engine.models.loading import load_causal_lm
 
 
 @pytest.fixture(scope="module")

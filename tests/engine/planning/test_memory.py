@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, PreferenceSettings
-from macpo.engine.data.pack import PackedBatch, PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch, pack
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.attention_hook import attention_hook

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, model_of, separate_logps, some_groups
 
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.errors import DataError
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import ResponseScore, score

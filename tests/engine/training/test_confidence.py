@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from macpo.engine.data.pack import PrefixGroup, pack
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.training.confidence import confident_sft, medians

@@ -20,7 +20,7 @@ from forks import ranks
 
 from macpo.engine import hardware, progress
 from macpo.engine.config import LoraSettings, OptimSettings
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import IntegrityError, Stopped
 from macpo.engine.hardware import GPUS

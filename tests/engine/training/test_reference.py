@@ -19,11 +19,12 @@ from torch import Tensor
 
 from macpo.commands.run import runner_of
 from macpo.engine.config import LoraSettings
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, NumericsError
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.loading import load_causal_lm
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
 from macpo.engine.models.tuning.lora import new_adapter
 from macpo.engine.run.folder import folder_of

@@ -30,12 +30,14 @@ from trl import RewardConfig, RewardTrainer
 
 from macpo.engine.config import FullSettings, LoraSettings, OptimSettings, ParallelSettings, Tuning
 from macpo.engine.data.chat import Chat, load_tokenizer
-from macpo.engine.data.pack import PrefixGroup, pack, unshared
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import pack, unshared
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, Stopped
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.reward.classifier import ENDING, load_classifier
 from macpo.engine.models.reward.saving import as_classifier, check_class, padding_id, save_reward
 from macpo.engine.models.reward.score_head import RewardModule

@@ -30,7 +30,7 @@ from training import (
 
 from macpo.engine.config import OptimSettings, ParallelSettings
 from macpo.engine.data.batches import BatchOrder, microbatches, share
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
 from macpo.engine.models.policy import PolicyModule

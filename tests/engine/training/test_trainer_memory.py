@@ -13,7 +13,8 @@ from torch import Tensor
 from training import DPO, PAIRS, SFT, SLOW, bits, rows, run_dpo, run_sft, stop_after, weights
 
 from macpo.engine.data.batches import BatchOrder
-from macpo.engine.data.pack import PackedBatch, PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from macpo.engine.config import PreferenceSettings
 from macpo.engine.data.batches import BatchOrder
-from macpo.engine.data.pack import PrefixGroup
+from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import preference

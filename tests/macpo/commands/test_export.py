@@ -23,10 +23,11 @@ from macpo.engine.data.chat import Chat
 from macpo.engine.errors import ConfigError, IntegrityError
 from macpo.engine.files import read_json
 from macpo.engine.foreign import header
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models import saving as exporting
 from macpo.engine.models.loading import stored_dtype
 from macpo.engine.models.model_cache import ModelCache
-from macpo.engine.models.policy import PolicyModule, PolicyRef
+from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.saving import save_policy
 from macpo.engine.run.folder import folder_of
 from macpo.engine.run.manifest import Manifest

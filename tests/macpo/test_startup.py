@@ -1,0 +1,43 @@
+"""What a command imports before it has anything to compute: nothing that takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from macpo.engine import config
+from macpo.kernels.pair_loss import losses
+
+HEAVY = {"torch", "transformers", "peft", "scipy", "matplotlib", "datasets"}
+PROGRAM = """
+import sys
+from macpo.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["init", "--like", "demo", "new.yaml"], ["status", "old.yaml"], ["check", "old.yaml", "--print-config"]]
+)
+def test_a_command_that_computes_nothing_imports_no_torch(words: list[str], tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "demo-compare.yaml"
+    (tmp_path / "old.yaml").write_text(recipe.read_text())
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, line = done.stderr.splitlines()
+    assert not HEAVY & set(line.split())
+
+
+def test_recipes_know_what_the_kernels_say_of_each_loss() -> None:
+    assert set(get_args(config.LossName)) == set(losses.LOSSES)
+    assert config.REFERENCE_FREE == losses.REFERENCE_FREE
+    assert config.SMOOTHED == losses.SMOOTHED
+    assert config.DESENSITISED == losses.DESENSITISED
