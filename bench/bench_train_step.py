@@ -9,7 +9,8 @@ step (as if all of the data were sorted), everybody else the same pairs shuffled
 
 TRL's defaults: gradient checkpointing, bfloat16 (autocast over float32 weights), a second model or the adapter turned
 off in every step, batches padded to their longest pair. At its best: no checkpointing, reference log-probs
-precomputed, lengths sorted. The reference pass counts for all, over the same pairs.
+precomputed, lengths sorted, and the number of pairs a forward (gradients accumulated) that is fastest of several. The
+reference pass counts for all, over the same pairs.
 
 Before the first round each rival trains once untimed, and is left out as wrong unless the tokens are ours, the first
 loss is ours, later losses too where the order is the same, and so are the reference log-probs that it precomputed.
@@ -35,7 +36,7 @@ from bench.harness.device import default_device, device_name, device_slug, gemm,
 from bench.harness.measure import RESULTS, finite, reason_of
 from bench.harness.timing import stretch
 from bench.inputs.pairs import HH, PairData, load_pairs
-from bench.peers.trainers import BEST, DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, cpu_peak
+from bench.peers.trainers import DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, best_for, cpu_peak
 from macpo.engine.models.flops import ModelShape, counts_of, forward_flops, model_flops
 
 MAX_LENGTH = 1024  # TRL's default max_length; longer pairs are left out
@@ -57,7 +58,12 @@ class Case:
     pairs_per_step: int
     steps: int
     """Optimiser steps per round."""
-    rivals: tuple[Rival, ...] = (OURS, DEFAULTS, BEST)
+    only: tuple[Rival, ...] = ()
+    """Rivals; empty takes ours, TRL's defaults, and TRL at its best with several sizes of a forward."""
+
+    @property
+    def rivals(self) -> tuple[Rival, ...]:
+        return self.only or (OURS, DEFAULTS, *best_for(self.pairs_per_step))
 
     def config(self) -> LlamaConfig:
         """A Llama whose ids are those of the tokenizers in bench/inputs/pairs.py."""

@@ -41,6 +41,7 @@ class PairData:
 
     source: str
     pairs: list[PairText]
+    """Empty where token ids alone are given."""
     groups: list[PrefixGroup]
     """Prompt, [chosen + EOS, rejected + EOS]: what TRL makes of the text; `bench_train_step` checks that."""
     tokenizer: Any

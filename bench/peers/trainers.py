@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.harness import memory
 from bench.harness.device import synchronise
@@ -54,6 +54,8 @@ class Setup:
     device: torch.device
     pairs_per_step: int
     data: PairData
+    weights: str | None = None
+    """Folder of a model with this configuration; None makes random weights."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Rival:
     by_length: bool = False
     half_base: bool = False
     """Whether a frozen base is loaded in the 16-bit dtype; TRL's default loads float32."""
+    micro: int | None = None
+    """Pairs of a forward, whose gradients are accumulated to a step; None takes the step whole."""
 
     def order(self, work: Work) -> list[int]:
         return work.by_length if self.by_length else work.shuffled
@@ -118,19 +122,34 @@ class Rival:
 
 OURS = Rival("macpo engine", half_base=True)
 DEFAULTS = Rival("TRL DPOTrainer, defaults", {})
-BEST = Rival(
-    "TRL DPOTrainer, best",
-    {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
-    by_length=True,
-    half_base=True,
-)
+MICRO = (2, 4, 8)
+"""Micro-batches among which TRL's best is sought: padding and memory traffic grow with them, launches fall."""
+
+
+def best(micro: int) -> Rival:
+    """TRL as its documentation would tune it, with so many pairs a forward."""
+    return Rival(
+        f"TRL DPOTrainer, best, {micro} pairs a forward",
+        {"gradient_checkpointing": False, "precompute_ref_log_probs": True, "precompute_ref_batch_size": micro},
+        by_length=True,
+        half_base=True,
+        micro=micro,
+    )
+
+
+def best_for(pairs_per_step: int) -> tuple[Rival, ...]:
+    """TRL at its best, once for each micro-batch that divides a step."""
+    return tuple(best(micro) for micro in MICRO if pairs_per_step % micro == 0)
 
 
 def model_of(setup: Setup, half_base: bool) -> Any:
-    """Build the case's random model, with an adapter where one is trained; the same weights every time."""
+    """Build the case's model, with an adapter where one is trained; the same weights every time."""
     torch.manual_seed(SEED)
-    with setup.device:
-        model: Any = LlamaForCausalLM(setup.config)
+    if setup.weights is not None:
+        model: Any = AutoModelForCausalLM.from_pretrained(setup.weights, dtype=torch.float32).to(setup.device)
+    else:
+        with setup.device:
+            model = LlamaForCausalLM(setup.config)
     if setup.tuning == "full":
         return model
     if half_base:
@@ -201,6 +220,9 @@ def _trl(rival: Rival, setup: Setup, work: Work, folder: Path) -> Outcome:
 
         train_dataset: Any
 
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._prepare_dataset(dataset, *args, **kwargs) if setup.data.pairs else dataset
+
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
             _reset_peak(setup.device)
             start = time.perf_counter()
@@ -218,7 +240,9 @@ def _trl(rival: Rival, setup: Setup, work: Work, folder: Path) -> Outcome:
     order = rival.order(work)
     args = trl.DPOConfig(
         output_dir=str(folder), beta=BETA, learning_rate=LEARNING_RATE, seed=SEED,
-        per_device_train_batch_size=setup.pairs_per_step, max_steps=work.steps(setup.pairs_per_step),
+        per_device_train_batch_size=rival.micro or setup.pairs_per_step,
+        gradient_accumulation_steps=setup.pairs_per_step // (rival.micro or setup.pairs_per_step),
+        max_steps=work.steps(setup.pairs_per_step),
         train_sampling_strategy="sequential",  # the rows come in the order of the round
         use_cpu=setup.device.type == "cpu", bf16=setup.dtype is torch.bfloat16,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, **(rival.trl or {}),
@@ -227,7 +251,7 @@ def _trl(rival: Rival, setup: Setup, work: Work, folder: Path) -> Outcome:
     # Without an adapter or precomputed log-probs TRL loads the policy a second time; here it gets the copy.
     second = setup.tuning == "full" and not args.precompute_ref_log_probs
     with _quiet(datasets):
-        rows = datasets.Dataset.from_list([vars(setup.data.pairs[i]) for i in order])
+        rows = datasets.Dataset.from_list([_row(setup.data, i) for i in order])
         trainer = Timed(
             model,
             ref_model=copy.deepcopy(model) if second else None,
@@ -241,11 +265,20 @@ def _trl(rival: Rival, setup: Setup, work: Work, folder: Path) -> Outcome:
             _reset_peak(setup.device)
         trainer.train()
     outcome.peak_bytes = _peak(setup.device)
-    outcome.losses = torch.stack(losses).float().tolist()
+    parts = setup.pairs_per_step // (rival.micro or setup.pairs_per_step)
+    outcome.losses = torch.stack(losses).float().reshape(-1, parts).mean(1).tolist()
     if args.precompute_ref_log_probs:
         columns = [trainer.train_dataset[name] for name in ("ref_chosen_logps", "ref_rejected_logps")]
         outcome.ref_logps = torch.tensor([list(column) for column in columns]).float().T
     return outcome
+
+
+def _row(data: PairData, index: int) -> dict[str, Any]:
+    """A pair as text, or as the token ids that TRL makes of text."""
+    if data.pairs:
+        return vars(data.pairs[index])
+    group = data.groups[index]
+    return {"prompt_ids": group.prompt_ids, "chosen_ids": group.responses[0], "rejected_ids": group.responses[1]}
 
 
 def _check_ids(rows: Any, groups: Sequence[PrefixGroup]) -> None:

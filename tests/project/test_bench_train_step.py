@@ -12,7 +12,7 @@ import torch
 
 from bench import bench_train_step as bench
 from bench.inputs.pairs import EOS, HH, load_pairs
-from bench.peers.trainers import BEST, DEFAULTS, OURS, Outcome, Setup, Work, model_of
+from bench.peers.trainers import DEFAULTS, OURS, Outcome, Setup, Work, best, best_for, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def test_every_rival_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtu
     for case in body["cases"]:
         assert case["name"] in shown and case["data"]["source"].startswith("generated")
         assert case["rounds"] == len(case["floor_s"]) == len(case["useful_tokens"]) == 2
-        assert [result["rival"] for result in case["results"]] == [OURS.name, DEFAULTS.name, BEST.name]
+        assert [result["rival"] for result in case["results"]] == [OURS.name, DEFAULTS.name, best(2).name]
         ours = case["results"][0]["seconds"]
         for result in case["results"]:
             assert (result["status"], result["reason"]) == ("ok", "")
@@ -49,6 +49,16 @@ def test_every_rival_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert result["first_loss"] == pytest.approx(0.693147, abs=1e-4)
             assert result["peak_bytes"] > 4 * case["model"]["parameters"] and 0 < result["share_of_floor"] < 1
             assert result["rival"] in shown and result["pairs_per_s"] > 0 < result["useful_tokens_per_s"]
+
+
+def test_trl_is_given_every_micro_batch_that_divides_a_step() -> None:
+    assert [rival.micro for rival in best_for(8)] == [2, 4, 8]
+    assert [rival.micro for rival in best_for(6)] == [2]
+    data = load_pairs(None, 600, 64, 40)
+    setup = Setup(FULL.config(), "full", torch.float32, CPU, 4, data)
+    found = [rival.run(setup, Work([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7])) for rival in best_for(4)]
+    for outcome in found:
+        assert outcome.losses == pytest.approx(found[0].losses, abs=1e-5) and len(outcome.losses) == 2
 
 
 def test_a_round_has_the_same_pairs_for_all_sorted_and_shuffled() -> None:
@@ -69,20 +79,20 @@ def test_what_differs_from_ours_is_wrong() -> None:
     logps = torch.tensor([[-40.0, -50.0], [-41.0, -51.0], [-42.0, -52.0], [-43.0, -53.0]])
     ours = Outcome(losses=[0.6931, 0.5], ref_logps=logps)  # rows of the pairs 3, 1, 0, 2
     same = Outcome(losses=[0.6931, 0.9], ref_logps=logps[[2, 1, 3, 0]])
-    assert bench.judge(FULL, BEST, ours, same, work) == "", "another order has other losses after the first step"
+    assert bench.judge(FULL, best(2), ours, same, work) == "", "another order has other losses after the first step"
     assert "step 2" in bench.judge(FULL, DEFAULTS, ours, same, work)
-    assert "step 1" in bench.judge(FULL, BEST, ours, Outcome(losses=[0.7, 0.5]), work)
-    assert "step 1" in bench.judge(FULL, BEST, ours, Outcome(losses=[float("nan"), 0.5]), work)
+    assert "step 1" in bench.judge(FULL, best(2), ours, Outcome(losses=[0.7, 0.5]), work)
+    assert "step 1" in bench.judge(FULL, best(2), ours, Outcome(losses=[float("nan"), 0.5]), work)
     assert "1 losses" in bench.judge(FULL, DEFAULTS, ours, Outcome(losses=[0.6931]), work)
     unsorted = Outcome(losses=same.losses, ref_logps=logps)
-    assert "log-probs" in bench.judge(FULL, BEST, ours, unsorted, work)
+    assert "log-probs" in bench.judge(FULL, best(2), ours, unsorted, work)
 
 
 def test_a_rival_that_fails_or_differs_is_named_and_not_timed() -> None:
     data = load_pairs(None, 600, bench.MAX_LENGTH, 100)
     broken = dataclasses.replace(DEFAULTS, name="broken", trl={"max_length": -1, "optim": "none such"})
     wrong = dataclasses.replace(DEFAULTS, name="another loss", trl={"loss_type": ["ipo"]})
-    case = dataclasses.replace(FULL, rivals=(OURS, broken, wrong))
+    case = dataclasses.replace(FULL, only=(OURS, broken, wrong))
     entry = bench.run_case(case, data, CPU, 1, 0.0, lambda _: None)
     status = {result["rival"]: result for result in entry["results"]}
     assert status["broken"]["status"] == "absent" and "none such" in status["broken"]["reason"]

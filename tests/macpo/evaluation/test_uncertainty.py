@@ -200,6 +200,30 @@ def test_no_gap_no_share_of_it() -> None:
     assert above.recovered is None and above.gap.high < 0  # the weak one is better than the ceiling
 
 
+def test_draws_without_a_gap_say_nothing_of_a_share_of_it() -> None:
+    table = np.array([[0.0, float(n < 4), 0.0] for n in range(24)])  # 1% of the draws have none of the four
+    found = gap_recovered([Clusters.of(table)])
+    assert found.gap.low > 0 and found.recovered is not None
+    assert (only(found.recovered).low, only(found.recovered).high) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_statistic_of_few_prompts_with_ties_is_nan(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 25))
+    table = rng.choice([0.0, 0.5, 1.0], (n, 3), p=[0.8, 0.1, 0.1])
+    lengths = rng.integers(5, 5 + 1 + seed % 3, n)
+    clusters = Clusters.of(table)
+    gap = gap_recovered([clusters])
+    found = [gap.gap, *(gap.recovered or []), *hierarchical([clusters, clusters], the_means)]
+    found += bootstrap(clusters) or []
+    found += paired_differences(clusters) or []
+    found += hierarchical([Clusters.of(length_columns(table[:, 0], lengths, float(lengths.std())))], at_equal_length)
+    for estimate in found:
+        numbers = (estimate.value, estimate.low, estimate.high, 0.0 if estimate.p is None else estimate.p)
+        assert np.isfinite(numbers).all(), estimate
+
+
 def test_at_equal_length_is_the_intercept_of_least_squares() -> None:
     rng = np.random.default_rng(7)
     length = rng.normal(30, 40, 400)  # answers are 30 words longer on average, and judged better for that alone
