@@ -52,7 +52,7 @@ class StageWork(BaseModel, ABC):
     name: ClassVar[str]
     """Name of the kind; part of the key, so it outlives the code's layout."""
     weight: ClassVar[float] = 1.0
-    """Relative duration: a hint for the order in which parallel jobs take stages."""
+    """Relative duration of such stages."""
     scratch: ClassVar[tuple[str, ...]] = ()
     """Folders in the stage's folder that an interrupted attempt resumes from, such as checkpoints; no outputs, they are
     deleted when the stage commits."""
@@ -76,6 +76,10 @@ class StageWork(BaseModel, ABC):
         Keys are made of it, so they depend neither on how a path is written nor on where the files lie.
         """
         return settings
+
+    def duration(self) -> float:
+        """Relative duration of this stage: a hint for the order in which parallel jobs take stages."""
+        return self.weight
 
     @abstractmethod
     def run(self, ctx: StageContext) -> None:
@@ -173,7 +177,7 @@ class Graph:
         longest: dict[str, float] = {}
         after = dict.fromkeys(self._stages, 0.0)
         for stage in reversed(self.stages):
-            longest[stage.name] = stage.work.weight + after[stage.name]
+            longest[stage.name] = stage.work.duration() + after[stage.name]
             for name in stage.inputs.values():
                 after[name] = max(after[name], longest[stage.name])
         return longest

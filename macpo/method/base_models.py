@@ -108,6 +108,10 @@ class PretrainBase(MethodStage):
             save_base(model, tokenizer, ctx.dir / "model")
         ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)
 
+    def duration(self) -> float:
+        init, small = self.init, 64 * 64 * 2  # weights of the blocks, beside those of two blocks of width 64
+        return self.weight * init.hidden_size * init.hidden_size * init.num_layers / small
+
     def cost(self, run: RunSize) -> Cost:
         settings = self.init.pretrain
         tokens = (settings.max_documents or run.documents) * run.document_tokens * settings.epochs

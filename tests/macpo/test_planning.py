@@ -17,6 +17,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from macpo.arguments import parser
 from macpo.cli import COMMANDS
+from macpo.commands.demo import demo_recipe
 from macpo.commands.planning import rehearsal
 from macpo.commands.planning.estimates import Estimate, Hardware, disk_needed, estimate, hardware_of, size_of
 from macpo.commands.planning.plan import show
@@ -277,3 +278,10 @@ def test_options_that_do_not_go_together_are_refused(options_: list[str], messag
     arguments = parser().parse_args(["plan", *options_])
     with pytest.raises(ConfigError, match=message):
         COMMANDS[arguments.command](arguments)
+
+
+def test_the_largest_base_model_is_begun_first() -> None:
+    """Else it ends last, and other jobs wait for it."""
+    urgency = plan_of(demo_recipe(())).graph.urgency()
+    bases = sorted((name for name in urgency if name.startswith("base-")), key=lambda name: -urgency[name])
+    assert bases[0] == "base-student" and urgency["base-student"] == max(urgency[n] for n in urgency if n != "data")
