@@ -73,6 +73,7 @@ def result_line(case: dict[str, Any], result: dict[str, Any]) -> str:
     cells: list[tuple[str, str]] = [("median_ms", "{:.3g} ms"), ("pairs_per_s", "{:.3g} pairs/s")]
     cells += [("floor_units", "{:.2f} x floor"), ("share_of_ceiling", "{:.0%} of ceiling")]
     cells += [("share_of_floor", "{:.0%} of floor"), ("items_per_s", "{:.0f} tok/s"), ("times_ours", "{:.2f} x ours")]
+    cells += [("first_loss", "first loss {:.6f}")]
     found = [form.format(result[key]) for key, form in cells if result.get(key) is not None]
     if case.get("floor_ms") and result.get("median_ms") and not name.startswith("("):
         found.append(f"{case['floor_ms'] / result['median_ms']:.0%} of floor")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import runpy
 import select
 import signal
@@ -58,6 +59,8 @@ def answer(connection: socket.socket) -> None:
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if select.select([connection], [], [], 0.05)[0]:  # nothing more is sent: the other side is gone
             os.killpg(child, signal.SIGKILL)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    os.write(outputs[0], f"[{usage.ru_utime + usage.ru_stime:.1f} s of CPU time]\n".encode())
     connection.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
     os._exit(0)
 
