@@ -241,6 +241,8 @@ def greedy_gap(
     answers = [outputs[str(i)].tolist() for i in range(len(requests))]
     if any(len(answer) != r.new_tokens for answer, r in zip(answers, requests, strict=True)):
         return float("inf")
+    backbone: Any = model.base_model
+    head: Any = model.get_output_embeddings()
     wholes = [r.prompt_ids + answer[:-1] for answer, r in zip(answers, requests, strict=True)]
     order, worst = sorted(range(len(wholes)), key=lambda i: len(wholes[i]), reverse=True), 0.0
     while order:
@@ -248,9 +250,9 @@ def greedy_gap(
         part, order = order[:count], order[count:]
         width = len(wholes[part[0]])  # padded on the right, where nothing before sees it
         ids = torch.tensor([wholes[i] + [0] * (width - len(wholes[i])) for i in part], device=model.device)
-        states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
         rows = torch.cat([states[k, len(requests[i].prompt_ids) - 1 : len(wholes[i])] for k, i in enumerate(part)])
-        logits = model.get_output_embeddings()(rows).float()
+        logits = head(rows).float()
         chosen = torch.tensor([token for i in part for token in answers[i]], device=model.device)
         gap = logits.max(dim=1).values - logits.gather(1, chosen[:, None])[:, 0]
         worst = max(worst, float(gap.max()))

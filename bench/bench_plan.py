@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = Setup(FULL, dtype=dtype, device=arguments.device)
     machine: Machine = calibrate(base, this_machine(arguments.device), repeats=arguments.repeats, clock=clock)
     print(f"{machine.name}, calibrated by {machine.scale:.2f}; pairs, mean prompt and response tokens in brackets")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in CASES[shapes]:
         setup = Setup(case.tuning, case.parallel, dtype, arguments.device)
         groups = pairs(*case.batch, case.vocab, seed=1)

@@ -61,7 +61,7 @@ def python(warm: bool, environment: dict[str, str], folder: Path) -> Iterator[li
     if not warm:
         yield [sys.executable]
         return
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a GPU does not outlive the forks
     socket, client = str(folder / "warm"), [sys.executable, "-m", "bench.gpu.warm"]
     server = subprocess.Popen([*client, "serve", socket], env=environment, cwd=machine.ROOT)
     try:
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace, parts: Sequence[Part]) -> int:
     data = args.data or (str(HH) if HH.exists() else GENERATED)
     with TemporaryDirectory(prefix="macpo-suite-") as folder:
         work, links = Path(folder) / "work", Path(folder) / "links"
-        work.mkdir(), links.mkdir()
+        work.mkdir()
+        links.mkdir()
         try:
             store = Store(args.out, work, args.resume)
         except (OSError, tarfile.TarError) as error:

@@ -43,7 +43,8 @@ def profile(name: str, shape: dict[str, Any], data: PairData, device: torch.devi
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with device:
-        model = LlamaForCausalLM(Case(name, shape, "lora", dtype, PAIRS, 1).config()).to(dtype)
+        model: Any = LlamaForCausalLM(Case(name, shape, "lora", dtype, PAIRS, 1).config())
+    model = model.to(dtype)
     adapted = lora.new_adapter(model.requires_grad_(False), LORA, seed=0)
     policy = parallelize(PolicyModule(adapted, compute_dtype=dtype), ParallelSettings(), World())
     groups = data.groups[:PAIRS]
