@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,10 @@ from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
 
 OURS = "macpo Generator"
+MAX_BATCH = 256
+"""Responses that ours decodes at once."""
+CHECK_TOKENS = 16384
+"""Tokens of a forward that checks answers, padding included."""
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest gap to the best logit that a greedy token may have; in bfloat16 logits near 16 are 0.06 to 0.12 apart."""
 
@@ -69,12 +73,15 @@ class Shape:
         )
 
 
+LLAMA_1B = Shape(2048, 16, 32, 8, 8192, 128256, "", (64, 128, 256))
+LLAMA_8B = Shape(4096, 32, 32, 8, 14336, 128256, "", (64, 128, 256), False)
 SHAPES: dict[str, list[tuple[str, Shape, torch.dtype]]] = {
     "small": [("Llama 0.1M", Shape(32, 2, 4, 2, 64, 512, "hh-like-8", (4, 8)), torch.float32)],
     "issue": [("Llama 15M", Shape(288, 6, 6, 6, 768, 32000, "hh-like-64", (8, 16, 32, 64)), torch.float32)],
     "gpu": [
-        ("Llama 1B", Shape(2048, 16, 32, 8, 8192, 128256, "hh-like-256", (64, 128, 256)), torch.bfloat16),
-        ("Llama 8B", Shape(4096, 32, 32, 8, 14336, 128256, "hh-like-256", (64, 128, 256), False), torch.bfloat16),
+        (name, replace(shape, requests=requests), torch.bfloat16)
+        for requests in ("hh-like-1024", "hh-like-256")  # many rows at once; and few enough for static batches
+        for name, shape in (("Llama 1B", LLAMA_1B), ("Llama 8B", LLAMA_8B))
     ],
 }
 
@@ -105,7 +112,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     size = ModelShape.of(model.config)
     # The last token of an answer is not fed again.
     counts = counts_of_lengths([(len(r.prompt_ids), [r.new_tokens - 1]) for r in requests])
-    step = torch.randn(min(256, len(requests)), shape.hidden, dtype=dtype, device=device)
+    step = torch.randn(min(MAX_BATCH, len(requests)), shape.hidden, dtype=dtype, device=device)
     peers = [
         Peer(OURS, partial(build_ours, model, requests)),
         *(Peer(f"{OURS}, {path}", partial(build_ours, model, requests, **options)) for path, options in paths(device)),
@@ -116,7 +123,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         ),
         Peer("generate_batch", partial(build_continuous, model, requests)),
     ]
-    floor = decode_floor(model, requests)
+    floor = decode_floor(model, requests, MAX_BATCH)
     return Case(
         f"{name} {shape.requests}",
         {**vars(shape), "useful_tokens": useful, "prompt_tokens": sum(len(r.prompt_ids) for r in requests)},
@@ -148,7 +155,7 @@ def as_outputs(answers: Sequence[Sequence[int]]) -> Outputs:
 
 def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest], **options: Any) -> Run:
     params = [SamplingParams(temperature=0, max_new_tokens=r.new_tokens, ignore_eos=True) for r in requests]
-    generator = Generator(model, max_batch=min(256, len(requests)), **options)
+    generator = Generator(model, max_batch=min(MAX_BATCH, len(requests)), **options)
 
     def run() -> Outputs:
         outputs = generator.generate([r.prompt_ids for r in requests], params)
@@ -234,13 +241,21 @@ def greedy_gap(
     answers = [outputs[str(i)].tolist() for i in range(len(requests))]
     if any(len(answer) != r.new_tokens for answer, r in zip(answers, requests, strict=True)):
         return float("inf")
-    worst = 0.0
-    for r, answer in zip(requests, answers, strict=True):
-        ids = torch.tensor([r.prompt_ids + answer[:-1]], device=model.device)
-        keep = torch.arange(len(r.prompt_ids) - 1, ids.shape[1], device=model.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float()
-        chosen = logits.gather(1, torch.tensor(answer, device=model.device)[:, None])
-        worst = max(worst, float((logits.max(dim=1, keepdim=True).values - chosen).max()))
+    backbone: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    wholes = [r.prompt_ids + answer[:-1] for answer, r in zip(answers, requests, strict=True)]
+    order, worst = sorted(range(len(wholes)), key=lambda i: len(wholes[i]), reverse=True), 0.0
+    while order:
+        count = max(1, CHECK_TOKENS // len(wholes[order[0]]))
+        part, order = order[:count], order[count:]
+        width = len(wholes[part[0]])  # padded on the right, where nothing before sees it
+        ids = torch.tensor([wholes[i] + [0] * (width - len(wholes[i])) for i in part], device=model.device)
+        states: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        rows = torch.cat([states[k, len(requests[i].prompt_ids) - 1 : len(wholes[i])] for k, i in enumerate(part)])
+        logits = head(rows).float()
+        chosen = torch.tensor([token for i in part for token in answers[i]], device=model.device)
+        gap = logits.max(dim=1).values - logits.gather(1, chosen[:, None])[:, 0]
+        worst = max(worst, float(gap.max()))
     return 0.0 if worst <= TIE[dtype] else float("inf")
 
 

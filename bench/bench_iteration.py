@@ -32,7 +32,8 @@ from transformers import LlamaForCausalLM
 from bench.bench_train_step import LLAMA3_1B, LLAMA_21M, TINY, llama
 from bench.harness.device import default_device, device_slug, provenance
 from bench.harness.measure import RESULTS
-from bench.inputs.pairs import EOS, HH, load_pairs
+from bench.inputs.hh import HH
+from bench.inputs.pairs import EOS, load_pairs
 from bench.peers.pipeline import PARTS, Job
 from bench.peers.trainers import MICRO
 from macpo.engine.run.folder import folder_of, read_timing

@@ -35,10 +35,14 @@ CANDIDATES = 4
 
 BATCHES = {"small": (4, 8), "issue": (4, 8, 16, 32), "gpu": (16, 32, 64)}
 SHAPES = {
-    shapes: [(name, replace(shape, batches=BATCHES[shapes]), dtype) for name, shape, dtype in cases]
+    shapes: [
+        (name, replace(shape, batches=BATCHES[shapes]), dtype)
+        for name, shape, dtype in cases
+        if shape.requests != "hh-like-1024"
+    ]
     for shapes, cases in bench_generation.SHAPES.items()
 }
-"""The models and requests of the generation benchmark; batch sizes of the padded peers."""
+"""The models of the generation benchmark and its smaller files of requests; batch sizes of the padded peers."""
 
 
 def specs(shapes: str, device: torch.device) -> list[Spec]:

@@ -1,6 +1,7 @@
 """A whole preference-training step beside TRL's DPOTrainer: reference pass, forward, backward, optimiser.
 
-    python -m bench.bench_train_step [--shapes small|issue|gpu] [--only SUBSTRING] [--rounds 5] [--json-dir DIR]
+    python -m bench.bench_train_step [--shapes small|issue|gpu] [--only SUBSTRING] [--rivals SUBSTRING,...]
+        [--rounds 5] [--json-dir DIR]
 
 Rounds: each takes other pairs and every rival trains a fresh model on all of them once, in an order that turns, so
 that a busy machine slows all alike. Ratios are of times in the same round: their median and quartiles over rounds.
@@ -23,8 +24,9 @@ import json
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +37,8 @@ from transformers import LlamaConfig
 from bench.harness.device import default_device, device_name, device_slug, gemm, provenance
 from bench.harness.measure import RESULTS, finite, reason_of
 from bench.harness.timing import stretch
-from bench.inputs.pairs import HH, PairData, load_pairs
+from bench.inputs.hh import GENERATED, source_of
+from bench.inputs.pairs import PairData, load_pairs
 from bench.peers.trainers import DEFAULTS, LORA, OURS, Outcome, Rival, Setup, Work, best_for, cpu_peak
 from macpo.engine.models.flops import ModelShape, counts_of, forward_flops, model_flops
 
@@ -303,6 +306,11 @@ def table(entry: dict[str, Any]) -> Iterator[str]:
         yield f"  {result['rival']:26}" + "".join(f"{cell:>12}" for cell in cells)
 
 
+def named(rival: Rival, wanted: Sequence[str]) -> bool:
+    """Say whether one of the substrings is in the rival's name."""
+    return any(part in rival.name for part in wanted)
+
+
 LEGEND = """\
 tokens/s: useful ones, a pair's prompt once; x ours: its time / ours in the same round (above 1, ours is faster)
 of floor: time that the FLOP of prompts once, responses, a reference pass and a step need at the GEMM's speed / time
@@ -314,10 +322,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--shapes", choices=CASES, help="default: gpu on a GPU, else issue")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name holds this")
+    parser.add_argument("--rivals", default="", metavar="SUBSTRING,...", help="besides ours only rivals so named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3600.0, help="no round begins after its case's share of these")
     parser.add_argument(
-        "--data", metavar="FOLDER", help="of HH-RLHF's layout; `generated` for none; default: HH where it is"
+        "--data", metavar="FOLDER", help=f"of HH-RLHF's layout; `{GENERATED}` for none; default: HH where it is"
     )
     parser.add_argument("--json-dir", type=Path, help="folder of the result; default bench/results/<device>")
     args = parser.parse_args(argv)
@@ -325,8 +334,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     cases = [case for case in CASES[shapes] if args.only in case.name]
     if not cases:
         parser.error(f"no case fits --only {args.only!r}")
-    folder = None if args.data == "generated" or (not args.data and not HH.exists()) else Path(args.data or HH)
+    wanted, folder = args.rivals.split(","), source_of(args.data)
+    cases = [replace(case, only=(OURS, *(r for r in case.rivals[1:] if named(r, wanted)))) for case in cases]
     entries: list[dict[str, Any]] = []
+    failed: list[str] = []
     path = (args.json_dir or RESULTS / device_slug(args.device)) / "train_step.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"train_step: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)
@@ -338,11 +349,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
             print(json.dumps(data.describe()), flush=True)
         share = (end - time.monotonic()) / (len(cases) - number)
         print(case.name, flush=True)
-        entry = run_case(case, data, args.device, args.rounds, time.monotonic() + share, partial(print, flush=True))
+        try:
+            entry = run_case(case, data, args.device, args.rounds, time.monotonic() + share, partial(print, flush=True))
+        except Exception:  # out of memory, say: the cases after it still count
+            traceback.print_exc()
+            failed.append(case.name)
+            continue
         entries.append({**entry, "data": data.describe()})
         body = {"bench": "train_step", **provenance(args.device), "cases": entries}
         path.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print("\n".join(table(entry)), flush=True)
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)}: see above")
     print(f"written: {path}", flush=True)
     return path
 

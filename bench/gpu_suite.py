@@ -1,151 +1,135 @@
-"""What only a GPU can show, in parts that can be stopped: each job leaves its result file and is not run again.
+"""Everything that a GPU has to tell, in one call that fits into ten minutes and may be killed at any moment.
 
-    python -m bench.gpu_suite --part tests|kernels|train|tune --out DIR [--minutes 9] [--only SUBSTRING,...]
+    python -m bench.gpu_suite --out DIR                       # on a GPU; --minutes 9.3, --only NAME,..., --data FOLDER
+    python -m bench.gpu_suite --out DIR --resume FILE         # go on from an archive; without it, from DIR's own
+    python -m bench.gpu_suite --list                          # parts, limits and their sum
+    python -m bench.gpu_suite --dry-run                       # every part to its end at small sizes, on a CPU
+    python -m bench.gpu_suite --publish DIR/results.tar.gz    # write its results into bench/results/<device>
 
-tests: the kernels' tests with real Triton kernels. kernels: every operator beside every peer that imports. train:
-whole steps beside TRL. tune: launch configurations. A job is a process of its own; one that fails or runs out of time
-is named, and tried again by the next call. The last lines are a table of all results in DIR.
+Parts run in an order by worth: tests that need a GPU, losses and scoring, sampling, training steps, generation, a
+profile, attention, rivals, then the rest while time is left. Each is a process group of its own with a limit, and is
+killed as a group when it ends. DIR/results.tar.gz is rewritten every 15 s; a part that is finished in it, by the same
+code, is not run again. The package need not be installed; what a bare machine lacks is named, and can be given on
+PYTHONPATH. Pairs are HH-RLHF's where shared/data/hh-rlhf lies in or beside the checkout, else generated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness.device import ROOT
-from bench.harness.measure import LEGEND, header, row_text
-from bench.run_all import result_of
+from bench.gpu import machine
+from bench.gpu.parts import MINUTES, Part, all_parts, listing
+from bench.gpu.publish import publish
+from bench.gpu.runner import Runner
+from bench.gpu.store import Outcome, Store, write_json
+from bench.gpu.summary import table
+from bench.inputs.hh import GENERATED, HH
 
-KERNEL_TESTS = (
-    *("test_triton_head", "test_triton_prefix", "test_triton_decode", "test_triton_sampling", "test_triton_routes"),
-    *("test_kernels_logp", "test_pair_loss", "test_kernels_cuda"),
-)
-ALL, EXACT = "", "TRL,float32"  # peers
-
-
-@dataclass(frozen=True)
-class Job:
-    """One process; `command` gets the folder of its result file."""
-
-    name: str
-    seconds: int
-    command: tuple[str, ...]
-
-    def run(self, out: Path, seconds: float) -> str:
-        """Run it for at most `seconds`; return "" where its result is in `out`, else what went wrong."""
-        with TemporaryDirectory(dir=out, prefix=".") as folder:
-            command = [sys.executable, *(part.format(folder=folder) for part in self.command)]
-            print(f"\n$ {' '.join(command[1:])}", flush=True)
-            try:
-                done = subprocess.run(command, timeout=seconds, check=False, cwd=ROOT)
-            except subprocess.TimeoutExpired:
-                return f"stopped after {seconds:.0f} s"
-            found = list(Path(folder).glob("*.json"))
-            if done.returncode or len(found) != 1:
-                return f"exit status {done.returncode}, {len(found)} result files"
-            found[0].replace(out / f"{self.name}.json")
-        return ""
+DRY_JOBS = 2  # parts side by side where nothing is timed
 
 
-def bench(name: str, script: str, only: str, peers: str, seconds: int, shapes: str) -> Job:
-    """Make the job of an operator's benchmark; small shapes run every case."""
-    options = ["--shapes", shapes, "--seconds", str(int(seconds * 0.8)), "--json-dir", "{folder}"]
-    options += ["--only", only] if shapes == "gpu" else []
-    options += ["--peers", peers] if peers else []
-    return Job(name, seconds, ("-m", f"bench.bench_{script}", *options))
+def plan(parts: Sequence[Part], store: Store, small: bool, code: str) -> list[tuple[Part, Outcome]]:
+    """Return what is to run, with the reason for what cannot; parts that were tried before come last."""
+    cuda = small or machine.has_cuda()
+    todo = []
+    for part in parts:
+        if store.finished(part.name, code, small):
+            print(f"== {part.name}: done before", flush=True)
+            continue
+        missing = machine.lacking((*machine.NEEDED, *part.needs))
+        reason = f"not installed: {', '.join(missing)}" if missing else ""
+        if small and not part.small:
+            reason = f"needs CUDA: {part.why_cuda}"
+        elif not cuda:
+            reason = "torch finds no GPU here (--dry-run runs the parts on a CPU)"
+        todo.append((part, Outcome(part.name, "", code, small, reason=reason)))
+    return sorted(todo, key=lambda entry: store.outcome(entry[0].name) is not None)
 
 
-def slug(name: str) -> str:
-    return name.lower().replace(" ", "_")
+@contextmanager
+def python(warm: bool, environment: dict[str, str], folder: Path) -> Iterator[list[str]]:
+    """Yield the command that runs a part's arguments; `warm`, one that has torch imported already, with one thread."""
+    if not warm:
+        yield [sys.executable]
+        return
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a GPU does not outlive the forks
+    socket, client = str(folder / "warm"), [sys.executable, "-m", "bench.gpu.warm"]
+    server = subprocess.Popen([*client, "serve", socket], env=environment, cwd=machine.ROOT)
+    try:
+        yield [*client, socket]
+    finally:
+        server.kill()
+        server.wait()
 
 
-def jobs(part: str, shapes: str) -> list[Job]:
-    if part == "tests":
-        files = [f"tests/kernels/{name}.py" for name in KERNEL_TESTS]
-        processes = str(min(14, os.cpu_count() or 1))
-        options = ("-q", "-k", "triton or Triton or cuda", "-n", processes, "-p", "no:cacheprovider")
-        report = ("-m", "bench.harness.pytest_report", "{folder}/tests.json")
-        return [Job("kernel_tests", 150, (*report, *options, *files))]
-    if part == "tune":
-        names = ("attention", "decode", "sample", "rows", "gemm")
-        return [
-            Job(f"tune_{name}", 90, ("-m", "bench.tune", "--part", name, "--json", "{folder}/tune.json"))
-            for name in names
-        ]
-    if part == "train":
-        cases = ("Llama-3-8B lora bf16", "Llama-3-1B lora bf16", "Llama-3-1B full bf16")
-        chosen = cases if shapes == "gpu" else ("tiny lora fp32",)
-        options = ("-m", "bench.bench_train_step", "--shapes", shapes, "--rounds", "2", "--seconds", "120")
-        options += ("--json-dir", "{folder}", "--only")
-        return [Job(f"train_{slug(case)}", 170, (*options, case)) for case in chosen]
-    text, exact = "V128256 bf16 text", ("N4096 H4096", "N8192 H4096", "N4096 H2048")
-    losses = [
-        bench(f"pair_loss_{slug(key)}_{head}", "pair_loss", f"{key} {text} {head}", peers, 60, shapes)
-        for key, peers in zip(exact, (ALL, EXACT, EXACT), strict=True)
-        for head in ("frozen", "trainable")
-    ]
-    scores = ",".join(f"{key} {text} score" for key in exact)
-    both, attention = "bf16 forward+backward", "Flex,padded,varlen"
-    return [
-        *losses,
-        bench("pair_loss_whole_sequences", "pair_loss", "prompt200", "Liger DPO,TRL,float32", 60, shapes),
-        bench("pair_loss_random", "pair_loss", "N4096 H4096 V128256 bf16 random", EXACT, 40, shapes),
-        bench("linear_logp", "linear_logp", scores, "TRL", 40, shapes),
-        bench("prefix_attention_d128", "prefix_attention", f"d128 {both}", attention, 90, shapes),
-        bench("prefix_attention_d64", "prefix_attention", f"d64 {both}", attention, 90, shapes),
-        bench("paged_attention", "paged_attention", "B", "gather,varlen", 60, shapes),
-        bench("sampling", "sampling", "B", "HF,softmax,exponential", 60, shapes),
-    ]
-
-
-def table(out: Path) -> Iterator[str]:
-    """Format every result in a folder."""
-    yield LEGEND
-    for path in sorted(out.glob("*.json")):
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if "tests" in body:
-            yield f"\n{path.stem}: {body['tests']}"
-        for case in body.get("cases", ()):
-            if "ceiling" in case:
-                yield f"\n{path.stem}: {case['name']}  [{case['ceiling']}]"
-                yield header()
-                yield from (f"  {row_text(result_of(fields))}" for fields in case["results"])
-            else:
-                yield f"\n{path.stem}: {case['name']}"
-                for fields in case["results"]:
-                    shown = {key: fields[key] for key in ("status", "pairs_per_s", "times_ours", "share_of_floor")}
-                    yield f"  {fields['rival']:28} {shown}"
+def run(args: argparse.Namespace, parts: Sequence[Part]) -> int:
+    """Run the parts that are not done; print the table; return 1 where one of them failed."""
+    end = time.monotonic() + args.minutes * 60
+    about = machine.describe()
+    data = args.data or (str(HH) if HH.exists() else GENERATED)
+    with TemporaryDirectory(prefix="macpo-suite-") as folder:
+        work, links = Path(folder) / "work", Path(folder) / "links"
+        work.mkdir()
+        links.mkdir()
+        try:
+            store = Store(args.out, work, args.resume)
+        except (OSError, tarfile.TarError) as error:
+            raise SystemExit(f"error: {args.resume or args.out}: {error}") from error
+        write_json(work / "suite.json", {**about, "data": data, "commit": args.commit, "minutes": args.minutes})
+        print(f"gpu_suite: {about['gpu'] or 'no nvidia-smi'}, {about['cpus']} CPUs, code {about['code']}")
+        print(f"missing here: {', '.join(about['missing']) or 'nothing'}\npairs: {data}", flush=True)
+        environment = machine.environment(links)
+        if args.commit:
+            environment["BENCH_COMMIT"] = args.commit
+        todo = plan(parts, store, args.dry_run, about["code"])
+        try:
+            with python(args.dry_run, environment, Path(folder)) as command:
+                Runner(store, environment, command, data, end).run(todo, DRY_JOBS if args.dry_run else 1)
+        except KeyboardInterrupt:
+            print("== stopped; the archive holds what is done", flush=True)
+        print("\n".join(table(store, parts)), flush=True)
+        outcomes = [store.outcome(part.name) for part, _ in todo]
+    return int(any(outcome is None or outcome.status not in ("done", "skipped") for outcome in outcomes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("tests", "kernels", "train", "tune"), required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", default="", metavar="SUBSTRING,...", help="jobs whose name holds one of these")
-    parser.add_argument("--shapes", choices=("gpu", "small"), default="gpu", help="small: end to end on a CPU")
+    parser.add_argument("--out", type=Path, help="folder of the archive; with --dry-run a temporary one by default")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="archive of an earlier call")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="parts whose name holds one of these")
+    parser.add_argument("--data", metavar="FOLDER", help=f"pairs of HH-RLHF's layout, or `{GENERATED}`")
+    parser.add_argument("--commit", default="", help="what results say where there is no git")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--publish", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    end, problems = time.monotonic() + args.minutes * 60, {}
-    for job in jobs(args.part, args.shapes):
-        left = end - time.monotonic()
-        if not any(part in job.name for part in args.only.split(",")) or (args.out / f"{job.name}.json").exists():
-            continue
-        problems[job.name] = "no time left" if left < 10 else job.run(args.out.resolve(), min(left, job.seconds))
-    print("\n".join(table(args.out)))
-    failed = {name: problem for name, problem in problems.items() if problem}
-    for name, problem in failed.items():
-        print(f"{name}: {problem}")
-    return 1 if failed else 0
+    parts = [part for part in all_parts() if any(word in part.name for word in args.only.split(","))]
+    if args.list:
+        print(listing(parts))
+        return 0
+    if args.publish:
+        try:
+            print("\n".join(map(str, publish(args.publish, parts, machine.ROOT / "bench" / "results"))))
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise SystemExit(f"error: {error}") from error
+        return 0
+    if args.out is None and not args.dry_run:
+        parser.error("--out is needed")
+    with TemporaryDirectory(prefix="macpo-dry-") as folder:
+        args.out = (args.out or Path(folder)).resolve()
+        return run(args, parts)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: parts are killed, the archive is written
     raise SystemExit(main())

@@ -17,6 +17,7 @@ LONG = {
     "test_aot.py",
     "test_bench_train_step.py",
     "test_evaluation_page.py",
+    "test_gpu_suite.py",
     "test_kill_resume.py",
     "test_methods.py",
     "test_parallel.py",

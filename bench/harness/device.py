@@ -41,7 +41,11 @@ def device_name(device: torch.device) -> str:
 
 def device_slug(device: torch.device) -> str:
     """Return the folder name of a device's results: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return slug_of(device_name(device))
+
+
+def slug_of(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def synchronise(device: torch.device) -> None:
@@ -70,14 +74,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit's hash, "-dirty" if a tracked file outside bench/results differs; "" outside git."""
+    """Return the commit's hash, "-dirty" if a tracked file outside bench/results differs; outside git what the
+    environment gives as BENCH_COMMIT, or "".
+    """
     try:
         commit = subprocess.check_output(
             ["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
         )
         status = subprocess.check_output(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"], text=True)
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("BENCH_COMMIT", "")
     changed = [line for line in status.splitlines() if not line[3:].startswith("bench/results/")]
     return commit.strip() + ("-dirty" if changed else "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,27 +59,39 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
     print(f"{bench}: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)
     done: list[dict[str, Any]] = []
     end = time.monotonic() + args.seconds
-    skipped = []
+    skipped: list[str] = []
+    failed: list[str] = []
     for number, spec in enumerate(todo):
         left = end - time.monotonic()
         if left < 0:
             skipped.append(spec.name)
             print(f"{spec.name}: not run, --seconds {args.seconds:.0f} were over", flush=True)
             continue
-        case = spec.make()
-        if args.peers:
-            wanted = args.peers.split(",")
-            case.peers = [p for p in case.peers if p is case.peers[0] or any(part in p.name for part in wanted)]
-        made = end - time.monotonic()  # what its reference took is spent
-        results = measure(case, args.repeats, left / (len(todo) - number) - (left - made), check_s=made / 4)
-        print("\n".join(table(case, results)), flush=True)
-        done.append(entry(case, results))
-        del case  # its tensors go
+        try:
+            done.append(measure_one(spec, args.peers, args.repeats, end, left / (len(todo) - number)))
+        except Exception:  # out of memory, say: the cases after it still count
+            traceback.print_exc()
+            failed.append(spec.name)
         gc.collect()
         save(bench, done, [spec.name for spec in todo[number + 1 :]], args.device, args.json_dir)  # if it is stopped
-    path = save(bench, done, skipped, args.device, args.json_dir)
+    path = save(bench, done, skipped + failed, args.device, args.json_dir)
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)}: see above")
     print(f"written: {path}", flush=True)
     return path
+
+
+def measure_one(spec: Spec, peers: str | None, repeats: int, end: float, share: float) -> dict[str, Any]:
+    """Make and measure a case in `share` seconds, `end` being when all have to be done; print and return its entry."""
+    begin = time.monotonic()
+    case = spec.make()
+    if peers:
+        wanted = peers.split(",")
+        case.peers = [p for p in case.peers if p is case.peers[0] or any(part in p.name for part in wanted)]
+    made = time.monotonic()  # what its reference took is spent
+    results = measure(case, repeats, share - (made - begin), check_s=(end - made) / 4)
+    print("\n".join(table(case, results)), flush=True)
+    return entry(case, results)
 
 
 _current: dict[str, Case] = {}

@@ -18,7 +18,6 @@ from typing import Any
 
 from macpo.engine.data.groups import PrefixGroup
 
-HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"  # a checkout may lie beside the data
 SUBSETS = ("harmless-base", "helpful-base")
 EOS, PAD, UNKNOWN = "</s>", "<pad>", "<unk>"
 _LAST = "\n\nAssistant:"

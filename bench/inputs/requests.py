@@ -17,7 +17,12 @@ from pathlib import Path
 from bench.inputs.pairs import PROMPT, RESPONSE
 
 FOLDER = Path(__file__).resolve().parents[1] / "requests"
-SIZES = {"hh-like-8": (8, 24, 12), "hh-like-64": (64, 512, 256), "hh-like-256": (256, 1024, 512)}
+SIZES = {
+    "hh-like-8": (8, 24, 12),
+    "hh-like-64": (64, 512, 256),
+    "hh-like-256": (256, 1024, 512),
+    "hh-like-1024": (1024, 1024, 256),  # at 256 rows: 150 of its 342 steps are full; of hh-like-256's 512 steps 19 are
+}
 """File -> (requests, longest prompt, longest answer)."""
 FIRST_ID = 3
 

@@ -1,15 +1,16 @@
 """The least time that answering some requests can take on a device, from what is measured on it in the same run.
 
-All requests start together and none waits: step t has the n_t sequences whose answers are longer than t tokens. It
-costs the products of all linear layers with n_t rows (measured in a CUDA graph on a GPU, over packed weights on a CPU;
-reading the weights is part of that, and they count at the copy's speed where that is slower), and reading every live
-sequence's keys and values at the copy's speed. The prompts cost the products of the linear layers without the head.
-Attention's own products, norms, sampling and launches count as nothing.
+Requests start as soon as there is a row for them, the longest answers first; without a limit of rows all start
+together, and step t has the sequences whose answers are longer than t tokens. A step of n rows costs the products of
+all linear layers with n rows (measured in a CUDA graph on a GPU, over packed weights on a CPU; reading the weights is
+part of that, and they count at the copy's speed where that is slower), and reading every live sequence's keys and
+values at the copy's speed. The prompts cost the products of the linear layers without the head. Attention's own
+products, norms, sampling and launches count as nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,29 +51,40 @@ class Floor:
 
 
 @torch.no_grad()
-def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Floor:
-    """Compute the floor of greedy responses of exactly the lengths that the requests ask for."""
+def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest], max_rows: int = 1 << 30) -> Floor:
+    """Compute the floor of greedy responses of exactly the lengths asked for, at most `max_rows` at once."""
     device = model.device
     num_bytes = COPY_BYTES[device.type]
     bytes_per_s = num_bytes / seconds_of(copy(num_bytes, device), device)
     head = model.get_output_embeddings().weight
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     read_s = sum(weight.nbytes for weight in weights) / bytes_per_s
-    longest = max(r.new_tokens for r in requests)
-    # The first token comes from the prompt's forward; the others take a step each.
-    live = [[r for r in requests if r.new_tokens > step] for step in range(1, longest)]
-    buckets = {bucket_of(len(rows)) for rows in live}
-    step_s = {n: max(read_s, seconds_of(_products(weights, n), device)) for n in buckets}
-    contexts = sum(len(r.prompt_ids) + step for step, rows in enumerate(live, 1) for r in rows)
+    steps = list(steps_of(requests, max_rows))
+    step_s = {n: max(read_s, seconds_of(_products(weights, n), device)) for n in {bucket_of(rows) for rows, _ in steps}}
+    contexts = sum(context for _, context in steps)
     body = [weight for weight in weights if weight is not head]
     rows = min(PREFILL_ROWS, sum(len(r.prompt_ids) for r in requests))
     prompt_s = seconds_of(_products(body, rows), device) / rows
     return Floor(
-        sum(step_s[bucket_of(len(rows))] for rows in live),
+        sum(step_s[bucket_of(rows)] for rows, _ in steps),
         contexts * kv_bytes(model) / bytes_per_s,
         prompt_s * sum(len(r.prompt_ids) for r in requests),
         bytes_per_s,
     )
+
+
+def steps_of(requests: Sequence[GenerationRequest], max_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield each decode step's rows, and the tokens of all their contexts.
+
+    The first token of a response comes from its prompt's forward; the others take a step each.
+    """
+    waiting = sorted((r for r in requests if r.new_tokens > 1), key=lambda r: r.new_tokens)
+    live: list[tuple[GenerationRequest, int]] = []
+    while waiting or live:
+        while waiting and len(live) < max_rows:
+            live.append((waiting.pop(), 1))
+        yield len(live), sum(len(r.prompt_ids) + done for r, done in live)
+        live = [(r, done + 1) for r, done in live if done + 1 < r.new_tokens]
 
 
 def kv_bytes(model: PreTrainedModel) -> int:

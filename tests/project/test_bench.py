@@ -7,18 +7,15 @@ import math
 import time
 from dataclasses import fields
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import bench_train_step, gpu_suite, run_all, tune
+from bench import run_all
 from bench.harness import device, measure, memory
 from bench.harness.measure import Case, Peer, Result
-from bench.harness.options import run_bench
+from bench.harness.options import Spec, run_bench
 from bench.inputs import heads
-
-ROOT = Path(__file__).resolve().parents[2]
 
 CPU = torch.device("cpu")
 # Peers that start quickly: nothing compiled.
@@ -94,35 +91,22 @@ def test_gpu_cases_are_those_that_the_targets_name():
     assert {"hh64", "8k-prompt"} == {name.split()[0] for name in found["prefix_attention"]}
 
 
-def test_the_gpu_suite_goes_on_where_it_stopped(tmp_path, capfd):
-    """One operator and the tests of one file on a CPU; a result that is there is not made again."""
-    options = ["--out", str(tmp_path), "--shapes", "small", "--minutes", "2"]
-    assert gpu_suite.main(["--part", "kernels", "--only", "paged", *options]) == 0
-    path = tmp_path / "paged_attention.json"
-    assert json.loads(path.read_text())["cases"][0]["results"][0]["status"] == "exact"
-    path.write_text(path.read_text().replace("macpo paged_attention", "kept paged_attention"))
-    assert gpu_suite.main(["--part", "kernels", "--only", "paged", *options]) == 0
-    shown = capfd.readouterr().out
-    assert shown.count("$ -m bench.bench_paged_attention") == 1 and "kept paged_attention" in shown
-    assert not list(tmp_path.glob(".*"))
-    assert gpu_suite.main(["--part", "tests", *options[:-1], "0"]) == 1
-    assert "kernel_tests: no time left" in capfd.readouterr().out
+def test_a_case_that_cannot_be_made_costs_itself_alone(tmp_path, capsys):
+    """Out of memory, say: the others are measured and written, and the script fails at its end."""
 
+    def specs(shapes, device):
+        def broken():
+            raise MemoryError("too large")
 
-def test_the_gpu_suite_names_what_exists():
-    """Every case that a job asks for, every test file, every part of the tuning script."""
-    for job in gpu_suite.jobs("kernels", "gpu"):
-        module = import_module(job.command[1])
-        only = job.command[job.command.index("--only") + 1].split(",")
-        names = [spec.name for spec in module.specs("gpu", CPU)]
-        assert all(any(part in name for name in names) for part in only), job.name
-    assert all((ROOT / "tests" / "kernels" / f"{name}.py").exists() for name in gpu_suite.KERNEL_TESTS)
-    parts = [job.command[3] for job in gpu_suite.jobs("tune", "gpu")]
-    assert all(tune.trials([part]) for part in parts)
-    cases = {case.name for shapes in ("gpu", "small") for case in bench_train_step.CASES[shapes]}
-    for shapes in ("gpu", "small"):
-        asked = [job.command[job.command.index("--only") + 1] for job in gpu_suite.jobs("train", shapes)]
-        assert set(asked) <= cases
+        right = torch.arange(1.0, 9.0)
+        return [Spec("broken", broken), Spec("toy", lambda: toy_case([giving("ours", right)]))]
+
+    options = ["--shapes", "small", "--device", "cpu", "--repeats", "2", "--json-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="error: broken"):
+        run_bench("toy", specs, "", options)
+    body = json.loads((tmp_path / "toy.json").read_text())
+    assert [case["name"] for case in body["cases"]] == ["toy"] and body["skipped"] == ["broken"]
+    assert "MemoryError: too large" in capsys.readouterr().err
 
 
 def toy_case(peers: list[Peer]) -> Case:

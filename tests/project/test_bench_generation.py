@@ -76,6 +76,13 @@ def test_the_floor_counts_what_a_step_reads(monkeypatch):
     assert floor.products_s == 2 * 2**25 and floor.prompts_s == 2**25
 
 
+def test_the_floor_counts_steps_of_as_many_rows_as_fit():
+    """Three answers over two rows: the longest first, the third when a row is free; one token takes no step."""
+    asked = [requests.GenerationRequest([5] * prompt, n) for prompt, n in ((10, 2), (20, 4), (30, 3), (40, 1))]
+    assert list(decode_floor.steps_of(asked, 2)) == [(2, 20 + 1 + 30 + 1), (2, 20 + 2 + 30 + 2), (2, 20 + 3 + 10 + 1)]
+    assert [rows for rows, _ in decode_floor.steps_of(asked, 9)] == [3, 2, 1]
+
+
 def test_continuous_batching_is_asked_for_the_same_lengths():
     """transformers' own engine answers the requests, and leaves the model's attention as it was."""
     (_, shape, dtype), *_ = bench_generation.SHAPES["small"]

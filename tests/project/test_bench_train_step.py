@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import bench_train_step as bench
-from bench.inputs.pairs import EOS, HH, load_pairs
+from bench.inputs.hh import HH
+from bench.inputs.pairs import EOS, load_pairs
 from bench.peers.trainers import DEFAULTS, OURS, Outcome, Setup, Work, best, best_for, model_of
 
 ROOT = Path(__file__).resolve().parents[2]

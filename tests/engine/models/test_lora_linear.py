@@ -31,6 +31,8 @@ from macpo.engine.planning.dry_run import Recorder
 from macpo.engine.training.objectives import sft
 from macpo.kernels import wide_products
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 SIZES = [(1, 24, 40, 3), (37, 33, 17, 1), (130, 64, 48, 8)]  # T, I, O, r: one token; odd and rank 1; many tokens
 
 
@@ -90,16 +92,17 @@ def errors(found: dict[str, Tensor], wanted: dict[str, Tensor], norms: dict[str,
     return {key: (found[key].double() - w).norm().item() / norms[key] for key, w in wanted.items()}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens, inputs, outputs, rank", SIZES)
 def test_values_and_gradients_against_float64(
-    tokens: int, inputs: int, outputs: int, rank: int, dtype: torch.dtype, bias: bool
+    tokens: int, inputs: int, outputs: int, rank: int, dtype: torch.dtype, bias: bool, device: str
 ) -> None:
     """y and dx are as near as peft's. In bfloat16 dA and dB have three roundings that peft's have not: of A or B, of u
     or du, and on a CPU of the sum. Each adds 1.7e-3 of the norm in quadrature, 2.9e-3 in all."""
-    layer = layer_of(nn.Linear(inputs, outputs, bias=bias), dtype, rank)
-    x, dy = (torch.randn(1, tokens, size).to(dtype) for size in (inputs, outputs))
+    layer = layer_of(nn.Linear(inputs, outputs, bias=bias), dtype, rank).to(device)
+    x, dy = (torch.randn(1, tokens, size).to(device, dtype) for size in (inputs, outputs))
     found = results(layer, x, dy, FusedLinear.forward)
     assert {key: tensor.dtype for key, tensor in found.items()} == {
         "y": dtype,
