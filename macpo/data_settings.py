@@ -77,15 +77,17 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.world is None):
-            raise ValueError("give exactly one of `path` and `world`")
+        if self.path is None and self.world is None:
+            raise ValueError("path is missing: there is no data Fix: give a file, a folder or a Hub id")
+        if self.path is not None and self.world is not None:
+            raise ValueError("path and `world` are two sources Fix: keep one of them")
         if self.world is not None:  # the world has sizes of its own
             for name, field in type(self).model_fields.items():
                 both = name in ("path", "world", *_OF_TOKENS)
                 if not both and getattr(self, name) != field.get_default(call_default_factory=True):
-                    raise ValueError(f"{name} is for `path`; the world's settings are in `world`")
+                    raise ValueError(f"{name} is for `path`; the world's settings are in `world` Fix: leave it out")
         if self.test_path is not None and self.test_split is not None:
-            raise ValueError("test_split is for `path`; test_path is a data set of its own")
+            raise ValueError("test_split is for `path`; test_path is a data set of its own Fix: keep one of them")
         return self
 
     def key(self) -> dict[str, Any]:

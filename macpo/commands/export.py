@@ -160,7 +160,7 @@ def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:
     if recipe.recipe == "macpo":
         found["ceiling"] = recipe.student
     if agent not in found:
-        raise ConfigError(f"no agent {agent!r} in this run", f"one of {sorted(found)}", field="--agent")
+        raise ConfigError(f"no agent {agent!r} in this run", f"one of {', '.join(sorted(found))}", field="--agent")
     return found[agent]
 
 
