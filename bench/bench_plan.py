@@ -87,7 +87,7 @@ CASES = {
 
 def main() -> None:
     """Print the table; exit 1 where a prediction is more than 25% off."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
