@@ -60,7 +60,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         "compute.parallel.checkpointing": "gradient_checkpointing gradient_checkpointing_kwargs",
         "compute.parallel.offload_activations": "activation_offloading",
         "compute.parallel.compile": "torch_compile compile_model",
-        "compute.parallel.liger": "use_liger_kernel enable_liger_kernel use_liger liger",
+        "compute.parallel.liger": "use_liger_kernel enable_liger_kernel use_liger",
         "compute.trackers": "report_to use_wandb wandb_project use_swanlab use_tensorboard",
     }.items()
 }

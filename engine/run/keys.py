@@ -51,7 +51,7 @@ def is_unknown(value: Any) -> bool:
 def filled(now: Any, recorded: Any) -> Any:
     """`now`, in which what is unknown is taken to be as it is recorded at the same place, absent where that is."""
     if is_unknown(now):
-        return recorded if isinstance(recorded, str) else now
+        return recorded if isinstance(recorded, str | int) else now
     if isinstance(now, dict) and isinstance(recorded, dict):
         known = {key: value for key, value in now.items() if key in recorded or not is_unknown(value)}
         return {key: filled(value, recorded.get(key)) for key, value in known.items()}

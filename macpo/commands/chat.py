@@ -127,7 +127,7 @@ def _show(answers: Sequence[tuple[str, str]]) -> None:
         for name, text in clean:
             print(f"{name}: {text}", flush=True)
         return
-    table = Table(*(name for name, _ in clean), expand=True, show_lines=False)
+    table = Table(*(name for name, _ in clean), expand=True)
     table.add_row(*(Text(text) for _, text in clean))
     Console().print(table)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -34,10 +34,10 @@ NAME = "policy"
 class HeldOutSettings(SourceSettings):
     """Training data, and what is held out of it for evaluation; no prompt is in both."""
 
+    most_test_prompts: ClassVar[int] = 200
+
     train_prompts: PositiveInt | None = None
     """Distinct prompts to train on; default all that are not held out."""
-    test_prompts: PositiveInt = 200
-    """Distinct prompts to evaluate on; never trained on."""
 
 
 class PairData(HeldOutSettings):
