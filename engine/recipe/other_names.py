@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
-    field: names.split()
+    field: tuple(names.split())
     for field, names in {
         # model and tuning
         "model": "model_name_or_path model_name base_model model_id pretrained_model_name_or_path model_path",

@@ -60,9 +60,9 @@ def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
     else:
         held_records, dropped = _load(data, source)
         count_dropped(counts, dropped, "test")
-        tests, start = Prompts(held_records, seed), 0
-        num_test = data.test_size(len(tests), apart=True)
-        held = tests.first(0, num_test)
+        apart, start = Prompts(held_records, seed), 0
+        num_test = data.test_size(len(apart), apart=True)
+        held = apart.first(0, num_test)
         prompts = Prompts(records, seed, without=held.ids)
         counts["train_test_overlap_dropped"] = len(Prompts(records, seed)) - len(prompts)
     left = max(0, len(prompts) - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from macpo import bundled
 from macpo.engine.errors import ConfigError
@@ -38,7 +39,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         elif action.dest == "like":
             action.choices = ["list", *bundled.names()]
     names = " ".join(bundled.names())
-    preamble = {"bash": _BASH.format(names=names), "zsh": _ZSH.format(names=names)}
+    preamble: Any = {"bash": _BASH.format(names=names), "zsh": _ZSH.format(names=names)}
     found: str = shtab.complete(parser, shell=shell, preamble=preamble)
     return found
 

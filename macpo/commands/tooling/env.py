@@ -14,10 +14,14 @@ from macpo.engine.hardware import host_memory
 from macpo.engine.run.manifest import code_version
 from macpo.kernels.backend import IMPLEMENTED, BackendError, explain
 
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "huggingface_hub", "numpy")
-PACKAGES += ("pydantic", "triton", "flash-attn", "liger-kernel", "bitsandbytes", "accelerate", "openai", "trl")
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "TRITON_INTERPRET")
-VARIABLES += ("MACPO_BACKEND", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_DEBUG", "WORLD_SIZE")
+PACKAGES = (
+    *("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "huggingface_hub", "numpy"),
+    *("pydantic", "triton", "flash-attn", "liger-kernel", "bitsandbytes", "accelerate", "openai", "trl"),
+)
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "TRITON_INTERPRET"),
+    *("MACPO_BACKEND", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_DEBUG", "WORLD_SIZE"),
+)
 """Environment variables that decide what runs; none of them holds a secret."""
 
 
