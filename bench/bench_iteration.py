@@ -213,7 +213,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", default="21M", help=f"{', '.join(MADE)}, a folder or a Hub id")
     parser.add_argument("--teachers", default="5M,5M", type=lambda text: text.split(","))
     parser.add_argument("--tuning", choices=("full", "lora"), default="full")

@@ -86,7 +86,7 @@ def check_all(path: Path, out: Path, num_rows: int) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--file", type=Path, help="rows that are there already")
     parser.add_argument("--check", action="store_true", help="also `macpo check`, which encodes every row")

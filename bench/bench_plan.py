@@ -93,7 +93,7 @@ CASES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 1 where a prediction is more than 25% off."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
     parser.add_argument("--shapes", choices=CASES, help="default: gpu on a GPU, else issue")
     parser.add_argument("--repeats", type=int, default=7)

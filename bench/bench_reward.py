@@ -240,7 +240,9 @@ def shown(outcomes: Sequence[Outcome]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of a causal LM with its tokenizer")
     parser.add_argument("--data", action="append", required=True, metavar="NAME=PATH", help="a preference set")
     parser.add_argument("--pairs", type=int, default=2000, help="training pairs of each set")

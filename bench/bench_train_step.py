@@ -318,7 +318,9 @@ peak MB: most memory at once, weights and optimiser included (CPU: of one step o
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--shapes", choices=CASES, help="default: gpu on a GPU, else issue")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name holds this")

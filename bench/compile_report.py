@@ -217,7 +217,9 @@ def show(row: Row, width: int) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS), help="compute capabilities")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="entries whose name holds this")
     parser.add_argument("--skip", default="", metavar="SUBSTRING", help="no entries whose name holds this")

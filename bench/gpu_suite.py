@@ -102,7 +102,9 @@ def run(args: argparse.Namespace, parts: Sequence[Part]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder of the archive; with --dry-run a temporary one by default")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--resume", type=Path, metavar="FILE", help="archive of an earlier call")

@@ -77,7 +77,9 @@ def result_of(fields: dict[str, Any]) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--shapes", choices=SHAPES, help="default: gpu on a GPU, else issue")

@@ -34,7 +34,7 @@ def texts(folder: Path) -> tuple[str, str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("folder", type=Path)
     rounds, claims, picture = texts(parser.parse_args(argv).folder)
     for page, text in {ROOT / "README.md": rounds, ROOT / "docs" / "demo-world.md": claims}.items():

@@ -7,7 +7,7 @@ import urllib.parse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from macpo.engine.errors import ConfigError, PeerError
+from macpo.engine.errors import ConfigError, PeerError, beginning
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -125,7 +125,7 @@ class Connection:
         body = error.body if isinstance(error.body, dict) else {}
         text = " ".join(str(body.get("message") or body.get("detail") or "").split())
         key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
-        return (text.replace(key, "…") if key else text)[:200]
+        return beginning(text.replace(key, "…") if key else text, 200)
 
 
 def _openai() -> Any:

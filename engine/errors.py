@@ -5,6 +5,7 @@ error: FILE:LINE: FIELD: problem. Fix: remedy.
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,11 +42,38 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """A value of a recipe or of data as JSON has it, its end left out where it is longer than `limit` characters."""
+    try:
+        return beginning(json.dumps(value, ensure_ascii=False, default=str), limit)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, a circle, a thousand brackets
+        return f"a {type(value).__name__}"
+
+
+def one_line(problem: object, limit: int = 200) -> str:
+    """What another library says of an error, on one line of at most `limit` characters."""
+    said = beginning(" ".join(str(problem).split()), limit)
+    return said or (type(problem).__name__ if isinstance(problem, BaseException) else "")
+
+
+def beginning(text: str, limit: int) -> str:
+    """The beginning of a text, at most `limit` characters, cut between words where they are not very long."""
+    return text if len(text) <= limit else _head(text, limit - 1) + "…"
+
+
 def _cut(text: str, limit: int) -> str:
+    """The text without its middle."""
     if len(text) <= limit:
         return text
     tail = (limit - 1) // 2
-    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
+    return f"{_head(text, limit - 1 - tail)}…{_head(text[::-1], tail)[::-1]}"
+
+
+def _head(text: str, limit: int) -> str:
+    """The first `limit` characters, without a word that goes on, unless it makes up half of them."""
+    head = text[:limit]
+    whole = head if text[limit : limit + 1].isspace() else head.rpartition(" ")[0]
+    return whole if len(whole) > limit // 2 else head
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +87,8 @@ class Problem:
     field: str = ""
 
     def __str__(self) -> str:
-        texts = (self.file, self.field, self.message.rstrip("."), self.fix.rstrip("."))
+        said = f"--set {self.field}=" in f"{self.file}=" or self.message.startswith(f"{self.field} ")  # named anyway
+        texts = (self.file, "" if said else self.field, self.message.rstrip("."), self.fix.rstrip("."))
         parts = [printable(text, MAX_CHARS) for text in texts]
         room = MAX_CHARS - len(f"error: :{self.line}: :. Fix: .")
         if sum(map(len, parts)) > room:

@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 
 from safetensors import SafetensorError
 
-from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, ResourceError
+from macpo.engine.errors import ConfigError, DataError, MacpoError, NumericsError, ResourceError, one_line
 from macpo.engine.faults import point
 from macpo.engine.opening import open_regular
 from macpo.engine.unpacking import LIMITS, Limits, unpacked
@@ -231,7 +231,7 @@ def _parse_line(raw: bytes, name: str, number: int, start: int) -> dict[str, Any
             raise fail(why, "fetch the file again or delete that line") from None
         raise fail(f"invalid JSON at column {error.colno}: {error.msg}", "write one JSON object a line") from None
     except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits, absurd nesting
-        raise fail(f"unusable JSON: {str(error)[:100]}", "write finite numbers and plain objects") from None
+        raise fail(f"unusable JSON: {one_line(error, 100)}", "write finite numbers and plain objects") from None
     if not isinstance(row, dict):
         raise fail(f"the row is {_kind(row)}, not an object", 'write {"field": value, …} on every line')
     if b"\\u" in raw and (at := _lone_surrogate(raw)) is not None:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from macpo.engine.errors import ConfigError, IntegrityError, ResourceError
+from macpo.engine.errors import ConfigError, IntegrityError, ResourceError, shown
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -113,12 +113,12 @@ def _tensor(name: str, entry: Any) -> StoredTensor:
     parts: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = parts.get("dtype"), parts.get("shape"), parts.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{name} has the dtype {dtype!r:.60}, which is none")
+        raise ValueError(f"{name} has the dtype {shown(dtype)}, which is none")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has no shape and place of whole numbers")
     tensor = StoredTensor(dtype, tuple(shape), *offsets)
     if tensor.numel * _BITS[dtype] != 8 * (tensor.end - tensor.begin):
-        raise ValueError(f"{name} of shape {shape!r:.80} and dtype {dtype} has {tensor.end - tensor.begin} bytes")
+        raise ValueError(f"{name} of shape {shown(shape, 80)} and dtype {dtype} has {tensor.end - tensor.begin} bytes")
     return tensor
 
 
@@ -171,7 +171,7 @@ def _most(sizes: Mapping[str, Any], names: tuple[str, ...]) -> int:
 
 
 def _odd(value: Any, fix: str, file: Path, field: str) -> ConfigError:
-    problem = f"the config is not one of a model that can be built (got {value!r:.60})"
+    problem = f"the config is not one of a model that can be built (got {shown(value)})"
     return ConfigError(problem, fix, file=file, field=field)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, one_line
 from macpo.engine.files import explained
 from macpo.engine.foreign import MAX_HEADER_BYTES, header, read_json_object
 from macpo.engine.opening import refuse_special
@@ -56,7 +56,7 @@ def local_folder(path: str | Path, *, kind: str = "model", trust_remote_code: bo
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the Hub's client raises many kinds; all mean that the files are not to be had
-        why = " ".join(str(error).split())[:160]
+        why = one_line(error, 160)
         raise ConfigError(
             f"{kind} {text!r} is no folder here and could not be had from the Hub ({type(error).__name__}: {why})",
             "check the spelling and the network; offline, download it beforehand (`hf download`) and set "

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, ValidationInfo
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, beginning
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -83,8 +83,7 @@ def _is_too_long(path: Path) -> bool:
 
 
 def _shown(text: str) -> str:
-    shown = ascii(text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    return beginning(ascii(text), 80)
 
 
 def _instead_of_url(text: str) -> str:

@@ -42,9 +42,12 @@ def runner(config: Path) -> Callable[..., None]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="torchrun engine/train.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="torchrun engine/train.py", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("config", type=argument, help="recipe (YAML), or the folder of a run")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
+    overriding = "set a field of the recipe, the value in YAML: --set student.model=PATH; as often as needed"
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=overriding)
     parser.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
     parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds to wait for another rank")

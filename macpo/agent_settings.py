@@ -57,11 +57,12 @@ class AgentSettings(Settings):
         if self.served is not None:
             return self._answers_only(self.served)
         if self.model is not None and self.init is not None:
-            raise ValueError("give `model` or `init`, not both")
+            raise ValueError("model and `init` are two base models Fix: keep one of them")
         if self.model is None and self.init is None and self.positive is None:
-            raise ValueError("give `model`, `init` or a ready `positive` policy")
+            what = "a folder or Hub id in `model`, an `init` block, or a ready `positive` policy"
+            raise ValueError(f"model is missing: the agent has no weights Fix: give {what}")
         if self.positive is not None and self.init is not None:
-            raise ValueError("a ready `positive` policy has no `init`")
+            raise ValueError("init is not read: `positive` is a ready policy Fix: keep one of them")
         return self
 
     def _answers_only(self, served: ServedAgent) -> AgentSettings:

@@ -3,60 +3,197 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
-from macpo import __version__
+from macpo import __version__, bundled
 from macpo.engine.paths import argument as path_argument
 
+APART = {
+    "print_config": ("rerun_stale", "from_stage", "ranks", "examples", "plan", "calibrate", "gpu", "gpus"),
+    "plan": ("rerun_stale",),
+    "validate": ("policy", "opponents"),
+}
+"""Options that make a command do something else -> options that would then be ignored."""
+OVERRIDDEN = {"seed": "seed", "seeds": "seed", "out": "output"}
+"""Options that stand for a field of the recipe."""
 
-def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="macpo", description="Weak-to-strong alignment by MACPO (arXiv 2410.07672).")
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their whole names alone, and says what is wrong in one line."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str, fix: str = "") -> NoReturn:
+        message = message.replace("invalid int value", "no whole number").replace("invalid float value", "no number")
+        if choice := re.fullmatch(r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
+            known = re.findall(r"[\w-]+", choice[3])
+            message, near = f"{choice[1]}: got {choice[2]!r}", difflib.get_close_matches(choice[2], known, 1)
+            fix = f"did you mean {near[0]}" if near else f"use {', '.join(known)}"
+        self.exit(2, f"error: {self.prog}: {message}. Fix: {fix or f'see {self.prog} --help'}.\n")
+
+    def given(self, found: argparse.Namespace, name: str) -> bool:
+        """Whether an option has another value than its default; False for one that the command does not have."""
+        return getattr(found, name, None) != self.get_default(name)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; one that is wrong, or would be ignored in part, ends the process with exit code 2."""
+    root = parser()
+    found, unknown = root.parse_known_args(argv)
+    command: Parser = found.parser
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(word, command._option_string_actions, 1) if word.startswith("-") else []
+        what = "option" if word.startswith("-") else "word"
+        command.error(f"unknown {what} {word}", f"did you mean {near[0]}" if near else "")
+    _refuse_what_is_ignored(command, found)
+    if found.command == "demo" and found.seed is not None:
+        found.out = found.out or Path(f"runs/demo-seed-{found.seed}")
+    if getattr(found, "seed", None) is not None and "overrides" in found:
+        found.overrides = [*found.overrides, f"seed={found.seed}"]
+    return found
+
+
+def _refuse_what_is_ignored(command: Parser, found: argparse.Namespace) -> None:
+    for mode, others in APART.items():
+        for other in others:
+            if command.given(found, mode) and command.given(found, other):
+                command.error(f"{_option(other)} does not go with {_option(mode)}", "leave one of them out")
+    fields = {each.partition("=")[0].strip() for each in getattr(found, "overrides", ())}
+    for name, field in OVERRIDDEN.items():
+        if field in fields and command.given(found, name):
+            command.error(f"--set {field} does not go with {_option(name)}", "leave one of them out")
+    if found.command == "demo" and found.seeds and "output" in fields:
+        command.error("--set output does not go with --seeds", "name the folder of all seeds with --out")
+    if found.command == "init" and (found.path is None) != (found.like == "list"):
+        command.error(*_INIT[found.path is None])
+    if found.command in ("export", "chat") and found.policy == "negative" and command.given(found, "iteration"):
+        command.error("--iteration does not go with --policy negative: an agent has one", "leave one of them out")
+
+
+_INIT = {
+    True: ("no file to write", "macpo init mine.yaml, or --like list for the recipes' names"),
+    False: ("--like list writes no file", "leave the file out, or name a recipe"),
+}
+
+
+def _option(name: str) -> str:
+    return "--from" if name == "from_stage" else "--" + name.replace("_", "-")
+
+
+def recipe_argument(text: str) -> Path:
+    """A recipe's file, the folder of a run, or the name of a recipe that comes with the package."""
+    path = path_argument(text)
+    return path if path.exists() else bundled.path_of(text) or path
+
+
+def parser() -> Parser:
+    root = Parser(prog="macpo", description="Weak-to-strong alignment by MACPO (arXiv 2410.07672).")
     root.add_argument("--version", action="version", version=f"macpo {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
-    recipe = argparse.ArgumentParser(add_help=False, parents=[common])
-    recipe.add_argument("recipe", type=path_argument, help="recipe (YAML), or the folder of a run")
+    recipe = Parser(add_help=False, parents=[common])
+    recipe.add_argument(
+        "recipe",
+        type=recipe_argument,
+        help="recipe (YAML), the name of one that comes along (macpo init --like list), or the folder of a run",
+    )
     _overrides(recipe)
-    reruns = argparse.ArgumentParser(add_help=False)
+    reruns = Parser(add_help=False)
     reruns.add_argument("--rerun-stale", action="store_true", help="run stages again whose settings have changed")
     reruns.add_argument("--from", dest="from_stage", metavar="STAGE", help="run this stage and all after it again")
+    run_folder = Parser(add_help=False, parents=[common])
+    run_folder.add_argument("run", type=path_argument, help="folder of the run")
 
-    demo = commands.add_parser("demo", parents=[common, reruns], help="the whole method offline in the demo world")
-    demo.add_argument("--seeds", metavar="A-B", help="several seeds with baselines and ablations, and every claim")
-    demo.add_argument("--out", type=path_argument, help="folder of the run (default: runs/demo, runs/demo-seeds)")
-    _overrides(demo)
-    demo.set_defaults(command="demo")
+    def add(name: str, *parents: Parser, help: str) -> Parser:
+        made = commands.add_parser(name, parents=parents or [common], help=help, description=help)
+        made.set_defaults(command=name, parser=made)
+        return made
 
-    init = commands.add_parser("init", parents=[common], help="write a commented recipe to start from")
-    init.add_argument("path", type=path_argument, help="file to write")
-    init.add_argument("--like", default="hh-local", help="which recipe (default: hh-local); --like list names them")
-    init.set_defaults(command="init")
-
-    check = commands.add_parser("check", parents=[recipe], help="check config, data, tokenizers and templates")
-    check.add_argument("--examples", type=int, default=2, help="pairs to show with prompt and response tokens marked")
-    check.set_defaults(command="check")
-
-    plan = commands.add_parser(
-        "plan", parents=[common], help="a recipe's stages with memory, time and disk; or which settings fit some GPUs"
+    demo = add("demo", common, reruns, help="the whole method offline in the demo world")
+    _seeds(demo, "several seeds with baselines and ablations, and every claim")
+    demo.add_argument(
+        "--out",
+        type=path_argument,
+        help="folder of the run (default: runs/demo, with --seed runs/demo-seed-N, with --seeds runs/demo-seeds)",
     )
-    plan.add_argument("recipe", type=path_argument, nargs="?", help="recipe (YAML), or the folder of a run")
+    _overrides(demo)
+
+    init = add("init", help="write a commented recipe to start from")
+    init.add_argument("path", type=path_argument, nargs="?", help="file to write, or a folder for it; both may be new")
+    init.add_argument("--like", default="hh-local", help="which recipe (default: hh-local); --like list names them")
+
+    check = add("check", recipe, help="check config, data, tokenizers and templates")
+    check.add_argument("--examples", type=_whole, default=2, help="pairs to show with their tokens marked")
+
+    plan = add("plan", help="a recipe's stages with memory, time and disk; or which settings fit some GPUs")
+    plan.add_argument("recipe", type=recipe_argument, nargs="?", help="recipe (YAML), or the folder of a run")
     _overrides(plan)
     _fitting(plan)
-    plan.set_defaults(command="plan")
 
-    run = commands.add_parser("run", parents=[recipe, reruns], help="run a recipe, or go on with it")
-    run.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
-    run.add_argument("--seeds", metavar="A-B", help="several seeds in OUTPUT-seeds/seed-N, and every claim over them")
-    run.set_defaults(command="run")
+    run = add("run", recipe, reruns, help="run a recipe, or go on with it")
+    run.add_argument("--ranks", type=_positive, default=1, help="processes that share every stage: this machine's GPUs")
+    _seeds(run, "several seeds in OUTPUT-seeds/seed-N, and every claim over them")
 
-    reward = commands.add_parser("train-reward", parents=[recipe, reruns], help="run a recipe of a reward model")
-    reward.add_argument("--ranks", type=int, default=1, help="processes that share every stage: this machine's GPUs")
-    reward.set_defaults(command="train-reward", seeds=None)
+    reward = add("train-reward", recipe, reruns, help="run a recipe of a reward model")
+    reward.add_argument("--ranks", type=_positive, default=1, help="processes that share every stage")
+    reward.add_argument("--seed", type=_whole, metavar="N", help="another seed, as --set seed=N")
+    reward.set_defaults(seeds=None)
 
-    compare = commands.add_parser("compare", parents=[recipe], help="a recipe's method beside its baselines")
+    _comparing(add("compare", recipe, help="a recipe's method beside its baselines"))
+    add("status", recipe, help="each stage: done, running, stale (why) or pending")
+
+    report = add("report", run_folder, help="write a run's report.html again")
+    report.add_argument("--out", type=path_argument, help="file to write (default: report.html in the run's folder)")
+
+    _judging(add("evaluate", run_folder, help="a language model compares the run's answers"))
+
+    chat = add("chat", run_folder, help="talk to a policy of a run, or to two at once")
+    _policy(chat)
+    chat.add_argument("--beside", metavar="[ARM.]AGENT[@ITERATION]", help="a second policy that gets the same messages")
+    chat.add_argument("--seed", type=_whole, metavar="N", help="of the sampling (default: the run's)")
+
+    export = add("export", run_folder, help="a policy as a Hugging Face or peft folder")
+    export.add_argument("--out", type=path_argument, required=True, help="folder to make")
+    _policy(export)
+    export.add_argument("--merge", action="store_true", help="merge an adapter into its base (in float32)")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: a model's as its base is stored, an adapter's as trained)",
+    )
+
+    _annotating(add("annotate", run_folder, help="people judge pairs of a run's answers, blind"))
+    add("schema", help="print the JSON schema of recipes, by which editors complete and check them")
+    add("env", help="versions, devices and which kernels run and why: for bug reports")
+    completion = add("completion", help="print a script that completes macpo's commands and options in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh"), help='bash: eval "$(macpo completion bash)" in ~/.bashrc')
+    return root
+
+
+def _seeds(command: Parser, several: str) -> None:
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--seed", type=_whole, metavar="N", help="another seed, as --set seed=N")
+    which.add_argument("--seeds", metavar="A-B", help=several)
+
+
+def _policy(command: Parser) -> None:
+    command.add_argument("--agent", default="", help="the student's (default), a teacher's name, or ceiling")
+    command.add_argument("--iteration", type=int, default=-1, help="-1 is the last (default)")
+    command.add_argument("--policy", choices=("positive", "negative"), default="positive")
+    command.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
+
+
+def _comparing(compare: Parser) -> None:
     compare.add_argument("--methods", default="all", help="baselines, separated by commas (default: all)")
-    compare.add_argument("--seeds", default="0", metavar="A-B", help="seeds, such as 0-4 or 1,5,9 (default: 0)")
+    compare.add_argument("--seeds", metavar="A-B", help="seeds, such as 0-4 or 1,5,9 (default: the recipe's)")
     compare.add_argument("--k-curve", default="", metavar="A-B", help="also with fewer teachers, such as 1-5")
     compare.add_argument(
         "--k-orders", type=int, metavar="N", help="with N choices of each number (default: one from each teacher)"
@@ -68,43 +205,9 @@ def parser() -> argparse.ArgumentParser:
         "--calibrate", action="store_true", help="for --plan: measure this machine with the recipe's own models"
     )
     compare.add_argument("--rerun-stale", action="store_true", help="run stages again whose inputs or settings changed")
-    compare.set_defaults(command="compare")
-
-    status = commands.add_parser("status", parents=[recipe], help="each stage: done, running, stale (why) or pending")
-    status.set_defaults(command="status")
-
-    report = commands.add_parser("report", parents=[common], help="write a run's report.html again")
-    report.add_argument("run", type=path_argument, help="folder of the run")
-    report.add_argument("--out", type=path_argument, help="file to write (default: report.html in the run's folder)")
-    report.set_defaults(command="report")
-
-    evaluate = commands.add_parser("evaluate", parents=[common], help="a language model compares the run's answers")
-    _judging(evaluate)
-    evaluate.set_defaults(command="evaluate")
-
-    export = commands.add_parser("export", parents=[common], help="a policy as a Hugging Face or peft folder")
-    export.add_argument("run", type=path_argument, help="folder of the run")
-    export.add_argument("--out", type=path_argument, required=True, help="folder to make")
-    export.add_argument("--agent", default="", help="the student's (default), a teacher's name, or ceiling")
-    export.add_argument("--iteration", type=int, default=-1, help="-1 is the last (default)")
-    export.add_argument("--policy", choices=("positive", "negative"), default="positive")
-    export.add_argument("--merge", action="store_true", help="merge an adapter into its base (in float32)")
-    export.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: a model's as its base is stored, an adapter's as trained)",
-    )
-    export.add_argument("--arm", default="", help="an ablation arm's policy instead of the main run's")
-    export.set_defaults(command="export")
-
-    annotate = commands.add_parser("annotate", parents=[common], help="people judge pairs of a run's answers, blind")
-    _annotating(annotate)
-    annotate.set_defaults(command="annotate")
-    return root
 
 
-def _judging(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("run", type=path_argument, help="folder of the run")
+def _judging(evaluate: Parser) -> None:
     evaluate.add_argument("--judge", required=True, metavar="NAME", help="one of the recipe's evaluation.judges")
     evaluate.add_argument("--judges", type=path_argument, metavar="FILE", help="file of judges instead of the recipe's")
     evaluate.add_argument("--policy", metavar="NAME@ITERATION", help="who is judged (default: the student's last)")
@@ -117,8 +220,7 @@ def _judging(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--ranks", type=_positive, default=1, help="processes that share a local judge's questions")
 
 
-def _annotating(annotate: argparse.ArgumentParser) -> None:
-    annotate.add_argument("run", type=path_argument, help="folder of the run")
+def _annotating(annotate: Parser) -> None:
     annotate.add_argument("--annotator", metavar="NAME", help="who judges (default: the account's name)")
     annotate.add_argument("--port", type=int, help="of the page, on this machine alone (default: a free one)")
     annotate.add_argument("--pairs", metavar="A:B,…", help="policies (default: the student's last and first)")
@@ -138,7 +240,7 @@ def _annotating(annotate: argparse.ArgumentParser) -> None:
     instead.add_argument("--import", dest="import_from", metavar="FILE", help="Label Studio's JSON export")
 
 
-def _fitting(plan: argparse.ArgumentParser) -> None:
+def _fitting(plan: Parser) -> None:
     plan.add_argument("--model", metavar="SHAPE|FOLDER", help="no recipe: llama-3-8b and the like, or a folder")
     plan.add_argument("--table", action="store_true", help="no recipe: a 70B student, 8B teachers; 1, 2 and 8 nodes")
     plan.add_argument("--gpu", help="h100, h200, a100 or b200 (default h100; of a recipe: this machine)")
@@ -159,12 +261,26 @@ def _fitting(plan: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    return _whole(text, at_least=1)
 
 
-def _overrides(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
-    command.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+def _whole(text: str, at_least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is no whole number from {at_least}")
+    return int(text)
+
+
+def _overrides(command: Parser) -> None:
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="set a field of the recipe, the value in YAML: --set student.model=PATH; as often as needed",
+    )
+    command.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved recipe, every field explained, and stop",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ended_by_sigterm():
         try:
             with ended_by_sigterm():  # whatever error a stop has become leaves it as the stop
-                from macpo.arguments import parser  # from here on, what takes longer to import
+                from macpo.arguments import parse  # from here on, what takes longer to import
                 from macpo.engine.console import run_cli
 
-                arguments = parser().parse_args(argv)
+                arguments = parse(argv)
                 code = run_cli(lambda: COMMANDS[arguments.command](arguments), debug=arguments.debug)
         except (Terminated, KeyboardInterrupt):  # before the command or after it
             forget_ctrl_c()
@@ -35,7 +36,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     overrides = list(arguments.overrides)
     if arguments.out and not arguments.seeds:
-        overrides.append(f"output={str(arguments.out)!r}")
+        overrides.append(f"output={json.dumps(str(arguments.out))}")
     if _printed(arguments, demo_recipe(overrides, ablations=bool(arguments.seeds))):
         return
 
@@ -138,7 +139,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"the recipe's kind is {recipe.recipe}", "give one of recipe: macpo", field="recipe")
     comparison = comparison_of(
         recipe,
-        parse_seeds(arguments.seeds),
+        parse_seeds(arguments.seeds) if arguments.seeds else [recipe.seed],
         methods=None if arguments.methods == "all" else arguments.methods.split(","),
         k_curve=parse_seeds(arguments.k_curve) if arguments.k_curve else (),
         k_orders=arguments.k_orders,
@@ -184,11 +185,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from macpo.commands.evaluate import Wishes, evaluate
-    from macpo.engine.errors import ConfigError
 
-    for name in ("policy", "opponents"):
-        if arguments.validate and getattr(arguments, name):
-            raise ConfigError("human pairs have no policies", f"leave out --{name}", field="--validate")
     evaluate(
         Wishes(
             run=str(arguments.run),
@@ -202,6 +199,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             price_in=arguments.price_in,
             price_out=arguments.price_out,
             ranks=arguments.ranks,
+            debug=arguments.debug,
         )
     )
 
@@ -230,6 +228,33 @@ def _annotate(arguments: argparse.Namespace) -> None:
     annotate(arguments)
 
 
+def _chat(arguments: argparse.Namespace) -> None:
+    from macpo.commands.chat import chat
+
+    chat(arguments)
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    from macpo.commands.tooling.schema import schema
+
+    print(schema(), end="")
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    from macpo.commands.tooling.env import lines
+    from macpo.engine.console import say
+
+    for line in lines():
+        say(line, error=False)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    from macpo.arguments import parser
+    from macpo.commands.tooling.completion import script
+
+    print(script(parser(), arguments.shell))
+
+
 def _printed(arguments: argparse.Namespace, recipe: object) -> bool:
     """Print the resolved recipe as YAML where `--print-config` asks for it; return whether it did."""
     if not arguments.print_config:
@@ -256,6 +281,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": _evaluate,
     "export": _export,
     "annotate": _annotate,
+    "chat": _chat,
+    "schema": _schema,
+    "env": _env,
+    "completion": _completion,
 }
 
 if __name__ == "__main__":

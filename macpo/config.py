@@ -116,7 +116,7 @@ class EvaluationSettings(Settings):
     def _distinct(cls, scorers: tuple[ScorerSettings, ...]) -> tuple[ScorerSettings, ...]:
         names = [scorer.name for scorer in scorers]
         if len(set(names)) != len(names):
-            raise ValueError(f"scorers need distinct names; got {names}")
+            raise ValueError(f"scorers need distinct names; got {', '.join(names)} Fix: rename one of them")
         return scorers
 
     @model_validator(mode="after")
@@ -181,35 +181,39 @@ class Recipe(Settings):
     def _consistent(self) -> Recipe:
         names = [agent.name for agent in (*self.teachers, self.student)]
         if len(set(names)) != len(names) or {"ceiling", "base"} & set(names):
-            raise ValueError(f"agents need distinct names other than `ceiling` and `base`; got {names}")
+            fix = "Fix: change the `name` of one of them"
+            raise ValueError(f"agents need distinct names other than ceiling and base; got {', '.join(names)} {fix}")
         teachers = {teacher.name for teacher in self.teachers}
         if self.use_teachers is not None and (not self.use_teachers or set(self.use_teachers) - teachers):
-            raise ValueError(f"use_teachers must name some of {sorted(teachers)}; got {list(self.use_teachers)}")
+            fix = f"Fix: use some of {', '.join(sorted(teachers))}"
+            raise ValueError(f"use_teachers must name teachers; got {', '.join(self.use_teachers) or 'none'} {fix}")
         self._check_method()
         if self.student.served is not None:
             raise ValueError("student.served is for teachers alone: the student learns Fix: leave it out")
         if self.student.data is not None:
-            raise ValueError("student.data is not read: the student learns from the teachers alone")
+            raise ValueError("student.data is not read: the student learns from the teachers alone Fix: leave it out")
         if self.data.world is not None and any(teacher.data is not None for teacher in self.teachers):
-            raise ValueError("teachers.data is for data.path; the world makes every teacher's labels")
+            raise ValueError("teachers.data is for data.path; the world makes every teacher's labels Fix: leave it out")
         labels = {"random", "min-perplexity", *(teacher.name for teacher in self.active_teachers)}
         if self.initial.weak_label not in labels:
-            raise ValueError(f"initial.weak_label must be one of {sorted(labels)}; got {self.initial.weak_label!r}")
+            fix = f"Fix: use {', '.join(sorted(labels))}"
+            raise ValueError(f"initial.weak_label cannot be {self.initial.weak_label!r} {fix}")
         if self.sampling.max_new_tokens >= self.context_tokens:
             raise ValueError(
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "
                 f"context_tokens ({self.context_tokens})"
             )
         if self.student.init is None and self.student.model is None and self.initial_needs_base:
-            raise ValueError("the student needs `model` or `init` for its base; only teachers may be all ready")
+            raise ValueError("student.model is missing: only teachers may be all ready Fix: give it `model` or `init`")
         self._check_scorers()
         for role, agents in (("teacher", self.teachers), ("student", (self.student,))):
             check_reference(f"{role}_training.preference.", getattr(self, f"{role}_training").preference, agents)
         for arm, overrides in self.ablations.items():
             if "ablations" in overrides or "compute" in {re.split(r"\.", key)[0] for key in overrides}:
-                raise ValueError(f"ablations.{arm} may not change `ablations` or `compute`")
+                raise ValueError(f"ablations.{arm} may not change `ablations` or `compute` Fix: leave them out")
             if any(key.startswith("evaluation.scorers") for key in overrides):
-                raise ValueError(f"ablations.{arm} may not change `evaluation.scorers`: arms are compared by the same")
+                why = "arms are compared by the same Fix: leave them out"
+                raise ValueError(f"ablations.{arm} may not change `evaluation.scorers`: {why}")
         return self
 
     def _check_scorers(self) -> None:
@@ -236,7 +240,8 @@ class Recipe(Settings):
         if self.method in ("naive-sft", "confidence-loss") and self.iterations:
             raise ValueError(f"iterations must be 0: {self.method} has no rounds Fix: set iterations: 0")
         if self.method in ("filtered-sft-iterated", "confidence-loss") and self.student.positive is not None:
-            raise ValueError(f"student.positive is not read: {self.method} trains the student from its base")
+            why = f"{self.method} trains the student from its base Fix: leave it out"
+            raise ValueError(f"student.positive is not read: {why}")
 
     @property
     def agents(self) -> tuple[AgentSettings, ...]:
@@ -312,4 +317,5 @@ def check_reference(where: str, settings: PreferenceSettings, agents: Iterable[A
     """Raises ValueError where the reference is a policy without its adapter, and the policy has none."""
     full = [agent.name for agent in agents if not isinstance(agent.tuning, LoraSettings)]
     if settings.reference == "adapter-off" and full:
-        raise ValueError(f"{where}reference: adapter-off needs `tuning: {{type: lora}}`, which {full[0]} does not have")
+        what = f"adapter-off needs `tuning: {{type: lora}}`, which {full[0]} does not have"
+        raise ValueError(f"{where}reference: {what} Fix: change one of the two")

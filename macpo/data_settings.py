@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, model_validator
 from macpo.demo_world import WorldSettings
 from macpo.engine.config import PositiveInt, Settings
 from macpo.engine.paths import HubPath
+from macpo.engine.run.keys import UNKNOWN
 from macpo.engine.unpacking import LIMITS, Limits
 
 TemplateArguments = dict[str, JsonValue]
@@ -44,6 +45,8 @@ class SourceSettings(Settings):
 
     later: ClassVar[tuple[str, ...]] = ("empty", "contradictions")
     """Settings that keys leave out at their default."""
+    most_test_prompts: ClassVar[int] = 2000
+    """Prompts that are held out for evaluation by default where the data has ten times as many."""
 
     path: HubPath | None = None
     """A file, a folder in HH-RLHF's layout, or a Hub id."""
@@ -72,21 +75,33 @@ class SourceSettings(Settings):
     """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
     special_text: Literal["plain", "error"] = "plain"
     """Text of special tokens inside the data: encoded as plain text, or refused."""
+    test_prompts: PositiveInt | None = None
+    """Distinct prompts to evaluate on, never trained on; default a tenth of the data's, at most 2000, in recipes other
+    than `macpo` 200. Of a test set of its own, all up to that number."""
     limits: LimitSettings = Field(default_factory=LimitSettings)
     """Bounds against files that would fill the memory or never end."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.world is None):
-            raise ValueError("give exactly one of `path` and `world`")
+        if self.path is None and self.world is None:
+            raise ValueError("path is missing: there is no data Fix: give a file, a folder or a Hub id")
+        if self.path is not None and self.world is not None:
+            raise ValueError("path and `world` are two sources Fix: keep one of them")
         if self.world is not None:  # the world has sizes of its own
             for name, field in type(self).model_fields.items():
                 both = name in ("path", "world", *_OF_TOKENS)
+                both |= name == "test_prompts" and self.test_prompts == self.most_test_prompts  # as it once was dumped
                 if not both and getattr(self, name) != field.get_default(call_default_factory=True):
-                    raise ValueError(f"{name} is for `path`; the world's settings are in `world`")
+                    raise ValueError(f"{name} is for `path`; the world's settings are in `world` Fix: leave it out")
         if self.test_path is not None and self.test_split is not None:
-            raise ValueError("test_split is for `path`; test_path is a data set of its own")
+            raise ValueError("test_split is for `path`; test_path is a data set of its own Fix: keep one of them")
         return self
+
+    def test_size(self, num_prompts: int, *, apart: bool) -> int:
+        """How many prompts are evaluated on, of so many distinct ones; `apart`: none of them could be trained on."""
+        if self.test_prompts is not None:
+            return self.test_prompts
+        return min(self.most_test_prompts, num_prompts if apart else max(1, num_prompts // 10))
 
     def key(self) -> dict[str, Any]:
         """What decides which rows there are, as keys of stages have it.
@@ -95,6 +110,8 @@ class SourceSettings(Settings):
         earlier version finished stay finished.
         """
         found = self.model_dump(mode="json", exclude={*_OF_TOKENS, "limits"})
+        if self.test_prompts is None:  # `method.data_sets.sized` gives the number where the data is here
+            found["test_prompts"] = self.most_test_prompts if self.path is None else f"{UNKNOWN}a share of the data"
         for name in self.later:
             if found[name] == type(self).model_fields[name].default:
                 del found[name]
@@ -120,8 +137,6 @@ class DataSettings(SourceSettings):
     """Prompts with human answers, for the teachers alone."""
     student_prompts: PositiveInt = 5000
     """Prompts whose human answers training never reads."""
-    test_prompts: PositiveInt = 2000
-    """Prompts for evaluation alone."""
     reward_prompts: NonNegativeInt = 0
     """Prompts whose human answers only a reward model learns from that judges the agents; disjoint from all others."""
     dev_prompts: NonNegativeInt = 0

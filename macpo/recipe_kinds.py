@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from macpo import bundled
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
 from macpo.engine.errors import ConfigError
 from macpo.engine.paths import absolute, expanded
+from macpo.engine.recipe.other_names import value_of
 from macpo.engine.run.stages import Graph
 from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan
@@ -37,11 +39,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """
     file = path / "recipe.yaml" if path.is_dir() else path
     if not file.exists():
-        raise ConfigError(f"there is no recipe {str(file)!r}", "name a YAML recipe or the folder of a run")
+        fix = f"name a YAML recipe, the folder of a run, or one of {', '.join(bundled.names())}"
+        raise ConfigError(f"there is no recipe {str(file)!r}", fix)
     said, line = recipes.kind_of(file)
     kind = said or "macpo"
     if kind not in KINDS:
-        raise ConfigError(f"got {kind!r}", f"use {', '.join(KINDS)}", file=str(file), line=line, field="recipe")
+        fix = f"write {ours}" if (ours := value_of("recipe", kind)) else f"use {', '.join(KINDS)}"
+        raise ConfigError(f"got {kind!r}", fix, file=str(file), line=line, field="recipe")
     base = _began_in(path) if path.is_dir() else None
     if base is not None:  # the run's own paths are relative to where it began, those of `overrides` to here
         recipe = _resolved(recipes.load(file, KINDS[kind], base=base), base)

@@ -21,7 +21,9 @@ from bench.compatibility.measure import measure, measure_real
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", nargs="*", metavar="TYPE", help="compare with the page instead of writing it")
     parser.add_argument("--real", nargs="+", type=Path, metavar="FOLDER", help="models with real weights")
     args = parser.parse_args()

@@ -258,7 +258,9 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Answer]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--markdown", type=Path, help="file to write")

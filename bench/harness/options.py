@@ -42,7 +42,9 @@ def prepare_torch() -> None:
 
 def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None = None) -> Path:
     """Parse, measure every case, print its lines, write the JSON; return its path."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--shapes", choices=SHAPES, help="default: gpu on a GPU, else issue")
     parser.add_argument("--repeats", type=int, default=15, help="rounds at most")

@@ -30,10 +30,10 @@ from macpo.engine.data.template_settings import (
     with_date_string,
     with_settings,
 )
-from macpo.engine.data.templates import one_line, template_text
+from macpo.engine.data.templates import template_text
 from macpo.engine.data.token_text import Piece, TokenText
 from macpo.engine.data.truncation import shortened
-from macpo.engine.errors import ConfigError, DataError, ResourceError, is_failure
+from macpo.engine.errors import ConfigError, DataError, ResourceError, is_failure, one_line, shown
 from macpo.engine.opening import refuse_special
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Chat:
         if long_prompt == "drop":
             return None
         if long_prompt == "error":
-            problem = f"the prompt has {len(prompt)} tokens, {max_prompt_tokens} fit: {messages[-1]['content'][:60]!r}"
+            problem = f"the prompt has {len(prompt)} tokens, {max_prompt_tokens} fit: {shown(messages[-1]['content'])}"
             raise DataError(problem, "raise context_tokens, or set long_prompt to truncate or drop", field="prompt")
         return shortened(messages, self.prompt_ids, max_prompt_tokens)
 
@@ -248,7 +248,7 @@ class Chat:
         for message in messages:
             if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 fix = f"each message is {{role: {', '.join(ROLES[:-1])} or {ROLES[-1]}, content: text}}"
-                raise DataError(f"got {message!r:.120}", fix, field="messages")
+                raise DataError(f"got {shown(message, 120)}", fix, field="messages")
         return self._rendering.prompt(messages, self.tokens)
 
     def _answer_ids(self, pieces: list[Piece]) -> list[int]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, shown
 
 Message: TypeAlias = dict[str, Any]
 """{"role": …, "content": text}, and further parts of PARTS; the first message of a dialogue may hold its `tools`."""
@@ -35,7 +35,7 @@ def message_of(value: Any) -> Message:
     """
     if not isinstance(value, Mapping) or value.get("role") not in ROLES:
         fix = f"each message is {{role: {', '.join(ROLES[:-1])} or {ROLES[-1]}, content: text}}"
-        raise DataError(f"not a chat message: {value!r:.60}", fix, field="role")
+        raise DataError(f"not a chat message: {shown(value)}", fix, field="role")
     if len(value) == 2 and isinstance(content := value.get("content"), str):  # as nearly all are
         return {"role": value["role"], "content": _string(content, "content")}
     given = {name: part for name, part in value.items() if part is not None}
@@ -69,7 +69,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
-        raise DataError(f"not a list of functions: {value!r:.60}", "give a list of JSON schemas", field="tools")
+        raise DataError(f"not a list of functions: {shown(value)}", "give a list of JSON schemas", field="tools")
     return [_plain(tool) for tool in value]
 
 
@@ -113,7 +113,7 @@ def _text(content: Any, given: Mapping[str, Any]) -> str:
 
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{name} is not text but {type(value).__name__}: {value!r:.60}", "give text", field=name)
+        raise DataError(f"{name} is not text but {type(value).__name__}: {shown(value)}", "give text", field=name)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -129,7 +129,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             fix = 'each is {"type": "function", "function": {"name": …, "arguments": {…}}}'
-            raise DataError(f"not a list of tool calls: {value!r:.60}", fix, field="tool_calls")
+            raise DataError(f"not a list of tool calls: {shown(value)}", fix, field="tool_calls")
         function = _plain(function)
         arguments = function.get("arguments")
         if isinstance(arguments, str):
@@ -137,7 +137,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
                 function["arguments"] = _plain(json.loads(arguments))
             except (ValueError, RecursionError):
                 raise DataError(
-                    f"the arguments of a call of {function['name']!r} are not JSON: {arguments!r:.60}",
+                    f"the arguments of a call of {function['name']!r} are not JSON: {shown(arguments)}",
                     "give an object",
                     field="tool_calls",
                 ) from None

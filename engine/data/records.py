@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
 
 from macpo.engine.data.messages import Message
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, one_line
 from macpo.engine.files import read_jsonl, write_jsonl
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)  # made once: `json.dumps` would make one a call
@@ -70,7 +70,7 @@ def named(error: DataError, prompt: Prompt) -> DataError:
     """The same error, of a row: with its file and line, as far as they are known, and its prompt."""
     file, line = prompt.origin or ("", None)
     place = f"line {line} of the data, " if line and not file else ""
-    said = " ".join(str(prompt.messages[-1]["content"]).split())[:60] if prompt.messages else ""
+    said = one_line(prompt.messages[-1]["content"], 60) if prompt.messages else ""
     about = f" ({place}prompt {prompt.id}: {said!r})"
     problems = [replace(p, message=p.message.rstrip(".") + about, file=file, line=line) for p in error.problems]
     return type(error)(problems=problems)

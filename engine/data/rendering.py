@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from macpo.engine.data.jinja_environment import values
 from macpo.engine.data.messages import LINKS, PARTS, THOUGHTS, Message, split_tools
-from macpo.engine.data.templates import TEMPLATES, SafeTemplate, one_line
+from macpo.engine.data.templates import TEMPLATES, SafeTemplate
 from macpo.engine.data.token_text import Piece, TokenText, closing, open_tag
-from macpo.engine.errors import ConfigError, DataError, MacpoError, TemplateRefusal
+from macpo.engine.errors import ConfigError, DataError, MacpoError, TemplateRefusal, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -348,4 +348,4 @@ def _squeezed(text: str) -> str:
 
 
 def _shown(content: str, marks: dict[str, Piece]) -> str:
-    return repr(_MARK.sub(lambda mark: marks.get(mark.group(), Piece("", None)).text, content)[:60])
+    return shown(_MARK.sub(lambda mark: marks.get(mark.group(), Piece("", None)).text, content))

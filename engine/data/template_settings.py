@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import nodes
 
 from macpo.engine.data.jinja_environment import environment
-from macpo.engine.data.templates import TEMPLATES, names_read, one_line
-from macpo.engine.errors import ConfigError
+from macpo.engine.data.templates import TEMPLATES, names_read
+from macpo.engine.errors import ConfigError, one_line
 from macpo.engine.foreign import read_json_object
 from macpo.engine.paths import expanded
 

@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any
 
-from macpo.engine.errors import ConfigError, ResourceError
+from macpo.engine.errors import ConfigError, ResourceError, one_line
 from macpo.engine.processes import die_with
 
 SECONDS = 10
@@ -181,7 +181,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as problem:  # templates raise whatever they like
-        return {"error": str(problem)[:2000] or type(problem).__name__}
+        return {"error": one_line(problem, 2000)}
     return {"text": text} if len(text) <= request["max_chars"] else {"wrote": len(text)}
 
 

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, ValidationInfo
 
 from macpo.engine.data import template_worker
 from macpo.engine.data.metering import Metered, Overspent, Uncountable
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, one_line
 from macpo.engine.paths import absolute, relative_to
 
 if TYPE_CHECKING:
@@ -114,10 +114,6 @@ def log_once(text: str) -> None:
     log.warning("%s", text)
 
 
-def one_line(problem: BaseException) -> str:
-    return " ".join(str(problem).split())[:200] or type(problem).__name__
-
-
 class SafeTemplate:
     """A template that is nobody's to trust: counted here if it can be, else rendered by a process with limits."""
 
@@ -180,6 +176,6 @@ def names_read(source: str) -> frozenset[str]:
         return frozenset(template_worker.names_of(metered.tree))
     reply = template_worker.ask({"names": source})
     if "error" in reply:
-        why = f"the chat template refuses this dialogue: {one_line(ValueError(reply['error']))}"
+        why = f"the chat template refuses this dialogue: {one_line(reply['error'])}"
         raise ConfigError(why, "set template to vicuna, alpaca, chatml, plain or a jinja file", field="template")
     return frozenset(reply["names"])

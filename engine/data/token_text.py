@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from macpo.engine.errors import ConfigError, DataError, is_failure
+from macpo.engine.errors import ConfigError, DataError, is_failure, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class TokenText:
         except BaseException as problem:  # tokenizers raises Exception itself, or panics
             if not is_failure(problem):
                 raise
-            why = f"the tokenizer cannot encode {text[:40]!r}: {problem}"
+            why = f"the tokenizer cannot encode {shown(text, 40)}: {problem}"
             raise ConfigError(
                 why, "use a complete tokenizer, which knows its own unk_token", field="tokenizer"
             ) from None
@@ -124,7 +124,7 @@ class TokenText:
                 part = [i for bit in pieces for i in self.encode(bit, as_data=True)]
             ids += part
         if not guard.ids.isdisjoint(ids):
-            problem = f"the tokenizer makes a special token of ordinary text: {text[:60]!r}"
+            problem = f"the tokenizer makes a special token of ordinary text: {shown(text)}"
             raise DataError(problem, "remove it from the data, or use another tokenizer", field="special_text")
         return ids
 
@@ -145,7 +145,7 @@ class TokenText:
             return text
         found = mark.join(cut(text, self._guard_of(author).spelled))
         if self.special_text == "error" or found == text:
-            problem = f"a part of a message spells a special token: {text[:60]!r}"
+            problem = f"a part of a message spells a special token: {shown(text)}"
             raise DataError(problem, "remove it from the data, or set special_text to plain", field="special_text")
         return found
 

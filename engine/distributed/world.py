@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from macpo.engine.errors import ConfigError, PeerError
+from macpo.engine.errors import ConfigError, PeerError, one_line
 from macpo.engine.processes import killed_by_sigterm
 
 
@@ -120,7 +120,7 @@ def _peer_errors(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's distributed errors derive from it
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         fix = "look at the first failing rank's message, then run the same command again"
         raise PeerError(f"another rank failed or hangs, noticed in {what} ({why})", fix) from error
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from macpo.engine.data.groups import PrefixGroup
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, one_line
 from macpo.engine.models.activations import blocks_of
 from macpo.engine.models.loading import quiet_transformers
 from macpo.engine.models.tuning.text_path import only_text
@@ -239,7 +239,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"), quiet_transformers():
             model: Any = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, ImportError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         fix = "use one that transformers knows"
         raise ConfigError(f"no causal LM can be built from the config ({why})", fix) from None
     assert isinstance(model, PreTrainedModel)

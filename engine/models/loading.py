@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from macpo.engine.config import Quantization
 from macpo.engine.distributed.failures import is_out_of_memory
-from macpo.engine.errors import ConfigError, ResourceError
+from macpo.engine.errors import ConfigError, ResourceError, one_line
 from macpo.engine.foreign import check_model_config, header, largest_size, read_json_object
 from macpo.engine.model_folders import local_folder, num_parameters, refuse_adapter, weight_files
 from macpo.engine.models.support import refuse_unsupported
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         with quiet_transformers():
             found: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a config's own checks raise types of several libraries
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         remote = "auto_map" in written
         fix = "set trust_remote_code if you trust its code" if remote else "use one that transformers knows"
         raise ConfigError(f"the config is not one of a model that can be built ({why})", fix, file=folder) from error
@@ -142,7 +142,7 @@ def from_folder(kind: Any, folder: Path, path: str | Path, fix: str, misfit: str
     except Exception as error:  # transformers' own checks raise whatever they like
         if is_out_of_memory(error) or isinstance(error, MemoryError):
             raise
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error, 300)
         raise ConfigError(f"cannot be loaded by {kind.__name__} ({why})", fix, file=path) from error
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])

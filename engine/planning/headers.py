@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, one_line
 from macpo.engine.foreign import LAYERS, check_model_config, header, read_json_object
 from macpo.engine.model_folders import local_folder, refuse_adapter, weight_files
 from macpo.engine.models.flops import meta_model
@@ -83,7 +83,7 @@ def _skeleton(folder: Path) -> PreTrainedModel:
         (problem,) = error.problems
         raise ConfigError(problem.message, problem.fix, file=folder) from error
     except Exception as error:  # sizes that do not go together fail wherever a layer is made of them
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         raise ConfigError(f"no model can be built from the config ({why})", "get a fresh copy", file=folder) from error
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from macpo.engine.errors import Problem
+from macpo.engine.errors import Problem, shown
+from macpo.engine.recipe.other_names import NOTES, field_of, value_of, why_needless
 from macpo.engine.recipe.tree import Node, scalar
 
 
@@ -44,8 +44,10 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
             spot = _down(spot, str(detail["ctx"]["discriminator"]).strip("'"))
             spot.kind = Literal[tuple(tags)] if tags else None
         elif kind in ("value_error", "assertion_error"):
-            for word in _message(detail).split(":")[0].split(" ")[0].split("."):
-                if isinstance(spot.node.value, dict) and word in spot.node.value:
+            said = _message(detail)
+            for word in said.split(":")[0].split(" ")[0].split("."):
+                is_here = isinstance(spot.node.value, dict) and word in spot.node.value
+                if is_here or said.startswith(f"{word} is missing"):
                     spot = _down(spot, word)
         if not spot.bad:
             spots.setdefault(spot.path, []).append((spot, detail))
@@ -72,13 +74,15 @@ def _problem(
                     return Problem("missing", f"rename {suggestion!r} to {path[-1]!r}", *where)
             return Problem("missing", f"add it: {allowed}" if allowed else "add it", *where)
         case "extra_forbidden":
-            return Problem("unknown key", _known(path, _names(spot.parent), model), *where)
+            return Problem("unknown key", _known(path, spot.parent, model), *where)
         case "union_tag_invalid":
             allowed = str(detail["ctx"]["expected_tags"])
             return _wrong(detail["ctx"]["tag"], [allowed], where)
         case "value_error" | "assertion_error":
             text, _, fix = _message(detail).partition(" Fix: ")
-            return Problem(text, fix or "change one of the two or leave it to its default", *where)
+            return Problem(_named_once(text, path), fix or "change one of the two or leave it to its default", *where)
+        case "too_short":
+            return Problem(f"needs at least {detail['ctx']['min_length']} of them", "add to the list", *where)
         case _:
             return _wrong(detail["input"], [_message(each) for _, each in found], where)
 
@@ -107,20 +111,25 @@ def _wrong(value: Any, messages: list[str], where: tuple[str, int | None, str]) 
     fix = _FIXES.get(text) or (f"it should {text}" if text.startswith("have ") else f"use {text}")
     if text.startswith(("greater", "less")):
         fix = f"use a value {text}"
-    if isinstance(value, str):
+    if (ours := value_of(where[2].rpartition(".")[2], value)) and ours.partition(",")[0] in text:
+        fix = f"write {ours}"
+    elif isinstance(value, str):
         near = _near(value, re.findall(r"'([^']*)'", text))
         if near:
             fix = f"did you mean {near!r}"
         elif text in ("a whole number", "a number") and isinstance(scalar(value.replace("_", "")), int | float):
             fix = "write the number without quotes or separators"
-    return Problem(f"got {_shown(value)}, allowed: {text}", fix, *where)
+    got = "a mapping" if isinstance(value, dict) else shown(value)
+    return Problem(f"got {got}, allowed: {text}", fix, *where)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return "a mapping"
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _named_once(text: str, path: tuple[str, ...]) -> str:
+    """A validator's text whose first words name the field: by its whole path, which the error then gives no more."""
+    for start in range(len(path)):
+        name, rest = ".".join(path[start:]), text[len(".".join(path[start:])) :]
+        if text.startswith(name) and rest[:1] in (" ", ":"):
+            return rest[1:].lstrip() if rest[0] == ":" else ".".join(path) + rest
+    return text
 
 
 def _message(detail: Mapping[str, Any]) -> str:
@@ -213,19 +222,46 @@ def _near(word: str, names: list[str]) -> str:
     return next(iter(difflib.get_close_matches(word, names, 1, 0.6)), "")
 
 
-def _known(path: tuple[str, ...], names: list[str], model: type[BaseModel]) -> str:
-    """The remedy for an unknown key: a similar key here, the same key elsewhere, or the list of known keys."""
-    if near := _near(path[-1], names):
+def _known(path: tuple[str, ...], block: Any, model: type[BaseModel]) -> str:
+    """The remedy for an unknown key: what others call so, a similar key, the same key elsewhere, or the known keys."""
+    key, names = path[-1], _names(block)
+    if ours := field_of(key):
+        wanted = tuple(ours.split("."))
+        inside = [(*path[:-1], *place) for place in _everywhere(block)]
+        if places := _ending(inside, wanted) or _ending(_everywhere(model), wanted):
+            return f"it is called {_placed(places)}" + (f"; {NOTES[ours]}" if ours in NOTES else "")
+    if why := why_needless(key):
+        return f"leave it out: {why}"
+    if near := _near(key, names):
         return f"did you mean {near!r}"
-    elsewhere = [".".join(place) for place in _everywhere(model) if place[-1] == path[-1]]
-    if elsewhere:
-        return f"move it to {elsewhere[0]!r}"
+    elsewhere = [place for place in _ending(_everywhere(model), (key,)) if "evaluation" not in place]
+    if elsewhere and tuple("0" if part.isdecimal() else part for part in path) not in elsewhere:
+        return f"move it to {_placed(elsewhere)}"
     return f"known keys: {', '.join(names)}" if names else "delete it"
 
 
-def _everywhere(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, info in model.model_fields.items():
-        yield (*above, info.alias or name)
-        for member in _members(info.annotation):
-            if _is_model(member) and len(above) < 4:
-                yield from _everywhere(member, (*above, info.alias or name))
+_OTHERS = {"init", "evaluation"}
+"""Blocks with settings of other models than those that a recipe trains."""
+
+
+def _ending(places: Iterable[tuple[str, ...]], wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
+    found = [place for place in places if place[-len(wanted) :] == wanted]
+    return [place for place in found if not set(place[:-1]) & _OTHERS] or found
+
+
+def _placed(places: list[tuple[str, ...]]) -> str:
+    """A field by its places: its path, or its name and the blocks that have it."""
+    if len(places) == 1:
+        return repr(".".join(places[0]))
+    *blocks, last = (".".join(place[:-1]) for place in places)
+    return f"{places[0][-1]!r}, in {', '.join(blocks)} or {last}"
+
+
+def _everywhere(kind: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every field of a model, with 0 for the items of its lists."""
+    for name, info in kind.model_fields.items() if _is_model(kind) else ():
+        here = (*above, info.alias or name)
+        yield here
+        for member in _members(info.annotation) if len(above) < 4 else ():
+            item = get_args(member)[0] if get_origin(member) in (list, tuple) else None
+            yield from _everywhere(member, here) if item is None else _everywhere(item, (*here, "0"))

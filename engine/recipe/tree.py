@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from macpo.engine.errors import ConfigError, Problem
+from macpo.engine.errors import ConfigError, Problem, shown
 
 _MAX_DEPTH = 50  # far beyond any recipe, below the limit of every parser involved
 
@@ -204,7 +204,7 @@ def assign(root: Node, wish: str, problems: list[Problem]) -> None:
         return
     if text.strip() in _NULL:  # an empty document is an empty recipe, an empty value is null
         value = Node(None, source)
-    spot = root
+    spot = above = root
     for index, part in enumerate(parts):
         here, last = ".".join(parts[:index]) or "the recipe", index == len(parts) - 1
         if isinstance(spot.value, list):
@@ -216,14 +216,16 @@ def assign(root: Node, wish: str, problems: list[Problem]) -> None:
             if last:
                 spot.value[int(part)] = value
             else:
-                spot = spot.value[int(part)]
+                above, spot = spot, spot.value[int(part)]
             continue
         if spot.value is None or (isinstance(spot.value, dict) and not spot.value and index == 0):
             spot.value = {}
         if not isinstance(spot.value, dict):
-            problems.append(Problem(f"{here} is {spot.value!r}, it has no fields", f"set {here} itself", source))
+            beside = above.value if isinstance(above.value, dict) else {}
+            fix = f"set {'.'.join([*parts[: index - 1], part])}" if part in beside else f"set {here} itself"
+            problems.append(Problem(f"{here} is {shown(spot.value)}, it has no fields", fix, source))
             return
         if last:
             spot.value[part] = value
         else:
-            spot = spot.value.setdefault(part, Node({}, source))
+            above, spot = spot, spot.value.setdefault(part, Node({}, source))

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from macpo.engine.errors import shown
+
 SCHEMA = 2
 """Version of keys and manifests; raise it when either changes its meaning.
 
@@ -49,7 +51,7 @@ def is_unknown(value: Any) -> bool:
 def filled(now: Any, recorded: Any) -> Any:
     """`now`, in which what is unknown is taken to be as it is recorded at the same place, absent where that is."""
     if is_unknown(now):
-        return recorded if isinstance(recorded, str) else now
+        return recorded if isinstance(recorded, str | int) else now
     if isinstance(now, dict) and isinstance(recorded, dict):
         known = {key: value for key, value in now.items() if key in recorded or not is_unknown(value)}
         return {key: filled(value, recorded.get(key)) for key, value in known.items()}
@@ -63,18 +65,13 @@ def changes(before: Any, now: Any, path: str = "") -> list[str]:
         for key in dict.fromkeys([*before, *now]):
             at = f"{path}.{key}" if path else key
             if key not in now:
-                found.append(f"{at}: {_short(before[key])} -> removed")
+                found.append(f"{at}: {shown(before[key])} -> removed")
             elif key not in before:
-                found.append(f"{at}: new -> {_short(now[key])}")
+                found.append(f"{at}: new -> {shown(now[key])}")
             else:
                 found += changes(before[key], now[key], at)
         return found
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         return [line for i, (a, b) in enumerate(zip(before, now, strict=True)) for line in changes(a, b, f"{path}.{i}")]
     same = canonical(before) == canonical(now)
-    return [] if same else [f"{path}: {_short(before)} -> {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return [] if same else [f"{path}: {shown(before)} -> {shown(now)}"]

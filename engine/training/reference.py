@@ -26,7 +26,7 @@ from macpo.engine import files
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, NumericsError
+from macpo.engine.errors import ConfigError, NumericsError, one_line
 from macpo.engine.model_folders import PolicyRef, local_folder, weight_files
 from macpo.engine.opening import open_regular
 from macpo.engine.removal import make_way
@@ -132,7 +132,7 @@ def _read(path: Path, key: str, shape: list[int], log: Callable[[str], None]) ->
                 about, names = file.metadata() or {}, list(file.keys())
                 parts = file.get_tensor("parts") if names == ["parts"] else torch.empty(0)
         except (SafetensorError, OSError, ConfigError) as error:
-            why = f"it cannot be read ({' '.join(str(error).split())[:120]})"
+            why = f"it cannot be read ({one_line(error, 120)})"
         else:
             whose, _, digest = about.get("entry", "").partition(":")
             if whose != key:

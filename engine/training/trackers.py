@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from macpo.engine.errors import MacpoError
+from macpo.engine.errors import MacpoError, one_line
 from macpo.engine.files import PART, read_json
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= 6:
             text = text.replace(value, "***")
-    return " ".join(text.split())[:200]
+    return one_line(text)
 
 
 def report(name: str, why: str) -> None:

@@ -28,7 +28,7 @@ from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped
+from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped, one_line
 from macpo.engine.files import sha256
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import data_world
@@ -169,7 +169,7 @@ class _Stage:
             raise PeerError(f"step {step + 1}: {problem.message}", problem.fix, file=self.workdir) from error
         except (RuntimeError, MemoryError) as error:
             if is_lost_peer(error):
-                why = " ".join(str(error).split())[:200]
+                why = one_line(error)
                 what = f"step {step + 1}: another rank failed or hangs, noticed in the model ({why})"
                 fix = "look at the first failing rank's message, then run the same command again"
                 raise PeerError(what, fix, file=self.workdir) from error

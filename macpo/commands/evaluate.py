@@ -64,6 +64,8 @@ class Wishes:
     price_in: float | None = None
     price_out: float | None = None
     ranks: int = 1
+    debug: bool = False
+    """Whether processes that are started show tracebacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ def main() -> None:
     die_with(int(os.environ[PARENT]))
     said = json.loads(sys.argv[1])
     wishes = Wishes(**said | {"opponents": tuple(said["opponents"])})
-    sys.exit(run_cli(lambda: _rank(wishes), report=leave_error))
+    sys.exit(run_cli(lambda: _rank(wishes), debug=wishes.debug, report=leave_error))
 
 
 if __name__ == "__main__":

@@ -68,19 +68,16 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
     ref, is_adapter = chosen.ref, chosen.ref.adapter is not None and not choice.merge
     loads_on = absolute_or_hub(ref.base) if is_adapter else None
     base_name = settings.model or f"base-{settings.name}"
-    reading = Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(settings)
+    reading = reading_of(recipe, settings)
+    if choice.merge and ref.adapter is None:
+        print("the policy is a whole model: there is nothing to merge")
     if ref.adapter is not None and _is_missing(ref.base):
         _without_base(ref, choice)
         chat = _saved_chat(reading, ref)
         card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
         publish_copy(local_folder(ref.adapter, kind="adapter"), out, card=card)
         return out, loads_on
-    of_base = chosen.trained_by is None and not _is_missing(chosen.base)  # a policy of others' may have no tokenizer
-    at = chosen.base if of_base else ref.base
-    chat = _saved_chat(reading, ref) if is_unknown(reading.template) else chat_of(reading, at)
-    if chat is None:
-        name = settings.template or recipe.template
-        raise ConfigError(f"the template {name} is not here", "put it back", field="template")
+    chat = chat_of_policy(recipe, chosen, reading)
     card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=is_adapter, chat=chat)
     models = _models(recipe, ref, merge=choice.merge)
     original = models.policy(ref)
@@ -106,12 +103,28 @@ def _export_reward(recipe: RewardRecipe, run_dir: Path, out: Path, chosen: Expor
         if value:
             problem = "a reward model is exported as it was saved: merged, in float32"
             raise ConfigError(problem, f"leave out {name}", field=name)
-    reading = Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(chosen.settings)
+    reading = reading_of(recipe, chosen.settings)
     base_name = chosen.settings.model or f"base-{chosen.settings.name}"
     chat = _saved_chat(reading, chosen.ref)
     card = model_card(recipe, run_dir, chosen, base_name=base_name, is_adapter=False, chat=chat)
     publish_copy(Path(chosen.ref.base), out, card=card, stem="model")
     return out
+
+
+def reading_of(recipe: AnyRecipe, settings: AgentSettings) -> StageAgent:
+    """What turns text into an agent's tokens; models and templates need not be here."""
+    return Builder(recipe, Plan(identities=Identities(must_exist=False))).stage_agent(settings)
+
+
+def chat_of_policy(recipe: AnyRecipe, chosen: Exported, reading: StageAgent) -> Chat:
+    """The tokenizer and template of a policy. Raises ConfigError where they are not here."""
+    of_base = chosen.trained_by is None and not _is_missing(chosen.base)  # a policy of others' may have no tokenizer
+    at = chosen.base if of_base else chosen.ref.base
+    chat = _saved_chat(reading, chosen.ref) if is_unknown(reading.template) else chat_of(reading, at)
+    if chat is None:
+        name = chosen.settings.template or recipe.template
+        raise ConfigError(f"the template {name} is not here", "put it back", field="template")
+    return chat
 
 
 def _is_missing(path: str) -> bool:
@@ -160,7 +173,7 @@ def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:
     if recipe.recipe == "macpo":
         found["ceiling"] = recipe.student
     if agent not in found:
-        raise ConfigError(f"no agent {agent!r} in this run", f"one of {sorted(found)}", field="--agent")
+        raise ConfigError(f"no agent {agent!r} in this run", f"one of {', '.join(sorted(found))}", field="--agent")
     return found[agent]
 
 
@@ -169,6 +182,10 @@ def choose(run_dir: Path, plan: Plan, settings: AgentSettings, choice: Choice) -
     agent, iteration, policy, arm = choice.agent, choice.iteration, choice.policy, choice.arm
     at: int | None = None
     evaluated_by = None
+    arms = sorted({point.arm for point in plan.points} - {""})
+    if arm and arm not in arms:
+        fix = f"use one of {', '.join(arms)}" if arms else "leave --arm out"
+        raise ConfigError(f"there is no arm {arm!r} in this run", fix, field="--arm")
     if policy == "negative":
         key = (arm, agent)
         if key not in plan.negatives:
@@ -180,7 +197,9 @@ def choose(run_dir: Path, plan: Plan, settings: AgentSettings, choice: Choice) -
             iteration = max(found)
         if iteration not in found:
             raise ConfigError(
-                f"{agent} has no iteration {iteration}", f"one of {sorted(found)}, or -1 (last)", field="--iteration"
+                f"{agent} has no iteration {iteration}",
+                f"use one of {', '.join(map(str, sorted(found)))}, or -1 (last)" if found else "name another agent",
+                field="--iteration",
             )
         point = found[iteration]
         stage, ready, at, evaluated_by = point.policy, settings.positive, iteration, point.evaluation

@@ -164,13 +164,13 @@ def _ranks(place: Place) -> None:
 
 def _quantization(place: Place) -> None:
     """The libraries of 4-bit bases are here, unless another machine is planned for."""
-    packed = [agent for _, agent in agents_of(place.recipe) if four_bits(agent)]
+    packed = [where for where, agent in agents_of(place.recipe) if four_bits(agent)]
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if packed and missing and place.gpu is None:
         raise ConfigError(
             f"quantization nf4 needs {' and '.join(missing)}, which is not installed",
             "pip install 'macpo[quant]', or set quantization to none",
-            field="tuning.quantization",
+            field=f"{packed[0]}tuning.quantization",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from macpo.data.rows import EmptyText, Row
 from macpo.engine.data.messages import Message, message_of, parts_of, tools_of, with_tools
 from macpo.engine.data.records import Prompt, prompt_id
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, shown
 
 LAST = "\n\nAssistant:"
 """What the response of a dialogue of HH-RLHF follows."""
@@ -33,7 +33,7 @@ def checked_text(row: Row, field: str, value: Any) -> str:
         fix = f"correct the row, set data.empty: drop, or map the name: {row.mapping(field)}"
         row.fail(field, "null", fix, EmptyText)
     if not isinstance(value, str):
-        row.fail(field, f"not text but {type(value).__name__}: {value!r:.60}")
+        row.fail(field, f"not text but {type(value).__name__}: {shown(value)}")
     try:
         _ = value.isascii() or value.encode()
     except UnicodeEncodeError as error:
@@ -167,7 +167,7 @@ def alpaca_prompt(row: Row) -> list[Message]:
     history = row.fields.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
-            row.fail("history", f"must be a list of [question, answer], got {turn!r:.40}")
+            row.fail("history", f"must be a list of [question, answer], got {shown(turn, 40)}")
         messages.append(user_turn(row, "history", checked_text(row, "history", turn[0])))
         messages.append({"role": "assistant", "content": checked_text(row, "history", turn[1])})
     parts = [text_of(row, "instruction"), text_of(row, "input") if row.fields.get("input") else ""]
@@ -186,5 +186,5 @@ def sharegpt_messages(row: Row) -> list[Message]:
 def sharegpt_message(row: Row, field: str, turn: Any) -> Message:
     """Parse one {"from", "value"}. Raises DataError for another speaker."""
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or turn["from"] not in _SPEAKERS:
-        row.fail(field, f"not a message: {turn!r:.60}", f"each is {{from: {' or '.join(_SPEAKERS)}, value: text}}")
+        row.fail(field, f"not a message: {shown(turn)}", f"each is {{from: {' or '.join(_SPEAKERS)}, value: text}}")
     return {"role": _SPEAKERS[turn["from"]], "content": checked_text(row, field, turn.get("value"))}

@@ -11,7 +11,7 @@ from typing import IO, Any, NoReturn
 
 from macpo.data.columns import KNOWN_COLUMNS
 from macpo.data.folders import SPLIT_WORDS
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, one_line
 from macpo.engine.unpacking import Limits
 
 _CHUNK_BYTES = 2**20
@@ -124,7 +124,7 @@ class _Document:
                     self.fail(error.msg, error.pos)
                 continue
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
-                self.fail(str(error)[:100], self.at)
+                self.fail(one_line(error, 100), self.at)
             if end == len(self._text) and self._more():
                 continue  # a number may go on
             self.at = end

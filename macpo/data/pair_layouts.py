@@ -34,6 +34,7 @@ from macpo.data.dialogues import (
 )
 from macpo.data.rows import Row
 from macpo.engine.data.messages import Message, parts_of
+from macpo.engine.errors import shown
 
 SIDES = ("chosen", "rejected")
 
@@ -102,7 +103,7 @@ def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
     """Split a dialogue into prompt and response at the last assistant turn."""
     prompt, found, answer = f"\n\n{text_of(row, field).lstrip()}".rpartition(LAST)
     if not found or not prompt.startswith("\n\nHuman:"):
-        row.fail(field, f"no dialogue of Human and Assistant turns: {prompt[:50]!r}", "set data.format to pairs")
+        row.fail(field, f"no dialogue of Human and Assistant turns: {shown(prompt, 50)}", "set data.format to pairs")
     return prompt, answer
 
 
@@ -114,7 +115,7 @@ def _pku(row: Row, preference: str) -> Sides:
     if row.untyped and better in ("0", "1"):
         better = int(better)
     if better not in (0, 1) or isinstance(better, bool):
-        row.fail(label, f"must be 0 or 1, got {better!r:.40}")
+        row.fail(label, f"must be 0 or 1, got {shown(better, 40)}")
     prompt = [user_turn(row, "prompt", text_of(row, "prompt"))]
     return Sides(prompt, prompt, answer_of(row, f"response_{better}"), answer_of(row, f"response_{1 - better}"))
 

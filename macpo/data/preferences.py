@@ -26,7 +26,7 @@ from macpo.data.rows import EmptyText, Row, Source
 from macpo.data.spool import Records, Spool, spooled, whole
 from macpo.engine.data.messages import parts_of
 from macpo.engine.data.records import Pair
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, shown
 
 log = logging.getLogger("macpo.data")
 
@@ -120,7 +120,7 @@ def _margin(row: Row, column: str) -> float:
     with contextlib.suppress(ValueError):
         found = float(found) if row.untyped else found
     if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
-        row.fail(column, f"must be a number, got {found!r:.40}", "correct the row, or data.margin")
+        row.fail(column, f"must be a number, got {shown(found, 40)}", "correct the row, or data.margin")
     return float(found)
 
 

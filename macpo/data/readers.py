@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from macpo.data.json_rows import json_rows, wrapped_rows
-from macpo.engine.errors import ConfigError, DataError, MacpoError
+from macpo.engine.errors import ConfigError, DataError, MacpoError, one_line
 from macpo.engine.files import explained, read_jsonl
 from macpo.engine.opening import open_regular
 from macpo.engine.unpacking import LIMITS, Limits, unpacked
@@ -87,7 +87,7 @@ def _cell_rows(file: Path, delimiter: str, limits: Limits) -> Iterator[tuple[int
                 if not header:
                     header = cells
                     if len(set(header)) < len(header):
-                        problem = f"two columns have one name: {', '.join(header)[:100]}"
+                        problem = f"two columns have one name: {one_line(', '.join(header), 100)}"
                         raise DataError(problem, "name the columns in the first line", file=file, line=begins)
                     continue
                 if len(cells) != len(header):
@@ -157,7 +157,7 @@ def _parquet_rows(file: Path, limits: Limits) -> Iterator[tuple[int, Fields]]:
     except MacpoError:
         raise
     except (ArrowException, OSError, ValueError, TypeError, ArithmeticError, RecursionError) as problem:
-        said = " ".join(str(problem).split())[:150]
+        said = one_line(problem, 150)
         raise DataError(f"not a readable Parquet file: {said}", "fetch it again", file=file) from problem
 
 
@@ -183,6 +183,6 @@ def _saved_rows(folder: Path) -> Iterator[tuple[int, Fields]]:
                 number += 1
                 yield number, dict(zip(columns, values, strict=True))
     except Exception as problem:  # datasets and pyarrow raise types of their own
-        said = " ".join(str(problem).split())[:150]
+        said = one_line(problem, 150)
         fix = "save it again with Dataset.save_to_disk, or give it as Parquet"
         raise DataError(f"not a readable saved data set: {said}", fix, file=folder) from problem

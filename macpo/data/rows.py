@@ -19,7 +19,7 @@ from macpo.data.columns import mapping_line
 from macpo.data.folders import SUFFIXES, data_files, files_of
 from macpo.data.readers import DELIMITERS, file_rows
 from macpo.data.stringified import TEXT_FIELDS, messages_in
-from macpo.engine.errors import ConfigError, DataError
+from macpo.engine.errors import ConfigError, DataError, one_line
 from macpo.engine.files import sha256
 from macpo.engine.paths import expanded
 from macpo.engine.unpacking import LIMITS, Limits
@@ -162,7 +162,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[Row]:
                 raise  # no such configuration: HH-RLHF's subsets are folders instead
             rows = load_dataset(name, data_dir=subset, split=split, revision=commit)
     except Exception as problem:  # datasets, huggingface_hub and the HTTP client raise types of their own
-        said = " ".join(str(problem).split())[:150]
+        said = one_line(problem, 150)
         fix = "check data.path, data.split and data.subset; without a network give a folder"
         raise ConfigError(f"{name!r} does not load from the Hub: {said}", fix, field="data.path") from problem
     for number, fields in enumerate(rows, 1):
@@ -180,7 +180,7 @@ def _hub_commit(name: str) -> str:
         snapshots = sorted(cache.iterdir(), key=lambda p: p.stat().st_mtime) if cache.is_dir() else []
         if snapshots:
             return snapshots[-1].name
-        said = " ".join(str(problem).split())[:150]
+        said = one_line(problem, 150)
         raise ConfigError(
             f"{name!r} is no local path and the Hub does not answer: {said}", OFFLINE_FIX, field="data.path"
         ) from problem

@@ -44,7 +44,7 @@ from macpo.demo_world.grammar import (
     requests_by_text,
 )
 from macpo.engine.data.messages import Message
-from macpo.engine.errors import DataError
+from macpo.engine.errors import DataError, shown
 
 OFF_TOPIC_FACTOR = 0.25
 
@@ -86,7 +86,7 @@ def parse(messages: Sequence[Message]) -> Request:
     request = requests_by_text().get(" ".join(last.split()))
     if request is None:
         raise DataError(
-            f"the gold scorer does not know the request {last[:80]!r}", "use it on prompts of the demo world only"
+            f"the gold scorer does not know the request {shown(last, 80)}", "use it on prompts of the demo world only"
         )
     return request
 

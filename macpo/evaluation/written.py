@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from macpo.engine.errors import shown
 from macpo.evaluation.summary import LABELS, Role, headline_metric
 
 _MOST = 1e300  # above it, and NaN, is no measured value
@@ -27,7 +28,7 @@ def checked_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
         if value is None or is_number(value):
             continue
         if name in _NUMBERS or name.endswith("_se") or not isinstance(value, str | bool):
-            raise ValueError(f"{name[:40]!r} is not a finite number")
+            raise ValueError(f"{shown(name, 40)} is not a finite number")
     return row
 
 

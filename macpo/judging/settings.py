@@ -94,7 +94,8 @@ def distinct(judges: Sequence[ServerJudge | LocalJudge]) -> None:
     """Raise ValueError where two judges have one name, and so one folder."""
     names = [judge.name.lower() for judge in judges]
     if len(set(names)) != len(names):
-        raise ValueError(f"judges need distinct names; got {[judge.name for judge in judges]}")
+        got = ", ".join(judge.name for judge in judges)
+        raise ValueError(f"judges need distinct names; got {got} Fix: rename one of them")
 
 
 class JudgesFile(Settings):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from macpo.data.examples import load_examples
 from macpo.data.folders import data_files, has_split
@@ -38,6 +40,28 @@ def read_pairs(data: SourceSettings, source: Source | None = None) -> tuple[Reco
 def read_examples(data: SourceSettings, source: Source | None = None) -> tuple[Records[Example], Counts]:
     """Return the examples of a source, by default of the data block's own, and counts."""
     return load_examples(source or source_of(data), **_settings(data))
+
+
+Reader = Callable[[SourceSettings, Source], tuple[Records[Any], Counts]]
+"""`read_pairs` or `read_examples`."""
+
+
+def num_prompts(data: SourceSettings, read: Reader, source: Source | None, enough: int) -> int:
+    """Return the number of distinct prompts of a source, by default the data block's own; a lower one from `enough` on.
+
+    No more of the source is read than that takes. Raises as reading does.
+    """
+    rows, level = 2 * enough, log.level
+    log.setLevel(logging.ERROR)  # what is dropped is said by who reads the data to use it
+    try:
+        while True:
+            records, counts = read(data, replace(source or source_of(data), max_rows=rows))
+            found = len(np.unique(records.ids))
+            if found >= enough or counts["rows"] < rows:
+                return found
+            rows *= 4
+    finally:
+        log.setLevel(level)
 
 
 def source_of(data: SourceSettings, max_rows: int | None = None) -> Source:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from macpo.data.rows import fingerprint
+from macpo.data_settings import SourceSettings
 from macpo.engine.data.templates import TEMPLATES
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import explained
 from macpo.engine.model_folders import fingerprint_model
-from macpo.engine.run.keys import UNKNOWN
+from macpo.engine.run.keys import UNKNOWN, is_unknown
+from macpo.method.data_sets import Reader, held_out_source, num_prompts
+
+D = TypeVar("D", bound=SourceSettings)
 
 _IDENTITIES = ("files", "weights", "reference_weights")
 """Settings of stages that map each path to the identity of its content."""
@@ -76,6 +81,15 @@ def template_text(template: str, *, must_exist: bool = True) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=16)
+def _test_size(settings: str, identity: str, kind: type[SourceSettings], read: Reader) -> int:
+    """The number of test prompts of data of this identity."""
+    data = kind.model_validate_json(settings)
+    source = held_out_source(data)
+    enough = data.most_test_prompts * (10 if source is None else 1)
+    return data.test_size(num_prompts(data, read, source, enough), apart=source is not None)
+
+
 class Identities:
     """The identities of the files and folders that a recipe names; each is looked at once.
 
@@ -99,6 +113,19 @@ class Identities:
     def of_model(self, path: str) -> str:
         """The identity of a model or adapter folder, or a Hub id's."""
         return self._of("model", path, fingerprint_model)
+
+    def sized(self, data: D, read: Reader) -> D:
+        """The data block with its number of test prompts, where it leaves that to data which can be read here."""
+        if data.path is None or data.test_prompts is not None:
+            return data
+        identity = self.of_data(data.test_path or data.path)
+        if is_unknown(identity):
+            return data
+        try:
+            size = _test_size(data.model_dump_json(), identity, type(data), read)
+        except MacpoError:  # the stage that reads it all will say so
+            return data
+        return data.model_copy(update={"test_prompts": size})
 
     def template(self, template: str) -> str:
         """The text of a template that is a file; a name stays."""

@@ -54,11 +54,12 @@ def read_sources(
     if (source := held_out_source(data)) is not None:
         held_out, dropped = read_pairs(data, source)
         count_dropped(counts, dropped, "test")
+    judged = pairs if held_out is None else held_out
     parts = split(
         pairs,
         teacher=data.teacher_prompts,
         student=data.student_prompts,
-        test=data.test_prompts,
+        test=data.test_size(len(np.unique(judged.ids)), apart=held_out is not None),
         reward=data.reward_prompts,
         dev=data.dev_prompts,
         seed=seed,

@@ -9,6 +9,7 @@ from macpo.agent_settings import AgentSettings
 from macpo.config import Recipe, TrainingSettings
 from macpo.evaluation.summary import Role
 from macpo.method.answers import Answer, ServedModel
+from macpo.method.data_sets import read_pairs
 from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy, HeldOut
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.negatives import WeakNegativeInputs, WeakNegativeLabels
@@ -40,7 +41,7 @@ class Steps(Builder):
         recipe = self.recipe
         files = {recipe.data.path, recipe.data.test_path} | {teacher.data for teacher in recipe.teachers}
         return kind(
-            data=recipe.data,
+            data=self.plan.identities.sized(recipe.data, read_pairs),
             teachers={teacher.name: teacher.data for teacher in recipe.teachers},
             most={teacher.name: teacher.data_prompts for teacher in recipe.teachers if teacher.data_prompts} or None,
             files={path: self.plan.identities.of_data(path) for path in sorted(filter(None, files))},

@@ -18,6 +18,17 @@ def policy_name(evaluation: Evaluation) -> str:
     return f"{arm}.{evaluation.agent}@{evaluation.iteration}" if arm else f"{evaluation.agent}@{evaluation.iteration}"
 
 
+def parts_of_name(name: str, *, field: str = "") -> tuple[str, str, int | None]:
+    """Arm (empty for the main run), agent, and iteration (None where it is left out) of a policy's name.
+
+    Raises ConfigError for a name of another form; `field` is where it was given.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"got {name!r}", "write a policy like student@0, teacher0 or ARM.student@2", field=field)
+    return match["arm"] or "", match["agent"], None if match["iteration"] is None else int(match["iteration"])
+
+
 def named(run: RunReader, name: str) -> Evaluation:
     """The evaluation of a policy; without @ITERATION its agent's last.
 

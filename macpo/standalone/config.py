@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -34,10 +34,10 @@ NAME = "policy"
 class HeldOutSettings(SourceSettings):
     """Training data, and what is held out of it for evaluation; no prompt is in both."""
 
+    most_test_prompts: ClassVar[int] = 200
+
     train_prompts: PositiveInt | None = None
     """Distinct prompts to train on; default all that are not held out."""
-    test_prompts: PositiveInt = 200
-    """Distinct prompts to evaluate on; never trained on."""
 
 
 class PairData(HeldOutSettings):
@@ -98,10 +98,12 @@ class StandaloneRecipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.model is None) == (self.init is None):
-            raise ValueError("give exactly one of `model` and `init`")
+        if self.model is None and self.init is None:
+            raise ValueError("model is missing: there are no weights Fix: give a folder or Hub id, or an `init` block")
+        if self.model is not None and self.init is not None:
+            raise ValueError("model and `init` are two base models Fix: keep one of them")
         if self.adapter is not None and self.model is None:
-            raise ValueError("adapter belongs to `model`")
+            raise ValueError("adapter belongs to `model` Fix: name its base there")
         if self.max_prompt_tokens >= self.context_tokens:
             raise ValueError(
                 f"prompt_tokens ({self.max_prompt_tokens}) leaves no room for an answer in context_tokens "
@@ -109,7 +111,8 @@ class StandaloneRecipe(Settings):
             )
         for name in ("generation_batch", "wave_requests"):
             if getattr(self.compute, name) != ComputeSettings.model_fields[name].default:
-                raise ValueError(f"compute.{name} is for generation, and this recipe generates nothing")
+                what = "is for generation, and this recipe generates nothing Fix: leave it out"
+                raise ValueError(f"compute.{name} {what}")
         if self.init is not None and self.init.context < self.context_tokens:
             raise ValueError(f"context_tokens ({self.context_tokens}) is beyond init.context ({self.init.context})")
         return self

@@ -6,6 +6,7 @@ data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
 from __future__ import annotations
 
 from macpo.agent_settings import AgentSettings
+from macpo.method.data_sets import read_examples, read_pairs
 from macpo.method.identities import Identities
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
 from macpo.method.run_plan import Builder, Plan, Point, StageName, pretrains
@@ -30,8 +31,9 @@ def build_plan(recipe: Standalone, identities: Identities | None = None) -> Plan
     (agent,) = recipe.agents
     paths = {recipe.data.path, recipe.data.test_path}
     files = {path: plan.identities.of_data(path) for path in sorted(filter(None, paths))}
+    data = plan.identities.sized(recipe.data, read_examples if recipe.recipe == "sft" else read_pairs)
     split = SplitRecords(
-        data=recipe.data, kind=recipe.recipe, files=files, seed=recipe.seed, pretrains=pretrains(recipe.agents)
+        data=data, kind=recipe.recipe, files=files, seed=recipe.seed, pretrains=pretrains(recipe.agents)
     )
     steps.data = steps.add("data", split)
     if isinstance(recipe, PreferenceRecipe):

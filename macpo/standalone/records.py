@@ -55,18 +55,21 @@ def read_sets(data: PairData | ExampleData, seed: int) -> Sets:
     records, counts = _load(data)
     if (source := held_out_source(data)) is None:
         prompts = Prompts(records, seed)
-        held, start = prompts.first(0, data.test_prompts), data.test_prompts
+        num_test = start = data.test_size(len(prompts), apart=False)
+        held = prompts.first(0, num_test)
     else:
         held_records, dropped = _load(data, source)
         count_dropped(counts, dropped, "test")
-        held, start = Prompts(held_records, seed).first(0, data.test_prompts), 0
+        apart, start = Prompts(held_records, seed), 0
+        num_test = data.test_size(len(apart), apart=True)
+        held = apart.first(0, num_test)
         prompts = Prompts(records, seed, without=held.ids)
         counts["train_test_overlap_dropped"] = len(Prompts(records, seed)) - len(prompts)
     left = max(0, len(prompts) - start)
     if not left or not held or left < (data.train_prompts or 0):
         raise DataError(
             f"{left} distinct prompts are left to train on and {len(held)} to evaluate on",
-            f"lower data.test_prompts ({data.test_prompts}) or data.train_prompts, or add data",
+            f"lower data.test_prompts ({num_test}) or data.train_prompts, or add data",
             field="data",
         )
     end = len(prompts) if data.train_prompts is None else start + data.train_prompts

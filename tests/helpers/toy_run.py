@@ -180,7 +180,7 @@ def build(config: Mapping[str, Any]) -> Graph:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("config", type=json.loads)
     parser.add_argument("--from", dest="from_stage")

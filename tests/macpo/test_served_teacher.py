@@ -130,18 +130,18 @@ def test_with_weights_here_too_the_pairs_are_scored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "change", "said"),
     [
-        ("served", {"base_url": "127.0.0.1:8000"}, "served.base_url: base_url is no http(s) URL: '127.0.0.1:8000'"),
-        ("served", {"base_url": "http://me:secret@127.0.0.1/v1"}, "served.base_url: base_url holds a password"),
+        ("served", {"base_url": "127.0.0.1:8000"}, "served.base_url is no http(s) URL: '127.0.0.1:8000'"),
+        ("served", {"base_url": "http://me:secret@127.0.0.1/v1"}, "served.base_url holds a password"),
         ("served", {"base_url": "http://far.example/v1", "api_key_env": "K"}, "unencrypted over http"),
         ("served", {"server": "vlm"}, "Fix: did you mean 'vllm'"),
         ("served", {"concurrency": 0}, "served.concurrency: got 0"),
         ("served", {"api_key": "sk-1"}, "served.api_key: unknown key"),
         ("served", {"api": "completions"}, "model is missing"),
-        ("agent", {"train": True}, "teachers.0.train: train must be false"),
-        ("agent", {"negative": "folder"}, "teachers.0.negative: negative is not read"),
-        ("agent", {"init": {"hidden_size": 16}}, "teachers.0.init: init is not read"),
-        ("agent", {"data": "pairs.jsonl"}, "teachers.0.data: data is not read"),
-        ("agent", {"template": "vicuna"}, "teachers.0.template: template is not read"),
+        ("agent", {"train": True}, "teachers.0.train must be false"),
+        ("agent", {"negative": "folder"}, "teachers.0.negative is not read"),
+        ("agent", {"init": {"hidden_size": 16}}, "teachers.0.init is not read"),
+        ("agent", {"data": "pairs.jsonl"}, "teachers.0.data is not read"),
+        ("agent", {"template": "vicuna"}, "teachers.0.template is not read"),
     ],
 )
 def test_what_a_recipe_cannot_say(where: str, change: dict[str, Any], said: str) -> None:

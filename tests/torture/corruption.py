@@ -155,7 +155,7 @@ def _is_said(printed: str) -> bool:
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many (default: when all are done)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

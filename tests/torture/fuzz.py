@@ -231,7 +231,7 @@ def show(counts: Mapping[str, Count]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="divided among the loaders")
     parser.add_argument("--inputs", type=int, default=10**9, help="most inputs of a loader")
     parser.add_argument("--seed", type=int, default=0)

@@ -108,7 +108,7 @@ def progress(done: int, every: int, tally: Tally, began: float) -> None:
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many (default: when all are done)")
     parser.add_argument("--seed", type=int, default=0, help="order of the trials, and which are chosen")
     parser.add_argument("--per-kind", type=int, help="only so many of each kind of call and way")

@@ -43,7 +43,7 @@ def peaks(run: Path, command: list[str]) -> dict[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--width", type=int, default=512, help="hidden size of every model")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from macpo.engine.distributed.failures import free_memory, is_out_of_memory
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, NumericsError, ResourceError, Stopped
+from macpo.engine.errors import ConfigError, NumericsError, ResourceError, Stopped, one_line
 from macpo.engine.foreign import check_model_config, header, read_json_object
 from macpo.engine.model_folders import local_folder, refuse_adapter, weight_files
 from macpo.engine.models.loading import as_dtype, from_folder, quiet_transformers, read_config
@@ -177,7 +177,7 @@ def check_classifier(
         with torch.device("meta"), quiet_transformers():
             made: Any = AutoModelForSequenceClassification.from_config(config)
     except Exception as error:  # no such class for the architecture, or a config that does not fit it
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         raise ConfigError(f"no sequence classifier is known for it ({why})", NO_HEAD, file=folder) from error
     names = {name for file in files for name in header(file)}
     heads = [name for name in made.state_dict() if not name.startswith(f"{made.base_model_prefix}.")]

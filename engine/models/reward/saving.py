@@ -15,7 +15,7 @@ from macpo.engine.config import LoraSettings, Tuning
 from macpo.engine.data.chat import Chat
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.errors import ConfigError, IntegrityError, one_line
 from macpo.engine.files import explained, require_free
 from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models.loading import load_causal_lm, quiet_transformers
@@ -121,7 +121,7 @@ def _skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
         with torch.device("meta"), quiet_transformers():
             made: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     except Exception as error:  # transformers raises whatever it likes
-        why = " ".join(str(error).split())[:160]
+        why = one_line(error, 160)
         raise ConfigError(f"{name}: transformers has no sequence classifier for it ({why})", OTHER_FAMILY) from error
     heads = [key for key in made.state_dict() if not key.startswith(f"{made.base_model_prefix}.")]
     if heads != ["score.weight"]:

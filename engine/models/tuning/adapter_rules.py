@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from macpo.engine.errors import ConfigError
+from macpo.engine.errors import ConfigError, one_line, shown
 from macpo.engine.foreign import read_json_object
 from macpo.engine.models.head import is_plain
 
@@ -139,12 +139,12 @@ def _written(values: Mapping[str, Any], file: Path) -> _Written:
         found = _Written.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        problem = f"the adapter's config is not understood ({first['msg']}, got {first['input']!r:.60})"
+        problem = f"the adapter's config is not understood ({first['msg']}, got {shown(first['input'])})"
         field = str(first["loc"][0]) if first["loc"] else ""
         raise ConfigError(problem, "use peft's layout", file=file, field=field) from error
     for pattern in found.patterns:
         if not _is_quick(pattern):
-            problem = f"the pattern {pattern!r:.60} may take for ever"
+            problem = f"the pattern {shown(pattern)} may take for ever"
             raise ConfigError(problem, "name the modules in a list", file=file, field="target_modules")
     return found
 
@@ -180,7 +180,7 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         config = LoraConfig(**known)
     except Exception as error:  # peft's own checks raise whatever they like
-        why = " ".join(str(error).split())[:160]
+        why = one_line(error, 160)
         raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout", file=file) from error
     config.lora_dropout = 0.0
     config.init_lora_weights = True  # the weights come from the file; other values may read the base

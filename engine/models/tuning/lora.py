@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from macpo.engine.config import FullSettings, LoraSettings
 from macpo.engine.distributed.failures import is_out_of_memory
-from macpo.engine.errors import ConfigError, IntegrityError
+from macpo.engine.errors import ConfigError, IntegrityError, one_line
 from macpo.engine.foreign import header
 from macpo.engine.model_folders import local_folder, weight_files
 from macpo.engine.models.tuning.adapter_rules import base_copies, check_copies, check_layers, read_config
@@ -135,12 +135,12 @@ def _wrap(model: PreTrainedModel, config: LoraConfig, file: str | Path = "") -> 
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
-        why = " ".join(str(error).split())[:160]
+        why = one_line(error, 160)
         raise _cannot_target(model, str(config.target_modules), why) from error
     except Exception as error:  # peft works with whatever an adapter's config says
         if is_out_of_memory(error):
             raise
-        why = " ".join(str(error).split())[:160]
+        why = one_line(error, 160)
         raise ConfigError(f"the adapter's config is not understood ({why})", "use peft's layout", file=file) from error
     assert isinstance(wrapped, PeftModel)
     check_layers(wrapped, file)

@@ -30,7 +30,8 @@ from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
 from macpo.method.costs import CHARS_PER_TOKEN, Cost, MethodStage, RunSize, Shape, TrainingCost, made_config
-from macpo.method.data_sets import judged_rows, own_source, read_pairs, source_of
+from macpo.method.data_sets import held_out_source, judged_rows, own_source, read_pairs, source_of
+from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan
 from macpo.method.scoring.planned import own_model
 from macpo.recipe_kinds import AnyRecipe
@@ -155,7 +156,8 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
     if not isinstance(recipe, Recipe):
         return replace(_standalone_size(recipe, sets, shapes), words=words)
     data, world = recipe.data, recipe.data.world
-    teacher, student, test, documents = data.teacher_prompts, data.student_prompts, data.test_prompts, 2000
+    teacher, student, documents = data.teacher_prompts, data.student_prompts, 2000
+    test = Identities(must_exist=False).sized(data, read_pairs).test_prompts or data.most_test_prompts
     prompt, response = _sample_lengths(recipe)
     document = prompt + response
     if world is not None:
@@ -193,7 +195,7 @@ def _own_prompts(recipe: Recipe, teacher: AgentSettings) -> int:
 def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Shape]) -> RunSize:
     data, world = recipe.data, recipe.data.world
     prompt, response, document = WORLD_TOKENS
-    train, test = data.train_prompts or 0, data.test_prompts
+    train, test = data.train_prompts or 0, data.test_prompts or data.most_test_prompts
     rows: Sequence[Pair | Example] = ()
     if sets is not None:
         rows, train, test = [*sets.train[:200], *sets.test[:200]], len(sets.train), len(sets.test)
@@ -201,6 +203,7 @@ def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Sh
         train, test = world.student_prompts, world.test_prompts
     else:
         rows, found = sample_rows(data, 200)
+        test = data.test_size(found, apart=held_out_source(data) is not None)
         train = data.train_prompts or max(1, found - test)
     if rows:
         answers = [[row.answer] if isinstance(row, Example) else [row.chosen, row.rejected] for row in rows]

@@ -21,7 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from macpo.engine.config import FullSettings
-from macpo.engine.errors import is_failure
+from macpo.engine.errors import is_failure, one_line
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.planning.calibrate import calibrate, measure, pairs, random_policy
@@ -99,7 +99,7 @@ def _tried(measured: Callable[[], T], what: str) -> T | None:
     except BaseException as error:
         if not is_failure(error):
             raise
-        log.warning("note: %s cannot be measured (%s), so it is predicted", what, " ".join(str(error).split())[:200])
+        log.warning("note: %s cannot be measured (%s), so it is predicted", what, one_line(error))
         return None
 
 

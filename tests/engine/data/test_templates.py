@@ -221,7 +221,7 @@ def test_what_a_template_leaves_out_is_refused_by_name(tokenizer: PreTrainedToke
     with pytest.raises(TemplateRefusal, match="no turn for a message of role 'tool'"):
         Chat(tokenizer, "vicuna").prompt_ids([*user, {"role": "tool", "content": "12:00"}])
     deaf = Chat(tokenizer, LOOP + "{% if m['role'] != 'system' %}{{ " + TURN + " }}{% endif %}{% endfor %}" + ASSISTANT)
-    with pytest.raises(TemplateRefusal, match="leaves out the system message 'be kind'"):
+    with pytest.raises(TemplateRefusal, match='leaves out the system message "be kind"'):
         deaf.prompt_ids([{"role": "system", "content": "be kind"}, *user])
     with pytest.raises(TemplateRefusal, match="no system here"):
         chat_of("refuses a system message", tokenizer).prompt_ids([{"role": "system", "content": "be kind"}, *user])

@@ -170,7 +170,7 @@ def test_the_last_user_message_is_judged() -> None:
 
 
 def test_foreign_prompts_are_refused_by_the_judge() -> None:
-    with pytest.raises(DataError, match="does not know the request 'how are you"):
+    with pytest.raises(DataError, match='does not know the request "how are you'):
         gold([{"role": "user", "content": "how are you ?"}], "fine")
 
 

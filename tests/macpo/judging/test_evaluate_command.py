@@ -209,7 +209,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
         (("--judge", "rule", "--opponents", "student"), "nobody to be compared with"),
         (("--judge", "rule", "--ranks", "2"), "raise its `workers` instead"),
         (("--judge", "rule", "--plan", "--price-in", "2"), "give both"),
-        (("--judge", "rule", "--validate", "--policy", "student@0"), "leave out --policy"),
+        (("--judge", "rule", "--validate", "--policy", "student@0"), "--policy does not go with --validate"),
     ):
         assert macpo("evaluate", run, *words) == 2
         (line,) = capsys.readouterr().err.splitlines()

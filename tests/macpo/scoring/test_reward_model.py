@@ -145,7 +145,7 @@ def test_margins_are_numbers(tmp_path: Path) -> None:
         assert [pair.margin for pair in load_preferences(tmp_path / name, margin="m")[0]] == [1.0, 2.5]
         assert [pair.margin for pair in load_preferences(tmp_path / name)[0]] == [None, None]
     (tmp_path / "b.jsonl").write_text(json.dumps(rows[0] | {"m": "much"}) + "\n")
-    with pytest.raises(DataError, match=r"b.jsonl:1: m: must be a number, got 'much'"):
+    with pytest.raises(DataError, match=r'b.jsonl:1: m: must be a number, got "much"'):
         load_preferences(tmp_path / "b.jsonl", margin="m")
     pairs = [Pair(Prompt.of("p"), "a", "b"), Pair(Prompt.of("q"), "a", "b", margin=2.0)]
     write_records(tmp_path / "kept.jsonl", pairs)

@@ -1,0 +1,24 @@
+"""The recipes that come with the package, by their names."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+ARMS = ("ablations", "demo-ablations", "methods")
+"""Files beside the recipes that hold arms of comparisons."""
+SCHEMA = "macpo.schema.json"
+"""What editors check recipes by; it lies beside them, as `macpo schema` prints it."""
+
+
+def folder() -> Path:
+    return Path(str(files("macpo.recipes")))
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.yaml") if path.stem not in ARMS)
+
+
+def path_of(name: str) -> Path | None:
+    """The file of a recipe that the package brings; None where it brings none of that name."""
+    return folder() / f"{name}.yaml" if name in names() else None

@@ -1,0 +1,1 @@
+"""Commands about the installation and its recipes as such, not about a run."""
