@@ -104,7 +104,9 @@ def text(case: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", choices=SHAPES, default="gpu" if torch.cuda.is_available() else "small")
     parser.add_argument("--data", metavar="FOLDER", help="of HH-RLHF's layout; `generated` for none")
     parser.add_argument("--json-dir", type=Path, required=True)

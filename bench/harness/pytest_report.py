@@ -137,7 +137,9 @@ def _write(path: Path, about: dict[str, Any], folder: Path, count: int) -> dict[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path, metavar="FILE")
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--shard", metavar="K/N", help="be process K of N; FILE is then their folder")

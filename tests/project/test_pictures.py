@@ -6,7 +6,8 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from bench import make_pictures, update_readme
+from bench import make_pictures
+from bench.evidence import update_readme
 from macpo.evaluation.summary import AgentHistory, build_summary
 
 ROOT = Path(__file__).parents[2]

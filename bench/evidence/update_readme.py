@@ -1,4 +1,4 @@
-"""Put what the demo world finds into README and docs: `python -m bench.update_readme bench/results/demo-world`.
+"""Put what the demo world finds into README and docs: `python -m bench.evidence.update_readme bench/results/demo-world`.
 
 The folder holds the runs' files (bench/evidence/runs.py). No number of those sections is typed by hand.
 """
@@ -13,9 +13,9 @@ from bench.evidence.paper_claims import answers, by_round, markdown, read_all
 from bench.make_pictures import demo_svg
 from macpo.engine.files import atomic_write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
-START, END = "<!-- demo result: bench/update_readme.py -->", "<!-- end of demo result -->"
+START, END = "<!-- demo result: bench/evidence/update_readme.py -->", "<!-- end of demo result -->"
 
 
 def replaced(page: str, text: str) -> str:
