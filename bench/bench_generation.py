@@ -30,10 +30,15 @@ from bench.harness.options import Spec, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.requests import GenerationRequest, load
 from bench.peers.decode_floor import decode_floor
+from macpo.engine.config import ParallelSettings
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
+from macpo.engine.models.liger import use_liger
+from macpo.engine.models.model_cache import shared_copy
 
 OURS = "macpo Generator"
+MAX_BATCH = 256
+"""Sequences that ours decodes together."""
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest gap to the best logit that a greedy token may have; in bfloat16 logits near 16 are 0.06 to 0.12 apart."""
 
@@ -73,8 +78,8 @@ SHAPES: dict[str, list[tuple[str, Shape, torch.dtype]]] = {
     "small": [("Llama 0.1M", Shape(32, 2, 4, 2, 64, 512, "hh-like-8", (4, 8)), torch.float32)],
     "issue": [("Llama 15M", Shape(288, 6, 6, 6, 768, 32000, "hh-like-64", (8, 16, 32, 64)), torch.float32)],
     "gpu": [
-        ("Llama 1B", Shape(2048, 16, 32, 8, 8192, 128256, "hh-like-256", (64, 128, 256)), torch.bfloat16),
-        ("Llama 8B", Shape(4096, 32, 32, 8, 14336, 128256, "hh-like-256", (64, 128, 256), False), torch.bfloat16),
+        ("Llama 1B", Shape(2048, 16, 32, 8, 8192, 128256, "hh-like-1024", (64, 128, 256)), torch.bfloat16),
+        ("Llama 8B", Shape(4096, 32, 32, 8, 14336, 128256, "hh-like-1024", (64, 128, 256), False), torch.bfloat16),
     ],
 }
 
@@ -105,7 +110,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     size = ModelShape.of(model.config)
     # The last token of an answer is not fed again.
     counts = counts_of_lengths([(len(r.prompt_ids), [r.new_tokens - 1]) for r in requests])
-    step = torch.randn(min(256, len(requests)), shape.hidden, dtype=dtype, device=device)
+    step = torch.randn(min(MAX_BATCH, len(requests)), shape.hidden, dtype=dtype, device=device)
     peers = [
         Peer(OURS, partial(build_ours, model, requests)),
         *(Peer(f"{OURS}, {path}", partial(build_ours, model, requests, **options)) for path, options in paths(device)),
@@ -116,7 +121,7 @@ def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         ),
         Peer("generate_batch", partial(build_continuous, model, requests)),
     ]
-    floor = decode_floor(model, requests)
+    floor = decode_floor(model, requests, MAX_BATCH)
     return Case(
         f"{name} {shape.requests}",
         {**vars(shape), "useful_tokens": useful, "prompt_tokens": sum(len(r.prompt_ids) for r in requests)},
@@ -148,7 +153,9 @@ def as_outputs(answers: Sequence[Sequence[int]]) -> Outputs:
 
 def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest], **options: Any) -> Run:
     params = [SamplingParams(temperature=0, max_new_tokens=r.new_tokens, ignore_eos=True) for r in requests]
-    generator = Generator(model, max_batch=min(256, len(requests)), **options)
+    own = shared_copy(model)  # the others keep the family's modules
+    use_liger(own, ParallelSettings(), model.device)
+    generator = Generator(own, max_batch=min(MAX_BATCH, len(requests)), **options)
 
     def run() -> Outputs:
         outputs = generator.generate([r.prompt_ids for r in requests], params)

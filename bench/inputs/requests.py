@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.inputs.pairs import PROMPT, RESPONSE
 
 FOLDER = Path(__file__).resolve().parents[1] / "requests"
-SIZES = {"hh-like-8": (8, 24, 12), "hh-like-64": (64, 512, 256), "hh-like-256": (256, 1024, 512)}
+SIZES = {"hh-like-8": (8, 24, 12), "hh-like-64": (64, 512, 256), "hh-like-1024": (1024, 1024, 512)}
 """File -> (requests, longest prompt, longest answer)."""
 FIRST_ID = 3
 

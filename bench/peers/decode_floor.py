@@ -1,14 +1,16 @@
 """The least time that answering some requests can take on a device, from what is measured on it in the same run.
 
-All requests start together and none waits: step t has the n_t sequences whose answers are longer than t tokens. It
-costs the products of all linear layers with n_t rows (measured in a CUDA graph on a GPU, over packed weights on a CPU;
-reading the weights is part of that, and they count at the copy's speed where that is slower), and reading every live
-sequence's keys and values at the copy's speed. The prompts cost the products of the linear layers without the head.
+At most `max_batch` sequences run together; the requests of the longest answers start first, and the next one starts as
+soon as one ends, which wastes nearly no row. A step of n sequences costs the products of all linear layers with n rows
+(measured in a CUDA graph on a GPU, over packed weights on a CPU; reading the weights is part of that, and they count at
+the copy's speed where that is slower), and reading every running sequence's keys and values at the copy's speed. The
+prompts cost the products of the linear layers without the head.
 Attention's own products, norms, sampling and launches count as nothing.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +52,7 @@ class Floor:
 
 
 @torch.no_grad()
-def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> Floor:
+def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest], max_batch: int) -> Floor:
     """Compute the floor of greedy responses of exactly the lengths that the requests ask for."""
     device = model.device
     num_bytes = COPY_BYTES[device.type]
@@ -58,21 +60,33 @@ def decode_floor(model: PreTrainedModel, requests: Sequence[GenerationRequest]) 
     head = model.get_output_embeddings().weight
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     read_s = sum(weight.nbytes for weight in weights) / bytes_per_s
-    longest = max(r.new_tokens for r in requests)
-    # The first token comes from the prompt's forward; the others take a step each.
-    live = [[r for r in requests if r.new_tokens > step] for step in range(1, longest)]
-    buckets = {bucket_of(len(rows)) for rows in live}
+    steps = steps_of(requests, max_batch)
+    buckets = {bucket_of(len(contexts)) for contexts in steps}
     step_s = {n: max(read_s, seconds_of(_products(weights, n), device)) for n in buckets}
-    contexts = sum(len(r.prompt_ids) + step for step, rows in enumerate(live, 1) for r in rows)
     body = [weight for weight in weights if weight is not head]
     rows = min(PREFILL_ROWS, sum(len(r.prompt_ids) for r in requests))
     prompt_s = seconds_of(_products(body, rows), device) / rows
     return Floor(
-        sum(step_s[bucket_of(len(rows))] for rows in live),
-        contexts * kv_bytes(model) / bytes_per_s,
+        sum(step_s[bucket_of(len(contexts))] for contexts in steps),
+        sum(map(sum, steps)) * kv_bytes(model) / bytes_per_s,
         prompt_s * sum(len(r.prompt_ids) for r in requests),
         bytes_per_s,
     )
+
+
+def steps_of(requests: Sequence[GenerationRequest], max_batch: int) -> list[list[int]]:
+    """Return each step's context lengths, one per sequence that runs in it.
+
+    A response's first token comes from the prompt's forward; the others take a step each.
+    """
+    waiting = deque(sorted((r for r in requests if r.new_tokens > 1), key=lambda r: -r.new_tokens))
+    running: list[tuple[GenerationRequest, int]] = []
+    steps = []
+    while waiting or running:
+        running += [(waiting.popleft(), 1) for _ in range(min(len(waiting), max_batch - len(running)))]
+        steps.append([len(r.prompt_ids) + done for r, done in running])
+        running = [(r, done + 1) for r, done in running if done + 1 < r.new_tokens]
+    return steps
 
 
 def kv_bytes(model: PreTrainedModel) -> int:

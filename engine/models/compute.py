@@ -50,5 +50,9 @@ def memory_budget(compute: ComputeSettings) -> int:
 def model_cache(compute: ComputeSettings, trust_remote_code: bool) -> ModelCache:
     """This process's cache of base models, which stay loaded between stages."""
     return ModelCache(
-        memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code
+        memory_budget(compute),
+        dtype_of(compute),
+        device_of(compute),
+        parallel=compute.parallel,
+        trust_remote_code=trust_remote_code,
     )

@@ -70,10 +70,19 @@ def test_the_floor_counts_what_a_step_reads(monkeypatch):
     model = bench_generation.make_model(shape, dtype, CPU)
     monkeypatch.setattr(decode_floor, "seconds_of", lambda run, device: 2.0**25)
     asked = [requests.GenerationRequest([5] * 4, 3), requests.GenerationRequest([5] * 6, 1)]
-    floor = decode_floor.decode_floor(model, asked)
+    floor = decode_floor.decode_floor(model, asked, 2)
     assert floor.bytes_per_s == 1 and decode_floor.kv_bytes(model) == 2 * 2 * 2 * 8 * 4
     assert floor.keys_values_s == (5 + 6) * decode_floor.kv_bytes(model)  # two steps of the one long answer
     assert floor.products_s == 2 * 2**25 and floor.prompts_s == 2**25
+
+
+def test_the_floor_of_256_rows_has_that_many_in_most_steps():
+    """Half of the steps of 256 requests would have few rows: the benchmark asks for four times as many."""
+    steps = decode_floor.steps_of(requests.load("hh-like-1024", 512), 256)
+    assert max(map(len, steps)) == 256 and sum(map(len, steps)) == sum(
+        r.new_tokens - 1 for r in requests.load("hh-like-1024", 512)
+    )
+    assert sum(len(step) for step in steps if len(step) == 256) > 0.9 * sum(map(len, steps))
 
 
 def test_continuous_batching_is_asked_for_the_same_lengths():

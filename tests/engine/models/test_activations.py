@@ -1,4 +1,4 @@
-"""What a block keeps for its backward, compiled blocks, a merged adapter, Liger's modules: nothing changes the loss."""
+"""What a block keeps for its backward, compiled blocks, a merged adapter: nothing changes the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from macpo.engine.config import ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import activations, liger
+from macpo.engine.models import activations
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
@@ -123,46 +123,3 @@ def test_a_block_that_runs_again_in_the_backward_still_has_the_hook() -> None:
             loss.backward()
         grads.append([p.grad for p in policy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-# --- Liger ---
-
-
-@pytest.mark.parametrize(
-    "model_type, settings, device, reason",
-    [
-        ("llama", ParallelSettings(), "cpu", "do not run on cpu"),
-        ("llama", ParallelSettings(liger="off"), "cuda", "is off"),
-        ("llama", ParallelSettings(tensor=2), "cuda", "tensor parallelism"),
-        ("gpt_neox", ParallelSettings(), "cuda", "none for gpt_neox"),
-    ],
-)
-def test_where_liger_is_not_used(model_type: str, settings: ParallelSettings, device: str, reason: str) -> None:
-    pytest.importorskip("liger_kernel")
-    assert reason in (liger.why_not(model_type, settings, torch.device(device)) or "")
-
-
-def test_liger_replaces_modules_of_this_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel")
-    from transformers.models.llama import modeling_llama
-
-    before = dict(vars(modeling_llama))
-    patched, other = model_of("llama"), model_of("llama")
-    assert not liger.use_liger(patched, ParallelSettings(), torch.device("cpu"))
-    try:
-        assert liger.use_liger(patched, ParallelSettings(), torch.device("cuda"))
-        names = {type(m).__name__ if "forward" not in vars(m) else m._get_name() for m in patched.modules()}
-        assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= names
-        changed = {name for name, value in vars(modeling_llama).items() if before.get(name) is not value}
-        assert changed == {"apply_rotary_pos_emb"}
-        plain = score(PolicyModule(other), PAIRS)  # RoPE of CPU tensors is the family's own
-        assert plain[0][0].sum_logp < 0
-        assert "forward" not in vars(patched), "the head stays ours"
-        assert not liger.use_liger(model_of("gpt_neox"), ParallelSettings(), torch.device("cuda"))
-    finally:
-        vars(modeling_llama).update(before)
-
-
-def test_liger_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liger, "find_spec", lambda name: None)
-    assert liger.why_not("llama", ParallelSettings(), torch.device("cuda")) == "liger-kernel is not installed"
