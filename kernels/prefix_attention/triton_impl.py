@@ -16,6 +16,7 @@ from torch import Tensor
 
 from macpo.kernels.attention_weights import is_rare, sink_gradient
 from macpo.kernels.prefix_attention import triton_kernels as kernels
+from macpo.kernels.prefix_attention import triton_plan
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
 
@@ -230,7 +231,9 @@ def aot_kernels() -> list[AotKernel]:
                     for given in _GIVEN if kernel is kernels.forward_kernel else _GIVEN[:2]:
                         options = dict.fromkeys(set(kernel.arg_names) & {"cap_log2", "p_sinks"} - set(given))
                         found.append(_entry(kernel, tile, constants | options, dtype, capabilities))
-    return found
+    every = [tiles for table in (_LARGE, _SMALL) for tiles in table.values()]
+    sizes = {tuple((tile.block_q, tile.block_k) for tile in (tiles.forward, tiles.dkv)) for tiles in every}
+    return found + triton_plan.aot_kernels(sizes)
 
 
 def _entry(

@@ -7,8 +7,9 @@ from itertools import pairwise, product
 import pytest
 import torch
 from kernel_checks import DEVICE, TOLERANCE, TRITON
+from launches import Kernels
 
-from macpo.kernels import BackendError, Segments, prefix_attention
+from macpo.kernels import BackendError, Segments, plan_attention, prefix_attention, use_backend
 from macpo.kernels.prefix_attention import flash_impl, library, op, plan, reference
 from macpo.kernels.prefix_attention.segments import visible
 
@@ -192,9 +193,11 @@ def test_a_view_of_a_wider_projection(backend):
 
 @needs_triton
 def test_the_plan_is_made_once_a_row(backend, monkeypatch):
+    from macpo.kernels.prefix_attention import triton_plan
+
     calls = []
-    make = plan.visible_keys
-    monkeypatch.setattr(plan, "visible_keys", lambda *args: calls.append(args) or make(*args))
+    make = triton_plan.make
+    monkeypatch.setattr(triton_plan, "make", lambda *args: calls.append(args) or make(*args))
     segments = segments_of("pairs")
     q, k, v, _ = qkvg(segments.num_tokens, 2, 1, 64)
 
@@ -205,10 +208,59 @@ def test_the_plan_is_made_once_a_row(backend, monkeypatch):
 
     layers(q, k, v, segments)
     assert len(calls) == 2
-    torch.compile(layers, fullgraph=True, backend="aot_eager")(
-        q.detach().requires_grad_(), k, v, segments
-    ).sum().backward()
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    compiled(q.detach().requires_grad_(), k, v, segments_of("pairs")).sum().backward()
     assert len(calls) == 4  # a graph that is differentiated merges equal calls
+    segments = segments_of("pairs")
+    with use_backend(backend):
+        plan_attention(segments, [(None, 64), (4, 64)], q.dtype)
+    assert len(calls) == 6
+    compiled(q.detach().requires_grad_(), k, v, segments).sum().backward()
+    assert len(calls) == 6  # what was made before is an input of the graph
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [None, 1, 5, 30])
+def test_the_kernels_plan_is_the_definition(backend, window):
+    """Every entry, of blocks of both kinds and sizes, also where a row has fewer tokens than a block."""
+    from macpo.kernels.prefix_attention import triton_plan
+
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 40, (12, 4), generator=g).tolist()
+    for layout in (*LAYOUTS.values(), [(prompt, responses) for prompt, *responses in sizes]):
+        s = Segments.from_lengths(layout).to(DEVICE)
+        integers = (s.prefix_start, s.prefix_end, s.segment_start)
+        visible_3t = plan.visible_keys(*integers, window)
+        for forward, dkv in (((16, 16), (32, 16)), ((64, 64), (64, 64)), ((32, 16), (16, 64))):
+            found = triton_plan.make(*integers, window, forward, dkv)
+            assert torch.equal(found[0], visible_3t)
+            for lists, size, by_key in ((found[1], forward, False), (found[2], dkv, True)):
+                assert torch.equal(lists, plan.block_lists(visible_3t, *size, by_key=by_key))
+
+
+@needs_triton
+def test_a_plan_is_two_kernels(backend, monkeypatch):
+    """Nothing but the launches and empty memory; the definition in torch is about a hundred kernels."""
+    from macpo.kernels.prefix_attention import triton_plan
+
+    segments = segments_of("long")
+    integers = (segments.prefix_start, segments.prefix_end, segments.segment_start)
+    launches = []
+
+    class Noted:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append(grid)
+
+    for name in ("bounds_kernel", "lists_kernel"):
+        monkeypatch.setattr(triton_plan, name, Noted())
+    with Kernels() as made:
+        triton_plan.make(*integers, None, (64, 64), (64, 64))
+    with Kernels() as defined:
+        visible_3t = plan.visible_keys(*integers, None)
+        for by_key in (False, True):
+            plan.block_lists(visible_3t, 64, 64, by_key=by_key)
+    assert (len(launches), made.count) == (2, 0)
+    assert defined.count > 90
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 23])
