@@ -171,7 +171,7 @@ class Generator:
             stop = self.team.any_of(should_stop or (lambda: False))
             job = Job(self.model, self.vocabulary, self.tokenizer, self._sequence, stop, count, self.team)
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
-            stacked = self._stacked(names) if len(names) > 1 else None
+            stacked = self._stacked(names) if len(names) > 1 or self._uses_pool() else None
             if stacked is not None:
                 with stacked.active():
                     self._run_within_memory(requests, replace(job, adapters=stacked), on_done)
@@ -315,13 +315,17 @@ class Generator:
         return self._layers
 
     def _stacked(self, names: Sequence[str | None]) -> StackedAdapters | None:
-        """The adapters stacked for one batch; None, with a log line, where they have to run one after the other."""
+        """The adapters stacked for one batch, also a single one, whose factors no step then casts.
+
+        None where the layers compute them by themselves, of several one after the other, which a log line says.
+        """
         outer: Any = self._outer
         reason = why_not(outer)
         if not reason and None in names and (len(outer.active_adapters) > 1 or disabled(outer)):
             reason = "several adapters are active at once, or they are switched off"
         if reason:
-            _log.warning("adapters are run one after the other: %s", reason)
+            if len(names) > 1:
+                _log.warning("adapters are run one after the other: %s", reason)
             return None
         own = [outer.active_adapter if name is None else name for name in names]
         kept = self._stack

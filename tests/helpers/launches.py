@@ -17,6 +17,8 @@ _NO_KERNEL = {
     "aten::_local_scalar_dense",
     "aten::is_pinned",
     "aten::detach",
+    "aten::_unsafe_view",
+    "aten::lift_fresh",
 }
 """Operators without a kernel that are no views; a reshape that copies calls `clone`, which has one."""
 

@@ -21,6 +21,7 @@ from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.reference import reference_logps
+from macpo.kernels import use_backend
 
 
 @pytest.mark.parametrize("case", [TIED, LORA], ids=["full", "lora"])
@@ -97,6 +98,27 @@ def test_compiled_blocks_are_exact_and_one_graph_serves_all_lengths(monkeypatch:
     made = graphs["unique_graphs"] - before
     # the first block's input takes no gradient, because the embedding is frozen
     assert made <= 2, f"{made} graphs for 8 lengths and two blocks"
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_attention_plan_is_made_once_a_batch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose layers alternate between two windows there are two; each compiled block is a graph of its own."""
+    triton_plan = pytest.importorskip("macpo.kernels.prefix_attention.triton_plan")
+    calls: list[int | None] = []
+    make = triton_plan.make
+    monkeypatch.setattr(triton_plan, "make", lambda *args: calls.append(args[3]) or make(*args))
+    batches = [pack(PAIRS[:1], max_tokens=1 << 20)[0] for _ in range(3)]
+    with use_backend("triton"):
+        policy = PolicyModule(model_of("gemma3_text").requires_grad_(False))
+        plain = policy.token_logps(batches[0])
+        for block in activations.blocks_of(policy.base) if compiled else ():
+            activations.compile_block(block, backend="aot_eager")
+        calls.clear()
+        with torch.no_grad():
+            for batch in batches[1:]:
+                torch.testing.assert_close(policy.token_logps(batch), plain, rtol=1e-5, atol=1e-5)
+    assert sorted(calls, key=str) == [5, 5, None, None]
     torch._dynamo.reset()
 
 
