@@ -23,6 +23,7 @@ from torch import Tensor
 
 from macpo.engine.errors import DataError
 from macpo.kernels import Segments
+from macpo.kernels.transfer import together
 
 
 @dataclass(slots=True)
@@ -91,9 +92,11 @@ class PackedBatch:
         """The batch on a device; `cu_rows` stays on the CPU, where chunking is planned."""
         if self.input_ids.device == torch.device(device):
             return self
-        names = ("input_ids", "position_ids", "rows", "target", "last")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, segments=self.segments.to(device), **moved)
+        names, own = ("input_ids", "position_ids", "rows", "target", "last"), ("prefix_start", "prefix_end", "segment_start")
+        tensors = [getattr(self, name) for name in names] + [getattr(self.segments, name) for name in own]
+        moved = together(tensors, torch.device(device))
+        segments = Segments(*moved[len(names) :], self.segments.cu_groups)
+        return replace(self, segments=segments, **dict(zip(names, moved, strict=False)))
 
 
 def pack(

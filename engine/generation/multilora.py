@@ -24,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from macpo.engine.models.tuning.lora_linear import FusedLinear
+from macpo.kernels.transfer import to_device
 from macpo.kernels.wide_products import is_emulated
 
 Layout = tuple[tuple[int, float], ...]  # (rank, scaling) of each adapter in a layer; rank 0 where it has none
@@ -74,7 +75,8 @@ class StackedAdapters:
 
     def assign(self, labels: Sequence[str | None]) -> None:
         """Sets the adapter of each of the T tokens of the next forwards."""
-        self.select(torch.tensor([self.index(label) for label in labels], device=self._model.device))
+        if self._tables:
+            self.select(to_device(torch.tensor([self.index(label) for label in labels]), self._model.device))
 
     def select(self, index: Tensor) -> None:
         """Like `assign`, by the adapters' indices [T] int64, which stay on their device."""

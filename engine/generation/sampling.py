@@ -15,6 +15,7 @@ from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.vocabulary import Columns, Vocabulary
 from macpo.kernels import SampleParams, sample
+from macpo.kernels.transfer import to_device
 
 
 class RowSampler:
@@ -31,8 +32,8 @@ class RowSampler:
             seen = torch.zeros(len(rows), vocabulary.num_tokens, dtype=torch.bool, device=device)
             mark_seen(seen, rows)
         self.params = sample_params(settings, seen, device)
-        self.keys = torch.tensor([noise_key(row) for row in rows], dtype=torch.int64, device=device)
-        self.counts = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64, device=device)
+        self.keys = to_device(torch.tensor([noise_key(row) for row in rows], dtype=torch.int64), device)
+        self.counts = to_device(torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64), device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [B, W >= V] -> token ids int64 [B], raw and processed log-probs float32 [B]."""
@@ -68,7 +69,7 @@ def sample_params(settings: Sequence[SamplingParams], seen: Tensor | None, devic
     """The sampling operator's settings, one row per element of `settings`."""
 
     def column(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([getattr(one, name) for one in settings], dtype=dtype, device=device)
+        return to_device(torch.tensor([getattr(one, name) for one in settings], dtype=dtype), device)
 
     return SampleParams(
         seed=column("seed", torch.int64),
@@ -99,5 +100,5 @@ def mark_seen(seen: Tensor, rows: Sequence[ActiveSequence]) -> None:
     ids = [torch.tensor([*row.request.prompt_ids, *row.tokens]) for _, row in marked]
     at = torch.tensor([i for i, _ in marked]).repeat_interleave(torch.tensor(list(map(len, ids))))
     pairs = torch.stack((at, torch.cat(ids)))
-    at, token = pairs[:, pairs[1] < seen.shape[1]].to(seen.device)
+    at, token = to_device(pairs[:, pairs[1] < seen.shape[1]], seen.device)
     seen[at, token] = True
