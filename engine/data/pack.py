@@ -92,7 +92,10 @@ class PackedBatch:
         """The batch on a device; `cu_rows` stays on the CPU, where chunking is planned."""
         if self.input_ids.device == torch.device(device):
             return self
-        names, own = ("input_ids", "position_ids", "rows", "target", "last"), ("prefix_start", "prefix_end", "segment_start")
+        names, own = (
+            ("input_ids", "position_ids", "rows", "target", "last"),
+            ("prefix_start", "prefix_end", "segment_start"),
+        )
         tensors = [getattr(self, name) for name in names] + [getattr(self.segments, name) for name in own]
         moved = together(tensors, torch.device(device))
         segments = Segments(*moved[len(names) :], self.segments.cu_groups)

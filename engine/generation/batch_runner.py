@@ -161,7 +161,9 @@ class BatchRunner(ABC):
         rows = [row for _, own in part for row in own]
         counts = to_device(torch.tensor([len(own) for _, own in part]), self.device)
         sampler = RowSampler(rows, self.job.vocabulary, self.device, self.job.team)
-        tokens, raw_logps, logps = (x.tolist() for x in sampler(logits.repeat_interleave(counts, 0, output_size=len(rows))))
+        tokens, raw_logps, logps = (
+            x.tolist() for x in sampler(logits.repeat_interleave(counts, 0, output_size=len(rows)))
+        )
         new = [row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1]) for i, row in enumerate(rows)]
         self.job.count(tokens=sum(new))
 

@@ -209,7 +209,10 @@ class Generator:
             problem = f"decoding {self.max_batch} sequences of up to {tokens:,} tokens does not fit in memory"
             raise ResourceError(problem, fix)
         self.max_batch //= 2
-        _log.warning("memory ran out while decoding: %d sequences together from now on", self.max_batch)
+        text = (
+            "memory ran out while decoding: %d sequences together from now on (compute.generation_batch says how many)"
+        )
+        _log.warning(text, self.max_batch)
 
     def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
         paused: dict[tuple[str, int, int], ActiveSequence] = {}  # at the length where the model's rotary factors switch
@@ -266,6 +269,8 @@ class Generator:
             try:
                 session.capture(num_slots, self._outer)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 why = str(error).splitlines()[0]
         if why:
             self._refuse_graphs(why)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.params import SamplingParams
@@ -57,7 +58,9 @@ def draw(
     drawable = columns.drawable(logits)
     tokens, raw_logps, logps = sample(drawable, params, keys, counts)
     if columns.holes is not None or logits.shape[1] > columns.num_tokens:  # raw log-probs are those of the whole head
-        raw_logps = raw_logps + drawable.float().logsumexp(-1) - logits.float().logsumexp(-1)
+        drawn_logit = logits.gather(1, tokens[:, None])[:, 0].float()
+        # log(1 + others / drawable), where the drawable ones' logsumexp follows from what was drawn
+        raw_logps = raw_logps - functional.softplus(columns.others(logits) - (drawn_logit - raw_logps))
     team.follow_(tokens, raw_logps, logps)
     if params.seen is not None:
         params.seen.scatter_(1, tokens[:, None], True)

@@ -117,7 +117,7 @@ class Result:
     logps: Tensor
     rewards: Tensor
     grad_n: Tensor | None
-    """g [N]; d loss / d hidden is `grads.hidden` times it, by rows."""
+    """g [N] times the rows' own factors; d loss / d hidden is `grads.hidden` times it, by rows."""
     grads: Gradients
     """Gradients of the inputs; those of weight, bias and LoRA are `grad_scale` times too large."""
     grad_scale: float
@@ -158,6 +158,8 @@ def pair_loss(head: Head, hidden: Tensor, target: Tensor, pairs: Pairs, needs: N
                 logp_n[part], _ = head.score(hidden[part], target[part], buffer)
         if needs.hidden:
             grad_n = pairs.row_grads(logp_n, 0, len(pairs))
+    if grad_n is not None:
+        grad_n = grads.row_factors(grad_n)
     plain_s, weighted_s = pairs.sums(logp_n, 0, len(pairs))
     return Result(
         loss=pairs.terms(plain_s, weighted_s, 0, len(pairs))[0].sum(),

@@ -42,6 +42,7 @@ def adapted(layers: int, fused: bool) -> PeftModel:
 @contextmanager
 def on_a_gpu(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a GPU would run it: products in 16 bits; Liger's functions and the attention's operators are a kernel each."""
+
     def as_one(fused: Any, own: Any, *, is_method: bool) -> Any:
         def function(*args: Any, **kwargs: Any) -> Any:
             mlp = args[0]
