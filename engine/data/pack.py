@@ -92,14 +92,19 @@ class PackedBatch:
         """The batch on a device; `cu_rows` stays on the CPU, where chunking is planned."""
         if self.input_ids.device == torch.device(device):
             return self
-        names, own = (
-            ("input_ids", "position_ids", "rows", "target", "last"),
-            ("prefix_start", "prefix_end", "segment_start"),
+        own = self.segments
+        tensors = (self.input_ids, self.position_ids, self.rows, self.target, self.last)
+        segments = (own.prefix_start, own.prefix_end, own.segment_start)
+        ids, positions, rows, target, last, start, end, segment = together([*tensors, *segments], torch.device(device))
+        return replace(
+            self,
+            input_ids=ids,
+            position_ids=positions,
+            rows=rows,
+            target=target,
+            last=last,
+            segments=Segments(start, end, segment, own.cu_groups),
         )
-        tensors = [getattr(self, name) for name in names] + [getattr(self.segments, name) for name in own]
-        moved = together(tensors, torch.device(device))
-        segments = Segments(*moved[len(names) :], self.segments.cu_groups)
-        return replace(self, segments=segments, **dict(zip(names, moved, strict=False)))
 
 
 def pack(

@@ -16,8 +16,8 @@ def packed_prompts(lengths: Sequence[int], device: torch.device) -> tuple[Segmen
     """Segments of prompts packed into one row, and the position of each prompt's last token in it [prompts]."""
     own = Segments.from_lengths([(length, []) for length in lengths])
     integers = (own.prefix_start, own.prefix_end, own.segment_start, torch.tensor(list(lengths)).cumsum(0) - 1)
-    *moved, last = together(integers, device)
-    return Segments(*moved, own.cu_groups), last
+    prefix_start, prefix_end, segment_start, last = together(integers, device)
+    return Segments(prefix_start, prefix_end, segment_start, own.cu_groups), last
 
 
 def layer_index(module: nn.Module) -> int:

@@ -14,8 +14,8 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.router import Router, balance, router_logits, router_of
 from macpo.engine.models.support import ROUTER_OFF
-from macpo.kernels.transfer import together
 from macpo.engine.training.objectives import Objective
+from macpo.kernels.transfer import together
 
 
 @dataclass(frozen=True, eq=False)

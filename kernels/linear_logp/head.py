@@ -268,7 +268,7 @@ class Gradients:
         return torch.zeros(like.shape, dtype=self.head.dtype, device=like.device)
 
     def row_factors(self, grad_n: Tensor) -> Tensor:
-        """What the rows of `hidden` still have to be multiplied by, given g [N]; once, so that they are rounded once."""
+        """What the rows of `hidden` still have to be multiplied by, given g [N]: one product, one rounding."""
         return grad_n if self.factor_n is None else grad_n * self.factor_n
 
     def add(self, part: slice, found: Gradient, grad_n: Tensor | None = None) -> None:

@@ -30,10 +30,10 @@ def make_plan(
     from macpo.kernels.prefix_attention import triton_plan
     from macpo.kernels.prefix_attention.triton_impl import tiles_of
 
-    integers = (x.contiguous() for x in (prefix_start, prefix_end, segment_start))
+    start, end, own = (x.contiguous() for x in (prefix_start, prefix_end, segment_start))
     tiles = tiles_of(head_dim, dtype, prefix_start.device)
-    sizes = ((tile.block_q, tile.block_k) for tile in (tiles.forward, tiles.dkv))
-    return triton_plan.make(*integers, window, *sizes)
+    forward, dkv = ((tile.block_q, tile.block_k) for tile in (tiles.forward, tiles.dkv))
+    return triton_plan.make(start, end, own, window, forward, dkv)
 
 
 @make_plan.register_fake

@@ -1,8 +1,8 @@
 """Which keys every token sees, as two ranges, and which blocks of keys and queries meet: the definition, in torch.
 
 The kernels' plans are made by `triton_plan`. No step reads a value back to the host, and every shape follows from the
-number of tokens and the block sizes, so a plan can be captured in a CUDA graph. Its lists hold an entry for every pair of blocks: T^2 / (block_q * block_k)
-integers, 8 MiB at 131,072 tokens and blocks of 128 x 64.
+number of tokens and the block sizes, so a plan can be captured in a CUDA graph. Its lists hold an entry for every pair
+of blocks: T^2 / (block_q * block_k) integers, 8 MiB at 131,072 tokens and blocks of 128 x 64.
 
 Legend: t tokens, m query blocks, n key blocks.
 """

@@ -63,6 +63,10 @@ _SMALL = _FLOAT32 | {
 _LOG2_E = math.log2(math.e)
 
 
+def _blocks(tile: Tile) -> tuple[int, int]:
+    return tile.block_q, tile.block_k
+
+
 def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """The tiles for q, k, v [T, H, head_dim] of this dtype on `device`."""
     large = device.type == "cuda" and torch.cuda.get_device_properties(device).major in (9, 10)
@@ -232,7 +236,7 @@ def aot_kernels() -> list[AotKernel]:
                         options = dict.fromkeys(set(kernel.arg_names) & {"cap_log2", "p_sinks"} - set(given))
                         found.append(_entry(kernel, tile, constants | options, dtype, capabilities))
     every = [tiles for table in (_LARGE, _SMALL) for tiles in table.values()]
-    sizes = {tuple((tile.block_q, tile.block_k) for tile in (tiles.forward, tiles.dkv)) for tiles in every}
+    sizes = {(_blocks(tiles.forward), _blocks(tiles.dkv)) for tiles in every}
     return found + triton_plan.aot_kernels(sizes)
 
 

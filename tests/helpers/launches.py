@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NO_KERNEL = {
@@ -58,8 +61,37 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def kernels_of(run: Any) -> Counter[str]:
-    """The kernels of one call without gradients."""
-    with torch.no_grad(), Kernels() as found:
-        run()
-    return found.names
+class _Fused(torch.autograd.Function):
+    """A function as one kernel forwards and one backwards, as Liger's are."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        ctx.kernels, ctx.function = kernels, function
+        ctx.save_for_backward(*tensors)
+        with kernels.as_one("liger"):
+            return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with ctx.kernels.as_one("liger backward"), torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            out = ctx.function(*inputs)
+            found = torch.autograd.grad(out, inputs, grads if isinstance(out, tuple) else grads[0], allow_unused=True)
+        return None, None, *found
+
+
+def as_kernels(kernels: Kernels) -> Callable[..., Any]:
+    """In the place of `liger._by_device`: the family's own functions, a kernel each; an MLP's products stay its own."""
+
+    def by_device(fused: Any, own: Any, *, is_method: bool) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            module, *tensors = args if is_method else (None, *args)
+            if not hasattr(module, "down_proj"):
+                call = partial(own, module) if is_method else own
+                return _Fused.apply(kernels, partial(call, **kwargs), *tensors)
+            gate, up = module.gate_proj(tensors[0]), module.up_proj(tensors[0])
+            return module.down_proj(_Fused.apply(kernels, lambda a, b: module.act_fn(a) * b, gate, up))
+
+        return function
+
+    return by_device

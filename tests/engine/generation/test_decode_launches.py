@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import model_of
-from launches import Kernels
+from launches import Kernels, as_kernels
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from macpo.engine.config import ParallelSettings
@@ -43,19 +43,6 @@ def adapted(layers: int, fused: bool) -> PeftModel:
 def on_a_gpu(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a GPU would run it: products in 16 bits; Liger's functions and the attention's operators are a kernel each."""
 
-    def as_one(fused: Any, own: Any, *, is_method: bool) -> Any:
-        def function(*args: Any, **kwargs: Any) -> Any:
-            mlp = args[0]
-            if not hasattr(mlp, "down_proj"):
-                with kernels.as_one("liger"):
-                    return own(*args, **kwargs)
-            gate, up = mlp.gate_proj(args[1]), mlp.up_proj(args[1])
-            with kernels.as_one("liger"):
-                product = mlp.act_fn(gate) * up
-            return mlp.down_proj(product)
-
-        return function
-
     def attend(self: Any, module: Any, q: Any, k: Any, v: Any, form: Any) -> Any:
         for name in ("write_kv", "paged_attention", "paged_attention_combine"):
             with kernels.as_one(name):
@@ -68,7 +55,7 @@ def on_a_gpu(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         patch.setattr(lora_linear, "_products_at_once", lora_linear.products)  # an operator whose kernels count
         patch.setattr("macpo.engine.models.attention_hook.wide_products", lambda dtype, device: nullcontext())
         patch.setattr(PagedDecode, "attend", attend)
-        patch.setattr(liger, "_by_device", as_one)
+        patch.setattr(liger, "_by_device", as_kernels(kernels))
         yield
 
 

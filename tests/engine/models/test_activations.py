@@ -103,7 +103,7 @@ def test_compiled_blocks_are_exact_and_one_graph_serves_all_lengths(monkeypatch:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_attention_plan_is_made_once_a_batch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model whose layers alternate between two windows there are two; each compiled block is a graph of its own."""
+    """Layers that alternate between two windows need two; each compiled block is a graph of its own."""
     triton_plan = pytest.importorskip("macpo.kernels.prefix_attention.triton_plan")
     calls: list[int | None] = []
     make = triton_plan.make
