@@ -209,10 +209,8 @@ class Generator:
             problem = f"decoding {self.max_batch} sequences of up to {tokens:,} tokens does not fit in memory"
             raise ResourceError(problem, fix)
         self.max_batch //= 2
-        text = (
-            "memory ran out while decoding: %d sequences together from now on (compute.generation_batch says how many)"
-        )
-        _log.warning(text, self.max_batch)
+        why = "memory ran out while decoding (compute.generation_batch)"
+        _log.warning("%s: %d sequences together from now on", why, self.max_batch)
 
     def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
         paused: dict[tuple[str, int, int], ActiveSequence] = {}  # at the length where the model's rotary factors switch
@@ -320,10 +318,7 @@ class Generator:
         return self._layers
 
     def _stacked(self, names: Sequence[str | None]) -> StackedAdapters | None:
-        """The adapters stacked for one batch, also a single one, whose factors no step then casts.
-
-        None where the layers compute them by themselves, of several one after the other, which a log line says.
-        """
+        """The adapters stacked for one batch; None where they compute by themselves, of several one after the other."""
         outer: Any = self._outer
         reason = why_not(outer)
         if not reason and None in names and (len(outer.active_adapters) > 1 or disabled(outer)):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import model_of
-from launches import Kernels, as_kernels
+from kernel_checks import Kernels, as_kernels
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from macpo.engine.config import ParallelSettings

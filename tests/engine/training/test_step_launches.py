@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import model_of
-from launches import Kernels, as_kernels
+from kernel_checks import Kernels, as_kernels
 
 from macpo.engine.config import LoraSettings, ParallelSettings
 from macpo.engine.data.pack import PrefixGroup, pack
