@@ -30,8 +30,11 @@ from bench.harness.options import Spec, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.requests import GenerationRequest, load
 from bench.peers.decode_floor import decode_floor
+from macpo.engine.config import ParallelSettings
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
+from macpo.engine.models.liger import use_liger
+from macpo.engine.models.model_cache import shared_copy
 
 OURS = "macpo Generator"
 MAX_BATCH = 256
@@ -155,7 +158,9 @@ def as_outputs(answers: Sequence[Sequence[int]]) -> Outputs:
 
 def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest], **options: Any) -> Run:
     params = [SamplingParams(temperature=0, max_new_tokens=r.new_tokens, ignore_eos=True) for r in requests]
-    generator = Generator(model, max_batch=min(MAX_BATCH, len(requests)), **options)
+    own = shared_copy(model)  # the others keep the family's modules
+    use_liger(own, ParallelSettings(), model.device)
+    generator = Generator(own, max_batch=min(MAX_BATCH, len(requests)), **options)
 
     def run() -> Outputs:
         outputs = generator.generate([r.prompt_ids for r in requests], params)

@@ -278,10 +278,12 @@ class ComputeSettings(Settings):
     """Base models kept loaded at once may take this much; default: 60% of the device's memory."""
     score_tokens: PositiveInt = 16384
     """Token budget of one packed scoring forward."""
-    generation_batch: PositiveInt = 64
-    """Sequences decoded together."""
-    wave_requests: PositiveInt = 256
-    """Requests that generation commits to disk together; the unit of resume."""
+    generation_batch: PositiveInt | Literal["auto"] = "auto"
+    """Sequences decoded together; `auto` is 256 on a GPU, where fewer leave its products waiting for memory, else 64.
+    Where memory runs out, it is halved."""
+    wave_requests: PositiveInt | Literal["auto"] = "auto"
+    """Requests that generation commits to disk together, the unit of resume; `auto` is 2,048 on a GPU, so that its
+    batch stays full, else 256."""
     parallel: ParallelSettings = ParallelSettings()
     cache: LocalPath | None = None
     """Folder for reference log-probs, which runs can share; default `cache` inside the run's folder."""

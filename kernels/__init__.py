@@ -13,7 +13,7 @@ from macpo.kernels.paged_attention.slots import slot_attention
 from macpo.kernels.pair_loss.op import pair_loss
 from macpo.kernels.pair_loss.result import PairLoss
 from macpo.kernels.pair_loss.sequences import sequence_sums
-from macpo.kernels.prefix_attention.op import prefix_attention
+from macpo.kernels.prefix_attention.op import plan_attention, prefix_attention
 from macpo.kernels.prefix_attention.segments import Segments
 from macpo.kernels.sampling.op import sample
 from macpo.kernels.sampling.params import SampleParams
@@ -30,6 +30,7 @@ __all__ = [
     "linear_logp",
     "paged_attention",
     "pair_loss",
+    "plan_attention",
     "prefix_attention",
     "sample",
     "sequence_sums",

@@ -58,7 +58,8 @@ class AotKernel:
     constexprs: Mapping[str, Any]
     """Value of every constexpr argument, and of arguments that are None."""
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
+    """As the launch has it; 3 is Triton's own where a launch names none."""
     aligned: tuple[str, ...] = ()
     """Arguments that the launcher passes as multiples of 16 (pointers and strides), as Triton specialises them."""
     wgmma: bool = False

@@ -1,4 +1,6 @@
-"""Put what the demo world finds into README and docs: `python -m bench.evidence.update_readme bench/results/demo-world`.
+"""Put what the demo world finds into README and docs.
+
+    python -m bench.evidence.update_readme bench/results/demo-world
 
 The folder holds the runs' files (bench/evidence/runs.py). No number of those sections is typed by hand.
 """

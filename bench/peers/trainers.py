@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -31,6 +32,7 @@ from macpo.engine.config import LoraSettings, ParallelSettings, PreferenceSettin
 from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World, finish
+from macpo.engine.models.liger import use_liger
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning import lora
@@ -159,7 +161,9 @@ def model_of(setup: Setup, half_base: bool) -> Any:
 
 def _engine(setup: Setup, work: Work, folder: Path) -> Outcome:
     groups = _in_plan_order(setup, work)
-    policy = PolicyModule(model_of(setup, half_base=True), compute_dtype=setup.dtype)
+    model = model_of(setup, half_base=True)
+    use_liger(model.get_base_model() if isinstance(model, PeftModel) else model, ParallelSettings(), setup.device)
+    policy = PolicyModule(model, compute_dtype=setup.dtype)
     parallelize(policy, ParallelSettings(), World())
     settings = PreferenceSettings(
         learning_rate=LEARNING_RATE, batch=setup.pairs_per_step, schedule="linear", beta=BETA, sft_weight=0.0

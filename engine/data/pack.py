@@ -23,6 +23,7 @@ from torch import Tensor
 
 from macpo.engine.data.groups import PrefixGroup
 from macpo.kernels import Segments
+from macpo.kernels.transfer import together
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,19 @@ class PackedBatch:
         """The batch on a device; `cu_rows` stays on the CPU, where chunking is planned."""
         if self.input_ids.device == torch.device(device):
             return self
-        names = ("input_ids", "position_ids", "rows", "target", "last")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, segments=self.segments.to(device), **moved)
+        own = self.segments
+        tensors = (self.input_ids, self.position_ids, self.rows, self.target, self.last)
+        segments = (own.prefix_start, own.prefix_end, own.segment_start)
+        ids, positions, rows, target, last, start, end, segment = together([*tensors, *segments], torch.device(device))
+        return replace(
+            self,
+            input_ids=ids,
+            position_ids=positions,
+            rows=rows,
+            target=target,
+            last=last,
+            segments=Segments(start, end, segment, own.cu_groups),
+        )
 
 
 def pack(

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from macpo.engine.errors import ConfigError
 from macpo.kernels import Segments
+from macpo.kernels.transfer import together
 
 
 def packed_prompts(lengths: Sequence[int], device: torch.device) -> tuple[Segments, Tensor]:
     """Segments of prompts packed into one row, and the position of each prompt's last token in it [prompts]."""
-    segments = Segments.from_lengths([(length, []) for length in lengths]).to(device)
-    return segments, (torch.tensor(list(lengths)).cumsum(0) - 1).to(device)
+    own = Segments.from_lengths([(length, []) for length in lengths])
+    integers = (own.prefix_start, own.prefix_end, own.segment_start, torch.tensor(list(lengths)).cumsum(0) - 1)
+    prefix_start, prefix_end, segment_start, last = together(integers, device)
+    return Segments(prefix_start, prefix_end, segment_start, own.cu_groups), last
 
 
 def layer_index(module: nn.Module) -> int:

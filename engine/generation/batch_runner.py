@@ -25,6 +25,7 @@ from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import AttentionContext
 from macpo.engine.progress import Count, uncounted
 from macpo.kernels import Segments
+from macpo.kernels.transfer import to_device
 
 CPU_PREFILL_TOKENS, PREFILL_TOKENS = 2048, 8192
 """Most prompt tokens of one packed forward."""
@@ -155,12 +156,14 @@ class BatchRunner(ABC):
         if self.job.adapters is not None:
             self.job.adapters.assign([group.request.adapter for group, _ in part for _ in group.request.prompt_ids])
         context = self._context(part)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        ids = to_device(torch.tensor([token for prompt in prompts for token in prompt]), self.device)
         logits = next_logits(self.job.model, ids, context.segments.positions(), context, context.last_rows)
         rows = [row for _, own in part for row in own]
-        counts = torch.tensor([len(own) for _, own in part], device=self.device)
+        counts = to_device(torch.tensor([len(own) for _, own in part]), self.device)
         sampler = RowSampler(rows, self.job.vocabulary, self.device, self.job.team)
-        tokens, raw_logps, logps = (x.tolist() for x in sampler(logits.repeat_interleave(counts, 0)))
+        tokens, raw_logps, logps = (
+            x.tolist() for x in sampler(logits.repeat_interleave(counts, 0, output_size=len(rows)))
+        )
         new = [row.extend(tokens[i : i + 1], raw_logps[i : i + 1], logps[i : i + 1]) for i, row in enumerate(rows)]
         self.job.count(tokens=sum(new))
 

@@ -171,7 +171,7 @@ class Generator:
             stop = self.team.any_of(should_stop or (lambda: False))
             job = Job(self.model, self.vocabulary, self.tokenizer, self._sequence, stop, count, self.team)
             names = sorted({request.adapter for request in requests}, key=lambda name: (name is not None, name))
-            stacked = self._stacked(names) if len(names) > 1 else None
+            stacked = self._stacked(names) if len(names) > 1 or self._uses_pool() else None
             if stacked is not None:
                 with stacked.active():
                     self._run_within_memory(requests, replace(job, adapters=stacked), on_done)
@@ -209,7 +209,8 @@ class Generator:
             problem = f"decoding {self.max_batch} sequences of up to {tokens:,} tokens does not fit in memory"
             raise ResourceError(problem, fix)
         self.max_batch //= 2
-        _log.warning("memory ran out while decoding: %d sequences together from now on", self.max_batch)
+        why = "memory ran out while decoding (compute.generation_batch)"
+        _log.warning("%s: %d sequences together from now on", why, self.max_batch)
 
     def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
         paused: dict[tuple[str, int, int], ActiveSequence] = {}  # at the length where the model's rotary factors switch
@@ -266,6 +267,8 @@ class Generator:
             try:
                 session.capture(num_slots, self._outer)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 why = str(error).splitlines()[0]
         if why:
             self._refuse_graphs(why)
@@ -315,13 +318,14 @@ class Generator:
         return self._layers
 
     def _stacked(self, names: Sequence[str | None]) -> StackedAdapters | None:
-        """The adapters stacked for one batch; None, with a log line, where they have to run one after the other."""
+        """The adapters stacked for one batch; None where they compute by themselves, of several one after the other."""
         outer: Any = self._outer
         reason = why_not(outer)
         if not reason and None in names and (len(outer.active_adapters) > 1 or disabled(outer)):
             reason = "several adapters are active at once, or they are switched off"
         if reason:
-            _log.warning("adapters are run one after the other: %s", reason)
+            if len(names) > 1:
+                _log.warning("adapters are run one after the other: %s", reason)
             return None
         own = [outer.active_adapter if name is None else name for name in names]
         kept = self._stack

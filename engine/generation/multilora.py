@@ -1,8 +1,10 @@
-"""Several LoRA adapters of one base in one batch, by stacked rank: y = x W' + ((x A') * mask) B'.
+"""LoRA adapters of one base in one batch, by stacked rank: y = x W' + ((x A') * mask) B'.
 
 A [R, in] stacks the adapters' factors by rows, B [out, R] by columns; R is the sum of their ranks. The mask [T, R]
-holds each token's scaling in the columns of its own adapter and 0 elsewhere. That takes two dense products of fixed
-shape and no sorting of rows; n adapters cost about n r (in + out) / (in out) of the base's product.
+holds each token's scaling in the columns of its own adapter and 0 elsewhere; a single adapter has its scaling and no
+mask. That takes two dense products of fixed shape and no sorting of rows; n adapters cost about
+n r (in + out) / (in out) of the base's product. The stacks are kept for a run in the dtype of the layer's products, so
+that no step casts them.
 Legend: T tokens of the packed row, R stacked rank.
 """
 
@@ -22,6 +24,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from macpo.engine.models.tuning.lora_linear import FusedLinear
+from macpo.kernels.transfer import to_device
+from macpo.kernels.wide_products import is_emulated
 
 Layout = tuple[tuple[int, float], ...]  # (rank, scaling) of each adapter in a layer; rank 0 where it has none
 
@@ -61,7 +65,8 @@ class StackedAdapters:
         self.labels = tuple(names if labels is None else labels)
         self._layers = _lora_layers(model)
         self._stacks = {id(layer): self._stack(layer) for layer in self._layers}
-        self._tables = {stack.layout: _table(stack.layout).to(stack.a) for stack in self._stacks.values()}
+        layouts = {stack.layout for stack in self._stacks.values()} if len(self.names) > 1 else set()
+        self._tables = {layout: _table(layout).to(model.device) for layout in layouts}
         self._masks: dict[Layout, Tensor] = {}
 
     def index(self, label: str | None) -> int:
@@ -70,7 +75,8 @@ class StackedAdapters:
 
     def assign(self, labels: Sequence[str | None]) -> None:
         """Sets the adapter of each of the T tokens of the next forwards."""
-        self.select(torch.tensor([self.index(label) for label in labels], device=self._model.device))
+        if self._tables:
+            self.select(to_device(torch.tensor([self.index(label) for label in labels]), self._model.device))
 
     def select(self, index: Tensor) -> None:
         """Like `assign`, by the adapters' indices [T] int64, which stay on their device."""
@@ -106,23 +112,39 @@ class StackedAdapters:
         stack = self._stacks[id(layer)]
         if not stack.a.shape[0]:
             return out
-        mask = self._masks[stack.layout]
-        if x.shape[:-1] != (1, mask.shape[0]):
-            raise ValueError(f"a layer sees {list(x.shape[:-1])} tokens where the packed row has {mask.shape[0]}")
-        narrow = (x.to(stack.a.dtype) @ stack.a.T).mul_(mask)
-        return out + (narrow @ stack.b.T).to(out.dtype)
+        narrow = x.to(stack.a.dtype).reshape(-1, x.shape[-1]) @ stack.a.T
+        scaling = 1.0
+        if len(self.names) == 1:
+            ((_, scaling),) = stack.layout
+        else:
+            mask = self._masks[stack.layout]
+            if x.shape[:-1] != (1, mask.shape[0]):
+                raise ValueError(f"a layer sees {list(x.shape[:-1])} tokens where the packed row has {mask.shape[0]}")
+            narrow.mul_(mask)  # float32, also where the stacks have 16 bits
+        if out.dtype == narrow.dtype:
+            out.view(-1, out.shape[-1]).addmm_(narrow, stack.b.T, alpha=scaling)
+            return out
+        return out + (narrow @ stack.b.T).mul_(scaling).to(out.dtype).view_as(out)
 
     def _stack(self, layer: Any) -> _Stack:
         own = [name if name in layer.lora_A else None for name in self.names]
         layout = tuple((0, 0.0) if name is None else (layer.r[name], float(layer.scaling[name])) for name in own)
-        some = next(iter(layer.lora_A.values())).weight
+        dtype = _dtype(layer)
+        some = next(iter(layer.lora_A.values())).weight.to(dtype)
         a = [layer.lora_A[name].weight.detach() for name in own if name is not None]
         b = [layer.lora_B[name].weight.detach() for name in own if name is not None]
         return _Stack(
             layout,
-            torch.cat(a) if a else some.new_zeros(0, layer.in_features),
-            torch.cat(b, dim=1) if b else some.new_zeros(layer.out_features, 0),
+            torch.cat(a).to(dtype) if a else some.new_zeros(0, layer.in_features),
+            torch.cat(b, dim=1).to(dtype) if b else some.new_zeros(layer.out_features, 0),
         )
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    """The dtype of a layer's products: that of its base where the device multiplies it, else that of the adapters."""
+    own, weight = next(iter(layer.lora_A.values())).weight.dtype, layer.get_base_layer().weight
+    plain = type(layer.get_base_layer()) is nn.Linear and not is_emulated(weight.dtype, weight.device)
+    return weight.dtype if plain else own
 
 
 def _lora_layers(model: nn.Module) -> list[LoraLinear]:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from macpo.engine.distributed.world import ALONE, World
 from macpo.engine.generation.params import SamplingParams
 from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.vocabulary import Columns, Vocabulary
 from macpo.kernels import SampleParams, sample
+from macpo.kernels.transfer import to_device
 
 
 class RowSampler:
@@ -31,8 +33,8 @@ class RowSampler:
             seen = torch.zeros(len(rows), vocabulary.num_tokens, dtype=torch.bool, device=device)
             mark_seen(seen, rows)
         self.params = sample_params(settings, seen, device)
-        self.keys = torch.tensor([noise_key(row) for row in rows], dtype=torch.int64, device=device)
-        self.counts = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64, device=device)
+        self.keys = to_device(torch.tensor([noise_key(row) for row in rows], dtype=torch.int64), device)
+        self.counts = to_device(torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64), device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [B, W >= V] -> token ids int64 [B], raw and processed log-probs float32 [B]."""
@@ -56,7 +58,9 @@ def draw(
     drawable = columns.drawable(logits)
     tokens, raw_logps, logps = sample(drawable, params, keys, counts)
     if columns.holes is not None or logits.shape[1] > columns.num_tokens:  # raw log-probs are those of the whole head
-        raw_logps = raw_logps + drawable.float().logsumexp(-1) - logits.float().logsumexp(-1)
+        drawn_logit = logits.gather(1, tokens[:, None])[:, 0].float()
+        # log(1 + others / drawable), where the drawable ones' logsumexp follows from what was drawn
+        raw_logps = raw_logps - functional.softplus(columns.others(logits) - (drawn_logit - raw_logps))
     team.follow_(tokens, raw_logps, logps)
     if params.seen is not None:
         params.seen.scatter_(1, tokens[:, None], True)
@@ -68,7 +72,7 @@ def sample_params(settings: Sequence[SamplingParams], seen: Tensor | None, devic
     """The sampling operator's settings, one row per element of `settings`."""
 
     def column(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([getattr(one, name) for one in settings], dtype=dtype, device=device)
+        return to_device(torch.tensor([getattr(one, name) for one in settings], dtype=dtype), device)
 
     return SampleParams(
         seed=column("seed", torch.int64),
@@ -99,5 +103,5 @@ def mark_seen(seen: Tensor, rows: Sequence[ActiveSequence]) -> None:
     ids = [torch.tensor([*row.request.prompt_ids, *row.tokens]) for _, row in marked]
     at = torch.tensor([i for i, _ in marked]).repeat_interleave(torch.tensor(list(map(len, ids))))
     pairs = torch.stack((at, torch.cat(ids)))
-    at, token = pairs[:, pairs[1] < seen.shape[1]].to(seen.device)
+    at, token = to_device(pairs[:, pairs[1] < seen.shape[1]], seen.device)
     seen[at, token] = True

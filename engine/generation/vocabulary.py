@@ -76,6 +76,13 @@ class Columns(NamedTuple):
         kept = logits[:, : self.num_tokens]
         return kept if self.holes is None else kept.float().index_fill(1, self.holes, NEVER)
 
+    def others(self, logits: Tensor) -> Tensor:
+        """The logsumexp [B] float32 of the columns of logits [B, W] that may not be drawn, of which there are some."""
+        tail = logits[:, self.num_tokens :]
+        if self.holes is None:
+            return tail.float().logsumexp(-1)
+        return torch.cat((tail, logits.index_select(1, self.holes)), 1).float().logsumexp(-1)
+
 
 def check_vocab(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ConfigError if the tokenizer can produce an id that the model has no embedding for."""

@@ -12,6 +12,10 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.hardware import host_memory
 from macpo.engine.models.model_cache import ModelCache
 
+AUTO_BATCH = {"cpu": 64, "cuda": 256}
+"""Sequences decoded together. A step reads every weight once: below some 180 rows an H200's products wait for it."""
+AUTO_WAVE = {"cpu": 256, "cuda": 2048}
+"""Requests of a wave, at whose end the batch runs empty."""
 RESIDENT_SHARE = 0.6
 """Share of the device's memory that loaded base models may take, unless the recipe sets `memory_gb`."""
 
@@ -32,6 +36,20 @@ def dtype_of(compute: ComputeSettings) -> torch.dtype:
     return torch.float32 if compute.dtype == "float32" else torch.bfloat16
 
 
+def generation_batch(compute: ComputeSettings, device: str | None = None) -> int:
+    """How many sequences are decoded together on a kind of device ("cpu" or "cuda"); default this process's."""
+    if compute.generation_batch != "auto":
+        return compute.generation_batch
+    return AUTO_BATCH[device or device_of(compute).type]
+
+
+def wave_requests(compute: ComputeSettings, device: str | None = None) -> int:
+    """How many requests are committed to disk together; `device` as for `generation_batch`."""
+    if compute.wave_requests != "auto":
+        return compute.wave_requests
+    return AUTO_WAVE[device or device_of(compute).type]
+
+
 def memory_budget(compute: ComputeSettings) -> int:
     """Bytes that the base models loaded in one process may take: by default a share of what its device has.
 
@@ -50,5 +68,9 @@ def memory_budget(compute: ComputeSettings) -> int:
 def model_cache(compute: ComputeSettings, trust_remote_code: bool) -> ModelCache:
     """This process's cache of base models, which stay loaded between stages."""
     return ModelCache(
-        memory_budget(compute), dtype_of(compute), device_of(compute), trust_remote_code=trust_remote_code
+        memory_budget(compute),
+        dtype_of(compute),
+        device_of(compute),
+        parallel=compute.parallel,
+        trust_remote_code=trust_remote_code,
     )

@@ -43,8 +43,12 @@ OWN_ERRORS = 4.0
 _VERIFIED = "_macpo_verified"  # an attribute of the module
 
 
-class _Verified(set[str]):
-    """The structures in which a model has passed; copies of the model, which get adapters, share it."""
+AttentionKinds = frozenset[tuple[int | None, int]]
+"""(sliding window, size of a query head) of a model's layers."""
+
+
+class _Verified(dict[str, AttentionKinds]):
+    """What its layers ask for by structure in which a model has passed; copies of it, which get adapters, share it."""
 
     def __deepcopy__(self, memo: object) -> _Verified:
         return self
@@ -65,26 +69,29 @@ class Probe:
 
 @dataclass
 class _Recorder:
-    """Packed attention that records the windows the layers ask for."""
+    """Packed attention that records what the layers ask for."""
 
     segments: Segments
-    windows: set[int | None] = field(default_factory=set)
+    kinds: set[tuple[int | None, int]] = field(default_factory=set)
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
-        self.windows.add(form.window)
+        self.kinds.add((form.window, q.shape[-1]))
         return PackedAttention(self.segments).attend(module, q, k, v, form)
 
 
 @torch.no_grad()
-def verify(base: PreTrainedModel) -> None:
+def verify(base: PreTrainedModel) -> AttentionKinds:
     """Compare the packed path with plain forwards on two small groups; done once per model and structure.
+
+    Returns:
+        What the layers ask of the attention.
 
     Raises:
         ConfigError: naming the architecture and what differs.
     """
     structure, passed = f"{base.dtype} {base.device} {base}", passed_structures(base)
     if structure in passed:
-        return
+        return passed[structure]
     window = expected_window(base)
     head = head_of(base)  # outside of `refusals`, because its errors have remedies of their own
     probes = probes_of(base)
@@ -93,33 +100,35 @@ def verify(base: PreTrainedModel) -> None:
     sizes = torch.tensor([probe.group.num_tokens for probe in probes])
     batch = batch.to(base.device)
     positions = batch.position_ids + starts.repeat_interleave(sizes).to(base.device)
+    recorder = _Recorder(batch.segments)
 
     def packed() -> Tensor:
-        return _packed_logits(base, head, batch, positions, window).unflatten(0, (batch.cu_rows.numel() - 1, -1))
+        logits = _packed_logits(base, head, batch, positions, recorder)
+        check_windows(base, {asked for asked, _ in recorder.kinds}, window)
+        return logits.unflatten(0, (batch.cu_rows.numel() - 1, -1))
 
     def separate() -> Tensor:
         return torch.cat([separate_logits(base, probe)[:, len(probe.group.prompt_ids) - 1 : -1] for probe in probes])
 
     check_path(base, "packed", packed, separate)
-    passed.add(structure)
+    passed[structure] = frozenset(recorder.kinds)
+    return passed[structure]
 
 
-def passed_structures(base: PreTrainedModel) -> set[str]:
-    """Return the set of structures in which a model has passed; call it before copying the model to share the set."""
-    found: set[str] = vars(base).setdefault(_VERIFIED, _Verified())
+def passed_structures(base: PreTrainedModel) -> dict[str, AttentionKinds]:
+    """Return the structures in which a model has passed; call it before copying the model to share them."""
+    found: dict[str, AttentionKinds] = vars(base).setdefault(_VERIFIED, _Verified())
     return found
 
 
 def _packed_logits(
-    base: PreTrainedModel, head: Head, batch: PackedBatch, positions: Tensor, window: int | None
+    base: PreTrainedModel, head: Head, batch: PackedBatch, positions: Tensor, recorder: _Recorder
 ) -> Tensor:
     """Float32 logits [N, V] of the rows that predict the batch's response tokens."""
-    recorder = _Recorder(batch.segments)
     with attention_hook(base):
         out = base.base_model(
             input_ids=batch.input_ids, position_ids=positions, use_cache=False, attention_context=recorder
         )
-    check_windows(base, recorder.windows, window)
     hidden = out.last_hidden_state[0][batch.rows]
     weight, bias = (None if x is None else x.to(hidden.dtype) for x in (head.weight, head.bias))
     logits = functional.linear(hidden, weight, bias).float() * head.logit_scale  # type: ignore[arg-type]

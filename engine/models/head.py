@@ -21,6 +21,7 @@ from macpo.engine.models.vocab_parallel import own_rows, vocab_shard
 from macpo.kernels import VocabShard, linear_logp
 from macpo.kernels import pair_loss as fused_pair_loss
 from macpo.kernels.pair_loss.result import PairLoss
+from macpo.kernels.transfer import to_device
 
 
 class Head(NamedTuple):
@@ -120,7 +121,7 @@ def pair_loss(
         ref_logps: [2B] log-probs of the sequences under the reference, in the order c0, r0, c1, r1, ...
         options: the loss and its settings, and `num_pairs`, as the operator takes them.
     """
-    target, ref_logps = batch.target.to(rows.device), None if ref_logps is None else ref_logps.to(rows.device)
+    target, ref_logps = batch.target.to(rows.device), None if ref_logps is None else to_device(ref_logps, rows.device)
     return fused_pair_loss(rows, head.weight, target, batch.cu_rows, ref_logps, **head.rest, **options)
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from macpo.engine.config import FullSettings, LoraSettings, Quantization
+from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, Quantization
 from macpo.engine.errors import ResourceError
 from macpo.engine.model_folders import PolicyRef, local_folder, num_parameters, weight_files
 from macpo.engine.models.equivalence import passed_structures
+from macpo.engine.models.liger import use_liger
 from macpo.engine.models.loading import as_dtype, load_causal_lm
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning import lora
@@ -33,6 +34,7 @@ class ModelCache:
     Args:
         budget_bytes: limit for loaded base weights; None is no limit.
         dtype, device: dtype and device of the loaded weights.
+        parallel: what training will do with them; scoring and generation use the same modules.
 
     Attributes:
         loads: how many times a base was read from disk.
@@ -44,8 +46,10 @@ class ModelCache:
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         *,
+        parallel: ParallelSettings | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        self.parallel = parallel or ParallelSettings()
         self.budget_bytes = budget_bytes
         self.dtype = as_dtype(dtype)
         self.device = torch.device(device)
@@ -138,6 +142,7 @@ class ModelCache:
             quantization=quantization,
             trust_remote_code=self.trust_remote_code,
         ).requires_grad_(False)
+        use_liger(model, self.parallel, self.device)
         self.loads += 1
         passed_structures(model)  # its policies are copies: the first of each structure is compared with the model
         if not spread:

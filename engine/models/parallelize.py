@@ -1,6 +1,6 @@
 """Spreads one model over the ranks and decides what training keeps in memory: the wrap order on one screen.
 
-    Liger's modules -> tensor parallelism -> checkpointing -> torch.compile -> offloading -> FSDP2
+    tensor parallelism -> checkpointing -> torch.compile -> offloading -> FSDP2
 
 Each step wraps the result of the one before; nothing here changes the loss. The mesh has three axes: the ranks of
 `replicate` and `shard` hold different groups of a step (the data axis), those of `tensor` split every layer.
@@ -24,7 +24,6 @@ from macpo.engine.config import ParallelSettings
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError
 from macpo.engine.models.activations import blocks_of, checkpoint_block, compile_block, offload_block
-from macpo.engine.models.liger import use_liger
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tensor_parallel import split_layers
 
@@ -43,7 +42,6 @@ def parallelize(policy: PolicyModule, settings: ParallelSettings, world: World) 
     mixed = full and policy.compute_dtype != torch.float32
     if mixed and devices is None:
         devices = _mesh(world.size, 1, 1, policy.home)
-    use_liger(policy.base, settings, policy.home)
     if settings.tensor > 1 and devices is not None:
         split_layers(policy.base, devices["tensor"], policy.home)
     wraps = settings.checkpointing != "off" or settings.compile or settings.offload_activations

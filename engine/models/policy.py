@@ -24,6 +24,7 @@ from macpo.engine.models.head import Head, aliased, head_of, response_logps, who
 from macpo.engine.models.rotary import switch_length
 from macpo.engine.models.tuning.adapter_rules import check_forward
 from macpo.engine.models.tuning.lora_linear import use_fused_lora
+from macpo.kernels import plan_attention
 
 T_ = TypeVar("T_")
 KEPT_GRADIENT_BYTES = 2 << 30
@@ -68,7 +69,7 @@ class PolicyModule(nn.Module):
         self.eval()
         config = self.base.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        verify(self.base)
+        self.attention_kinds = verify(self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -108,6 +109,7 @@ class PolicyModule(nn.Module):
             )
         batch = batch.to(self.device)
         base = self.base
+        plan_attention(batch.segments, self.attention_kinds, self.compute_dtype)
         with attention_hook(base):
             out = base.base_model(
                 input_ids=batch.input_ids,

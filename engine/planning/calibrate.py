@@ -22,6 +22,7 @@ from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
 from macpo.engine.models.attention_hook import attention_hook
+from macpo.engine.models.liger import use_liger
 from macpo.engine.models.loading import quiet_transformers
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
@@ -131,6 +132,7 @@ def random_policy(config: PretrainedConfig, setup: Setup) -> PolicyModule:
         model = AutoModelForCausalLM.from_config(config)
     full = isinstance(setup.tuning, FullSettings)
     model = model.to(torch.float32 if full else setup.dtype).eval().requires_grad_(full)
+    use_liger(model, setup.parallel, torch.device(setup.device))
     if isinstance(setup.tuning, LoraSettings):
         model = lora.new_adapter(model, setup.tuning, seed=0)
     policy = PolicyModule(model, compute_dtype=setup.dtype)

@@ -16,6 +16,7 @@ from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.router import Router, balance, router_logits, router_of
 from macpo.engine.models.support import ROUTER_OFF
 from macpo.engine.training.objectives import Objective
+from macpo.kernels.transfer import together
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +48,9 @@ class _Balanced(Objective):
         (logits,) = found
         members = [self.groups[index] for index in batch.groups]
         lengths = torch.tensor(batch.segments.cu_groups).diff()
-        group_of = torch.arange(len(members)).repeat_interleave(lengths).to(loss.device)
-        sizes = torch.tensor([float(self.size(group)) for group in members], device=loss.device)
+        group_of = torch.arange(len(members)).repeat_interleave(lengths)
+        weights = torch.tensor([float(self.size(group)) for group in members])
+        group_of, sizes = together([group_of, weights], loss.device)
         part = (balance(logits, group_of, len(members), self.router) * sizes).sum()
         return loss + self.router.coefficient / total * part, torch.cat((sums, part.detach()[None]))
 

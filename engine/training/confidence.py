@@ -16,6 +16,7 @@ from macpo.engine.models.head import Head
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.training.objectives import Objective
 from macpo.kernels import linear_logp
+from macpo.kernels.transfer import together
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits that are held at once to look for the most likely token."""
@@ -94,9 +95,10 @@ def most_likely(rows: Tensor, head: Head) -> Tensor:
 
 def medians(values: Tensor, cu_rows: Tensor) -> Tensor:
     """The lower median of each response's values, at each of its rows: [N] and offsets [R + 1] -> [N]."""
-    lengths = cu_rows.diff().to(values.device)
-    response = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    lengths = cu_rows.diff()
+    response = torch.arange(len(lengths)).repeat_interleave(lengths)
+    middle = cu_rows[:-1] + (lengths - 1).clamp(min=0) // 2
+    response, middle = together([response, middle.long()], values.device)
     by_value = values.argsort(stable=True)
     order = by_value[response[by_value].argsort(stable=True)]
-    middle = cu_rows[:-1].to(values.device) + (lengths - 1).clamp(min=0) // 2
-    return values[order[middle.long()]][response]
+    return values[order[middle]][response]

@@ -23,6 +23,7 @@ from macpo.engine.models.head import Head, pair_loss
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.reward.score_head import RewardModule
 from macpo.kernels.pair_loss.losses import LossSettings
+from macpo.kernels.transfer import to_device
 
 
 class Objective(Protocol):
@@ -177,7 +178,7 @@ class _BradleyTerry(Objective):
     def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
         assert isinstance(policy, RewardModule)
         chosen_b, rejected_b = policy(batch).view(-1, 2).unbind(1)
-        margins = None if self.margins is None else self.margins[list(batch.groups)].to(chosen_b.device)
+        margins = None if self.margins is None else to_device(self.margins[list(batch.groups)], chosen_b.device)
         loss = bradley_terry_loss(chosen_b, rejected_b, margins, self.centring).sum() / total
         won = (chosen_b > rejected_b).float()
         sums = [x.sum() for x in (chosen_b, rejected_b, chosen_b - rejected_b, won)]

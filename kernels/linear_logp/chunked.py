@@ -20,16 +20,15 @@ from macpo.kernels.linear_logp.scaling import scale_rows
 
 def forward(
     head: Head, hidden: Tensor, target: Tensor, chunk_rows: int, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Log-probs and logsumexps [N]; what `keeps` names for the backward: d W [N, H], d [N, V]."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Log-probs and logsumexps [N]; what `keeps` names for the backward: d W [N, H], d [N, V], and its factors [N]."""
     num_rows = hidden.shape[0]
     keep_dx, keep_d = keeps(head, needs, num_rows, chunk_rows)
     if keep_d:
         block = head.block(num_rows, chunk_rows, needs)
         buffer = head.chunk_buffer(block, min(chunk_rows, num_rows))
         found = head.differentiate(hidden, target, buffer, block)
-        d_nv = found.d_nv if found.factor_n is None else scale_rows(found.d_nv, found.factor_n, in_place=True)
-        return found.logp_n, found.lse_n, None, d_nv
+        return found.logp_n, found.lse_n, None, found.d_nv, found.factor_n
     logp_n, lse_n = (hidden.new_empty(num_rows, dtype=head.dtype) for _ in range(2))
     if not keep_dx:
         chunk_rows = head.score_rows(chunk_rows)
@@ -42,7 +41,7 @@ def forward(
             grads.add(part, found)
         else:
             logp_n[part], lse_n[part] = head.score(hidden[part], target[part], buffer)
-    return logp_n, lse_n, grads.hidden, None
+    return logp_n, lse_n, grads.hidden, None, grads.factor_n
 
 
 def keeps(head: Head, needs: Needs, num_rows: int, chunk_rows: int) -> tuple[bool, bool]:
@@ -52,18 +51,18 @@ def keeps(head: Head, needs: Needs, num_rows: int, chunk_rows: int) -> tuple[boo
 
 def backward(
     head: Head, hidden: Tensor, target: Tensor, lse_n: Tensor, d_nv: Tensor | None, grad_n: Tensor, needs: Needs,
-    chunk_rows: int,
+    chunk_rows: int, factor_n: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """Gradients from grad_n [N] = d loss / d logp; d_nv is all rows' d where it was kept."""
+    """Gradients from grad_n [N] = d loss / d logp; d_nv is all rows' d where it was kept, and factor_n its factors."""
     num_rows = hidden.shape[0]
     grads = Gradients(head, hidden, needs, whole=d_nv is not None)
     if d_nv is not None:
-        grads.add(slice(0, num_rows), Gradient(lse_n, lse_n, d_nv), grad_n)
+        grads.add(slice(0, num_rows), Gradient(lse_n, lse_n, d_nv, factor_n), grad_n)
     else:
         buffer = head.buffer(min(chunk_rows, num_rows))
         for part in chunks(0, num_rows, chunk_rows):
             found = head.differentiate_again(hidden[part], target[part], lse_n[part], buffer)
             grads.add(part, found, grad_n[part])
     if grads.hidden is not None:
-        scale_rows(grads.hidden, grad_n, in_place=True)
+        scale_rows(grads.hidden, grads.row_factors(grad_n), in_place=True)
     return grads

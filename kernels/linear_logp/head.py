@@ -22,7 +22,6 @@ from torch import Tensor
 
 from macpo.kernels import native
 from macpo.kernels.linear_logp import rows
-from macpo.kernels.linear_logp.scaling import scale_rows
 from macpo.kernels.wide_products import is_emulated
 
 # Size of a default chunk's logits, or of its d where no logits are kept. On a GPU this is 512 and 1,024 response tokens
@@ -242,12 +241,14 @@ class Gradients:
         whole: all rows will come in one `add`, so that the one product for dW rounds it to W's dtype itself.
 
     Attributes:
-        hidden: [N, H] in hidden's dtype: d W per row, before g; the backward multiplies by it.
+        hidden: [N, H] in hidden's dtype: d W per row, before g and the row's own factor; `row_factors` has both.
+        factor_n: [N] float32, `Gradient.factor_n` of the rows added; None stands for 1.
         weight, bias, lora_a, lora_b: float32 sums of g d ..., in the shapes of these inputs (weight: see `whole`).
     """
 
     def __init__(self, head: Head, hidden: Tensor, needs: Needs, *, whole: bool = False) -> None:
         self.head, self.rows, self.needs = head, hidden, needs
+        self.factor_n: Tensor | None = None
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
         # The first product overwrites dW, which saves a pass over it.
         self.weight_is_set = hidden.shape[0] == 0
@@ -266,6 +267,10 @@ class Gradients:
         assert like is not None
         return torch.zeros(like.shape, dtype=self.head.dtype, device=like.device)
 
+    def row_factors(self, grad_n: Tensor) -> Tensor:
+        """What the rows of `hidden` still have to be multiplied by, given g [N]: one product, one rounding."""
+        return grad_n if self.factor_n is None else grad_n * self.factor_n
+
     def add(self, part: slice, found: Gradient, grad_n: Tensor | None = None) -> None:
         """Add the rows `part` with gradient d; g = grad_n [n] is needed where the head takes gradient.
 
@@ -278,7 +283,9 @@ class Gradients:
             dx_nh = self.hidden[part]
             _input_product_(d_nv, head.weight_vh, dx_nh)
             if factor_n is not None:
-                scale_rows(dx_nh, factor_n, in_place=True)
+                if self.factor_n is None:
+                    self.factor_n = factor_n.new_empty(self.rows.shape[0])
+                self.factor_n[part] = factor_n
             if through_nr is not None and head.lora_a_rh is not None:
                 dx_nh.copy_((through_nr @ head.lora_a_rh.to(head.dtype)).add_(dx_nh))
         if not self.needs.head:

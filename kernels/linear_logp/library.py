@@ -21,22 +21,23 @@ def linear_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, target: Tensor,
     lora_scaling: float, scale: float, softcap: float | None, chunk_rows: int, backend: str, needs: Sequence[bool],
     route: str = "vendor",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probs [N], and for the backward: logsumexps [N], d W [N, H], d [N, V] ([V, N] where z is transposed).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probs [N], and for the backward: logsumexps [N], d W [N, H], d [N, V] ([V, N] where z is transposed), and the
+    factors of its rows [N].
 
     Raises:
         ValueError: a target outside the vocabulary, on the CPU.
     """
     check_target(target, weight.shape[0])
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
-    logp_n, lse_n, dx_nh, d_nv = chunked.forward(head, hidden, target, chunk_rows, Needs(*needs))
+    logp_n, lse_n, dx_nh, d_nv, factor_n = chunked.forward(head, hidden, target, chunk_rows, Needs(*needs))
     kept = None if d_nv is None else (d_nv.T if head.transposed(hidden.shape[0]) else d_nv).contiguous()
-    return logp_n, lse_n, or_empty(dx_nh, hidden), or_empty(kept, hidden)
+    return logp_n, lse_n, or_empty(dx_nh, hidden), or_empty(kept, hidden), or_empty(factor_n, lse_n)
 
 
 @linear_logp.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, bias, lora_a, lora_b, _, lora_scaling, scale, softcap, chunk_rows, backend, needs, *_ = args
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias, lora_a, lora_b, _, lora_scaling, scale, softcap, chunk_rows, backend, needs, *route = args
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     keep_dx, keep_d = chunked.keeps(head, Needs(*needs), num_rows, chunk_rows)
@@ -46,29 +47,31 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden.new_empty(num_rows, dtype=head.dtype),
         hidden.new_empty(hidden.shape if keep_dx else (0,)),
         hidden.new_empty(kept_shape if keep_d else (0,)),
+        hidden.new_empty(num_rows if route == ["epilogue"] and (keep_dx or keep_d) else 0, dtype=head.dtype),
     )
 
 
 @torch.library.custom_op("macpo::linear_logp_backward", mutates_args=())
 def linear_logp_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-    target: Tensor, lse: Tensor, dx: Tensor, kept: Tensor, lora_scaling: float, scale: float, softcap: float | None,
-    chunk_rows: int, backend: str, needs: Sequence[bool], route: str = "vendor",
+    target: Tensor, lse: Tensor, dx: Tensor, kept: Tensor, factor: Tensor, lora_scaling: float, scale: float,
+    softcap: float | None,    chunk_rows: int, backend: str, needs: Sequence[bool], route: str = "vendor",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight, bias and the LoRA's factors from grad [N] = d loss / d logp."""
     head = Head(weight, bias, lora_a, lora_b, lora_scaling, scale, softcap, backend, route)
     wanted = Needs(*needs)
     if not wanted.head and wanted.hidden:
         empties = (weight.new_empty(0) for _ in range(4))
-        return (scale_rows(dx, grad), *empties)  # type: ignore[return-value]
+        return (scale_rows(dx, grad * factor if factor.numel() else grad), *empties)  # type: ignore[return-value]
     d_nv = (kept.T if head.transposed(hidden.shape[0]) else kept) if kept.numel() else None
-    grads = chunked.backward(head, hidden, target, lse, d_nv, grad, wanted, chunk_rows)
+    factor_n = factor if factor.numel() else None
+    grads = chunked.backward(head, hidden, target, lse, d_nv, grad, wanted, chunk_rows, factor_n)
     return as_outputs(grads, hidden)
 
 
 @linear_logp_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(args[1:6], args[15])
+    return fake_gradients(args[1:6], args[16])
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:

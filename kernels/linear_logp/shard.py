@@ -188,7 +188,7 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         library.refuse_double_backward("linear_logp")
-        target, hidden, *weights, lse_n, dx_nh, d_nv = ctx.saved_tensors
+        target, hidden, *weights, lse_n, dx_nh, d_nv, _ = ctx.saved_tensors
         if dx_nh is not None:
             return (*[None] * 4, scale_rows(dx_nh, grad), *[None] * 4)
         args = hidden, target, lse_n, d_nv, grad, Needs(*ctx.needs), ctx.chunk_rows

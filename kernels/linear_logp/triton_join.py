@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from macpo.kernels.linear_logp.triton_math import cap, dot, finish_above, load_block, narrow
+from macpo.kernels.linear_logp.triton_math import cap, dot, finish_above, finite_or_zero, load_block, narrow
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel
 
 BASE_BLOCK = 1024
 JOIN_ROWS, JOIN_PARTS = 32, 64
 REPAIR_N, REPAIR_V, REPAIR_H = 16, 64, 64
+REPAIR_SPLITS = 64  # parts of the vocabulary: one broken row keeps as many programs busy
 # A sum of e above this, or none at all: the target is about 70 nats below the best token. Products of e with weights or
 # hidden states of any size that models have are still far from the end of float32 then.
 MOST = tl.constexpr(1e30)
@@ -97,42 +98,73 @@ def _logits(
     return tl.where((col_v < vocab)[None, :], y_nv, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def repair_kernel(
-    p_hidden, p_weight, p_target, p_bias, p_logp, p_lse, p_factor, d, stride_hidden, stride_weight,
-    num_rows, vocab, width, scale, softcap,
+@triton.jit(do_not_specialize=["num_rows", "split_size"])
+def repair_sums_kernel(
+    p_hidden, p_weight, p_target, p_bias, p_lse, p_broken, p_m, p_rest, p_y, stride_hidden, stride_weight,
+    num_rows, vocab, width, split_size, scale, softcap,
     CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Recompute rows without a logsumexp with their largest logit as the base. They are rare: speed does not matter."""
-    start_n = tl.program_id(0) * BLOCK_N
+    """Of rows without a logsumexp: largest logit, sum and target's logit [S, N] of one part of the vocabulary."""
+    start_n, split = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     row_n = start_n + tl.arange(0, BLOCK_N)
     lse_n = tl.load(p_lse + row_n, mask=row_n < num_rows, other=0.0)
     m_n = (row_n < num_rows) & (lse_n != lse_n)
+    if split == 0:
+        tl.store(p_broken + row_n, m_n.to(tl.int8), mask=row_n < num_rows)
     if tl.max(m_n.to(tl.int32), axis=0) == 0:
         return
-    max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    for start_v in range(0, vocab, BLOCK_V):
-        y_nv = _logits(p_hidden, p_weight, p_bias, start_n, start_v, num_rows, vocab, width, stride_hidden,
-                       stride_weight, scale, softcap, CAPPED, BLOCK_N, BLOCK_V, BLOCK_H)  # fmt: skip
-        max_n = tl.maximum(max_n, tl.max(y_nv, axis=1))
-    rest_n = tl.zeros((BLOCK_N,), tl.float32)
     target_n = tl.load(p_target + row_n, mask=m_n, other=-1)
     known_n = (target_n >= 0) & (target_n < vocab)
+    max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    rest_n = tl.zeros((BLOCK_N,), tl.float32)
     own_n = tl.where(known_n, 0.0, float("nan"))
-    for start_v in range(0, vocab, BLOCK_V):
+    for start_v in range(split * split_size, tl.minimum((split + 1) * split_size, vocab), BLOCK_V):
         y_nv = _logits(p_hidden, p_weight, p_bias, start_n, start_v, num_rows, vocab, width, stride_hidden,
                        stride_weight, scale, softcap, CAPPED, BLOCK_N, BLOCK_V, BLOCK_H)  # fmt: skip
-        col_v = start_v + tl.arange(0, BLOCK_V)
-        here_nv = target_n.to(tl.int32)[:, None] == col_v[None, :]
+        here_nv = target_n.to(tl.int32)[:, None] == (start_v + tl.arange(0, BLOCK_V))[None, :]
         own_n += tl.sum(tl.where(here_nv & known_n[:, None], y_nv, 0.0), axis=1)
-        e_nv = tl.where(here_nv, 0.0, tl.exp(y_nv - max_n[:, None]))
-        rest_n += tl.sum(e_nv, axis=1)
-        if d is not None:
-            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
-            tl.store(d + at_nv, narrow(e_nv, d.dtype.element_ty), mask=m_n[:, None] & (col_v < vocab)[None, :])
+        new_n = tl.maximum(max_n, tl.max(y_nv, axis=1))
+        base_n = finite_or_zero(new_n)
+        e_nv = tl.where(here_nv, 0.0, tl.exp(y_nv - base_n[:, None]))
+        rest_n = rest_n * tl.exp(max_n - base_n) + tl.sum(e_nv, axis=1)
+        max_n = new_n
+    at_n = split.to(tl.int64) * num_rows + row_n
+    tl.store(p_m + at_n, max_n, mask=m_n)
+    tl.store(p_rest + at_n, rest_n, mask=m_n)
+    tl.store(p_y + at_n, own_n, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits", "split_size"])
+def repair_kernel(
+    p_hidden, p_weight, p_target, p_bias, p_broken, p_m, p_rest, p_y, p_logp, p_lse, p_factor, d,
+    stride_hidden, stride_weight, num_rows, vocab, width, num_splits, split_size, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The broken rows anew, with their largest logit as the base; d of one part of the vocabulary where it is given."""
+    start_n, split = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    row_n = start_n + tl.arange(0, BLOCK_N)
+    m_n = tl.load(p_broken + row_n, mask=row_n < num_rows, other=0) != 0
+    if tl.max(m_n.to(tl.int32), axis=0) == 0:
+        return
+    split_s = tl.arange(0, BLOCK_S)
+    at_sn = split_s.to(tl.int64)[:, None] * num_rows + row_n[None, :]
+    m_sn = (split_s < num_splits)[:, None] & m_n[None, :]
+    max_sn = tl.load(p_m + at_sn, mask=m_sn, other=float("-inf"))
+    max_n = tl.max(max_sn, axis=0)
+    shrink_sn = tl.exp(max_sn - finite_or_zero(max_n)[None, :])
+    rest_n = tl.sum(tl.load(p_rest + at_sn, mask=m_sn, other=0.0) * shrink_sn, axis=0)
+    own_n = tl.sum(tl.load(p_y + at_sn, mask=m_sn, other=0.0), axis=0)
+    if split == 0:
+        _write(row_n, m_n, rest_n, own_n, max_n, p_target, p_logp, p_lse, p_factor, None, vocab, scale)
     if d is not None:
-        tl.debug_barrier()  # the target's entry is another thread's
-    _write(row_n, m_n, rest_n, own_n, max_n, p_target, p_logp, p_lse, p_factor, d, vocab, scale)
+        target_n = tl.load(p_target + row_n, mask=m_n, other=-1).to(tl.int32)
+        for start_v in range(split * split_size, tl.minimum((split + 1) * split_size, vocab), BLOCK_V):
+            y_nv = _logits(p_hidden, p_weight, p_bias, start_n, start_v, num_rows, vocab, width, stride_hidden,
+                           stride_weight, scale, softcap, CAPPED, BLOCK_N, BLOCK_V, BLOCK_H)  # fmt: skip
+            col_v = start_v + tl.arange(0, BLOCK_V)
+            d_nv = tl.where(target_n[:, None] == col_v[None, :], -rest_n[:, None], tl.exp(y_nv - max_n[:, None]))
+            at_nv = row_n.to(tl.int64)[:, None] * vocab + col_v[None, :]
+            tl.store(d + at_nv, narrow(d_nv, d.dtype.element_ty), mask=m_n[:, None] & (col_v < vocab)[None, :])
 
 
 def bases(
@@ -166,12 +198,21 @@ def repair(
     hidden_nh: Tensor, weight_vh: Tensor, target_n: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None,
     logp_n: Tensor, lse_n: Tensor, factor_n: Tensor, d_nv: Tensor | None,
 ) -> None:  # fmt: skip
-    """Recompute, in place, the rows whose logsumexp is NaN."""
-    num_rows, width = hidden_nh.shape
-    repair_kernel[(triton.cdiv(num_rows, REPAIR_N),)](
-        hidden_nh, weight_vh, target_n, bias_v, logp_n, lse_n, factor_n, d_nv, hidden_nh.stride(0),
-        weight_vh.stride(0), num_rows, weight_vh.shape[0], width, scale, softcap or 1.0, softcap is not None,
-        REPAIR_N, REPAIR_V, REPAIR_H,
+    """Recompute, in place, the rows whose logsumexp is NaN: each part of the vocabulary by programs of its own."""
+    (num_rows, width), vocab, device = hidden_nh.shape, weight_vh.shape[0], hidden_nh.device
+    split_size = triton.cdiv(triton.cdiv(vocab, REPAIR_SPLITS), REPAIR_V) * REPAIR_V
+    num_splits = triton.cdiv(vocab, split_size)
+    broken_n = torch.empty(num_rows, dtype=torch.int8, device=device)
+    partials = torch.empty(3, num_splits, num_rows, dtype=torch.float32, device=device).unbind()
+    head, strides = (hidden_nh, weight_vh, target_n, bias_v), (hidden_nh.stride(0), weight_vh.stride(0))
+    form, sizes = (scale, softcap or 1.0, softcap is not None), (REPAIR_N, REPAIR_V, REPAIR_H)
+    num_blocks = triton.cdiv(num_rows, REPAIR_N)
+    repair_sums_kernel[(num_blocks, num_splits)](
+        *head, lse_n, broken_n, *partials, *strides, num_rows, vocab, width, split_size, *form, *sizes
+    )
+    repair_kernel[(num_blocks, 1 if d_nv is None else num_splits)](
+        *head, broken_n, *partials, logp_n, lse_n, factor_n, d_nv, *strides, num_rows, vocab, width, num_splits,
+        split_size, *form, *sizes, REPAIR_SPLITS,
     )  # fmt: skip
 
 
@@ -199,7 +240,11 @@ def aot_kernels() -> list[AotKernel]:
             sizes = {"BLOCK": BASE_BLOCK}
             kernels.append(_aot(f"base/{tags}", base_kernel, inputs | {"p_base": "*fp32"}, constexprs | sizes))
             sizes = {"BLOCK_N": REPAIR_N, "BLOCK_V": REPAIR_V, "BLOCK_H": REPAIR_H}
-            inputs = inputs | dict(found) | {"num_rows": "i32"}
+            parts = {"p_broken": "*i8", **dict.fromkeys(("p_m", "p_rest", "p_y"), "*fp32")}
+            inputs = inputs | parts | {"num_rows": "i32", "split_size": "i32"}
+            sums = inputs | {"p_lse": "*fp32"}
+            kernels.append(_aot(f"repair_sums/{tags}", repair_sums_kernel, sums, constexprs | sizes))
+            inputs, sizes = inputs | dict(found) | {"num_splits": "i32"}, sizes | {"BLOCK_S": REPAIR_SPLITS}
             for d in gradients:
                 if d is None or not capped:
                     kernels.append(_aot(f"repair/{tags}", repair_kernel, inputs, constexprs | sizes, d))
@@ -215,7 +260,7 @@ def _aot(
     elif d is None:
         constexprs = constexprs | {"d": None}
     aligned = [key for key, kind in signature.items() if kind.startswith("*") or "stride" in key]
-    spills = 16 if name.startswith("repair/fp32") else 0
+    spills = 16 if "repair" in name and "fp32" in name else 0
     return AotKernel(
         f"linear_logp_{name}", kernel, signature, constexprs, aligned=(*aligned, "vocab"), max_spill_bytes=spills
     )

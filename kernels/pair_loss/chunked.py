@@ -22,7 +22,8 @@ from torch import Tensor
 
 from macpo.kernels.linear_logp.head import Gradients, Head, Needs, chunks
 from macpo.kernels.pair_loss.losses import LOSSES, REFERENCE_FREE, LossSettings, PairScores, sft
-from macpo.kernels.pair_loss.sequences import row_sequences, row_weights, segment_sums, to_device
+from macpo.kernels.pair_loss.sequences import row_sequences, row_weights, segment_sums
+from macpo.kernels.transfer import to_device
 
 
 class Pairs:
@@ -40,12 +41,13 @@ class Pairs:
         self, bounds: list[int], ref_s: Tensor | None, settings: LossSettings, num_pairs: int, like: Tensor
     ) -> None:
         self.bounds, self.settings, self.num_pairs = bounds, settings, num_pairs
-        self.ref_s = None if ref_s is None else ref_s.to(device=like.device, dtype=like.dtype)
-        self.lengths_s = to_device(torch.tensor(bounds).diff(), like)
-        self.sequence_n = to_device(row_sequences(bounds), like)
+        device = like.device
+        self.ref_s = None if ref_s is None else to_device(ref_s, device).to(like.dtype)
+        self.lengths_s = to_device(torch.tensor(bounds).diff(), device)
+        self.sequence_n = to_device(row_sequences(bounds), device)
         self.weight_n = None
         if settings.ld_alpha is not None:
-            self.weight_n = to_device(row_weights(bounds, settings.ld_alpha), like).to(like.dtype)
+            self.weight_n = to_device(row_weights(bounds, settings.ld_alpha), device).to(like.dtype)
 
     def __len__(self) -> int:
         return len(self.bounds) // 2
@@ -115,7 +117,7 @@ class Result:
     logps: Tensor
     rewards: Tensor
     grad_n: Tensor | None
-    """g [N]; d loss / d hidden is `grads.hidden` times it, by rows."""
+    """g [N] times the rows' own factors; d loss / d hidden is `grads.hidden` times it, by rows."""
     grads: Gradients
     """Gradients of the inputs; those of weight, bias and LoRA are `grad_scale` times too large."""
     grad_scale: float
@@ -156,6 +158,8 @@ def pair_loss(head: Head, hidden: Tensor, target: Tensor, pairs: Pairs, needs: N
                 logp_n[part], _ = head.score(hidden[part], target[part], buffer)
         if needs.hidden:
             grad_n = pairs.row_grads(logp_n, 0, len(pairs))
+    if grad_n is not None:
+        grad_n = grads.row_factors(grad_n)
     plain_s, weighted_s = pairs.sums(logp_n, 0, len(pairs))
     return Result(
         loss=pairs.terms(plain_s, weighted_s, 0, len(pairs))[0].sum(),

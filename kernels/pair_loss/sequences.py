@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from macpo.kernels.transfer import to_device
+
 
 def sequence_sums(logp_n: Tensor, cu_rows: Tensor, *, ld_alpha: float | None = None) -> Tensor:
     """Sums of consecutive runs of rows: [N] float, cu_rows [S + 1] int32 on the CPU -> [S], dtype of logp_n.
@@ -29,8 +31,8 @@ def sequence_sums(logp_n: Tensor, cu_rows: Tensor, *, ld_alpha: float | None = N
     if ld_alpha is not None:
         if len(bounds) % 2 == 0:
             raise ValueError(f"ld_alpha compares the two responses of a pair, got {len(bounds) - 1} sequences")
-        logp_n = logp_n * to_device(row_weights(bounds, ld_alpha), logp_n).to(logp_n.dtype)
-    return segment_sums(logp_n, to_device(torch.tensor(bounds).diff(), logp_n))
+        logp_n = logp_n * to_device(row_weights(bounds, ld_alpha), logp_n.device).to(logp_n.dtype)
+    return segment_sums(logp_n, to_device(torch.tensor(bounds).diff(), logp_n.device))
 
 
 def segment_sums(x_n: Tensor, lengths_s: Tensor) -> Tensor:
@@ -55,26 +57,3 @@ def row_sequences(bounds: list[int]) -> Tensor:
     """The sequence that each row belongs to: [N] int64 on the CPU."""
     lengths = torch.tensor(bounds).diff()
     return torch.repeat_interleave(torch.arange(len(bounds) - 1), lengths)
-
-
-def to_device(x: Tensor, like: Tensor) -> Tensor:
-    """A small CPU tensor on like's device, without waiting for the device.
-
-    A CUDA graph would read the host's memory again at every replay, when it may hold something else; while one is
-    captured the values are written by kernels that carry them, a run of equal values each.
-    """
-    if like.device.type != "cuda":
-        return x.to(like.device)
-    if torch.cuda.is_current_stream_capturing():
-        return filled(x, like.device)
-    return x.pin_memory().to(like.device, non_blocking=True)
-
-
-def filled(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, by fills alone."""
-    values, counts = x.unique_consecutive(return_counts=True)
-    out, start = torch.empty(x.shape, dtype=x.dtype, device=device), 0
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        out[start : start + count].fill_(value)
-        start += count
-    return out

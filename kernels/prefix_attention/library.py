@@ -24,16 +24,16 @@ def make_plan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """visible_3t, key_lists, query_lists, int32 (see `plan`): the segments as the kernels for these q, k, v want them.
 
-    It does not take q itself, so that torch.compile merges the calls of a model's layers into one (where it also
-    differentiates; a graph for inference makes one a layer).
+    It does not take q itself, so that torch.compile merges the calls inside one graph into one (where it also
+    differentiates). Layers that are compiled one by one get a plan that was made before (`op.plan_attention`).
     """
+    from macpo.kernels.prefix_attention import triton_plan
     from macpo.kernels.prefix_attention.triton_impl import tiles_of
 
+    start, end, own = (x.contiguous() for x in (prefix_start, prefix_end, segment_start))
     tiles = tiles_of(head_dim, dtype, prefix_start.device)
-    visible_3t = plan.visible_keys(prefix_start, prefix_end, segment_start, window)
-    key_lists = plan.block_lists(visible_3t, tiles.forward.block_q, tiles.forward.block_k, by_key=False)
-    query_lists = plan.block_lists(visible_3t, tiles.dkv.block_q, tiles.dkv.block_k, by_key=True)
-    return visible_3t, key_lists, query_lists
+    forward, dkv = ((tile.block_q, tile.block_k) for tile in (tiles.forward, tiles.dkv))
+    return triton_plan.make(start, end, own, window, forward, dkv)
 
 
 @make_plan.register_fake

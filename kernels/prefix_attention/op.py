@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -104,12 +106,36 @@ def _triton(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None,
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        return library.make_plan(*_integers(segments, q), window, q.shape[2], q.dtype)
-
-    compiling = torch.compiler.is_compiling()  # a graph cannot keep anything on the Segments object
-    plan = make() if compiling else segments.cached(("triton", q.device, q.dtype, q.shape[2], window), make)
+    plan = segments.plans.get((window, q.shape[2], q.dtype))
+    if plan is None or plan[0].device != q.device:
+        plan = library.make_plan(*_integers(segments, q), window, q.shape[2], q.dtype)
+        if _may_keep(q):
+            segments.plans[window, q.shape[2], q.dtype] = plan
     return library.forward(q, k, v, *plan, q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks)[0]
+
+
+def _may_keep(q: Tensor) -> bool:
+    """Whether a plan made now can serve later calls: a compiled graph keeps nothing, a captured one fills it later."""
+    return not torch.compiler.is_compiling() and not (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def plan_attention(segments: Segments, kinds: Iterable[tuple[int | None, int]], dtype: torch.dtype) -> None:
+    """Make what the kernels want to know of a row before its first layer, and keep it on `segments`.
+
+    Layers that are compiled one by one take it from there; without it each would make it again. Does nothing where
+    other kernels run.
+
+    Args:
+        segments: of the row, on the device of q.
+        kinds: (window, head size D) of the layers.
+        dtype: that of q, k and v.
+    """
+    device = segments.prefix_start.device
+    for window, head_dim in kinds:
+        missing = (window, head_dim, dtype) not in segments.plans
+        if missing and _choose(device.type, dtype, head_dim, None)[0] == "triton":
+            integers = (segments.prefix_start, segments.prefix_end, segments.segment_start)
+            segments.plans[window, head_dim, dtype] = library.make_plan(*integers, window, head_dim, dtype)
 
 
 def _not_for_triton(dtype: torch.dtype, head_dim: int) -> str:

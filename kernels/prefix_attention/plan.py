@@ -1,8 +1,8 @@
-"""Computes on the device which keys every token sees, as two ranges, and which blocks of keys and queries meet.
+"""Which keys every token sees, as two ranges, and which blocks of keys and queries meet: the definition, in torch.
 
-No step reads a value back to the host, and every shape follows from the number of tokens and the block sizes, so the
-plan can be captured in a CUDA graph. Its lists hold an entry for every pair of blocks: T^2 / (block_q * block_k)
-integers, 8 MiB at 131,072 tokens and blocks of 128 x 64.
+The kernels' plans are made by `triton_plan`. No step reads a value back to the host, and every shape follows from the
+number of tokens and the block sizes, so a plan can be captured in a CUDA graph. Its lists hold an entry for every pair
+of blocks: T^2 / (block_q * block_k) integers, 8 MiB at 131,072 tokens and blocks of 128 x 64.
 
 Legend: t tokens, m query blocks, n key blocks.
 """
@@ -36,7 +36,7 @@ def visible_keys(prefix_start: Tensor, prefix_end: Tensor, segment_start: Tensor
 def block_lists(visible_3t: Tensor, block_q: int, block_k: int, *, by_key: bool) -> Tensor:
     """int32 [m, 2 + n]: for every query block how many key blocks it sees whole, sees at all, and their indices.
 
-    The whole ones come first: no mask is needed there, nor a bound on tokens. The rest of a row is no index to use.
+    The whole ones come first: no mask is needed there, nor a bound on tokens. Last in a row are those of no use.
     With `by_key` it is [n, 2 + m], the query blocks that see each key block.
     """
     kind_mn = _kinds(visible_3t, block_q, block_k)

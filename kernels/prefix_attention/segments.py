@@ -31,6 +31,10 @@ class Segments:
     """int32 [T]: first token of the run (prompt or response) that the token belongs to."""
     cu_groups: tuple[int, ...] | None = None
     """Token offsets of the groups, from 0 to T; None when the whole row is one group."""
+    plans: dict[tuple[int | None, int, torch.dtype], tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """The Triton kernels' plans by (window, head size, dtype); see `op.plan_attention`."""
     _cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from macpo.kernels.attention_weights import is_rare, sink_gradient
 from macpo.kernels.prefix_attention import triton_kernels as kernels
+from macpo.kernels.prefix_attention import triton_plan
 from macpo.kernels.triton_support import TRITON_NAMES, AotKernel, interpreted
 
 
@@ -60,6 +61,10 @@ _SMALL = _FLOAT32 | {
     (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
 }
 _LOG2_E = math.log2(math.e)
+
+
+def _blocks(tile: Tile) -> tuple[int, int]:
+    return tile.block_q, tile.block_k
 
 
 def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
@@ -230,7 +235,9 @@ def aot_kernels() -> list[AotKernel]:
                     for given in _GIVEN if kernel is kernels.forward_kernel else _GIVEN[:2]:
                         options = dict.fromkeys(set(kernel.arg_names) & {"cap_log2", "p_sinks"} - set(given))
                         found.append(_entry(kernel, tile, constants | options, dtype, capabilities))
-    return found
+    every = [tiles for table in (_LARGE, _SMALL) for tiles in table.values()]
+    sizes = {(_blocks(tiles.forward), _blocks(tiles.dkv)) for tiles in every}
+    return found + triton_plan.aot_kernels(sizes)
 
 
 def _entry(

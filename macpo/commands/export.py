@@ -148,7 +148,9 @@ def _models(recipe: AnyRecipe, ref: PolicyRef, *, merge: bool) -> ModelCache:
     if ref.adapter is not None and not merge:
         return model_cache(compute, trust)
     dtype = torch.float32 if merge else stored_dtype(local_folder(ref.base, trust_remote_code=trust))
-    return ModelCache(memory_budget(compute), dtype, device_of(compute), trust_remote_code=trust)
+    return ModelCache(
+        memory_budget(compute), dtype, device_of(compute), parallel=compute.parallel, trust_remote_code=trust
+    )
 
 
 def _base_dtype(chosen: Exported, recipe: AnyRecipe) -> torch.dtype:

@@ -14,6 +14,7 @@ from macpo.engine.data.records import Prompt, Response, ids_digest, read_records
 from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.engine.generation.response_text import INCOMPLETE
 from macpo.engine.generation.waves import SCRATCH
+from macpo.engine.models.compute import generation_batch, wave_requests
 from macpo.engine.run.context import StageContext
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import limited_prompt
@@ -66,7 +67,7 @@ class GeneratingStage(PolicyStage):
         generator: Generator | ServedGenerator
         if self.server is None:
             assert chat is not None
-            generator = Generator(policy.load_writer(), chat.tokenizer, max_batch=self.compute.generation_batch)
+            generator = Generator(policy.load_writer(), chat.tokenizer, max_batch=generation_batch(self.compute))
         else:
             assert self.served is not None
             generator = ServedGenerator(self.server, self.served.model, chat and chat.tokenizer)
@@ -83,7 +84,7 @@ class GeneratingStage(PolicyStage):
             params,
             messages={p.id: p.messages for p in distinct} if as_dialogue else None,
             folder=ctx.dir,
-            wave_requests=self.compute.wave_requests,
+            wave_requests=wave_requests(self.compute, "cpu" if self.server is not None else None),
             purpose=f"{agent.name}/{self.policy_name}",
             decode=chat.text if chat is not None and self.server is None else None,
             world=ctx.world,

@@ -155,6 +155,13 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+def test_a_launch_that_names_no_stages_is_compiled_with_those_it_gets():
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    fields = triton_support.AotKernel.__dataclass_fields__
+    assert fields["num_stages"].default == CUDAOptions.num_stages
+
+
 def test_largest_only_and_shard_choose(tmp_path):
     (tmp_path / "toy_kernels.py").write_text(TOYS)
     done = python(CHOICE, tmp_path)

@@ -227,7 +227,7 @@ def test_only_one_chunk_of_logits_lives(backend, trained):
     needs = Needs(True, trained, False, False, False)
     for chunk_rows, most in ((8, 8 * 1000), (64, 64 * 1000)):
         with LargestTensor() as seen:  # below the custom operator, which hides what it calls
-            _, lse, _, d = chunked.forward(head, hidden, target, chunk_rows, needs)
+            _, lse, _, d, _ = chunked.forward(head, hidden, target, chunk_rows, needs)
             chunked.backward(head, hidden, target, lse, d, grad, needs, chunk_rows)
         assert seen.elements == max(most, weight.numel())
 
@@ -239,7 +239,7 @@ def test_a_trained_16_bit_head_keeps_d_of_a_block(backend):
         hidden, weight, _, target, _, _ = make((num_rows, 24, 100), {}, torch.bfloat16)
         head = Head(weight, None, None, None, 1.0, 1.0, None, backend)
         with LargestTensor() as seen:
-            logp, _, _, d = chunked.forward(head, hidden, target, 8, Needs(True, True, False, False, False))
+            logp, _, _, d, _ = chunked.forward(head, hidden, target, 8, Needs(True, True, False, False, False))
         assert (d is not None) == kept
         if d is not None:
             assert d.dtype == torch.bfloat16 and seen.elements == num_rows * 100

@@ -15,7 +15,7 @@ from macpo.kernels import linear_logp, native, pair_loss, sequence_sums
 from macpo.kernels.linear_logp import head as head_module
 from macpo.kernels.linear_logp import rows
 from macpo.kernels.pair_loss import reference
-from macpo.kernels.pair_loss.sequences import filled
+from macpo.kernels.transfer import filled
 
 # Where gradients go: a frozen head, a trained one, everything, and a LoRA beside frozen weights.
 TRAINED = [("hidden",), ("weight", "bias"), ("hidden", "lora_a", "lora_b"), ("hidden", "weight", "bias", "lora_b")]

@@ -333,3 +333,36 @@ def test_rows_twice_are_bit_equal(backend, rows, monkeypatch):
         z, *rest = make_rows(2, 8300, "all")
         runs = [rows.row_logp_dlogits_(z.clone(), *rest, torch.bfloat16) for _ in range(2)]
         assert all(map(torch.equal, *runs))
+
+
+def test_a_broken_row_is_shared_by_parts_of_the_vocabulary(backend, gemm):
+    """The last parts hold the best token and the target; no program walks more than its part, twice in all."""
+    from macpo.kernels.linear_logp import triton_join
+
+    launches = []
+
+    class Noted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return self.kernel[grid]
+
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(20, 16, generator=g).to(DEVICE), torch.randn(1000, 16, generator=g).to(DEVICE)
+    hidden[[2, 18]] *= 60
+    z = hidden.double() @ weight.double().T
+    target = z.argmax(1)
+    target[[2, 18]] = z[[2, 18]].argmin(1)
+    d = torch.empty(20, 1000, device=DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("repair_sums_kernel", "repair_kernel"):
+            patch.setattr(triton_join, name, Noted(getattr(triton_join, name)))
+        logp, _, factor = gemm.gemm_logp_dlogits(hidden, weight, target, None, 1.0, d)
+        gemm.gemm_logp(hidden, weight, target, None, 1.0, None)
+    assert launches == [(2, 16), (2, 16), (2, 16), (2, 1)]  # 1,000 tokens are 16 tiles; scoring writes no gradient
+    wanted = z.log_softmax(1)
+    assert_close(logp, wanted.gather(1, target[:, None])[:, 0], torch.float32)
+    expected = torch.nn.functional.one_hot(target, 1000) - wanted.exp()
+    assert_close(d * factor[:, None], expected, torch.float32)

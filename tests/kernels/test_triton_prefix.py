@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
 import torch
-from kernel_checks import DEVICE, TOLERANCE, TRITON
+from kernel_checks import DEVICE, LAYOUTS, TOLERANCE, TRITON, between_nans, qkvg, segments_of
 
 from macpo.kernels import BackendError, Segments, prefix_attention
 from macpo.kernels.prefix_attention import flash_impl, library, op, plan, reference
-from macpo.kernels.prefix_attention.segments import visible
 
-LAYOUTS = {
-    "one token": [(1, [])],
-    "prompt": [(19, [])],
-    "pairs": [(9, [5, 4]), (1, [1]), (6, [3, 7])],  # a block of 16 spans two groups
-    "long": [(37, [20, 3, 1]), (5, [2])],  # prompt and response longer than blocks, blocks between them to skip
-    "whole blocks": [(32, [16]), (16, [])],
-}
 needs_triton = pytest.mark.parametrize("backend", [TRITON])
-
-
-def segments_of(layout):
-    return Segments.from_lengths(LAYOUTS[layout]).to(DEVICE)
-
-
-def qkvg(num_tokens, heads, kv_heads, head_dim, dtype=torch.float32, seed=0):
-    """q, k, v and the output's gradient, each inside a buffer of NaN: a read beyond an end shows."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(num_tokens, h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-    return [framed(torch.randn(*shape, generator=g).to(dtype)) for shape in shapes]
-
-
-def framed(x, margin=3):
-    buffer = torch.full((x.shape[0] + 2 * margin, *x.shape[1:]), float("nan"), dtype=x.dtype, device=DEVICE)
-    buffer[margin:-margin] = x
-    return buffer[margin:-margin]
 
 
 def run(fn, tensors, segments, **options):
@@ -151,7 +126,7 @@ def test_nothing_is_written_beyond_an_end_and_nothing_left_unwritten(backend, mo
     made = []
 
     def empty(shape, dtype, device):
-        flat = framed(torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype), margin=512)
+        flat = between_nans(torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype), margin=512)
         made.append(flat)
         return flat.view(tuple(shape))
 
@@ -188,89 +163,6 @@ def test_a_view_of_a_wider_projection(backend):
         grad,
     ]
     check(run(prefix_attention, views, segments, backend=backend), expect(views, segments), torch.float32, grad)
-
-
-@needs_triton
-def test_the_plan_is_made_once_a_row(backend, monkeypatch):
-    calls = []
-    make = plan.visible_keys
-    monkeypatch.setattr(plan, "visible_keys", lambda *args: calls.append(args) or make(*args))
-    segments = segments_of("pairs")
-    q, k, v, _ = qkvg(segments.num_tokens, 2, 1, 64)
-
-    def layers(q, k, v, segments):
-        for window in (None, None, 4, 4):
-            q = prefix_attention(q, k, v, segments, window=window, backend=backend)
-        return q
-
-    layers(q, k, v, segments)
-    assert len(calls) == 2
-    torch.compile(layers, fullgraph=True, backend="aot_eager")(
-        q.detach().requires_grad_(), k, v, segments
-    ).sum().backward()
-    assert len(calls) == 4  # a graph that is differentiated merges equal calls
-
-
-@pytest.mark.parametrize("window", [None, 1, 4, 23])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_visible_keys_are_the_rule(layout, window):
-    segments = segments_of(layout)
-    lo, hi, own = plan.visible_keys(segments.prefix_start, segments.prefix_end, segments.segment_start, window)
-    token = torch.arange(segments.num_tokens, device=DEVICE)
-    key, query = token[None], token[:, None]
-    seen = (key >= lo[:, None]) & (key < hi[:, None]) | (key >= own[:, None]) & (key <= query)
-    assert torch.equal(seen, visible(segments, 0, segments.num_tokens, window))
-
-
-@pytest.mark.parametrize("window", [None, 5, 30])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "random"])
-def test_lists_hold_every_pair_of_blocks_that_meet(layout, window):
-    if layout == "random":
-        g = torch.Generator().manual_seed(0)
-        sizes = torch.randint(1, 40, (12, 4), generator=g).tolist()
-        segments = Segments.from_lengths([(prompt, responses) for prompt, *responses in sizes]).to(DEVICE)
-    else:
-        segments = segments_of(layout)
-    num_tokens = segments.num_tokens
-    mask = visible(segments, 0, num_tokens, window)
-    visible_3t = plan.visible_keys(segments.prefix_start, segments.prefix_end, segments.segment_start, window)
-    for block_q, block_k in ((16, 16), (32, 16), (16, 64)):
-        by_query = plan.block_lists(visible_3t, block_q, block_k, by_key=False).tolist()
-        by_key = plan.block_lists(visible_3t, block_q, block_k, by_key=True).tolist()
-        num_extra = num_met = 0
-        for m, n in product(range(len(by_query)), range(len(by_key))):
-            part = mask[m * block_q : (m + 1) * block_q, n * block_k : (n + 1) * block_k]
-            row, column = by_query[m], by_key[n]
-            for lists, other in ((row, n), (column, m)):
-                full, every = (lists[plan.FIRST : plan.FIRST + lists[i]] for i in (plan.NUM_FULL, plan.NUM_ALL))
-                assert (other in every) >= bool(part.any())
-                # Whole ones need no bounds: they have all their tokens.
-                assert (other in full) <= (bool(part.all()) and part.shape == (block_q, block_k))
-                assert len(set(every)) == len(every)
-            listed = n in row[plan.FIRST : plan.FIRST + row[plan.NUM_ALL]]
-            assert listed == (m in column[plan.FIRST : plan.FIRST + column[plan.NUM_ALL]])
-            num_met += bool(part.any())
-            num_extra += listed and not part.any()
-        # Bounds are of whole blocks, so where a window cuts inside one, a neighbour may be visited in vain.
-        assert num_extra <= (0 if window is None else 0.1 * num_met)
-
-
-def test_most_blocks_of_a_long_prompt_need_no_mask():
-    """8k prompt, four responses of 256: the tiles of head size 128 on a large GPU."""
-    segments = Segments.from_lengths([(8192, [256] * 4)])
-    visible_3t = plan.visible_keys(segments.prefix_start, segments.prefix_end, segments.segment_start, None)
-    for block_q, block_k, by_key in ((128, 64, False), (64, 128, True)):
-        lists = plan.block_lists(visible_3t, block_q, block_k, by_key=by_key)
-        full, every = lists[:, plan.NUM_FULL].sum(), lists[:, plan.NUM_ALL].sum()
-        assert full > 0.96 * every
-        needed = visible(segments, 0, segments.num_tokens, None).sum() / (block_q * block_k)
-        assert every < 1.03 * needed
-
-
-def test_group_bounds_are_found():
-    for groups in (*LAYOUTS.values(), [(3, [2, 3])] * 5):
-        s = Segments.from_lengths(groups)
-        assert tuple(plan.group_bounds(s.prefix_start, s.prefix_end, s.segment_start).tolist()) == s.bounds
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from macpo.engine.generation.attention import layer_index, packed_prompts
 from macpo.engine.generation.pool.blocks import KVPool
 from macpo.kernels import AttentionForm, paged_attention, prefix_attention
+from macpo.kernels.transfer import to_device
 
 
 class PagedPrefill:
@@ -31,8 +32,8 @@ class PagedPrefill:
             slots.append(torch.tensor(first)[token // size] * size + token % size)
             if length % size:
                 copies += [(first[length // size], other[length // size]) for other in others]
-        self._slots = torch.cat(slots).to(device)  # [T]
-        self._copies = torch.tensor(copies).T.contiguous().to(device) if copies else None  # [2, copies]
+        self._slots = to_device(torch.cat(slots), device)  # [T]
+        self._copies = to_device(torch.tensor(copies).T.contiguous(), device) if copies else None  # [2, copies]
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]

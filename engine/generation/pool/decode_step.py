@@ -28,6 +28,7 @@ from macpo.engine.generation.sampling import draw, mark_seen, noise_key, penalis
 from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.kernels import SampleParams
+from macpo.kernels.transfer import copy_in, to_device
 
 _INTS = ("token", "position", "to_go", "count", "adapter", "seed", "top_k")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -102,11 +103,11 @@ class DecodeStep:
         floats = [[getattr(row.params, name) for name in _FLOATS] for row in rows]
         stops = [[*sorted(row.stop_ids), *[-1] * (num_stops - len(row.stop_ids))] for row in rows]
         padded = [[*table, *[TRASH] * (width - len(table))] for table in tables] + [[TRASH] * width for _ in pad]
-        self._ints.copy_(torch.tensor(ints)[order].T)
-        self._floats.copy_(torch.tensor(floats)[order].T)
-        self._keys.copy_(torch.tensor([noise_key(row) for row in rows])[order])
-        self._stop_ids.copy_(torch.tensor(stops)[order])
-        self._table.copy_(torch.tensor(padded, dtype=torch.int32))
+        copy_in(self._ints, torch.tensor(ints)[order].T)
+        copy_in(self._floats, torch.tensor(floats)[order].T)
+        copy_in(self._keys, torch.tensor([noise_key(row) for row in rows])[order])
+        copy_in(self._stop_ids, torch.tensor(stops)[order])
+        copy_in(self._table, torch.tensor(padded, dtype=torch.int32))
         self._to_go[n:] = 0
         self._cursor.zero_()
         if self._seen is not None:
@@ -150,7 +151,7 @@ class DecodeStep:
 
     def end(self, rows: Sequence[int]) -> None:
         """Ends rows that the host has found to be done."""
-        self._to_go[torch.tensor(rows, dtype=torch.int64, device=self._to_go.device)] = 0
+        self._to_go.index_fill_(0, to_device(torch.tensor(rows, dtype=torch.int64), self._to_go.device), 0)
 
     def take(self, num_rows: int, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, raw and processed log-probs [num_rows, num_steps] of the steps since the last call."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -100,10 +101,16 @@ class PoolSession:
         self._captured = ()
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a device are captured: cuBLAS keeps a workspace for each that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 def capture_graph(step: DecodeStep, bucket: int, memory: Any) -> torch.cuda.CUDAGraph:
     """Captures the step at one bucket of rows; all of them idle, so that it writes nothing but the log."""
     with torch.cuda.device(step.model.device):
-        stream = torch.cuda.Stream()
+        stream = capture_stream(step.model.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step.step(bucket)  # compiles kernels and allocates workspaces

@@ -22,7 +22,7 @@ from macpo.engine.config import ComputeSettings, FullSettings, LoraSettings
 from macpo.engine.data.records import Example, Pair
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.hardware import host_memory
-from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of
+from macpo.engine.models.compute import RESIDENT_SHARE, device_of, dtype_of, generation_batch
 from macpo.engine.models.flops import ModelShape
 from macpo.engine.planning.calibrate import calibrate, this_machine
 from macpo.engine.planning.fitting import Option, option
@@ -141,11 +141,14 @@ def _tokenizer_bytes(model: str, vocab: int) -> int:
     return file.stat().st_size if file.is_file() else TOKEN_BYTES * vocab
 
 
-def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | None = None) -> RunSize:
+def size_of(
+    recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | None = None, device: str = "cpu"
+) -> RunSize:
     """The sizes that the costs of the recipe's stages depend on.
 
     Args:
         dtype: of loaded weights.
+        device: the kind of device that decodes.
         sets: the data of a standalone recipe; without it the number of rows is judged by the size of the files.
 
     Raises:
@@ -178,7 +181,7 @@ def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | 
         prompt_tokens=prompt,
         response_tokens=response,
         max_new_tokens=recipe.sampling.max_new_tokens,
-        generation_batch=recipe.compute.generation_batch,
+        generation_batch=generation_batch(recipe.compute, device),
         shapes=shapes,
         words=words,
     )
@@ -250,7 +253,7 @@ def estimate(
     """
     here = hardware or hardware_of(recipe)
     dtype, budget = here.dtype(recipe.compute), here.budget(recipe.compute)
-    run = size_of(recipe, dtype, sets)
+    run = size_of(recipe, dtype, sets, here.device)
     rehearsal = Rehearsal(here.machine, dtype, here.room) if here.rehearsed else None
     resident: OrderedDict[str, int] = OrderedDict()
     rows = []

@@ -16,6 +16,7 @@ from macpo.engine.config import ComputeSettings
 from macpo.engine.data.records import Pair, Prompt, read_records
 from macpo.engine.errors import MacpoError, Stopped
 from macpo.engine.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from macpo.engine.models.compute import wave_requests
 from macpo.engine.removal import make_way
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
@@ -49,7 +50,7 @@ class ScoringStage(MethodStage):
         trained = None if self.inputs.reward is None else ctx.input(self.inputs.reward) / "policy"
         keys = [_key(item) for item in items]
         first = dict(zip(keys, items, strict=True))
-        order, size = sorted(first), self.compute.wave_requests
+        order, size = sorted(first), wave_requests(self.compute, "cpu")
         waves = [order[start : start + size] for start in range(0, len(order), size)]
         found: dict[str, Score] = {}
         score = None

@@ -12,6 +12,7 @@ from architectures import model_of
 from generation_checks import assert_equal, some_prompts, three_adapters
 from torch import nn
 
+from macpo.engine.errors import ResourceError
 from macpo.engine.generation import Generator, Output, SamplingParams, generator
 from macpo.engine.generation.pool import session
 from macpo.engine.generation.pool.capacity import waiting_part
@@ -137,6 +138,33 @@ def test_what_cannot_be_captured_runs_eagerly(
     with pytest.raises(generator.ConfigError, match="no CUDA graphs: called a synchronizing"):
         run(Generator(plain, cache="pool", use_graphs=True), 3)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_memory_that_runs_out_while_capturing_makes_batches_smaller_and_not_eager(
+    captured: list[Replay], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of("llama")
+    expected = run(Generator(model, cache="slots"), 8)
+    capture = session.capture_graph
+
+    def large(step: DecodeStep, bucket: int, memory: Any) -> Any:
+        if bucket > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(step, bucket, memory)
+
+    monkeypatch.setattr(session, "capture_graph", large)
+    maker = Generator(model, cache="pool", max_batch=8)
+    assert_equal(run(maker, 8), expected)
+    assert maker.max_batch == 2 and [graph.bucket for graph in captured] == [2, 1]
+    assert sum(graph.replays for graph in captured) > 8
+    assert "compute.generation_batch" in caplog.text
+
+    def never(step: DecodeStep, bucket: int, memory: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(session, "capture_graph", never)
+    with pytest.raises(ResourceError, match="does not fit in memory"):
+        run(Generator(model, cache="pool", max_batch=8), 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a replay needs a GPU")

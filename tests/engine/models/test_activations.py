@@ -1,4 +1,4 @@
-"""What a block keeps for its backward, compiled blocks, a merged adapter, Liger's modules: nothing changes the loss."""
+"""What a block keeps for its backward, compiled blocks, a merged adapter: nothing changes the loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from macpo.engine.config import ParallelSettings
 from macpo.engine.data.pack import pack
 from macpo.engine.distributed.world import World
-from macpo.engine.models import activations, liger
+from macpo.engine.models import activations
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
 from macpo.engine.training.objectives import sft
 from macpo.engine.training.reference import reference_logps
+from macpo.kernels import use_backend
 
 
 @pytest.mark.parametrize("case", [TIED, LORA], ids=["full", "lora"])
@@ -100,6 +101,27 @@ def test_compiled_blocks_are_exact_and_one_graph_serves_all_lengths(monkeypatch:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_attention_plan_is_made_once_a_batch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that alternate between two windows need two; each compiled block is a graph of its own."""
+    triton_plan = pytest.importorskip("macpo.kernels.prefix_attention.triton_plan")
+    calls: list[int | None] = []
+    make = triton_plan.make
+    monkeypatch.setattr(triton_plan, "make", lambda *args: calls.append(args[3]) or make(*args))
+    batches = [pack(PAIRS[:1], max_tokens=1 << 20)[0] for _ in range(3)]
+    with use_backend("triton"):
+        policy = PolicyModule(model_of("gemma3_text").requires_grad_(False))
+        plain = policy.token_logps(batches[0])
+        for block in activations.blocks_of(policy.base) if compiled else ():
+            activations.compile_block(block, backend="aot_eager")
+        calls.clear()
+        with torch.no_grad():
+            for batch in batches[1:]:
+                torch.testing.assert_close(policy.token_logps(batch), plain, rtol=1e-5, atol=1e-5)
+    assert sorted(calls, key=str) == [5, 5, None, None]
+    torch._dynamo.reset()
+
+
 def test_merged_adapter_equals_adapter() -> None:
     policy = policy_of(LORA)
     with_adapter = reference_logps(score(policy, PAIRS))
@@ -123,46 +145,3 @@ def test_a_block_that_runs_again_in_the_backward_still_has_the_hook() -> None:
             loss.backward()
         grads.append([p.grad for p in policy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-# --- Liger ---
-
-
-@pytest.mark.parametrize(
-    "model_type, settings, device, reason",
-    [
-        ("llama", ParallelSettings(), "cpu", "do not run on cpu"),
-        ("llama", ParallelSettings(liger="off"), "cuda", "is off"),
-        ("llama", ParallelSettings(tensor=2), "cuda", "tensor parallelism"),
-        ("gpt_neox", ParallelSettings(), "cuda", "none for gpt_neox"),
-    ],
-)
-def test_where_liger_is_not_used(model_type: str, settings: ParallelSettings, device: str, reason: str) -> None:
-    pytest.importorskip("liger_kernel")
-    assert reason in (liger.why_not(model_type, settings, torch.device(device)) or "")
-
-
-def test_liger_replaces_modules_of_this_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel")
-    from transformers.models.llama import modeling_llama
-
-    before = dict(vars(modeling_llama))
-    patched, other = model_of("llama"), model_of("llama")
-    assert not liger.use_liger(patched, ParallelSettings(), torch.device("cpu"))
-    try:
-        assert liger.use_liger(patched, ParallelSettings(), torch.device("cuda"))
-        names = {type(m).__name__ if "forward" not in vars(m) else m._get_name() for m in patched.modules()}
-        assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= names
-        changed = {name for name, value in vars(modeling_llama).items() if before.get(name) is not value}
-        assert changed == {"apply_rotary_pos_emb"}
-        plain = score(PolicyModule(other), PAIRS)  # RoPE of CPU tensors is the family's own
-        assert plain[0][0].sum_logp < 0
-        assert "forward" not in vars(patched), "the head stays ours"
-        assert not liger.use_liger(model_of("gpt_neox"), ParallelSettings(), torch.device("cuda"))
-    finally:
-        vars(modeling_llama).update(before)
-
-
-def test_liger_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liger, "find_spec", lambda name: None)
-    assert liger.why_not("llama", ParallelSettings(), torch.device("cuda")) == "liger-kernel is not installed"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import SIZES, model_of
 from transformers import AutoConfig
 
+from macpo.engine.config import ComputeSettings
 from macpo.engine.errors import ConfigError
+from macpo.engine.models import compute
 from macpo.engine.models.loading import load_causal_lm, read_config
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.support import refuse_unsupported
@@ -60,3 +63,13 @@ def test_a_window_as_long_as_the_context_need_not_reach_the_attention() -> None:
     PolicyModule(model_of("phimoe", **(sizes | {"sliding_window": 64})))
     with pytest.raises(ConfigError, match="sliding window of 6 but does not pass it"):
         PolicyModule(model_of("phimoe", **(sizes | {"sliding_window": 6})))
+
+
+def test_batches_and_waves_are_larger_on_a_gpu_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, own = ComputeSettings(), ComputeSettings(generation_batch=8, wave_requests=3)
+    assert (auto.generation_batch, auto.wave_requests) == ("auto", "auto")
+    for device, batch, wave in (("cpu", 64, 256), ("cuda", 256, 2048)):
+        monkeypatch.setattr(compute, "device_of", lambda _, device=device: torch.device(device))
+        assert (compute.generation_batch(auto), compute.wave_requests(auto)) == (batch, wave)
+        assert (compute.generation_batch(own), compute.wave_requests(own)) == (8, 3)
+    assert compute.generation_batch(auto, "cpu") == 64, "a plan for another device"
