@@ -14,7 +14,6 @@ from macpo.engine.data.records import Prompt, Response, ids_digest, read_records
 from macpo.engine.errors import DataError, TemplateRefusal
 from macpo.engine.generation.response_text import INCOMPLETE
 from macpo.engine.generation.waves import SCRATCH
-from macpo.engine.models.compute import generation_batch, wave_requests
 from macpo.engine.run.context import StageContext
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import limited_prompt
@@ -49,6 +48,7 @@ class GeneratingStage(PolicyStage):
         """One response a prompt, in fixed waves below the stage's folder; and counts."""
         from macpo.engine.generation import Generator, SamplingParams, ServedGenerator, generate_waves
         from macpo.engine.generation.served import OPTIONS
+        from macpo.engine.models.compute import generation_batch, wave_requests
 
         ctx, agent = policy.ctx, policy.agent
         chat = policy.chat if agent.model is not None else None

@@ -16,7 +16,6 @@ from macpo.engine.config import ComputeSettings
 from macpo.engine.data.records import Pair, Prompt, read_records
 from macpo.engine.errors import MacpoError, Stopped
 from macpo.engine.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
-from macpo.engine.models.compute import wave_requests
 from macpo.engine.removal import make_way
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
@@ -47,6 +46,8 @@ class ScoringStage(MethodStage):
 
     def scored(self, ctx: StageContext, items: Sequence[Item]) -> list[Score]:
         """Score items; equal ones once. Each wave is shared by the ranks, and on disk once it is scored."""
+        from macpo.engine.models.compute import wave_requests
+
         trained = None if self.inputs.reward is None else ctx.input(self.inputs.reward) / "policy"
         keys = [_key(item) for item in items]
         first = dict(zip(keys, items, strict=True))
