@@ -27,6 +27,8 @@ from macpo.engine.data.templates import Template
 from macpo.engine.paths import LocalPath, OptionalHubPath
 from macpo.scorer_settings import check_reward
 
+_FORMER = {"generation_batch": 64, "wave_requests": 256}
+"""Defaults before `auto`, which recipes of earlier runs have written out."""
 NAME = "policy"
 """How the one agent of these recipes is called in folders and reports."""
 
@@ -109,8 +111,8 @@ class StandaloneRecipe(Settings):
                 f"prompt_tokens ({self.max_prompt_tokens}) leaves no room for an answer in context_tokens "
                 f"({self.context_tokens})"
             )
-        for name in ("generation_batch", "wave_requests"):
-            if getattr(self.compute, name) != ComputeSettings.model_fields[name].default:
+        for name, former in _FORMER.items():
+            if getattr(self.compute, name) not in (former, ComputeSettings.model_fields[name].default):
                 what = "is for generation, and this recipe generates nothing Fix: leave it out"
                 raise ValueError(f"compute.{name} {what}")
         if self.init is not None and self.init.context < self.context_tokens:

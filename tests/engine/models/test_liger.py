@@ -15,11 +15,11 @@ from torch import nn
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
 from macpo.engine.distributed.world import World
+from macpo.engine.model_folders import PolicyRef
 from macpo.engine.models import liger
 from macpo.engine.models.activations import blocks_of, compile_block
 from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
-from macpo.engine.models.policy import PolicyRef
 
 CUDA = torch.device("cuda")
 IDS = torch.arange(3, 9)[None]

@@ -18,6 +18,7 @@ from standalone_runs import make_base, recipe_of
 from torch import Tensor
 
 from macpo.commands.run import runner_of
+from macpo.engine import scoring
 from macpo.engine.config import LoraSettings
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
@@ -31,7 +32,6 @@ from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 from macpo.engine.training.reference import cached, reference_key, reference_logps, shared_sums
 from macpo.kernels import sequence_sums
-from macpo.method import likelihoods
 from macpo.recipe_kinds import plan_of
 from macpo.standalone.config import Standalone
 
@@ -220,13 +220,13 @@ def reference_of(run_dir: Path, name: str = "train") -> Tensor:
 def test_runs_share_references_and_choose_them(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cache, six runs: the same reference is scored once, and each choice is the policy that it names."""
     scored: list[int] = []
-    real = likelihoods.score
+    real = scoring.score
 
     def counting(policy: PolicyModule, groups: list[PrefixGroup], **options: Any) -> Any:
         scored.append(len(groups))
         return real(policy, groups, **options)
 
-    monkeypatch.setattr(likelihoods, "score", counting)
+    monkeypatch.setattr(scoring, "score", counting)
     train_pairs, test_pairs = 32, 12
 
     def go(name: str, **changes: Any) -> list[int]:
