@@ -21,8 +21,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = tiny(top).data.world
     assert world is not None
     data = {"world": world.model_copy(update={"dev_prompts": 6}).model_dump()}
-    recipe = tiny(top / "out", data=data, iterations=1)
-    compare(comparison_of(recipe, (1, 2), methods=["filtered-sft"], k_curve=[1], ablations=True))
+    parts = {"own-positives": {"positives.source": "own"}, "weak-negatives": {"negatives.source": "other"}}
+    recipe = tiny(top / "out", data=data, iterations=1, ablations=parts)
+    compare(comparison_of(recipe, (1, 2), methods=["filtered-sft"], k_curve=[1]))
     return top / "out"
 
 
