@@ -1,6 +1,7 @@
 """Generation beside Hugging Face's: many prompts, an answer of its own length each, greedy, end tokens ignored.
 
     python -m bench.bench_generation [--shapes small|issue|gpu] [--only SUBSTRING] [--repeats 5] [--json-dir DIR]
+    python -m bench.bench_generation --model FOLDER [--dtype bfloat16]     a pretrained model, beside CTranslate2 too
 
 All answer the requests of a committed file (`bench/inputs/requests.py`) with the same random weights. `generate` runs
 static batches of prompts sorted by length, at several batch sizes, each until its longest answer is done; its best size
@@ -16,20 +17,30 @@ decode floor (`bench/peers/decode_floor.py`).
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from bench.harness.measure import Case, Peer, Unavailable, head_ceiling
+from bench.harness.measure import SHORT, Case, Peer, Unavailable, head_ceiling
 from bench.harness.options import Spec, run_bench
 from bench.harness.timing import Outputs, Run
 from bench.inputs.requests import GenerationRequest, load
 from bench.peers.decode_floor import decode_floor
+from bench.peers.engines import build_ctranslate2
 from macpo.engine.config import ParallelSettings
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape, counts_of_lengths, forward_flops
@@ -39,6 +50,8 @@ from macpo.engine.models.model_cache import shared_copy
 OURS = "macpo Generator"
 MAX_BATCH = 256
 """Responses that ours decodes at once."""
+REAL = (32, 100, 64)
+"""Requests of a pretrained model: how many, tokens of a prompt, tokens of a response."""
 CHECK_TOKENS = 16384
 """Tokens of a forward that checks answers, padding included."""
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -96,6 +109,10 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
     ]
 
 
+def pretrained(folder: str, dtype: torch.dtype, device: torch.device) -> Spec:
+    return Spec(f"{Path(folder).name} {SHORT[dtype]}", partial(make_real, folder, dtype, device))
+
+
 @functools.lru_cache(maxsize=1)
 def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Build a model with random weights, spread so that greedy tokens are not ties."""
@@ -110,26 +127,54 @@ def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTra
 
 def make_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     model = make_model(shape, dtype, device)
-    requests = load(shape.requests, shape.vocab)
+    return case_of(f"{name} {shape.requests}", vars(shape), model, load(shape.requests, shape.vocab), shape.batches)
+
+
+def make_real(folder: str, dtype: torch.dtype, device: torch.device) -> Case:
+    """A pretrained model and `REAL` requests; engines that read its folder take part."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    number, prompt_tokens, new_tokens = REAL
+    draw = random.Random("requests of a pretrained model")
+    first, vocab = 100, model.get_input_embeddings().weight.shape[0]  # special tokens lie at the beginning
+    requests = [
+        GenerationRequest([draw.randrange(first, vocab) for _ in range(prompt_tokens)], new_tokens)
+        for _ in range(number)
+    ]
+    about = {"model": Path(folder).name, "requests": number, "prompt": prompt_tokens, "new": new_tokens}
+    case = case_of(f"{Path(folder).name} {SHORT[dtype]}", about, model, requests, (8, 16, 32))
+    engine = Peer("CTranslate2", partial(build_ctranslate2, folder, dtype, device, requests))
+    return replace(case, peers=[*case.peers, engine])
+
+
+def case_of(
+    name: str,
+    about: dict[str, Any],
+    model: PreTrainedModel,
+    requests: Sequence[GenerationRequest],
+    batches: Sequence[int],
+) -> Case:
+    """The case of a model that responds to requests; `batches`: static batch sizes that `generate` tries."""
+    dtype, device = model.dtype, model.device
     useful = sum(request.new_tokens for request in requests)
     size = ModelShape.of(model.config)
-    # The last token of an answer is not fed again.
+    # The last token of a response is not fed again.
     counts = counts_of_lengths([(len(r.prompt_ids), [r.new_tokens - 1]) for r in requests])
-    step = torch.randn(min(MAX_BATCH, len(requests)), shape.hidden, dtype=dtype, device=device)
+    step = torch.randn(min(MAX_BATCH, len(requests)), model.config.hidden_size, dtype=dtype, device=device)
     peers = [
         Peer(OURS, partial(build_ours, model, requests)),
         *(Peer(f"{OURS}, {path}", partial(build_ours, model, requests, **options)) for path, options in paths(device)),
-        *(Peer(f"generate, batches of {b}", partial(build_generate, model, requests, b)) for b in shape.batches),
+        *(Peer(f"generate, batches of {b}", partial(build_generate, model, requests, b)) for b in batches),
         *(
             Peer(f"generate, static cache, compiled, {b}", partial(build_static, model, requests, b))
-            for b in shape.batches[-1:]
+            for b in batches[-1:]
         ),
         Peer("generate_batch", partial(build_continuous, model, requests)),
     ]
     floor = decode_floor(model, requests, MAX_BATCH)
     return Case(
-        f"{name} {shape.requests}",
-        {**vars(shape), "useful_tokens": useful, "prompt_tokens": sum(len(r.prompt_ids) for r in requests)},
+        name,
+        {**about, "useful_tokens": useful, "prompt_tokens": sum(len(r.prompt_ids) for r in requests)},
         dtype,
         device,
         peers,
@@ -265,4 +310,4 @@ def greedy_gap(
 
 
 if __name__ == "__main__":
-    run_bench("generation", specs, __doc__ or "")
+    run_bench("generation", specs, __doc__ or "", pretrained=pretrained)

@@ -40,8 +40,17 @@ def prepare_torch() -> None:
     torch._dynamo.config.accumulated_recompile_limit = 1024
 
 
-def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None = None) -> Path:
-    """Parse, measure every case, print its lines, write the JSON; return its path."""
+def run_bench(
+    bench: str,
+    specs: Specs,
+    about: str,
+    argv: Sequence[str] | None = None,
+    pretrained: Callable[[str, torch.dtype, torch.device], Spec] | None = None,
+) -> Path:
+    """Parse, measure every case, print its lines, write the JSON; return its path.
+
+    With `pretrained` a model can be named instead of the shapes; its result has a file of its own.
+    """
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,10 +61,17 @@ def run_bench(bench: str, specs: Specs, about: str, argv: Sequence[str] | None =
     parser.add_argument("--only", default="", metavar="SUBSTRING,...", help="cases whose name holds one of these")
     parser.add_argument("--peers", metavar="NAME,...", help="besides ours only peers whose name holds one of these")
     parser.add_argument("--json-dir", type=Path, help="folder of the result; default bench/results/<device>")
+    if pretrained:
+        parser.add_argument("--model", help="a folder or Hub id, instead of the shapes")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --model")
     args = parser.parse_args(argv)
     shapes = args.shapes or default_shapes(args.device)
     prepare_torch()
-    todo = [spec for spec in specs(shapes, args.device) if any(part in spec.name for part in args.only.split(","))]
+    cases = specs(shapes, args.device)
+    if pretrained and args.model:
+        cases = [pretrained(args.model, getattr(torch, args.dtype), args.device)]
+        bench = f"{bench}-{Path(args.model).name}-{args.dtype}"
+    todo = [spec for spec in cases if any(part in spec.name for part in args.only.split(","))]
     if not todo:
         parser.error(f"no case fits --only {args.only!r}")
     print(f"{bench}: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)

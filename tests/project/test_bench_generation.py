@@ -93,6 +93,31 @@ def test_continuous_batching_is_asked_for_the_same_lengths():
     assert model.config._attn_implementation == before
 
 
+def test_a_pretrained_model_is_named_and_has_a_result_of_its_own(tmp_path, monkeypatch):
+    """Engines that read its folder are peers, each with its status; the shapes' own result is left alone."""
+    (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
+    folder = tmp_path / "mine"
+    bench_generation.make_model(shape, dtype, CPU).save_pretrained(folder)
+    monkeypatch.setattr(bench_generation, "REAL", (4, 6, 5))
+    options = [
+        "--model",
+        str(folder),
+        "--repeats",
+        "2",
+        "--peers",
+        "batches of 8,CTranslate2",
+        "--json-dir",
+        str(tmp_path),
+    ]
+    path = run_bench("generation", bench_generation.specs, "", options, bench_generation.pretrained)
+    assert path.name == "generation-mine-float32.json" and not (tmp_path / "generation.json").exists()
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["shape"] | {"model": "mine", "requests": 4, "useful_tokens": 20, "prompt_tokens": 24} == case["shape"]
+    status = {result["peer"]: result["status"] for result in case["results"]}
+    assert status[bench_generation.OURS] == status["generate, batches of 8"] == "exact"
+    assert status["CTranslate2"] in ("exact", "absent")
+
+
 def test_request_files_are_what_the_script_writes(tmp_path, monkeypatch):
     committed = {path.name: path.read_bytes() for path in requests.FOLDER.iterdir()}
     monkeypatch.setattr(requests, "FOLDER", tmp_path)
