@@ -1,4 +1,4 @@
-"""Put what the demo world finds into README and docs.
+"""Put what the demo world finds, and the table of speeds, into README and docs.
 
     python -m bench.evidence.update_readme bench/results/demo-world
 
@@ -11,20 +11,24 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.evidence import speed
 from bench.evidence.paper_claims import answers, by_round, markdown, read_all
 from bench.make_pictures import demo_svg
 from macpo.engine.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 
-START, END = "<!-- demo result: bench/evidence/update_readme.py -->", "<!-- end of demo result -->"
+DEMO, SPEED = "demo result", "speed"
 
 
-def replaced(page: str, text: str) -> str:
-    """Return a page with a new result section around the text."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{text.rstrip()}\n{END}{after}"
+def replaced(page: str, section: str, text: str) -> str:
+    """Return a page with a new text in the section. Raises ValueError for a page without it."""
+    start, end = f"<!-- {section}: bench/evidence/update_readme.py -->", f"<!-- end of {section} -->"
+    before, opened, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"the page has no section {section!r}")
+    return f"{before}{start}\n{text.rstrip()}\n{end}{after}"
 
 
 def texts(folder: Path) -> tuple[str, str, str]:
@@ -39,9 +43,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("folder", type=Path)
     rounds, claims, picture = texts(parser.parse_args(argv).folder)
-    for page, text in {ROOT / "README.md": rounds, ROOT / "docs" / "demo-world.md": claims}.items():
-        atomic_write(page, replaced(page.read_text(encoding="utf-8"), text))
+    for page, section, text in sections(rounds, claims):
+        atomic_write(page, replaced(page.read_text(encoding="utf-8"), section, text))
     atomic_write(ROOT / "docs" / "demo.svg", picture)
+
+
+def sections(rounds: str, claims: str) -> list[tuple[Path, str, str]]:
+    """Every section that is made: its page, name and text."""
+    readme, docs = ROOT / "README.md", ROOT / "docs"
+    return [
+        (readme, DEMO, rounds),
+        (docs / "demo-world.md", DEMO, claims),
+        (readme, SPEED, speed.markdown(speed.rows())),
+    ]
 
 
 if __name__ == "__main__":
