@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from architectures import VOCAB, model_of
 from forks import ranks
 from generation_checks import character_tokenizer
+from pages import named_blocks
 from peft import LoraConfig, get_peft_model
 
 from macpo.engine.distributed.world import World
 
-PAGE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
-BLOCKS: dict[str, str] = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, flags=re.S))
+BLOCKS = named_blocks("docs/generation.md")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def given(**names: Any) -> dict[str, Any]:
 
 
 def test_every_block_is_run_here() -> None:
-    assert set(BLOCKS) == {"answers", "adapters", "scores", "waves", "split"} and PAGE.count("```") == 2 * len(BLOCKS)
+    assert set(BLOCKS) == {"answers", "adapters", "scores", "waves", "split"}
 
 
 def test_answers_scores_and_waves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
