@@ -31,7 +31,7 @@ changed in the code since is in `LOG.md`, with dead ends. `make bench` measures 
 - **of ceiling**: its work per second as a share of what the named ceiling reaches in the same round; it can be above
   100% where the operator reads and the ceiling is a copy, which also writes.
 - **peers**: their time as a multiple of macpo's in the same rounds. **Above 1, macpo is faster; below 1, the peer is.**
-  A `*` marks a peer whose result is further from float64 than the bound for exact results of that dtype; one that is
+  A † marks a peer whose result is further from float64 than the bound for exact results of that dtype; one that is
   wrong is named without a time. Peers that were not installed or do not take the case are left out.
 """
 OTHERS = """
@@ -81,7 +81,7 @@ def peer(result: dict[str, Any]) -> str:
         return ""
     if result["times_ours"] is None:
         return f"{result['peer']}: wrong"
-    mark = "" if result["status"] == "exact" else "*"
+    mark = "" if result["status"] == "exact" else "†"
     return f"{result['peer']} {result['times_ours']:.2f}{mark}"
 
 

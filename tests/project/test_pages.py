@@ -22,6 +22,7 @@ from standalone_runs import make_base
 
 from macpo import bundled
 from macpo.commands.tooling import reference
+from macpo.method.steps import Steps
 from macpo.recipe_kinds import KINDS
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"])
@@ -121,15 +122,21 @@ def test_a_block_that_does_not_work_is_seen(tmp_path: Path, monkeypatch: pytest.
         ("```sh\necho a\n```\n\n```text\nb\n```\n", "not printed"),
         ("```yaml\nsampling: {topk: 0}\n```\n", "sampling.topk"),
         ("```\na\n```\n", "without a language"),
-        ("```python\nassert 1 > 2\n```\n", "assert 1 > 2"),
+        ("```python\nassert False, 'no'\n```\n", "no"),
     ):
-        with pytest.raises(AssertionError, match=re.escape(why) if why != "assert 1 > 2" else ""):
+        with pytest.raises(AssertionError, match=re.escape(why)):
             follow(wrong)
 
 
 def test_numbers_are_free_and_words_are_not() -> None:
-    assert not not_printed("student  0.75 … +0.01\n", ["a", "student   0.746  0.756  -0.006"])
+    assert not not_printed("student  0.75  +0.01 …\n", ["a", "student   0.746  0.756  -0.006 up"])
     assert not_printed("student 0.75\nteacher 1\n", ["student 0.7", "teachers 2"]) == ["teacher 1"]
+
+
+def test_the_page_of_the_method_names_the_steps_that_there_are() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \|", (ROOT / "docs/how-it-works/method.md").read_text(), flags=re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"Steps"}
+    assert len(named) > 5 and all(callable(getattr(Steps, name)) for name in named)
 
 
 # --- docs/recipe-reference ---------------------------------------------------------------------------------------

@@ -96,13 +96,15 @@ class _Page:
 
     def again(self, path: str, first: str, defaults: Schema) -> str:
         """One line for a block like an earlier one, with the anchors of all its settings."""
-        inner = [known for known in self.defaults if known.startswith(f"{first}.")]
-        anchors = "".join(self.anchor(path + known.removeprefix(first)) for known in inner)
+        inside = [known for known in self.defaults if known.startswith(f"{first}.")]
+        names = {path + known.removeprefix(first): self.defaults[known] for known in inside}
+        anchors = "".join(map(self.anchor, names))
         other = [
             f"`{key}` {_code(value)}"
             for key, value in defaults.items()
             if not isinstance(value, dict) and value != self.defaults.get(f"{first}.{key}", value)
         ]
+        self.defaults |= names | {_joined(path, key): value for key, value in defaults.items()}
         differ = f", with other defaults: {', '.join(other)}" if other else ""
         return f"{anchors}The settings of [`{first}`](#{first}){differ}."
 
