@@ -2,6 +2,7 @@
 #   make demo    virtual environment, package with its native extension, then the whole method offline
 #   make test    the same environment plus test tools, then the tests
 #   make lint types    what CI checks besides
+#   make docs    the site of docs/ into build/site; a link or an anchor that leads nowhere is an error
 #   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
 # Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test torture bench lint types clean
+.PHONY: venv dev demo test torture bench lint types docs clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -42,7 +43,7 @@ $(VENV)/.stamp-package: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,docs]'
 	@touch $@ $(VENV)/.stamp-package
 
 # flash-attn, quack-kernels and flashinfer-python take part where they are installed by hand.
@@ -84,6 +85,9 @@ types: dev
 	ln -s $(foreach entry,$(filter-out macpo/__pycache__,$(wildcard macpo/*)),$(CURDIR)/$(entry)) \
 	  $(CURDIR)/kernels $(CURDIR)/engine build/types/macpo/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p macpo
+
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build $(VENV) kernels/_native.*.so *.egg-info

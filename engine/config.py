@@ -31,6 +31,7 @@ class LoraSettings(Settings):
     """Low-rank adapters in peft's layout."""
 
     type: Literal["lora"] = "lora"
+    """Low-rank adapters."""
     rank: PositiveInt = 8
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -45,6 +46,7 @@ class FullSettings(Settings):
     """Every weight is trained."""
 
     type: Literal["full"] = "full"
+    """All weights."""
 
 
 Tuning = Annotated[LoraSettings | FullSettings, Field(discriminator="type")]
@@ -93,6 +95,7 @@ class PreferenceSettings(OptimSettings):
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
     loss: LossName = "sigmoid"
     """`sigmoid` (DPO; with label_smoothing cDPO, with ld_alpha LD-DPO), `sigmoid_norm` (DPO by token), `robust` (rDPO),
     `ipo` (by token), `hinge` (SLiC), `simpo` and `orpo` (both without a reference)."""
@@ -201,6 +204,7 @@ class PretrainSettings(OptimSettings):
     """Plain language modelling on documents, for models made on the spot."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """Peak learning rate."""
     max_documents: PositiveInt | None = None
     """Use only the first documents of the corpus."""
 
@@ -217,10 +221,13 @@ class InitSettings(Settings):
     """A small Llama built, given a tokenizer and pretrained here, so that everything works offline."""
 
     hidden_size: PositiveInt = 128
+    """Width of the model."""
     num_layers: PositiveInt = 4
+    """Transformer blocks."""
     num_heads: PositiveInt = 4
+    """Attention heads; hidden_size is this times an even head size."""
     num_kv_heads: PositiveInt | None = None
-    """Defaults to num_heads."""
+    """Heads of keys and values, a divisor of num_heads; defaults to num_heads."""
     intermediate_size: PositiveInt | None = None
     """Width of the MLP; defaults to 8/3 of hidden_size, rounded up to a multiple of 8."""
     context: PositiveInt = 512
@@ -268,6 +275,7 @@ class ComputeSettings(Settings):
     """Where and how the work is done; nothing here changes the method."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` is a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 on GPUs and float32 on CPUs."""
     jobs: PositiveInt = 1

@@ -171,7 +171,10 @@ def parser() -> Parser:
     )
 
     _annotating(add("annotate", run_folder, help="people judge pairs of a run's answers, blind"))
-    add("schema", help="print the JSON schema of recipes, by which editors complete and check them")
+    schema = add("schema", help="print the JSON schema of recipes, by which editors complete and check them")
+    schema.add_argument(
+        "--markdown", type=path_argument, metavar="DIR", help="write pages of all settings there instead"
+    )
     add("env", help="versions, devices and which kernels run and why: for bug reports")
     completion = add("completion", help="print a script that completes macpo's commands and options in a shell")
     completion.add_argument("shell", choices=("bash", "zsh"), help='bash: eval "$(macpo completion bash)" in ~/.bashrc')

@@ -235,6 +235,11 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _schema(arguments: argparse.Namespace) -> None:
+    if arguments.markdown is not None:
+        from macpo.commands.tooling.reference import write_pages
+
+        print("\n".join(f"wrote {path}" for path in write_pages(arguments.markdown)))
+        return
     from macpo.commands.tooling.schema import schema
 
     print(schema(), end="")

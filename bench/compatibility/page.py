@@ -28,7 +28,7 @@ What is refused says why, in `macpo check` already where the configuration tells
 the model's first use, when a probe compares the engine's own paths with the model's (`engine/models/equivalence.py`):
 the same probe looks at a family that is not in this table. Families that work here are not all tested with real
 weights, in 16 bits, under tensor parallelism or with CUDA kernels. What a model adds to its loss in training, or draws
-at random there, is in [training.md](training.md#what-a-model-adds-in-training).
+at random there, is in [models.md](models.md#what-a-model-adds-in-training).
 
 {table}
 

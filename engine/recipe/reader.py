@@ -149,15 +149,16 @@ def _entry(head: str, value: Any, indent: int, comments: bool) -> list[str]:
                 inner = inner[1:]
             lines += inner
         return lines
-    return [f"{head} {_flow(value)}"]
+    return [f"{head} {flow(value)}"]
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """A value as YAML on one line."""
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(map(flow, value)) + "]"
     value = to_jsonable_python(value)
     if isinstance(value, list):  # sets and the like
-        return _flow(value)
+        return flow(value)
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, float):

@@ -142,6 +142,7 @@ class SftRecipe(StandaloneRecipe):
     """Supervised fine-tuning of one policy."""
 
     recipe: Literal["sft"] = "sft"
+    """Kind of recipe."""
     output: LocalPath = Field("runs/sft", validate_default=True)
     """The run's folder."""
     data: ExampleData
@@ -160,6 +161,7 @@ class PreferenceRecipe(StandaloneRecipe):
     """Preference training of one policy."""
 
     recipe: Literal["preference"] = "preference"
+    """Kind of recipe."""
     output: LocalPath = Field("runs/preference", validate_default=True)
     """The run's folder."""
     data: PairData
@@ -176,6 +178,7 @@ class RewardRecipe(StandaloneRecipe):
     """Training of one reward model."""
 
     recipe: Literal["reward"] = "reward"
+    """Kind of recipe."""
     output: LocalPath = Field("runs/reward", validate_default=True)
     """The run's folder."""
     data: RewardData

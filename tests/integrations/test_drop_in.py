@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import model_of
+from pages import named_blocks
 from pair_models import id_rows, llama, logged, text_pairs, tokenizer
 from transformers import LlamaForCausalLM, TrainingArguments
 
@@ -24,7 +25,6 @@ from macpo.engine.errors import ConfigError, DataError
 from macpo.integrations.transformers import PairCollator, PreferenceTrainer, with_reference_logps
 from macpo.integrations.trl import FusedDPOTrainer
 
-DOC = Path(__file__).parents[2] / "docs" / "drop-in.md"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 
 
@@ -141,7 +141,7 @@ def test_what_the_preference_trainer_refuses(tmp_path):
 
 # --- docs/drop-in.md ---------------------------------------------------------------------------------------------
 
-BLOCKS = dict(re.findall(r"```python ([\w-]+)\n(.*?)```", DOC.read_text(), flags=re.S))
+BLOCKS = named_blocks("docs/drop-in.md")
 
 
 def padded_batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -158,7 +158,6 @@ def padded_batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def test_every_block_of_the_page_is_run_here():
     assert list(BLOCKS) == ["trl", "trainer", "hand-written-loop", "scoring", "llama-factory"]
-    assert DOC.read_text().count("```python") == len(BLOCKS)
     assert len([line for line in BLOCKS["hand-written-loop"].splitlines() if line.strip()]) <= 15
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from commands import macpo
 from fake_server import Reply, Server, completion
+from pages import blocks_for
 from tiny import init, tiny
 
 from macpo.commands.check import check
@@ -160,13 +161,10 @@ def test_only_teachers_can_be_served() -> None:
         loads(json.dumps(tree), Recipe)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.S)
-
-
 def test_the_page_says_what_works() -> None:
     """Its recipes are taken, its table names the kinds of servers, its extra is there, its Python runs."""
-    first, second = blocks("yaml")
+    blocks = blocks_for("docs/served.md", sh=1, yaml=2, python=1)
+    first, second = blocks["yaml"]
     rest = "\ndata: {path: x}\nstudent: {model: m}\n"
     (big,) = loads(first + rest, Recipe).teachers
     assert big.has_tokenizer and not big.has_weights and big.served is not None and big.served.api == "completions"
@@ -178,8 +176,9 @@ def test_the_page_says_what_works() -> None:
     kinds = ServedSettings.model_fields["server"].annotation.__args__  # type: ignore[union-attr]
     rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(kinds)
-    assert blocks("sh") == ["pip install 'macpo[served]'\n"] and "served" in metadata("macpo").get_all("Provides-Extra")
+    assert blocks["sh"] == ["pip install 'macpo[served]'\n"]
+    assert "served" in metadata("macpo").get_all("Provides-Extra")
     with Server(lambda number, body: completion("fine")) as server:
         names: dict[str, Any] = {"url": server.url, "tokenizer": None, "prompts": [[4, 5]]}
-        exec(blocks("python")[0], names)
+        exec(blocks["python"][0], names)
     assert [sample.text for sample in names["outputs"][0].samples] == ["fine"] * 4

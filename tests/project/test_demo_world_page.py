@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from pages import blocks_for
 
 from bench.evidence import paper_claims, runs, world_gates
 from macpo.arguments import parser
@@ -58,9 +59,8 @@ def test_bounds_are_those_of_the_code() -> None:
 
 
 def test_commands_are_read_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [
-        shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()
-    ]
+    blocks = blocks_for("docs/demo-world.md", sh=2)["sh"]
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     modules = {"bench.evidence.world_gates": world_gates, "bench.evidence.runs": runs}
     modules |= {"bench.evidence.paper_claims": paper_claims}
     assert len(commands) == 4

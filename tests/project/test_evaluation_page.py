@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import macpo
+from pages import blocks_for
 from tiny import tiny
 
 from macpo.comparison.arms import named_arms
@@ -23,7 +24,7 @@ def test_the_commands_work_and_add_to_each_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(dump(tiny(Path("out"), iterations=1)))
-    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)
+    (block,) = blocks_for("docs/evaluation.md", sh=1)["sh"]
     plan, small, large = (shlex.split(line.partition("#")[0])[1:] for line in block.splitlines())
     assert macpo(*plan) == 0 and not Path("out").exists()
     said = capsys.readouterr().out

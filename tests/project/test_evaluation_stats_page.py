@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import macpo
+from pages import blocks_for
 from standalone_runs import make_base
 from tiny import OPTIM, tiny
 
@@ -24,10 +25,7 @@ from macpo.evaluation.claims import CONTRADICTED, HOLDS, INCONCLUSIVE
 from macpo.report.run_reader import RunReader
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation-stats.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.S)
+BLOCKS = blocks_for("docs/evaluation-stats.md", sh=1, yaml=1, python=1)
 
 
 def small() -> dict[str, Any]:
@@ -36,7 +34,7 @@ def small() -> dict[str, Any]:
     tree = tiny(Path("runs/mine"), iterations=0, teachers=[agent], student=agent).model_dump(mode="json")
     training = {"positive": OPTIM, "negative": OPTIM}
     tree |= {"teacher_training": training, "student_training": training, "sampling": {"max_new_tokens": 6}}
-    (block,) = blocks("yaml")
+    (block,) = BLOCKS["yaml"]
     return tree | yaml.safe_load(block)
 
 
@@ -46,7 +44,7 @@ def test_every_block_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make_base(Path("base"), context=64)
     Path("mine.yaml").write_text(dump(Recipe.model_validate(small())))
-    commands = [line.partition("#")[0].strip() for line in "".join(blocks("sh")).splitlines()]
+    commands = [line.partition("#")[0].strip() for line in BLOCKS["sh"][0].splitlines()]
     alone, seeds, report = (shlex.split(line) for line in commands)
     assert alone == seeds[:3] and seeds[3] == "--seeds"
     assert macpo(*alone[1:]) == 0
@@ -76,7 +74,7 @@ def test_every_block_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     rows = read_jsonl(folder_of(Path("runs/mine"), "dev-teacher0-iter0") / "evaluation.jsonl")
     assert len(dev) == 8 and {row["prompt_id"] for _, row in rows} == dev
 
-    (code,) = blocks("python")
+    (code,) = BLOCKS["python"]
     exec(compile(code, "docs/evaluation-stats.md", "exec"), {})
     assert re.search(r"[+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\], p \d\.\d{3}", capsys.readouterr().out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from architectures import VOCAB, model_of
 from forks import ranks
 from generation_checks import character_tokenizer
+from pages import named_blocks
 from peft import LoraConfig, get_peft_model
 
 from macpo.engine.distributed.world import World
 
-PAGE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
-BLOCKS: dict[str, str] = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, flags=re.S))
+BLOCKS = named_blocks("docs/generation.md")
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +29,12 @@ def given(**names: Any) -> dict[str, Any]:
 
 
 def test_every_block_is_run_here() -> None:
-    assert set(BLOCKS) == {"answers", "adapters", "scores", "waves", "split"} and PAGE.count("```") == 2 * len(BLOCKS)
+    assert set(BLOCKS) == {"responses", "adapters", "scores", "waves", "split"}
 
 
 def test_answers_scores_and_waves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = given(folder=tmp_path)
-    exec(BLOCKS["answers"], space)
+    exec(BLOCKS["responses"], space)
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 12 and all(line.split()[0] in ("stop", "length") for line in told)
     exec(BLOCKS["scores"], space)
@@ -47,7 +46,7 @@ def test_answers_scores_and_waves(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_adapters() -> None:
     space = given()
-    exec(BLOCKS["answers"], space)
+    exec(BLOCKS["responses"], space)
     peft = get_peft_model(space["model"], LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="kind")
     peft.add_adapter("rude", LoraConfig(r=4, target_modules=["v_proj"]))
     for name, parameter in peft.named_parameters():
@@ -65,7 +64,7 @@ def test_split(tmp_path: Path) -> None:
 
     def body(world: World) -> None:
         space = given(world=world, path=tmp_path / "model", device=torch.device("cpu"), folder=tmp_path)
-        exec(BLOCKS["answers"], space)
+        exec(BLOCKS["responses"], space)
         exec(BLOCKS["split"], space)
         outputs = space["generator"].generate(space["prompts"], space["params"])
         assert world.gather([s.token_ids for o in outputs for s in o.samples])[0] == [

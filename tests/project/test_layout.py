@@ -1,4 +1,4 @@
-"""The shape of the code: who may import whom, what folders and files may hold, and the README's annotated tree."""
+"""The shape of the code: who may import whom, what folders and files may hold, and the tree in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ MAX_LINES = 400
 MAX_MODULES = 20
 MAX_PARAMETERS, MAX_LONG_SIGNATURES = 7, 7
 MAX_TREE_LINES = 40
+TREE_PAGE = ROOT / "CONTRIBUTING.md"
 SOURCES = [
     path
     for folder in (*PACKAGES, "tests", "bench", "recipes")
@@ -306,7 +307,7 @@ def test_the_pickle_rule_sees(code):
     assert unsafe(ast.parse(code))
 
 
-# --- README ------------------------------------------------------------------------------------------------------
+# --- The tree of CONTRIBUTING.md ---------------------------------------------------------------------------------
 # The rule: under the first heading that holds the word "Layout", the first fenced block is the tree. A line is
 #     <2 spaces a level><names separated by blanks>  # what it is
 # A name that ends with "/" is a folder; deeper lines belong to the last line above that is less deep and whose first
@@ -317,12 +318,12 @@ def test_the_pickle_rule_sees(code):
 IGNORED = {"build", "dist", "runs", "__pycache__", "node_modules"}
 
 
-def readme_tree(text: str) -> list[str]:
-    """Paths named in the README's layout block, folders with their slash."""
+def annotated_tree(text: str) -> list[str]:
+    """Paths named in a page's layout block, folders with their slash."""
     block = re.search(r"^#+[^\n]*\bLayout\b.*?^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert block, "README.md has no fenced block under a heading with the word Layout"
+    assert block, "there is no fenced block under a heading with the word Layout"
     lines = block[1].splitlines()
-    assert len(lines) <= MAX_TREE_LINES, f"README tree: {len(lines)} lines"
+    assert len(lines) <= MAX_TREE_LINES, f"the tree has {len(lines)} lines"
     paths: list[str] = []
     folders: dict[int, str] = {-1: ""}
     for line in lines:
@@ -330,9 +331,9 @@ def readme_tree(text: str) -> list[str]:
         if not entry.strip():
             continue
         indent = len(entry) - len(entry.lstrip(" "))
-        assert indent % 2 == 0, f"README tree: odd indent in {line!r}"
+        assert indent % 2 == 0, f"odd indent in {line!r}"
         level = indent // 2
-        assert level - 1 in folders, f"README tree: {line!r} is not below a folder"
+        assert level - 1 in folders, f"{line!r} is not below a folder"
         names = [folders[level - 1] + part for part in entry.split()]
         paths += names
         folders = {depth: folder for depth, folder in folders.items() if depth < level}
@@ -344,23 +345,23 @@ def readme_tree(text: str) -> list[str]:
 def test_the_tree_parser():
     block = "a/  # one\n  b.py c.py   # two\n  d/\n    e.py\n\nf.md"
     text = f"# a\n```\nno/\n```\n## The Layout\ntext\n```text\n{block}\n```\n"
-    assert readme_tree(text) == ["a/", "a/b.py", "a/c.py", "a/d/", "a/d/e.py", "f.md"]
+    assert annotated_tree(text) == ["a/", "a/b.py", "a/c.py", "a/d/", "a/d/e.py", "f.md"]
     for bad in ("a/\n   b.py", "a.py\n  b.py", "a/\n    b.py"):
         with pytest.raises(AssertionError):
-            readme_tree(f"# Layout\n```\n{bad}\n```\n")
+            annotated_tree(f"# Layout\n```\n{bad}\n```\n")
 
 
-def test_readme_tree_names_only_what_exists():
-    for path in readme_tree((ROOT / "README.md").read_text()):
+def test_the_tree_names_only_what_exists():
+    for path in annotated_tree(TREE_PAGE.read_text()):
         there = (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()
-        assert there, f"README.md's layout names {path}, which does not exist"
+        assert there, f"the layout names {path}, which does not exist"
 
 
-def test_readme_tree_is_complete():
-    named = set(readme_tree((ROOT / "README.md").read_text()))
+def test_the_tree_is_complete():
+    named = set(annotated_tree(TREE_PAGE.read_text()))
     tops = (path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
     wanted = {f"{top.name}/" for top in tops if top.name not in IGNORED and top.suffix != ".egg-info"}
     wanted |= {name(path) for path in MODULES if path.parent.parent == ROOT and path.name != "__init__.py"}
     sources = (path for path in SOURCES if path.suffix != ".yaml")
     wanted |= {f"{name(path.parent)}/" for path in sources if f"{name(path.parent.parent)}/" not in named}
-    assert not wanted - named, f"README.md's layout does not name {sorted(wanted - named)}"
+    assert not wanted - named, f"the layout does not name {sorted(wanted - named)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from commands import macpo
+from pages import blocks_for
 from standalone_runs import make_base
 from tiny import init, tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -29,8 +29,8 @@ SMALL |= {"test_prompts: 200": "test_prompts: 10", "hidden_size: 64": "hidden_si
 def test_every_block_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)
-    own, scoring = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S))
+    blocks = blocks_for("docs/evaluation-reward.md", sh=1, yaml=2)
+    (commands,), (own, scoring) = blocks["sh"], map(yaml.safe_load, blocks["yaml"])
     base = make_base(tmp_path / "base")
     rows = [{"prompt": f"how do i sit {i} ?", "chosen": f"sure {i} .", "rejected": "go away ."} for i in range(90)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

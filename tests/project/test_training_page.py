@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import macpo
+from pages import blocks_for
 from standalone_runs import make_base
 
 from macpo.engine import train
@@ -17,7 +18,7 @@ from macpo.kernels.pair_loss.losses import DESENSITISED, LOSSES, SMOOTHED
 from macpo.standalone.config import ExampleData, PairData
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "training.md").read_text()
+PAGE, DATA_PAGE = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "data"))
 SMALL = {"student_documents: 6000": "student_documents: 120", "student_prompts: 512": "student_prompts: 24"}
 SMALL |= {"test_prompts: 200": "test_prompts: 10", "hidden_size: 64": "hidden_size: 16"}
 
@@ -33,14 +34,15 @@ def test_every_command_works(
             assert long in text
             text = text.replace(long, short)
         (tmp_path / "recipes" / f"{name}.yaml").write_text(text)
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
+    blocks = blocks_for("docs/training.md", sh=4, yaml=1)
+    (recipe,) = blocks["yaml"]
     (tmp_path / "mine.yaml").write_text(recipe)
     make_base(tmp_path / "model", context=512)
     rows = [{"prompt": f"how do i sit {i} ?", "chosen": f"thanks {i} .", "rejected": "no"} for i in range(220)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S) for line in block.splitlines()]
-    assert len(commands) == 11 and PAGE.count("```sh") == 4
+    commands = [line for block in blocks["sh"] for line in block.splitlines()]
+    assert len(commands) == 11
     for command in commands:
         program, *words = shlex.split(command)
         if program == "torchrun":  # tests/macpo/test_standalone.py runs it
@@ -54,19 +56,19 @@ def test_every_command_works(
     assert (folder_of(tmp_path / "runs" / "mine", "train-policy") / "policy" / "adapter_config.json").exists()
 
 
-def table(first: str) -> list[list[str]]:
-    """Cells of the page's table whose first heading is this."""
-    block = PAGE[PAGE.index(f"| {first} ") :].partition("\n\n")[0]
+def table(page: str, first: str) -> list[list[str]]:
+    """Cells of a page's table whose first heading is this."""
+    block = page[page.index(f"| {first} ") :].partition("\n\n")[0]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in block.splitlines()[2:]]
 
 
 def test_the_tables_name_what_there_is() -> None:
-    losses = {row[0].strip("`"): row[1] for row in table("`training.loss`")}
+    losses = {row[0].strip("`"): row[1] for row in table(PAGE, "`training.loss`")}
     assert set(losses) == set(LOSSES)
     for name, options in losses.items():
         assert ("`label_smoothing`" in options) == (name in SMOOTHED)
         assert ("`ld_alpha`" in options) == (name in DESENSITISED)
         assert ("`gamma`" in options) == (name == "simpo")
     for kind, data in (("preference", PairData), ("sft", ExampleData)):
-        named = {word for row in table(f"`recipe: {kind}`") for word in re.findall(r"`(\w+)`", row[0])}
+        named = {word for row in table(DATA_PAGE, f"`recipe: {kind}`") for word in re.findall(r"`(\w+)`", row[0])}
         assert named | {"auto"} == set(data.model_fields["format"].annotation.__args__)  # type: ignore[union-attr]

@@ -21,10 +21,15 @@ class _Untitled(GenerateJsonSchema):
 
 def schema() -> str:
     """The schema of every kind of recipe as JSON text; the key `recipe` says of which kind a recipe is."""
+    return json.dumps(body(), indent=1, ensure_ascii=False) + "\n"
+
+
+def body() -> dict[str, Any]:
+    """The schema of every kind of recipe."""
     models = [(kind, "validation") for kind in KINDS.values()]
     references, made = models_json_schema(models, schema_generator=_Untitled)  # type: ignore[arg-type]
     of_kind = {name: references[kind, "validation"] for name, kind in KINDS.items()}
-    body: dict[str, Any] = {
+    return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Recipe of macpo",
         "type": "object",
@@ -32,7 +37,6 @@ def schema() -> str:
         "allOf": [{"if": _says(name), "then": reference} for name, reference in of_kind.items()],
         "$defs": made["$defs"],
     }
-    return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
 
 def _says(kind: str) -> dict[str, Any]:

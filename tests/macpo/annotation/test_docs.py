@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import macpo
+from pages import blocks_for
 
 from macpo.annotation.judgements import Session
 from macpo.annotation.study import open_study
@@ -27,7 +28,8 @@ def test_every_command_works(
 ) -> None:
     answers(tmp_path / "runs" / "mine", 80)
     monkeypatch.chdir(tmp_path)
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S) for line in block.splitlines()]
+    blocks = blocks_for("docs/evaluation-annotate.md", sh=5)["sh"]
+    commands = [line for block in blocks for line in block.splitlines()]
     install, judge, report, label_studio, argilla, back = (shlex.split(command) for command in commands)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert install == ["pip", "install", "macpo[eval]"] and {"krippendorff>=0.9"} <= set(extras["eval"])

@@ -18,6 +18,7 @@ from architectures import save_byte_model
 from commands import macpo
 from fake_server import Reply, Server, completion
 from forks import ranks, start, wait
+from pages import blocks_for
 from tiny import make_run, tiny
 
 from macpo.commands.evaluate import Wishes, evaluate
@@ -30,7 +31,6 @@ from macpo.report.policy_names import last_student, named, policy_name, usual_op
 from macpo.report.run_reader import RunReader
 
 KEY = "sk-canary-51d0c2"
-PAGE = (Path(__file__).parents[3] / "docs" / "evaluation-judge.md").read_text()
 
 
 def rule(number: int, question: str) -> Reply:
@@ -98,9 +98,8 @@ def test_every_block_of_the_page(
     run: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page's recipe, file of judges and commands, in order, in a folder that holds what the page speaks of."""
-    recipe, file = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
-    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)
-    assert PAGE.count("```") == 6
+    blocks = blocks_for("docs/evaluation-judge.md", sh=1, yaml=2)
+    (commands,), (recipe, file) = blocks["sh"], blocks["yaml"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     run = run.rename(tmp_path / "runs" / "mine")
