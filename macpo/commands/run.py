@@ -24,11 +24,11 @@ from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
 from macpo.report.run_reader import RunReader
+from macpo.report.titles import title_of
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World
 
-TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training", "reward": "Reward model"}
 GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
 
 
@@ -162,7 +162,7 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
             for teacher, stage in plan.development.items()
         }
     if not isinstance(recipe, Recipe):
-        extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
+        extra["title"] = title_of(recipe.recipe, run_dir.resolve().name)
     summary = build_summary(histories[""], stages, recipe.seed, versions(), arms=arms, models=models, **extra)
     write_json(run_dir / "summary.json", folder.with_gaps(summary))
 

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_bytes, read_json, read_jsonl
+from macpo.engine.recipe import kind_of
 from macpo.engine.run.folder import read_timing
 from macpo.engine.run.manifest import STEP_TIMES, unchanged
 from macpo.evaluation.gap import gaps_recovered
@@ -251,6 +252,11 @@ class RunReader:
             return read_bytes(self.path / "recipe.yaml").decode(errors="replace")
         except MacpoError:
             return ""
+
+    @cached_property
+    def kind(self) -> str:
+        """The kind of the run's recipe."""
+        return kind_of(self.path)[0] or "macpo"
 
     @cached_property
     def all_evaluations(self) -> list[Evaluation]:

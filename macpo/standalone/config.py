@@ -113,7 +113,10 @@ class StandaloneRecipe(Settings):
                 f"({self.context_tokens})"
             )
         for name, former in _FORMER.items():
-            if not self.generates and getattr(self.compute, name) not in (former, ComputeSettings.model_fields[name].default):
+            if not self.generates and getattr(self.compute, name) not in (
+                former,
+                ComputeSettings.model_fields[name].default,
+            ):
                 what = f"is for generation, and this recipe generates nothing Fix: {self._to_generate}"
                 raise ValueError(f"compute.{name} {what}")
         if self.init is not None and self.init.context < self.context_tokens:
