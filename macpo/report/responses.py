@@ -211,7 +211,7 @@ def _roles(run: RunReader) -> dict[str, str]:
 
 def _policy(evaluation: Evaluation, roles: dict[str, str]) -> Source:
     arm = evaluation.folder.arm
-    group = f"Arm {arm}" if arm else "Main run"
+    group = f"Arm {arm}" if arm else "Policy" if roles.get(evaluation.agent) == "policy" else "Main run"
     return Source(group, evaluation.agent, "response", evaluation.iteration, arm, roles.get(evaluation.agent, ""))
 
 

@@ -240,6 +240,8 @@
     fill(control.agent, "everyone", distinct(set.sources.map((s) => s.agent)).map((name) => [name, name]));
     fill(control.iteration, "all", [...moments].sort((a, b) => a[0] - b[0]).map(([at, name]) => [String(at), name]));
     fill(control.arm, "all", arms.map((arm) => (arm ? [`arm:${arm}`, arm] : ["main", "main run"])));
+    const choice = set.sources.some((s) => s.kind === "kept");
+    control.kind.closest("label").firstElementChild.textContent = choice ? "kept or lost" : "kind";
     fill(control.kind, "all", distinct(set.sources.map((s) => s.kind)).map((kind) => [kind, KINDS[kind]]));
     fill(control.score, "none", set.scores.map((name, column) => [String(column), name]));
     control.score.closest("label").hidden = !set.scores.length;
