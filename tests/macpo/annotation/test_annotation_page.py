@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from chromium import chromium, press, require_chromium
 from commands import macpo
 
 from macpo import annotation
@@ -46,22 +46,10 @@ def started(run: Path, *words: object, most_bytes: int | None = None) -> Iterato
 
 
 class Browser:
-    """Headless Chromium with a fresh profile and no network of its own."""
+    """Headless Chromium that shows the annotation page."""
 
     def __init__(self, profile: Path) -> None:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = str(shutil.which("chromium"))
-        for name in (
-            *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-            *("disable-background-networking", "disable-component-update", f"user-data-dir={profile}"),
-            *("host-resolver-rules=MAP rebound.test 127.0.0.1", "window-size=1200,850"),
-        ):
-            options.add_argument(f"--{name}")
-        self.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
-        self.driver.set_script_timeout(120)
+        self.driver = chromium(profile, "host-resolver-rules=MAP rebound.test 127.0.0.1", "window-size=1200,850")
 
     # Waits until the page shows something else than `arguments[0]`, and says what.
     LOOK = """
@@ -82,11 +70,7 @@ class Browser:
         return found
 
     def press(self, keys: str) -> None:
-        from selenium.webdriver.common.actions.action_builder import ActionBuilder
-
-        actions = ActionBuilder(self.driver, duration=0)
-        actions.key_action.send_keys(keys)
-        actions.perform()
+        press(self.driver, keys)
 
     def text(self, name: str) -> str:
         found: str = self.driver.execute_script(f"return document.getElementById({name!r}).innerText")
@@ -99,8 +83,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("chromium or chromedriver is not installed (Debian: chromium, chromium-driver)")
+    require_chromium()
     found = Browser(tmp_path_factory.mktemp("chromium"))
     yield found
     found.driver.quit()
