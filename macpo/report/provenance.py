@@ -38,7 +38,7 @@ KINDS = {
     "score_reference": "reference log-probs",
 }
 """Kind of a stage's work -> how the table calls it; the others choose or rate responses."""
-OTHER, UNKNOWN = "selection and pairs", "all stages"
+OTHER, UNKNOWN = "selection and pairs", "kind not recorded"
 _CLOCK = "%Y-%m-%dT%H:%M:%SZ"
 _SHORT = 12
 
