@@ -203,7 +203,9 @@
     control.hits.textContent = hits.length === all ? `${count(all)} prompts` : `${count(hits.length)} of ${count(all)} prompts match`;
   };
 
+  let waiting = 0; // for the end of the typing
   const update = () => {
+    clearTimeout(waiting);
     readFilter();
     draw();
   };
@@ -279,7 +281,6 @@
     return true;
   };
 
-  let waiting = 0;
   control.query.addEventListener("input", () => {
     clearTimeout(waiting);
     waiting = setTimeout(update, 120);

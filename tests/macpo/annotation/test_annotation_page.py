@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from chromium import chromium, press, require_chromium
 from commands import macpo
 
 from macpo import annotation
@@ -48,8 +47,8 @@ def started(run: Path, *words: object, most_bytes: int | None = None) -> Iterato
 class Browser:
     """Headless Chromium that shows the annotation page."""
 
-    def __init__(self, profile: Path) -> None:
-        self.driver = chromium(profile, "host-resolver-rules=MAP rebound.test 127.0.0.1", "window-size=1200,850")
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
 
     # Waits until the page shows something else than `arguments[0]`, and says what.
     LOOK = """
@@ -70,7 +69,11 @@ class Browser:
         return found
 
     def press(self, keys: str) -> None:
-        press(self.driver, keys)
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+        actions = ActionBuilder(self.driver, duration=0)
+        actions.key_action.send_keys(keys)
+        actions.perform()
 
     def text(self, name: str) -> str:
         found: str = self.driver.execute_script(f"return document.getElementById({name!r}).innerText")
@@ -82,11 +85,11 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    require_chromium()
-    found = Browser(tmp_path_factory.mktemp("chromium"))
-    yield found
-    found.driver.quit()
+def browser(chromium: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    profile = tmp_path_factory.mktemp("chromium")
+    driver = chromium(profile, "host-resolver-rules=MAP rebound.test 127.0.0.1", "window-size=1200,850")
+    yield Browser(driver)
+    driver.quit()
 
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import macpo
-from response_runs import make_response_run
 from standalone_runs import make_base, recipe_of
 
 from macpo.engine.files import write_json
@@ -72,15 +72,15 @@ def test_an_sft_run_says_where_it_came_from_and_shows_its_responses(
     assert all({"loss", "perplexity", "gold", "mean_words"} <= set(row) for row in scores)
 
 
-def test_a_run_that_noted_nothing_says_so(tmp_path: Path) -> None:
-    text = text_of(write_report(make_response_run(tmp_path / "run")))
+def test_a_run_that_noted_nothing_says_so(response_run: Callable[..., Path], tmp_path: Path) -> None:
+    text = text_of(write_report(response_run(tmp_path / "run")))
     for name in ("Command", "Started", "Wall time", "Device", "Last ended"):
         assert f"{name} not recorded" in text
     assert "pairs.jsonl read – abababababab" in text and "/somewhere" not in text
 
 
-def test_what_was_killed_counts_up_to_its_last_stage(tmp_path: Path) -> None:
-    run = make_response_run(tmp_path / "run")
+def test_what_was_killed_counts_up_to_its_last_stage(response_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = response_run(tmp_path / "run")
     about = {"command": "macpo run <x>", "device": "CPU: some", "processes": 2}
     written = Manifest.read(run / "01-data").created["time"]
     year = int(written[:4])

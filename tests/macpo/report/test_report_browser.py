@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import chromium, press, require_chromium
-from response_runs import make_large_run, make_response_run, world_pairs
 
+from macpo.engine.data.records import Pair
 from macpo.report.page import write_report
+
+Pairs = tuple[list[Pair], list[Pair]]
 
 HOSTILE = (
     '<img src=x onerror="document.title=1"></script><script>document.title=2</script><!--<script>'
@@ -81,6 +82,9 @@ class Shown:
     def click(self, name: str) -> None:
         self.run(f"document.querySelector('[data-control={name}]').click()")
 
+    def press(self, keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(keys)
+
     def overflows(self) -> bool:
         found: bool = self.run("return document.documentElement.scrollWidth > innerWidth")
         return found
@@ -93,20 +97,19 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
-    require_chromium()
+def shown(chromium: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     driver = chromium(tmp_path_factory.mktemp("chromium"))
     yield Shown(driver)
     driver.quit()
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(make_response_run(tmp_path_factory.mktemp("responses") / "run", hostile=HOSTILE))
+def page(response_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(response_run(tmp_path_factory.mktemp("responses") / "run", hostile=HOSTILE))
 
 
-def test_search_filters_and_steps(shown: Shown, page: Path) -> None:
-    _, test = world_pairs()
+def test_search_filters_and_steps(shown: Shown, page: Path, pairs: Pairs) -> None:
+    _, test = pairs
     shown.open(page)
     assert shown.text("hits") == "60 prompts" and shown.text("count") == "Prompt 1 of 60"
     assert [row[0].split("\n")[0] for row in shown.rows()] == [
@@ -175,22 +178,22 @@ def test_where_perplexity_keeps_a_worse_response(shown: Shown, page: Path) -> No
     assert [row[0] for row in shown.rows()] == ["teacher0 not kept scores higher"]
 
 
-def test_the_keyboard_alone_and_a_link_to_one_prompt(shown: Shown, page: Path) -> None:
-    _, test = world_pairs()
+def test_the_keyboard_alone_and_a_link_to_one_prompt(shown: Shown, page: Path, pairs: Pairs) -> None:
+    _, test = pairs
     ids = sorted(pair.prompt.id for pair in test)
     shown.open(page, f"#prompt/test/{ids[40]}")
     assert shown.text("count") == "Prompt 41 of 60"
     shown.run("document.querySelector('[data-control=prompt]').focus()")
-    press(shown.driver, "n")
+    shown.press("n")
     assert shown.text("count") == "Prompt 42 of 60"
-    press(shown.driver, "pp")
+    shown.press("pp")
     assert shown.text("count") == "Prompt 40 of 60"
-    press(shown.driver, "/")
-    press(shown.driver, "npx/")  # in the search, keys are letters
+    shown.press("/")
+    shown.press("npx/")  # in the search, keys are letters
     assert shown.run("return document.activeElement.value") == "npx/"
     shown.click("clear")
     shown.run("document.querySelector('[data-control=list] a').focus()")
-    press(shown.driver, "\ue007")  # Enter follows the link
+    shown.press("\ue007")  # Enter follows the link
     shown.driver.execute_async_script("setTimeout(arguments[0], 100)")
     listed = shown.run("return document.querySelector('[data-control=list] a').hash")
     assert shown.run("return location.hash") == listed == f"#prompt/test/{ids[0]}"
@@ -264,8 +267,10 @@ def test_in_print_and_without_scripts_the_first_prompts_are_a_table(shown: Shown
     assert shown.run("return document.querySelectorAll('.plain .case').length") == 6
 
 
-def test_five_thousand_prompts_of_ten_policies_stay_quick(shown: Shown, tmp_path: Path) -> None:
-    made = write_report(make_large_run(tmp_path / "run", 5_000, 10, 20))
+def test_five_thousand_prompts_of_ten_policies_stay_quick(
+    shown: Shown, large_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = write_report(large_run(tmp_path / "run", 5_000, 10, 20))
     assert 8_000_000 < made.stat().st_size < 16_000_000
     began = time.monotonic()
     shown.open(made)

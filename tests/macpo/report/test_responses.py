@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from response_runs import make_response_run, world_pairs
 
+from macpo.engine.data.records import Pair
 from macpo.engine.files import write_json, write_jsonl
 from macpo.report import responses
 from macpo.report.browser import embedded
@@ -16,13 +17,17 @@ from macpo.report.page import write_report
 from macpo.report.responses import Collection, collections
 from macpo.report.run_reader import RunReader
 
+Pairs = tuple[list[Pair], list[Pair]]
+
 
 def of(run: Path) -> dict[str, Collection]:
     return {each.name: each for each in collections(RunReader(run))}
 
 
-def test_a_larger_run_is_a_seeded_sample_by_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_response_run(tmp_path / "run")
+def test_a_larger_run_is_a_seeded_sample_by_prompt(
+    response_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = response_run(tmp_path / "run")
     whole = of(run)["test"]
     assert not whole.sampled and whole.total == 60
     monkeypatch.setitem(responses.MOST_CHARS, "test", 12_000)
@@ -39,9 +44,9 @@ def test_a_larger_run_is_a_seeded_sample_by_prompt(tmp_path: Path, monkeypatch: 
     assert len(of(run)["test"].prompts) == 1  # never an empty page
 
 
-def test_scores_of_scorers_stand_beside_gold(tmp_path: Path) -> None:
-    run = make_response_run(tmp_path / "run")
-    _, test = world_pairs()
+def test_scores_of_scorers_stand_beside_gold(response_run: Callable[..., Path], pairs: Pairs, tmp_path: Path) -> None:
+    run = response_run(tmp_path / "run")
+    _, test = pairs
     scored, checked = run / "07-score-judge-a-student-iter1", run / "08-check-judge-a"
     for folder in (scored, checked):
         folder.mkdir()
@@ -63,8 +68,8 @@ def test_scores_of_scorers_stand_beside_gold(tmp_path: Path) -> None:
             assert row.scores.get("judge-a") == expected
 
 
-def test_rewards_of_human_pairs_are_shown_where_a_reward_model_was_trained(tmp_path: Path) -> None:
-    _, test = world_pairs()
+def test_rewards_of_human_pairs_are_shown_where_a_reward_model_was_trained(pairs: Pairs, tmp_path: Path) -> None:
+    _, test = pairs
     data, evaluation = tmp_path / "01-data", tmp_path / "02-eval-policy-iter1"
     for folder in (data, evaluation):
         folder.mkdir()

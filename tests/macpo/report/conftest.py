@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from macpo import demo_world
 from macpo.engine.data.records import Pair
@@ -101,3 +103,19 @@ def _stage(folder: Path, number: int, name: str) -> Path:
     path = folder / f"{number:02d}-{name}"
     path.mkdir(parents=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def response_run() -> Callable[..., Path]:
+    return make_response_run
+
+
+@pytest.fixture(scope="session")
+def large_run() -> Callable[..., Path]:
+    return make_large_run
+
+
+@pytest.fixture(scope="session")
+def pairs() -> tuple[list[Pair], list[Pair]]:
+    """Training and test pairs of `response_run`."""
+    return world_pairs()
