@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from macpo.commands.run import run, show
     from macpo.commands.seeds import check_kind, parse_seeds, run_seeds
     from macpo.engine.distributed.launcher import launch
+    from macpo.engine.run.attempts import COMMAND, typed
     from macpo.recipe_kinds import load
 
     recipe = load(arguments.recipe, arguments.overrides)
@@ -109,6 +111,7 @@ def _run(arguments: argparse.Namespace) -> None:
         words = [str(arguments.recipe), *(f"--set={override}" for override in overrides)]
         words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
         words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]
+        os.environ[COMMAND] = typed()
         launch([sys.executable, "-m", "macpo.engine.train", *words], arguments.ranks)
 
     if arguments.seeds:

@@ -24,7 +24,8 @@ CACHE = "cache"
 """Sub-folder for what stages and later runs can use again; no part of any result."""
 SHARED = (CACHE, "trackers")
 """Sub-folders that belong to no stage."""
-_TRASH_OF_FILES = {name + TRASH for name in (".lock", "RERUN.json", "recipe.yaml", "summary.json", "report.html")}
+_FILES = (".lock", "RERUN.json", "recipe.yaml", "summary.json", "report.html", "attempts.json")
+_TRASH_OF_FILES = {name + TRASH for name in _FILES}
 _MOST = 1e300  # a number above it, or NaN, was not counted or measured
 _FOLDER = re.compile(r"\d+-(?P<name>.+?)(?P<state>\.tmp|\.trash)?")
 

@@ -190,7 +190,7 @@ def _sources(reader: RunReader, design: Design) -> dict[str, str]:
     found = {}
     for policy in sorted({name for pair in design.pairs for name in pair}):
         with contextlib.suppress(ConfigError):
-            found[policy] = sha256(named(reader, policy).folder.path / "evaluation.jsonl")
+            found[policy] = sha256(named(reader, policy).responses)
     return found
 
 

@@ -35,7 +35,7 @@ from macpo.engine.models.compute import model_cache
 from macpo.method.policies import StageAgent
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.policy_names import parts_of_name
-from macpo.standalone.config import RewardRecipe
+from macpo.standalone.config import PolicyRecipe, RewardRecipe
 
 HELP = "/new begins a new dialogue, /quit or Ctrl-D ends"
 
@@ -159,7 +159,7 @@ def _voice(run_dir: Path, recipe: AnyRecipe, choice: Choice, seed: int) -> Voice
         f"{choice.arm}.{name}" if choice.arm else name,
         template,
         reading,
-        recipe.sampling if isinstance(recipe, Recipe) else SamplingSettings(),
+        (recipe.sampling if isinstance(recipe, Recipe | PolicyRecipe) else None) or SamplingSettings(),
         Generator(policy, template.tokenizer, max_batch=1),
         seed,
     )

@@ -157,7 +157,7 @@ def _matches(run: RunReader, recipe: AnyRecipe, wishes: Wishes, limit: int | Non
 
 
 def _answers(evaluation: Evaluation) -> Path:
-    return unchanged(evaluation.folder.path, "evaluation.jsonl")
+    return unchanged(evaluation.responses.parent, evaluation.responses.name)
 
 
 @contextlib.contextmanager

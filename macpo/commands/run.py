@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from macpo import __version__
+from macpo.commands.provenance import about, versions
 from macpo.commands.scored import judged_by, scored
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
@@ -17,6 +15,7 @@ from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import atomic_write, write_json
 from macpo.engine.processes import set_threads
 from macpo.engine.removal import make_way
+from macpo.engine.run.attempts import attempting
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
@@ -25,11 +24,11 @@ from macpo.method.run_plan import Plan
 from macpo.recipe_kinds import AnyRecipe, load, plan_of
 from macpo.report.findings import table
 from macpo.report.run_reader import RunReader
+from macpo.report.titles import title_of
 
 if TYPE_CHECKING:
     from macpo.engine.distributed.world import World
 
-TITLES = {"sft": "Supervised fine-tuning", "preference": "Preference training", "reward": "Reward model"}
 GRAPH_BUILDER = "macpo.recipe_kinds:build_graph"
 
 
@@ -104,8 +103,15 @@ def run(
             on_main(world, lambda: check_templates(recipe))
         plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
-    runner.began = lambda: _note_recipe(recipe, run_dir, runner.log)
-    runner.run()
+    with attempting(run_dir, lambda: about(recipe, plan, world), runner.log) as begin:
+
+        def began() -> None:
+            _note_recipe(recipe, run_dir, runner.log)
+            if not finished:
+                begin()
+
+        runner.began = began
+        runner.run()
     if is_main(world):
         from macpo.report.page import write_report
 
@@ -145,8 +151,6 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
         if (timing := folder.timing(stage)) is not None
     ]
     models = {agent.name: agent.source for agent in recipe.agents}
-    versions = {"macpo": __version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
     extra: dict[str, Any] = judged_by(recipe, plan, folder)
     extra["evaluations"] = [
         {"arm": point.arm, "agent": point.agent, "iteration": point.iteration, "stage": point.evaluation}
@@ -158,8 +162,8 @@ def summarise(recipe: AnyRecipe, plan: Plan, run_dir: Path) -> None:
             for teacher, stage in plan.development.items()
         }
     if not isinstance(recipe, Recipe):
-        extra["title"] = f"{TITLES[recipe.recipe]}: {run_dir.resolve().name}"
-    summary = build_summary(histories[""], stages, recipe.seed, versions, arms=arms, models=models, **extra)
+        extra["title"] = title_of(recipe.recipe, run_dir.resolve().name)
+    summary = build_summary(histories[""], stages, recipe.seed, versions(), arms=arms, models=models, **extra)
     write_json(run_dir / "summary.json", folder.with_gaps(summary))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from macpo import demo_world
-from macpo.engine.data.records import Pair, read_records
+from macpo.engine.data.records import Pair, Prompt, Response, read_records
 from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.evaluation import metrics as evaluate
@@ -42,6 +42,26 @@ def human_pair_logps(policy: OpenPolicy, pairs: list[Pair]) -> dict[str, dict[st
         }
         for index, pair in zip(kept, likelihoods(policy, groups), strict=True)
     }
+
+
+def response_row(prompt: Prompt, given: Response | None, *, gold: bool) -> dict[str, Any]:
+    """A row of `evaluation.jsonl`: a prompt with the response to it, which is empty where there is none.
+
+    `gold`: whether the demo world scores it.
+    """
+    row: dict[str, Any] = {"prompt_id": prompt.id, "prompt": list(prompt.messages)}
+    row |= {"answer": given.text if given else "", "finished": bool(given and given.finished)}
+    if gold:
+        row["gold"] = demo_world.gold(prompt.messages, row["answer"])
+    return row
+
+
+def response_metrics(rows: list[dict[str, Any]], *, gold: bool) -> dict[str, Any]:
+    """Length and variety of the responses in such rows, and their mean gold score."""
+    found: dict[str, Any] = dict(
+        evaluate.answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
+    )
+    return found | evaluate.gold_mean([row["gold"] for row in rows]) if gold else found
 
 
 class BaseLogps(PolicyStage):
@@ -94,12 +114,8 @@ class EvaluatePolicy(GeneratingStage):
             path = ctx.input(self.inputs.base_logps) / "logps.jsonl"
             base = {row["prompt_id"]: row for _, row in read_jsonl(path)}
         rows = []
-        for pair in sorted(pairs, key=lambda p: p.prompt.id):
-            prompt, given = pair.prompt, answers.get(pair.prompt.id)
-            row: dict[str, Any] = {"prompt_id": prompt.id, "prompt": list(prompt.messages)}
-            row |= {"answer": given.text if given else "", "finished": bool(given and given.finished)}
-            if self.gold:
-                row["gold"] = demo_world.gold(prompt.messages, row["answer"])
+        for prompt in sorted((pair.prompt for pair in pairs), key=lambda p: p.id):
+            row = response_row(prompt, answers.get(prompt.id), gold=self.gold)
             if prompt.id in logps and prompt.id in base:
                 row |= logps[prompt.id]
                 row |= {f"base_{side}_logp": base[prompt.id][f"{side}_logp"] for side in SIDES}
@@ -110,11 +126,7 @@ class EvaluatePolicy(GeneratingStage):
             write_jsonl(ctx.dir / "evaluation.jsonl", rows)
 
     def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = dict(
-            evaluate.answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
-        )
-        if self.gold:
-            found |= evaluate.gold_mean([row["gold"] for row in rows])
+        found = response_metrics(rows, gold=self.gold)
         judged = [row for row in rows if "chosen_logp" in row]
         if judged:
             columns = [[row[f"{prefix}{side}_logp"] for row in judged] for prefix in ("", "base_") for side in SIDES]

@@ -117,7 +117,7 @@ def _notes(run: RunReader, found: _Result) -> list[str]:
 
 def _digest(run: RunReader, policy: str) -> str | None:
     try:
-        return sha256(named(run, policy).folder.path / "evaluation.jsonl")
+        return sha256(named(run, policy).responses)
     except MacpoError:
         return None
 

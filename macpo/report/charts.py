@@ -92,7 +92,8 @@ def by_iteration(summary: Mapping[str, Any], metrics: Sequence[str], inline: boo
     if not panels:
         return ""
     height = 4.1 if len(panels) == 1 else 3.2
-    return line_panels(panels, xlabel="iteration", height=height, inline=inline, legend_columns=6)
+    xlabel = "0: before training, 1: after" if of_role(agents, "policy") else "iteration"
+    return line_panels(panels, xlabel=xlabel, height=height, inline=inline, legend_columns=6)
 
 
 def final(summary: Mapping[str, Any], metric: str, inline: bool = True) -> str:

@@ -115,7 +115,7 @@ def _is_stale(run: RunReader, result: Result) -> bool:
     if result.answers is None:
         return False
     try:
-        now = [sha256(named(run, who).folder.path / "evaluation.jsonl") for who in (result.policy, result.opponent)]
+        now = [sha256(named(run, who).responses) for who in (result.policy, result.opponent)]
     except MacpoError:
         return True
     return tuple(now) != result.answers

@@ -1,9 +1,10 @@
-"""Writes `report.html` of a run or of several seeds: self-contained, no script, nothing loaded from elsewhere.
+"""Writes `report.html` of a run or of several seeds: one file that opens offline; nothing is loaded from elsewhere.
 
     macpo report RUN
 
 Every text in it may come from a language model or from data, so the templates escape all of it and a content
-security policy forbids whatever would slip through. Charts are the only markup that is inserted as it is.
+security policy forbids whatever would slip through, every script but the browser's own among it. Charts, that script
+and its data (macpo/report/browser.py) are the only markup that is inserted as it is.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from macpo.evaluation.prompt_scores import ScoredRun
 from macpo.evaluation.summary import LABELS, headline_metric, label_of
 from macpo.report import charts
 from macpo.report.annotated import HEADINGS, annotated
+from macpo.report.browser import browser, moment, script_hash
 from macpo.report.findings import headline, score_rows, signed
 from macpo.report.judged import HEADINGS as JUDGE_HEADINGS
 from macpo.report.judged import judged
-from macpo.report.run_reader import Evaluation, RunReader, sample
+from macpo.report.provenance import duration, flop_words, moment_words, provenance
+from macpo.report.run_reader import RunReader
 from macpo.report.shown_text import clip, harmless
+from macpo.report.titles import SUBTITLES, TITLES, title_of
 
 SPEEDS = {
     "tokens_per_s": "tokens/s",
@@ -37,7 +41,6 @@ SPEEDS = {
     "mfu": "MFU",
     "peak_memory_bytes": "peak memory",
 }
-NUM_ANSWERS, NUM_SELECTIONS, NUM_PAIRS = 6, 4, 4
 
 
 def write_report(run_dir: Path, *, planned: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -107,7 +110,12 @@ def environment() -> Environment:
     environment.filters["signed"] = signed
     environment.filters["bounds"] = bounds
     environment.filters["speed"] = speed
+    environment.filters["duration"] = duration
+    environment.filters["flop"] = flop_words
+    environment.filters["moment"] = moment_words
+    environment.globals["moment_of"] = moment
     environment.globals["speed_names"] = SPEEDS
+    environment.globals["speeds_of"] = _speeds_of
     environment.globals["label"] = label_of
     return environment
 
@@ -158,8 +166,11 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
     stages = [
         {**noted.get(stage["name"], {}), **stage, "speed": speeds.get(stage["name"], {})} for stage in summary["stages"]
     ]
+    shown = browser(run, one_model=run.kind in TITLES)
     return {
-        "title": summary.get("title") or f"MACPO run {run.path.resolve().name}",
+        "title": summary.get("title") or title_of(run.kind, run.path.resolve().name),
+        "subtitle": SUBTITLES.get(run.kind, SUBTITLES["macpo"]),
+        "one_model": run.kind in TITLES,
         "summary": summary,
         "finished": run.finished,
         "running": run.running,
@@ -178,15 +189,21 @@ def _context(run: RunReader, planned: Sequence[str]) -> dict[str, Any]:
         "judge_headings": JUDGE_HEADINGS,
         "people": annotated(run),
         "people_headings": HEADINGS,
-        "answers": _answers(run),
+        "browser": shown,
+        "script_hash": script_hash() if shown else "",
         "selections": _selections(run),
-        "pairs": _pairs(run),
+        "made": provenance(run, stages),
         "stages": stages,
         "stage_counts": _stage_counts(stages),
-        "speeds": [name for name in SPEEDS if any(name in stage["speed"] for stage in stages)],
+        "speeds": _speeds_of(stages),
         "counts": {**run.counts(), **summary.get("counts", {})},
         "recipe": run.recipe,
     }
+
+
+def _speeds_of(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the entries of SPEEDS that some of the stages have."""
+    return [name for name in SPEEDS if any(name in stage["speed"] for stage in stages)]
 
 
 def _metric_names(summary: Mapping[str, Any]) -> list[str]:
@@ -196,69 +213,23 @@ def _metric_names(summary: Mapping[str, Any]) -> list[str]:
     return [name for name in [*LABELS, *rest] if name in have and not name.endswith("_se")]
 
 
-def _answers(run: RunReader) -> list[dict[str, Any]]:
-    """Return test prompts with every agent's response at its first and at its last iteration."""
-    ends: dict[str, list[Evaluation]] = {}
-    for evaluation in sorted(run.evaluations, key=lambda e: e.iteration):
-        ends.setdefault(evaluation.agent, []).append(evaluation)
-    order = list(run.summary["agents"])
-    cases: dict[str, dict[str, Any]] = {}
-    for agent in sorted(ends, key=lambda name: (order.index(name) if name in order else len(order), name)):
-        for place, evaluation in {"first": ends[agent][0], "last": ends[agent][-1]}.items():
-            if place == "last" and len(ends[agent]) == 1:
-                continue
-            for row in sample(evaluation.rows(), NUM_ANSWERS):
-                case = cases.setdefault(row["prompt_id"], {"prompt": messages(row["prompt"]), "agents": {}})
-                answer = {"iteration": evaluation.iteration, **row}
-                case["agents"].setdefault(agent, {})[place] = answer
-    return [case for _, case in sorted(cases.items())][:NUM_ANSWERS]
-
-
 def _selections(run: RunReader) -> list[dict[str, Any]]:
-    """Return, by iteration, how often each teacher's response was kept, and a few prompts with all candidates."""
+    """Return, by iteration, how often each teacher's response was kept, and its median perplexity."""
     found = []
     for iteration, stage in run.selections():
         kept: Counter[str] = Counter()
         perplexities: dict[str, list[float]] = {}
         total = 0
-        scores = unchanged(stage.path, "scores.jsonl")
-        for _, row in read_jsonl(scores):
+        for _, row in read_jsonl(unchanged(stage.path, "scores.jsonl")):
             total += 1
             for index, candidate in enumerate(row["candidates"]):
                 perplexities.setdefault(candidate["by"], []).append(candidate["perplexity"])
                 kept[candidate["by"]] += index == row["kept"]
-        cases = sample((row for _, row in read_jsonl(scores)), NUM_SELECTIONS)
-        prompts = _prompts(unchanged(stage.path, "pairs.jsonl"), {case["prompt_id"] for case in cases})
-        found.append(
-            {
-                "iteration": iteration,
-                "total": total,
-                "by": [
-                    {"name": name, "kept": kept[name], "median": sorted(values)[len(values) // 2]}
-                    for name, values in sorted(perplexities.items())
-                ],
-                "cases": [
-                    {**case, "messages": messages(case.get("prompt") or prompts.get(case["prompt_id"], []))}
-                    for case in cases
-                ],
-            }
-        )
-    return found
-
-
-def _prompts(path: Path, wanted: set[str]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    return {row["prompt_id"]: row["prompt"] for _, row in read_jsonl(path) if row["prompt_id"] in wanted}
-
-
-def _pairs(run: RunReader) -> list[dict[str, Any]]:
-    """Return a few training pairs of every stage that wrote some, with their number."""
-    found = []
-    for stage in run.pair_files():
-        rows = [row for _, row in read_jsonl(unchanged(stage.path, "pairs.jsonl"))]
-        cases = [{**row, "messages": messages(row["prompt"])} for row in sample(rows, NUM_PAIRS)]
-        found.append({"stage": stage.name, "total": len(rows), "cases": cases})
+        by = [
+            {"name": name, "kept": kept[name], "median": sorted(values)[len(values) // 2]}
+            for name, values in sorted(perplexities.items())
+        ]
+        found.append({"iteration": iteration, "total": total, "by": by})
     return found
 
 
@@ -266,11 +237,6 @@ def _stage_counts(stages: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the names of further counts that stages recorded (rows dropped, responses resampled, …)."""
     have = {name for stage in stages for name, value in stage.items() if isinstance(value, int | float) and value}
     return sorted(have - {"seconds", "tokens"})
-
-
-def messages(prompt: Any) -> list[dict[str, str]]:
-    """Return a prompt's turns, also where it is one string."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _mean_rows(summaries: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_bytes, read_json, read_jsonl
+from macpo.engine.recipe import kind_of
 from macpo.engine.run.folder import read_timing
 from macpo.engine.run.manifest import STEP_TIMES, unchanged
 from macpo.evaluation.gap import gaps_recovered
@@ -58,20 +59,30 @@ class Evaluation:
     agent: str
     iteration: int
     folder: StageFolder
+    writer: StageFolder | None = None
+    """The stage that wrote the responses, where it is another one, as in recipes of one model."""
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`. Raises DataError for one that no table can show."""
-        path = unchanged(self.folder.path, "evaluation.json")
-        found = read_object(path)
-        try:
-            if found.get("role") not in (None, *get_args(Role)):
-                raise ValueError("there is no such role")
-            return dict(checked_row(found))
-        except (ValueError, TypeError) as error:
-            raise DataError(str(error), f"run again with --from {self.folder.name}", file=path) from None
+        found: dict[str, Any] = {}
+        for folder in filter(None, (self.writer, self.folder)):
+            path = unchanged(folder.path, "evaluation.json")
+            told = read_object(path)
+            try:
+                if told.get("role") not in (None, *get_args(Role)):
+                    raise ValueError("there is no such role")
+                found |= checked_row(told)
+            except (ValueError, TypeError) as error:
+                raise DataError(str(error), f"run again with --from {folder.name}", file=path) from None
+        return found
+
+    @property
+    def responses(self) -> Path:
+        """The file `evaluation.jsonl` with the policy's responses; absent where it wrote none."""
+        return (self.writer or self.folder).path / "evaluation.jsonl"
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        path = unchanged(self.folder.path, "evaluation.jsonl")
+        path = unchanged(self.responses.parent, self.responses.name)
         return (row for _, row in read_jsonl(path)) if path.exists() else iter(())
 
 
@@ -243,10 +254,16 @@ class RunReader:
             return ""
 
     @cached_property
+    def kind(self) -> str:
+        """The kind of the run's recipe."""
+        return kind_of(self.path)[0] or "macpo"
+
+    @cached_property
     def all_evaluations(self) -> list[Evaluation]:
         """Held-out evaluations of the main run and of every ablation."""
+        stages = {stage.name: stage for stage in self.stages}
         return [
-            Evaluation(match["agent"], int(match["iteration"]), stage)
+            Evaluation(match["agent"], int(match["iteration"]), stage, stages.get(_writer_of(stage)))
             for stage in self.stages
             if (match := _EVALUATION.fullmatch(stage.base)) and (stage.path / "evaluation.json").exists()
         ]
@@ -330,6 +347,12 @@ def sample(rows: Iterable[dict[str, Any]], count: int, keep: Callable[[str], boo
         if keep(row["prompt_id"]):
             first.setdefault(row["prompt_id"], row)
     return [row for _, row in islice(sorted(first.items()), count)]
+
+
+def _writer_of(evaluation: StageFolder) -> str:
+    """The name of the stage that wrote an evaluated policy's responses in a recipe of one model."""
+    name = evaluation.base.replace("eval-", "responses-", 1)
+    return f"{evaluation.arm}.{name}" if evaluation.arm else name
 
 
 def _role(agent: str) -> Role:

@@ -18,6 +18,7 @@ from macpo.engine.config import (
     PositiveInt,
     PreferenceSettings,
     RewardSettings,
+    SamplingSettings,
     Settings,
     Tuning,
     sft_weight_default,
@@ -112,12 +113,22 @@ class StandaloneRecipe(Settings):
                 f"({self.context_tokens})"
             )
         for name, former in _FORMER.items():
-            if getattr(self.compute, name) not in (former, ComputeSettings.model_fields[name].default):
-                what = "is for generation, and this recipe generates nothing Fix: leave it out"
+            if not self.generates and getattr(self.compute, name) not in (
+                former,
+                ComputeSettings.model_fields[name].default,
+            ):
+                what = f"is for generation, and this recipe generates nothing Fix: {self._to_generate}"
                 raise ValueError(f"compute.{name} {what}")
         if self.init is not None and self.init.context < self.context_tokens:
             raise ValueError(f"context_tokens ({self.context_tokens}) is beyond init.context ({self.init.context})")
         return self
+
+    _to_generate: ClassVar[str] = "leave it out"
+
+    @property
+    def generates(self) -> bool:
+        """Whether the policy writes responses to the held-out prompts."""
+        return False
 
     @property
     def agents(self) -> tuple[AgentSettings, ...]:
@@ -138,7 +149,30 @@ class StandaloneRecipe(Settings):
         return self.prompt_tokens or self.context_tokens // 2
 
 
-class SftRecipe(StandaloneRecipe):
+class PolicyRecipe(StandaloneRecipe):
+    """One policy that can write responses."""
+
+    _to_generate: ClassVar[str] = "leave it out, or say in `sampling` how responses are drawn"
+
+    sampling: SamplingSettings | None = None
+    """How responses to the held-out prompts are drawn, before and after training; default none are. `{}` takes the
+    defaults. They can be asked for later: what is finished stays."""
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.sampling is not None and self.max_prompt_tokens + self.sampling.max_new_tokens > self.context_tokens:
+            raise ValueError(
+                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) after a prompt of {self.max_prompt_tokens} "
+                f"tokens is beyond context_tokens ({self.context_tokens}) Fix: lower it or prompt_tokens"
+            )
+        return self
+
+    @property
+    def generates(self) -> bool:
+        return self.sampling is not None
+
+
+class SftRecipe(PolicyRecipe):
     """Supervised fine-tuning of one policy."""
 
     recipe: Literal["sft"] = "sft"
@@ -157,7 +191,7 @@ class PolicyPreferenceSettings(PreferenceSettings):
     """Weight of the mean token NLL of the chosen answer; default 0, for orpo 1."""
 
 
-class PreferenceRecipe(StandaloneRecipe):
+class PreferenceRecipe(PolicyRecipe):
     """Preference training of one policy."""
 
     recipe: Literal["preference"] = "preference"

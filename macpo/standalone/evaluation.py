@@ -9,14 +9,16 @@ from pydantic import field_serializer
 
 from macpo.engine.config import PreferenceSettings, Tuning
 from macpo.engine.data.groups import PrefixGroup
-from macpo.engine.data.records import Example, Pair, read_records
+from macpo.engine.data.records import Example, Pair, Prompt, read_records
 from macpo.engine.files import atomic_write, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.evaluation.agreement import agreement
 from macpo.evaluation.metrics import preference_metrics
 from macpo.evaluation.summary import Role
+from macpo.method.answers import GeneratingStage
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import encode_examples, encode_pairs
+from macpo.method.heldout import response_metrics, response_row
 from macpo.method.likelihoods import likelihoods, shared_parts
 from macpo.method.policies import PolicyDataInputs, PolicyInputs, PolicyStage
 
@@ -196,3 +198,30 @@ class EvaluateReward(Evaluate):
             told = [{"prompt_id": pairs[i].prompt.id, "chosen": c, "rejected": r} for i, c, r in both]
             write_jsonl(ctx.dir / "rewards.jsonl", told)
         self.write(ctx, groups, counts, agreement(values[::2], values[1::2], *lengths))
+
+
+class WriteResponses(GeneratingStage):
+    """The policy's responses to the held-out prompts: `evaluation.jsonl`, and their metrics in `evaluation.json`."""
+
+    name = "write_responses"
+    role: Role
+    iteration: int
+    gold: bool
+    """Whether the demo world scores them."""
+    inputs: PolicyDataInputs
+
+    def run(self, ctx: StageContext) -> None:
+        prompts = {prompt.id: prompt for prompt in read_records(ctx.input(self.inputs.data) / "test.jsonl", Prompt)}
+        responses, counts = self.generate(self.open_policy(ctx), list(prompts.values()))
+        given = {response.prompt_id: response for response in responses}
+        rows = [response_row(prompts[key], given.get(key), gold=self.gold) for key in sorted(prompts)]
+        if ctx.world.is_main:
+            about = {"role": self.role, "iteration": self.iteration, **counts}
+            write_json(ctx.dir / "evaluation.json", {**about, **response_metrics(rows, gold=self.gold)})
+            write_jsonl(ctx.dir / "evaluation.jsonl", rows)
+
+    def cost(self, run: RunSize) -> Cost:
+        return self.answering(run, run.test_prompts)
+
+    def disk_bytes(self, run: RunSize) -> float:
+        return run.test_prompts * run.row_bytes(1)

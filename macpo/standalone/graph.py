@@ -1,6 +1,8 @@
 """SFT, preference or reward training of one model: a short graph of the method's own stages, and a held-out evaluation.
 
 data -> [base] -> evaluate before -> [reference] -> train -> evaluate after
+
+Where the recipe says how they are drawn, each evaluation also has the policy's responses to the held-out prompts.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from macpo.agent_settings import AgentSettings
 from macpo.method.data_sets import read_examples, read_pairs
 from macpo.method.identities import Identities
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
+from macpo.method.policies import PolicyDataInputs
 from macpo.method.run_plan import Builder, Plan, Point, StageName, pretrains
 from macpo.method.scoring.reward_model import TrainReward, TrainRewardInputs
-from macpo.standalone.config import NAME, PreferenceRecipe, RewardRecipe, SftRecipe, Standalone
+from macpo.standalone.config import NAME, PolicyRecipe, PreferenceRecipe, RewardRecipe, SftRecipe, Standalone
 from macpo.standalone.evaluation import (
     Evaluate,
     EvaluateExamples,
@@ -20,6 +23,7 @@ from macpo.standalone.evaluation import (
     EvaluateReward,
     ScoreReference,
     ScoreReferenceInputs,
+    WriteResponses,
 )
 from macpo.standalone.records import SplitRecords
 
@@ -71,6 +75,7 @@ def _preference(recipe: PreferenceRecipe, steps: Builder, agent: AgentSettings) 
             compute=compute,
         )
         _add_evaluation(steps, work, trained)
+        _respond(recipe, steps, work)
 
     evaluate(0, None)
     training = Prefer(
@@ -98,6 +103,7 @@ def _sft(recipe: SftRecipe, steps: Builder, agent: AgentSettings) -> None:
             compute=compute,
         )
         _add_evaluation(steps, work, trained)
+        _respond(recipe, steps, work)
 
     evaluate(0, None)
     training = Imitate(
@@ -134,6 +140,26 @@ def _reward(recipe: RewardRecipe, steps: Builder, agent: AgentSettings) -> None:
         compute=compute,
     )
     _add_evaluation(steps, work, trained)
+
+
+def _respond(recipe: PolicyRecipe, steps: Builder, evaluation: Evaluate) -> None:
+    """The evaluated policy's responses to the held-out prompts, where the recipe says how they are drawn."""
+    if recipe.sampling is None:
+        return
+    work = WriteResponses(
+        policy=evaluation.policy,
+        sampling=recipe.sampling,
+        policy_name="test",
+        seed=recipe.seed,
+        role=evaluation.role,
+        iteration=evaluation.iteration,
+        gold=recipe.data.world is not None,
+        inputs=PolicyDataInputs(
+            base=evaluation.inputs.base, data=evaluation.inputs.data, policy=evaluation.inputs.policy
+        ),
+        compute=evaluation.compute,
+    )
+    steps.add(f"responses-{NAME}-iter{work.iteration}", work)
 
 
 def _add_evaluation(steps: Builder, work: Evaluate, trained: StageName | None) -> None:

@@ -176,6 +176,7 @@ def test_killed_in_every_stage_ends_with_the_same_bits(base: Path, tmp_path: Pat
         ("data: {path: x, side: chosen}", "data.side: unknown key"),
         ("prompt_tokens: 2000", "prompt_tokens (2000) leaves no room"),
         ("compute: {wave_requests: 3}", "compute.wave_requests is for generation"),
+        ("sampling: {}\ncontext_tokens: 64", "sampling.max_new_tokens (512) after a prompt of 32 tokens is beyond"),
         ("teachers: []", "teachers: unknown key"),
     ],
 )

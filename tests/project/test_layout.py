@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "iteration": "engine config method",
         "methods": "engine judging agent_settings config method iteration",
         "comparison": "engine demo_world evaluation config method methods",
-        "report": "engine evaluation judging comparison",
+        "report": "engine demo_world evaluation judging comparison",
         "annotation": "engine evaluation report",
         "bundled": "",
         "recipe_kinds": "engine bundled config method methods standalone",

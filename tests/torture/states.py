@@ -14,7 +14,7 @@ State = dict[str, str]
 
 def is_note(name: str) -> bool:
     """Whether a file holds timings or a log, which stand outside the result."""
-    return name.endswith((".log", "timing.json", "timing.jsonl"))
+    return name.endswith((".log", "timing.json", "timing.jsonl", "attempts.json"))
 
 
 def state_of(folder: Path) -> State:
@@ -47,7 +47,7 @@ def exact(folder: Path) -> str:
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         whole.update(f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0".encode())
-        if path.is_file() and path.name not in (".lock", "timing.json", "stage.log"):
+        if path.is_file() and path.name not in (".lock", "timing.json", "stage.log", "attempts.json"):
             whole.update(hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
 

@@ -35,7 +35,7 @@ from macpo.method.identities import Identities
 from macpo.method.run_plan import Plan
 from macpo.method.scoring.planned import own_model
 from macpo.recipe_kinds import AnyRecipe
-from macpo.standalone.config import Standalone
+from macpo.standalone.config import PolicyRecipe, Standalone
 from macpo.standalone.records import Sets, sample_rows
 
 STAGE_BYTES = 4000
@@ -157,7 +157,10 @@ def size_of(
     words = len(vocabulary()) if recipe.data.world is not None else None
     shapes = {agent.name: shape_of(agent, dtype, words) for agent in recipe.agents if agent.has_weights}
     if not isinstance(recipe, Recipe):
-        return replace(_standalone_size(recipe, sets, shapes), words=words)
+        found = replace(_standalone_size(recipe, sets, shapes), words=words)
+        sampling = recipe.sampling if isinstance(recipe, PolicyRecipe) else None
+        batch = generation_batch(recipe.compute, device)
+        return replace(found, max_new_tokens=sampling.max_new_tokens, generation_batch=batch) if sampling else found
     data, world = recipe.data, recipe.data.world
     teacher, student, documents = data.teacher_prompts, data.student_prompts, 2000
     test = Identities(must_exist=False).sized(data, read_pairs).test_prompts or data.most_test_prompts
@@ -258,7 +261,7 @@ def estimate(
     resident: OrderedDict[str, int] = OrderedDict()
     rows = []
     with _rehearsing(recipe, rehearsal):
-        for name, work in _works(plan):
+        for name, work in works(plan):
             cost, agent, learning = work.cost(run), work.loads(run), None
             shape = run.shapes[agent] if agent is not None else None
             if hardware is not None:
@@ -313,10 +316,11 @@ def disk_needed(recipe: AnyRecipe, plan: Plan) -> int | None:
         run = size_of(recipe)
     except MacpoError:
         return None  # `run` will say what is wrong with the model or the data, with the stage's own message
-    return sum(round(work.disk_bytes(run)) + STAGE_BYTES for _, work in _works(plan))
+    return sum(round(work.disk_bytes(run)) + STAGE_BYTES for _, work in works(plan))
 
 
-def _works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:
+def works(plan: Plan) -> Iterator[tuple[str, MethodStage]]:
+    """The stages of a plan, each with its work."""
     for stage in plan.graph.stages:
         assert isinstance(stage.work, MethodStage)
         yield stage.name, stage.work

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -46,22 +45,10 @@ def started(run: Path, *words: object, most_bytes: int | None = None) -> Iterato
 
 
 class Browser:
-    """Headless Chromium with a fresh profile and no network of its own."""
+    """Headless Chromium that shows the annotation page."""
 
-    def __init__(self, profile: Path) -> None:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = str(shutil.which("chromium"))
-        for name in (
-            *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-            *("disable-background-networking", "disable-component-update", f"user-data-dir={profile}"),
-            *("host-resolver-rules=MAP rebound.test 127.0.0.1", "window-size=1200,850"),
-        ):
-            options.add_argument(f"--{name}")
-        self.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
-        self.driver.set_script_timeout(120)
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
 
     # Waits until the page shows something else than `arguments[0]`, and says what.
     LOOK = """
@@ -98,12 +85,11 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("chromium or chromedriver is not installed (Debian: chromium, chromium-driver)")
-    found = Browser(tmp_path_factory.mktemp("chromium"))
-    yield found
-    found.driver.quit()
+def browser(chromium: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    profile = tmp_path_factory.mktemp("chromium")
+    driver = chromium(profile, "host-resolver-rules=MAP rebound.test 127.0.0.1", "window-size=1200,850")
+    yield Browser(driver)
+    driver.quit()
 
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import html.parser
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_run
@@ -28,13 +30,14 @@ from macpo.report.run_reader import RunReader
 class Page(html.parser.HTMLParser):
     """Tags, attributes and text of a page; fails on a closing tag that closes nothing."""
 
-    VOID = ("meta", "path", "use", "br", "rect")
+    VOID = ("meta", "path", "use", "br", "rect", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(text)
         self.close()
 
@@ -42,6 +45,8 @@ class Page(html.parser.HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -51,8 +56,15 @@ class Page(html.parser.HTMLParser):
         self.open.pop()
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "script" in self.open:
+            self.scripts[-1] += data
+        elif "style" not in self.open:
             self.text += data
+
+    @property
+    def collections(self) -> dict[str, dict[str, Any]]:
+        """What the browser of responses shows, by name."""
+        return {each["name"]: each for each in json.loads(self.scripts[0])["collections"]}
 
 
 def page_of(path: Path) -> Page:
@@ -95,7 +107,7 @@ def test_what_the_interval_leaves_open_has_a_neutral_mark(page, run_dir):
 
 
 def test_report_shows_every_part_of_the_run(page, run_dir):
-    for part in ("Gold score by iteration", "Held-out metrics", "Answers to the same test prompts", "Training pairs"):
+    for part in ("Gold score by iteration", "Held-out metrics", "Responses", "Training pairs"):
         assert part in page.text
     summary = json.loads((run_dir / "summary.json").read_text())
     for agent in summary["agents"].values():
@@ -104,7 +116,7 @@ def test_report_shows_every_part_of_the_run(page, run_dir):
                 assert f"{row[metric]:.3f}" in page.text
     for stage in summary["stages"]:
         assert stage["name"] in page.text
-    assert "lowest perplexity of 3" in page.text and "kept" in page.text
+    assert "median perplexity" in page.text and "not kept" in page.text and "rejected" in page.text
     text = re.sub(r"\s+", " ", page.text)
     assert re.search(r"data, input: identical ?17", text) and "all stages: resampled" in text
     assert "empty answers resampled" in page.text and "12 prompts appear in two rows" in page.text
@@ -126,15 +138,44 @@ def test_training_stages_have_their_speed_and_spikes_their_marks(page):
     assert len(crosses) == 1
 
 
-def test_sample_answers_are_the_same_prompts_for_every_agent(page, run_dir):
-    rows = {}
-    for path in sorted(run_dir.glob("*-eval-student-iter*/evaluation.jsonl")):
-        if "." not in path.parent.name:
-            rows = {row["prompt_id"]: row for row in map(json.loads, path.read_text().splitlines())}
-    shown = [rows[key]["prompt"][0]["content"] for key in sorted(rows)[:6]]
-    positions = [page.text.index(text) for text in shown]
-    assert positions == sorted(positions)
-    assert page.text.count("iteration 3 · gold") == 6 * 4 and page.text.count("iteration 0 · gold") == 6 * 5
+def test_every_response_to_every_test_prompt_is_there_with_its_score(page, run_dir):
+    test = page.collections["test"]
+    assert [prompt[0] for prompt in test["prompts"]] == sorted(prompt[0] for prompt in test["prompts"])
+    assert "Test prompts: all 12 prompts are shown" in page.text and test["scores"] == ["gold score"]
+    found = {
+        (source["arm"], source["agent"], source["iteration"], prompt[0]): (prompt[1], row[1], row[2], row[3])
+        for prompt in test["prompts"]
+        for row in prompt[2]
+        for source in [test["sources"][row[0]]]
+    }
+    evaluations = RunReader(run_dir).all_evaluations
+    assert len(evaluations) == 4 * 4 + 1 + 1 + 3 * 4 and len(found) == 12 * len(evaluations)
+    for evaluation in evaluations:
+        for row in evaluation.rows():
+            shown = found[evaluation.folder.arm, evaluation.agent, evaluation.iteration, row["prompt_id"]]
+            turns = [[turn["role"], turn["content"]] for turn in row["prompt"]]
+            assert shown == (turns, row["answer"], int(row["finished"]), [round(row["gold"], 4)])
+    plain = page.text.split("Test prompts, the first 3")[1].split("Training pairs, the first 3")[0]
+    assert plain.count("iteration 3") == 3 * (4 + 3) and plain.count("ceiling") == 3
+
+
+def test_every_candidate_stands_beside_the_kept_one(page, run_dir):
+    train = page.collections["train"]
+    rows = [json.loads(line) for line in next(run_dir.glob("*-iter1-student-select/scores.jsonl")).open()]
+    shown = {prompt[0]: prompt for prompt in train["prompts"]}
+    assert len(shown) == 40 and train["scores"] == ["perplexity"] and train["judged"] == -1
+    for row in rows:
+        found = [
+            (source["agent"], source["kind"], row_[1], row_[3][0])
+            for row_ in shown[row["prompt_id"]][2]
+            for source in [train["sources"][row_[0]]]
+            if source["group"] == "pairs of student, iteration 1" and source["kind"] in ("kept", "lost")
+        ]
+        assert found == [
+            (each["by"], "kept" if index == row["kept"] else "lost", each["text"], round(each["perplexity"], 4))
+            for index, each in enumerate(row["candidates"])
+        ]
+    assert "No scorer scored the candidates of training prompts in this run" in page.text
 
 
 def test_report_is_the_same_to_the_byte(page, run_dir):
@@ -146,9 +187,18 @@ def test_report_is_the_same_to_the_byte(page, run_dir):
 def test_report_needs_nothing_from_elsewhere(page, run_dir):
     text = (run_dir / "report.html").read_text()
     policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv"))
-    assert policy.startswith("default-src 'none'") and "script-src" not in policy and "http" not in policy
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert re.findall("script-src ([^;]*);", policy) == [f"'sha256-{digest}'"]  # no other script runs
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [
+        {"type": "application/json", "id": "response-data"},
+        {},
+    ]
+    assert not re.search(
+        r"innerHTML|insertAdjacent|outerHTML|document\.write|eval|fetch|XMLHttp|import\(", page.scripts[1]
+    )
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "img", "object", "embed", "form", "base", "foreignobject"}
+    assert not names & {"link", "iframe", "img", "object", "embed", "form", "base", "foreignobject"}
     for tag, attrs in page.tags:
         for name, value in attrs.items():
             assert not name.startswith("on"), (tag, name)
@@ -162,11 +212,14 @@ def test_text_of_models_and_data_cannot_become_markup(tmp_path):
     run = make_run(tmp_path / "run", evil=True, num_test=6)
     text = write_report(run).read_text(encoding="utf-8")
     page = page_of(run / "report.html")
-    assert not {"img", "script"} & {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags if tag in ("img", "script")] == ["script"] * 2
     assert '<img src=x onerror="alert(1)">' in page.text and "{{ 7 * 7 }}" in page.text  # readable, as text
-    assert "<img" not in text and "<script" not in text
+    assert "<img" not in text and text.count("<script") == text.count("</script") == 2
     assert not re.search("[\x00-\x08\x0b-\x1f\u061c\u200b\u2028-\u202e\u2060-\u206f\ufeff]", text)
-    for part in ("answers", "selection", "pairs", "run"):  # the attack stood in every one of them
+    shown = "".join(json.dumps(each, ensure_ascii=False) for each in page.collections.values())
+    assert "</script><script>alert(2)</script>" in shown and "\ufffdgnol\ufffd\ufffd\ufffd" in shown
+    assert not re.search("[\x00-\x08\x0b-\x1f\u061c\u200b\u2028-\u202e\u2060-\u206f\ufeff]", shown)
+    for part in ("responses", "run"):  # the attack stood in both
         section = text.split(f'<section id="{part}">')[1].split("</section>")[0]
         assert "&lt;img src=x onerror=" in section, part
 
@@ -185,7 +238,7 @@ def test_unfinished_run_says_what_is_missing(tmp_path):
     write_report(run, planned=["iter1-student-select", "iter2-student-select", "iter2-student-train"])
     text = page_of(run / "report.html").text
     assert "This run is not finished." in text
-    assert "Begun: iter2-student-select." in text and "Missing: iter2-student-train." in text
+    assert "In progress: iter2-student-select." in text and "Missing: iter2-student-train." in text
     assert "Preference accuracy by iteration" in text and "gold" not in text.lower().replace("gold labels", "")
 
 
