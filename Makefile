@@ -3,8 +3,9 @@
 #   make test    the same environment plus test tools, then the tests
 #   make lint types    what CI checks besides
 #   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
+#   make wheel image   source archive, wheel and Docker image, each built and tried in an empty folder
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
-# Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
+# Needed: Python >= 3.11, make; a C++17 compiler for the native CPU kernels. CMake, ninja and nanobind come with pip.
 # Overrides: PYTHON=python3.12  VENV=dir  PIP_FLAGS="..."  TORCH_FLAGS="..." (pip flags for torch alone)
 #            JOBS=4 (test processes)  DEMO_FLAGS="..."  PYTEST_FLAGS="..."  BENCH_FLAGS="--minutes 4"
 
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test torture bench lint types clean
+.PHONY: venv dev demo test torture bench lint types wheel image clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -84,6 +85,9 @@ types: dev
 	ln -s $(foreach entry,$(filter-out macpo/__pycache__,$(wildcard macpo/*)),$(CURDIR)/$(entry)) \
 	  $(CURDIR)/kernels $(CURDIR)/engine build/types/macpo/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p macpo
+
+wheel image:
+	PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" TORCH_FLAGS="$(TORCH_FLAGS)" .ci/$@
 
 clean:
 	rm -rf build $(VENV) kernels/_native.*.so *.egg-info
