@@ -32,8 +32,12 @@ class CMakeBuild(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if self.editable_mode:  # an older build would be loaded in its place
                 (ROOT / "kernels" / target.name).unlink(missing_ok=True)
+            if isinstance(error, subprocess.CalledProcessError):
+                reason = f"{' '.join(map(str, error.cmd[:3]))} ended with code {error.returncode}"
+            else:
+                reason = str(error)
             raise CompileError(
-                f"{str(error).rstrip('.')}. On CPUs torch runs instead, which takes 1.3 times as long or more for each "
+                f"{reason}. On CPUs torch runs instead, which takes 1.3 times as long or more for each "
                 "operator that has a native kernel. Fix: install a C++17 compiler and install again."
             ) from error
         if not target.exists():

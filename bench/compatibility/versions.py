@@ -28,10 +28,8 @@ from bench.compatibility import page
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ("oldest", "pinned", "newest")
 SELECTION = (
-    "tests/kernels/test_pair_loss.py",
     "tests/kernels/test_triton_head.py",
     "tests/kernels/test_triton_decode.py",
-    "tests/kernels/test_triton_sampling.py",
     "tests/engine/recipe",
     "tests/engine/data",
     "tests/engine/models/test_model.py",
@@ -71,7 +69,16 @@ def install(name: str, pins: Sequence[str], python: str) -> Path:
     limits = folder / "constraints.txt"
     limits.write_text("\n".join([*constraints(name, pins), ""]), encoding="utf-8")
     subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
-    pip: list[str | Path] = [folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", limits]
+    pip: list[str | Path] = [
+        folder / "venv" / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "-c",
+        limits,
+    ]
     subprocess.run([*pip, "-e", f"{folder / 'source'}[dev]"], check=True)
     return folder
 
