@@ -4,8 +4,9 @@
 #   make lint types    what CI checks besides
 #   make docs    the site of docs/ into build/site; a link or an anchor that leads nowhere is an error
 #   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
+#   make wheel image   source archive, wheel and Docker image, each built and tried in an empty folder
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
-# Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
+# Needed: Python >= 3.11, make; a C++17 compiler for the native CPU kernels. CMake, ninja and nanobind come with pip.
 # Overrides: PYTHON=python3.12  VENV=dir  PIP_FLAGS="..."  TORCH_FLAGS="..." (pip flags for torch alone)
 #            JOBS=4 (test processes)  DEMO_FLAGS="..."  PYTEST_FLAGS="..."  BENCH_FLAGS="--minutes 4"
 
@@ -23,9 +24,12 @@ RANKS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
+# pip shows nothing of a build that succeeds, so that a missing extension is told here.
+NATIVE = @ls kernels/_native.*.so >/dev/null 2>&1 || \
+  echo "without a C++17 compiler: torch runs on CPUs instead of the native kernels, 1.3 times as long or more for each"
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test torture bench lint types docs clean
+.PHONY: venv dev demo test torture bench lint types docs wheel image clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -40,10 +44,12 @@ $(VENV)/.stamp-torch: constraints.txt
 
 $(VENV)/.stamp-package: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	$(PIP) -e .
+	$(NATIVE)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	$(PIP) -e '.[dev,docs]'
+	$(NATIVE)
 	@touch $@ $(VENV)/.stamp-package
 
 # flash-attn, quack-kernels and flashinfer-python take part where they are installed by hand.
@@ -88,6 +94,9 @@ types: dev
 
 docs: dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel image:
+	PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" TORCH_FLAGS="$(TORCH_FLAGS)" .ci/$@
 
 clean:
 	rm -rf build $(VENV) kernels/_native.*.so *.egg-info

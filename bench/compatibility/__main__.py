@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,13 +32,13 @@ def main() -> int:
     found = page.committed()
     if args.real:
         real = found.real | {folder.name: run(folder) for folder in args.real}
-        page.PATH.write_text(page.text(found.version, found.families.values(), real.values()), encoding="utf-8")
+        page.PATH.write_text(page.text(replace(found, real=real)), encoding="utf-8")
         return 0
     wanted = [family for family in FAMILIES if family.installed and (not args.check or family.model_type in args.check)]
     lines = {family.name: run(family) for family in wanted}
     if args.check is None:
-        text = page.text(transformers.__version__, lines.values(), found.real.values())
-        page.PATH.write_text(text, encoding="utf-8")
+        made = replace(found, version=transformers.__version__, families=lines)
+        page.PATH.write_text(page.text(made), encoding="utf-8")
         return 0
     others = [name for name, line in lines.items() if found.families.get(name) != line]
     print(f"{len(lines)} families, {len(others)} differ from the page: {', '.join(others) or 'none'}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.compatibility.measure import COLUMNS, Row
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+PACKAGES = ("torch", "triton", "transformers", "peft", "tokenizers", "numpy")
+"""Packages whose versions a row of tests names."""
 _VERSION = "Measured with transformers "
 _TEXT = """# Model families
 
@@ -39,25 +42,32 @@ The same on three pairs of English text with the weights of these folders, read 
 which eager attention in float32 is further away than the engine:
 
 {real}
+
+## Versions
+
+Tests of this repository with other versions of what it depends on, each in a fresh environment on a CPU:
+`python -m bench.compatibility.versions SET` replaces a row. `oldest` takes the lower bounds of `pyproject.toml`,
+`pinned` is `constraints.txt`, `newest` what the index offers (but for `--pin`). The selection is kernels under Triton's
+interpreter, recipes, data, models and one loop; `--all` runs the whole suite.
+
+{versions}
 """
+
+
+def cells(*texts: str) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cell.replace("|", "/") for cell in texts) + " |"
 
 
 def line(row: Row) -> str:
     """A row as a line of the table."""
     results = [f"refused: {row.refusal}" if row.refusal else row.results[0], *row.results[1:]]
-    cells = [f"`{row.family}`", f"`{row.model}`", *results, *[""] * (len(COLUMNS) - len(results))]
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+    return cells(f"`{row.family}`", f"`{row.model}`", *results, *[""] * (len(COLUMNS) - len(results)))
 
 
-def table(lines: Iterable[str], first: str) -> str:
-    """Lines under a heading whose first column is `first`."""
-    head = [first, "class", *COLUMNS]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
-
-
-def text(version: str, lines: Iterable[str], real: Iterable[str]) -> str:
-    """The whole page, made with this version of transformers."""
-    return _TEXT.format(version=_VERSION, number=version, table=table(lines, "model type"), real=table(real, "folder"))
+def table(lines: Mapping[str, str], *head: str) -> str:
+    """Lines under their headings."""
+    return "\n".join([cells(*head), "|" + "---|" * len(head), *lines.values()])
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,23 @@ class Page:
     """Of transformers, that it was made with."""
     families: dict[str, str]
     real: dict[str, str]
+    versions: dict[str, str]
+
+
+def text(page: Page) -> str:
+    """The whole page."""
+    return _TEXT.format(
+        version=_VERSION,
+        number=page.version,
+        table=table(page.families, "model type", "class", *COLUMNS),
+        real=table(page.real, "folder", "class", *COLUMNS),
+        versions=table(page.versions, "set", "python", *PACKAGES, "tests", "result"),
+    )
 
 
 def committed() -> Page:
     """The page as it is."""
     page = PATH.read_text(encoding="utf-8")
-    first, _, second = page.partition("## Real weights")
-    rows = (
-        {each.split("`")[1]: each for each in part.splitlines() if each.startswith("| `")} for part in (first, second)
-    )
+    parts = re.split("^## ", page, flags=re.MULTILINE)
+    rows = ({each.split("`")[1]: each for each in part.splitlines() if each.startswith("| `")} for part in parts)
     return Page(page.partition(_VERSION)[2].partition(".\n")[0], *rows)

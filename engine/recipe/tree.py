@@ -2,6 +2,9 @@
 
 It is read from PyYAML's events, so nothing is ever constructed from a tag. Scalars follow YAML 1.2's core schema
 (`1e-5` is a number, `no` is text). Tags, aliases and repeated keys are problems, all reported together.
+
+Not by ruamel.yaml: its events and messages are the same, but take 1.5 times as long, and a `%YAML 1.3` line ends in an
+AssertionError. It keeps repeated keys and positions only in trees that it constructs, and stops at the first such key.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One run at a time in a folder: a lock file that names its holder and that a crash cannot leave in the way."""
+"""One run at a time in a folder: a lock file that names its holder and that a crash cannot leave in the way.
+
+Not by filelock: it names no holder, raises where a file system has no locks (ENOLCK, ENOTSUP), and where flock is not
+implemented it takes the very file, which here holds the name, for a sign that somebody has the lock.
+"""
 
 from __future__ import annotations
 

@@ -109,6 +109,7 @@ class Session:
             raise IntegrityError(f"showing {min(unknown)} is not in the study", "move the file away", file=self.path)
 
     def _lock(self) -> int:
+        """A lock on the judgements themselves; filelock, without flock, would take them for somebody's lock file."""
         with explained(self.path):
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
