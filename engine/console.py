@@ -98,7 +98,7 @@ def quiet_output() -> Iterator[None]:
     before = logging.lastResort
     last = _Notices(logging.WARNING)
     last.setFormatter(_OneLine())
-    logging.lastResort = last  # type: ignore[assignment]  # of its type only level and handle() are used
+    logging.lastResort = last  # of its type only level and handle() are used
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():

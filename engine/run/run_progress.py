@@ -134,6 +134,7 @@ class RunProgress:
 
     def close(self) -> None:
         """End the display; what it showed is gone."""
+        self._say_that_it_stops()
         self.display.close()
 
     # --- what is shown ---
@@ -164,9 +165,11 @@ class RunProgress:
             jobs = {name: job.under_way(self._time.planned(name), now) for name, job in self._jobs.items()}
             left, expected, _ = self._left(jobs)
             title = f"{self._title}: " if self._part is not None else ""
-            text = f"{title}{len(self._done)} of {len(self._graph.stages)} stages, {duration(now - self._began)}, "
-            each = [", ".join(field.text for field in self._job(name, job, expected)) for name, job in jobs.items()]
-            return "; ".join([text + _left(left), *each])
+            stages = f"{len(self._done)} of {len(self._graph.stages)} stages"
+            whole = f"{title}{stages}, {duration(now - self._began)} so far, {_left(left)}"
+            lines = {name: self._job(name, job, expected)[1:] for name, job in jobs.items()}
+            each = [f"{name}: {', '.join(field.text for field in line)}" for name, line in lines.items()]
+            return "; ".join([whole, *each])
 
     @property
     def _title(self) -> str:

@@ -128,7 +128,7 @@ def test_a_line_has_the_stage_each_job_its_speed_and_the_time_left() -> None:
     clock, lines = Clock(), list[str]()
     progress = shown(clock, lines, jobs=2, part=Part("seed 7", 1, 2))
     progress.begin("data")
-    assert progress.line() == "seed 7 (1 of 2): 0 of 7 stages, 0 s, time left: …; data, make data"
+    assert progress.line() == "seed 7 (1 of 2): 0 of 7 stages, 0 s so far, time left: …; data: make data"
     clock.now = 1.0
     assert progress.finished("data", {"seconds": 1.0}) == "[1/7] data done in 1.0 s"
     for process, name in ((11, "a1"), (12, "b1")):
@@ -137,8 +137,8 @@ def test_a_line_has_the_stage_each_job_its_speed_and_the_time_left() -> None:
     clock.now = 61.0
     progress.of_stage("a1", Report("step", 12, 48, 0, 2814.2, 0.92384, last=True))
     said = progress.line()
-    assert said.startswith("seed 7 (1 of 2): 1 of 7 stages, 61 s, ")
-    assert "a1, transform, step 12/48, 2,814 tok/s, loss 0.9238, 3 min left; b1, transform, " in said
+    assert said.startswith("seed 7 (1 of 2): 1 of 7 stages, 61 s so far, ")
+    assert "a1: transform, step 12/48, 2,814 tok/s, loss 0.9238, 3 min left; b1: transform, " in said
     assert progress.finished("a1", {"seconds": 240.0, "counts": {"tokens": 20871}}) == (
         "[2/7] a1 done in 240.0 s (20,871 tokens)"
     )
@@ -209,7 +209,7 @@ def test_errors_and_crashes_of_workers_leave_the_terminal_as_it_was(tmp_path: Pa
     environment = {"TOY_SLEEP": "0.1", "TOY_FAIL": f"b1:{how}"}
     shown = Terminal(command(tmp_path, "--jobs", "2"), environment=environment)
     assert shown.code == code and shown.unchanged
-    assert shown.lines[-1].startswith("error: ") and finished(shown.lines)[0] == "data"
+    assert sum(line.startswith("error: ") for line in shown.lines) == 1 and finished(shown.lines)[0] == "data"
     assert not any("of 7 stages" in line or "/6 rows" in line for line in shown.lines)
 
 
