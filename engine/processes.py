@@ -153,6 +153,9 @@ def heeded() -> list[signal.Signals]:
     return [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
 
 
+STOPPING = "stopping at the next safe point; Ctrl-C again aborts at once"
+
+
 class StopFlag:
     """Context manager; inside it `requested` becomes true on SIGTERM or SIGINT (main thread only).
 
@@ -182,4 +185,4 @@ class StopFlag:
         if before and number == signal.SIGINT:
             interrupt()
         if not before and not self.quiet:
-            os.write(2, b"stopping at the next safe point; Ctrl-C again aborts at once\n")  # print is not reentrant
+            os.write(2, f"{STOPPING}\n".encode())  # print is not reentrant

@@ -1,145 +1,227 @@
-"""Progress of training or generation: a live bar on a terminal, else a plain line now and then."""
+"""What work reports of itself while it runs.
+
+Whoever works makes a `Progress`. Its reports go to the display of the run (`shown_by`), or to one of their own.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, Self
 
-from macpo.engine.errors import printable
+from macpo.engine.console import Display, Field, Line
 
-PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.1
+BAR = 24
+"""Characters of a bar."""
 
 
-class _Shown:
-    """A bar on standard error, or plain lines.
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How far one piece of work is.
 
-    No thread draws it, so nothing appears between updates, and a process may fork while it is shown. Other output
-    goes above the bar. A terminal with TERM=dumb gets plain lines.
+    Attributes:
+        unit: what is counted: `step`, `responses`, …
+        since: how many were done when this attempt began.
+        tokens_per_s: None where no tokens are counted.
+        last: whether the stage has nothing else to do after it.
     """
 
-    def __init__(self, label: str, *, done: int, total: int, text: str, fields: dict[str, str]) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    unit: str
+    done: int
+    total: int
+    since: int = 0
+    tokens_per_s: float | None = None
+    loss: float | None = None
+    last: bool = False
 
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn(f"{text} · ETA", markup=False),
-            TimeRemainingColumn(),
-            console=self._console,
-            auto_refresh=False,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task(printable(label), total=total, completed=done, **fields)  # type: ignore[arg-type]
-        self._shown = time.monotonic()
-        self._bar.start()
+    def __str__(self) -> str:
+        if self.unit == "step":
+            return f"step {self.done:,}/{self.total:,}"
+        return f"{self.done:,}/{self.total:,} {self.unit}"
 
-    def _update(self, done: int, line: str, *, last: bool, fields: dict[str, str]) -> None:
-        """Show the state if enough time has passed, or for the `last` time; `line` is the plain form."""
-        self._bar.update(self._task, completed=done, **fields)  # type: ignore[arg-type]
-        now = time.monotonic()
-        if not last and now - self._shown < (LIVE_SECONDS if self._live else PLAIN_SECONDS):
-            return
-        self._shown = now
-        if self._live:
-            self._bar.refresh()
-            return
-        left = self._bar.tasks[0].time_remaining
-        eta = "" if left is None or last else f" ETA {timedelta(seconds=round(left))}"
-        self._console.file.write(printable(f"{line}{eta}") + "\n")
-        self._console.file.flush()
+
+class Pace:
+    """How fast one piece of work goes on, by its first report and its latest."""
+
+    def __init__(self, first: Report, now: float) -> None:
+        self.report, self._began, self._latest = first, now, now
+
+    def goes_on_with(self, report: Report) -> bool:
+        """Whether the report is of the same work."""
+        before = self.report
+        return (report.unit, report.total) == (before.unit, before.total) and report.done >= before.done
+
+    def add(self, report: Report, now: float) -> None:
+        if report.done != self.report.done:
+            self._latest = now
+        self.report = report
+
+    @property
+    def share(self) -> float:
+        """Of the whole work, what was done since the first report."""
+        return (self.report.done - self.report.since) / max(1, self.report.total)
+
+    @property
+    def seconds(self) -> float:
+        """From the first report to the latest count."""
+        return self._latest - self._began
+
+    def left(self, now: float) -> float | None:
+        """Seconds to the end of the work; None where nothing of it is done yet."""
+        if self.share <= 0:
+            return None
+        whole = self.seconds / self.share
+        return max(0.0, whole * (1 - self.report.done / max(1, self.report.total)) - (now - self._latest))
+
+
+class Sink(Protocol):
+    """What shows reports."""
+
+    def report(self, report: Report) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Progress:
+    """Reports one piece of work.
+
+    Args:
+        label: what a display of its own calls it.
+        unit, total, last: as in a Report.
+        done: how much is done at the start; it does not count for the speed.
+    """
+
+    def __init__(self, label: str, unit: str, total: int, *, done: int = 0, last: bool = False) -> None:
+        self._unit, self._total, self._since, self._last = unit, total, done, last
+        self._done, self._tokens, self._began = done, 0, time.monotonic()
+        self._sink: Sink = _sinks[-1] if _sinks else _Alone(label)
+        self.update(done)
+
+    def update(self, done: int, *, tokens_per_s: float | None = None, loss: float | None = None) -> None:
+        """Report how much is done in all."""
+        self._done = done = min(done, self._total)
+        report = Report(self._unit, done, self._total, self._since, tokens_per_s, loss, self._last)
+        self._sink.report(report)
+
+    def add(self, done: int = 0, tokens: int = 0) -> None:
+        """Report how much more is done, and tokens for it."""
+        self._tokens += tokens
+        rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
+        self.update(self._done + done, tokens_per_s=rate if self._tokens else None)
 
     def close(self) -> None:
-        """Restore the terminal; the bar's last state stays visible."""
-        self._bar.stop()
+        """End a display of its own; its last state stays visible."""
+        if self._sink not in _sinks:
+            self._sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class TrainingProgress(_Shown):
-    """Shows loss, speed and time left of one training stage.
-
-    Args:
-        label: name of the stage.
-        done, planned: optimiser steps.
-    """
-
-    def __init__(self, label: str, *, done: int, planned: int) -> None:
-        self._label, self._planned = label, planned
-        text = "loss {task.fields[loss]} · {task.fields[rate]} tok/s"
-        super().__init__(label, done=done, total=planned, text=text, fields={"loss": "–", "rate": "–"})
-
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Show a step; call it once per step."""
-        line = f"{self._label}: step {step}/{self._planned} loss {loss:.4f} {tokens_per_s:.0f} tok/s"
-        fields = {"loss": f"{loss:.4f}", "rate": f"{tokens_per_s:,.0f}"}
-        self._update(step, line, last=step >= self._planned, fields=fields)
+_sinks: list[Sink] = []
 
 
-class GenerationProgress(_Shown):
-    """Shows finished responses, tokens per second and time left.
-
-    Args:
-        label: name of what is generated.
-        done, planned: numbers of responses; those done at the start do not count for the speed.
-    """
-
-    def __init__(self, label: str, *, done: int, planned: int) -> None:
-        self._label, self._done, self._planned = label, done, planned
-        self._tokens, self._began = 0, time.monotonic()
-        super().__init__(
-            label, done=done, total=planned, text="answers · {task.fields[rate]} tok/s", fields={"rate": "–"}
-        )
-
-    def add(self, answers: int = 0, tokens: int = 0) -> None:
-        """Add finished responses and generated tokens."""
-        self._done, self._tokens = self._done + answers, self._tokens + tokens
-        rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
-        line = f"{self._label}: {self._done}/{self._planned} answers {rate:.0f} tok/s"
-        self._update(self._done, line, last=False, fields={"rate": f"{rate:,.0f}"})
-
-
-class RowProgress(_Shown):
-    """Shows how many rows are read.
-
-    Args:
-        label: what is read.
-        planned: number of rows.
-    """
-
-    def __init__(self, label: str, planned: int) -> None:
-        self._label, self._planned = label, planned
-        super().__init__(label, done=0, total=planned, text="rows", fields={})
-
-    def update(self, done: int) -> None:
-        """Show the number of rows that are done."""
-        self._update(done, f"{self._label}: {done:,}/{self._planned:,} rows", last=False, fields={})
+@contextmanager
+def shown_by(sink: Sink) -> Iterator[None]:
+    """Context in which this process's work reports to `sink`."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
 
 
 class Count(Protocol):
-    """`GenerationProgress.add` or a function with the same signature."""
+    """`Progress.add` or a function with the same signature."""
 
-    def __call__(self, answers: int = 0, tokens: int = 0) -> None: ...
+    def __call__(self, done: int = 0, tokens: int = 0) -> None: ...
 
 
-def uncounted(answers: int = 0, tokens: int = 0) -> None:
+def uncounted(done: int = 0, tokens: int = 0) -> None:
     """Show nothing."""
 
 
 @contextmanager
-def counted(progress: Count | str | bool, planned: int, done: int = 0) -> Iterator[Count]:
+def counted(progress: Count | str | bool, planned: int, done: int = 0, unit: str = "responses") -> Iterator[Count]:
     """The function to count with: the caller's own, a labelled display's, or one that shows nothing (False)."""
     if not isinstance(progress, str | bool):
         yield progress
     elif progress is False:
         yield uncounted
     else:
-        shown = GenerationProgress("generate" if progress is True else progress, done=done, planned=planned)
-        try:
+        with Progress("generate" if progress is True else progress, unit, planned, done=done) as shown:
             yield shown.add
-        finally:
-            shown.close()
+
+
+def duration(seconds: float) -> str:
+    """A time in words, short and as exact as a person needs it: `8 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(round(seconds / 600) * 10, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def bar(share: float, size: int = BAR) -> str:
+    """A bar of so many characters that needs no colour."""
+    full = min(size, max(0, int(share * size)))
+    return "━" * full + "─" * (size - full)
+
+
+def described(report: Report) -> list[Field]:
+    """A report's fields."""
+    fields = [Field(str(report), style="cyan")]
+    if report.tokens_per_s is not None:
+        fields.append(Field(f"{report.tokens_per_s:,.0f} tok/s", 3))
+    if report.loss is not None:
+        fields.append(Field(f"loss {report.loss:.4f}", 1))
+    return fields
+
+
+class _Alone:
+    """The display of one piece of work that no run shows."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._pace: Pace | None = None
+        self._display = Display(self._picture, self._line)
+        self._started = False
+
+    def report(self, report: Report) -> None:
+        now = time.monotonic()
+        if self._pace is None:
+            self._pace = Pace(report, now)
+            self._display.start()
+        self._pace.add(report, now)
+
+    def close(self) -> None:
+        self._display.close(leave=True)
+
+    def _picture(self) -> list[Line]:
+        assert self._pace is not None
+        report = self._pace.report
+        shown = bar(report.done / max(1, report.total))
+        return [[Field(self._label), Field(shown, 2, "green"), *described(report), *self._left()]]
+
+    def _line(self) -> str:
+        assert self._pace is not None
+        return f"{self._label}: " + ", ".join(field.text for field in (*described(self._pace.report), *self._left()))
+
+    def _left(self) -> list[Field]:
+        assert self._pace is not None
+        left = self._pace.left(time.monotonic())
+        return [] if left is None or self._pace.report.done >= self._pace.report.total else [_left(left)]
+
+
+def _left(seconds: float) -> Field:
+    return Field(f"{duration(seconds)} left", 4)

@@ -20,6 +20,7 @@ from macpo.engine.errors import ResourceError, Stopped
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import data_world
 from macpo.engine.models.policy import PolicyModule
+from macpo.engine.progress import Count, uncounted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ def score(
     max_tokens: int = 16384,
     world: World | None = None,
     should_stop: Callable[[], bool] | None = None,
+    count: Count = uncounted,
 ) -> list[list[ResponseScore]]:
     """Score every response of every group.
 
@@ -60,6 +62,7 @@ def score(
         world: the ranks that share the work; they all call this with the same groups. Default: this process alone, or
             all ranks if the policy is spread over them.
         should_stop: called before every forward.
+        count: called after every forward of this rank, with its numbers of groups and tokens.
 
     Returns:
         Scores by group and response; an empty list for a group that another rank scores. A score depends on
@@ -89,6 +92,7 @@ def score(
             logps = None if stopped else _logps(policy, micro.batch)
             if logps is not None and not micro.filler:
                 _hand_out(logps, micro.batch, plain, scores)
+                count(len(micro.batch.groups), micro.batch.num_tokens)
             elif logps is None and not stopped:
                 todo.extendleft(reversed(_halves(micro, plain, together)))
     policy.release()

@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from macpo.engine.errors import Stopped
 from macpo.engine.processes import Terminated, ended_by_sigterm, forget_ctrl_c
+
+if TYPE_CHECKING:
+    from macpo.engine.run.run_progress import Part
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,9 +45,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     if _printed(arguments, demo_recipe(overrides, ablations=bool(arguments.seeds))):
         return
 
-    def run_one(further: Sequence[str] = ()) -> Path:
+    def run_one(further: Sequence[str] = (), part: Part | None = None) -> Path:
         recipe = demo_recipe([*overrides, *further], ablations=bool(arguments.seeds))
-        return run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage)
+        return run(recipe, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage, part=part)
 
     if arguments.seeds:
         run_seeds(parse_seeds(arguments.seeds), arguments.out or Path("runs/demo-seeds"), run_one)
@@ -94,6 +98,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from macpo.commands.run import run, show
     from macpo.commands.seeds import check_kind, parse_seeds, run_seeds
+    from macpo.engine.console import say
     from macpo.engine.distributed.launcher import launch
     from macpo.engine.run.attempts import COMMAND, typed
     from macpo.recipe_kinds import load
@@ -102,12 +107,14 @@ def _run(arguments: argparse.Namespace) -> None:
     if _printed(arguments, recipe):
         return
 
-    def run_one(further: Sequence[str] = ()) -> None:
+    def run_one(further: Sequence[str] = (), part: Part | None = None) -> None:
         overrides = [*arguments.overrides, *further]
         if arguments.ranks == 1:
             again = load(arguments.recipe, overrides)
-            run(again, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage)
+            run(again, rerun_stale=arguments.rerun_stale, from_stage=arguments.from_stage, part=part)
             return
+        if part is not None:
+            say(f"{part.label} ({part.number} of {part.of})")
         words = [str(arguments.recipe), *(f"--set={override}" for override in overrides)]
         words += [f"--from={arguments.from_stage}"] if arguments.from_stage else []
         words += [flag for flag in ("--rerun-stale", "--debug") if getattr(arguments, flag[2:].replace("-", "_"))]

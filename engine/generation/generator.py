@@ -166,7 +166,7 @@ class Generator:
 
             def on_done(sequence: ActiveSequence) -> None:
                 found[sequence.key] = sequence.finish(self.tokenizer)
-                count(answers=1)
+                count(1)
 
             stop = self.team.any_of(should_stop or (lambda: False))
             job = Job(self.model, self.vocabulary, self.tokenizer, self._sequence, stop, count, self.team)

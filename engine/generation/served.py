@@ -162,7 +162,7 @@ class ServedGenerator:
                         raise Stopped("stopped while generating", "run the same command again")
                     done, waiting = await asyncio.wait(waiting, timeout=POLL_S, return_when=asyncio.FIRST_EXCEPTION)
                     for task in done:
-                        count(answers=1, tokens=task.result().num_tokens)
+                        count(1, task.result().num_tokens)
                 return [task.result() for task in tasks]
             finally:
                 for task in tasks:

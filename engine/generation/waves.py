@@ -108,8 +108,8 @@ def generate_waves(
     digests = {number: _digest(waves[number]) for number in mine}
     todo = team.broadcast([n for n in mine if read_wave(_path(folder, n), digests[n]) is None])
     left, total = (sum(len(waves[n]) * params.n for n in numbers) for numbers in (todo, mine))
-    label = f"{progress} (share 1 of {shares})" if isinstance(progress, str) and shares > 1 else progress
-    with counted(label if left and world.is_main else False, total, total - left) as count:
+    unit = "responses" if shares == 1 else f"responses, share 1 of {shares}"
+    with counted(progress if left and world.is_main else False, total, total - left, unit) as count:
         for number in todo:
             try:
                 if asked():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from macpo.engine.console import say
+from macpo.engine.console import notice
 from macpo.engine.distributed import watchdog
 from macpo.engine.distributed.agree import is_main, stopped
 from macpo.engine.errors import printable
@@ -67,8 +67,8 @@ class StageContext:
         self.counts.update(counts)
 
     def log(self, message: str) -> None:
-        """A line on stderr and in stage.log, from rank 0."""
+        """A line in stage.log and, unless another stage has said the same, on stderr; from rank 0."""
         if is_main(self.group):
-            say(f"{self.name}: {message}")
+            notice(message, of=self.name)
             with open(self.dir / STAGE_LOG, "a", encoding="utf-8") as file:
                 file.write(printable(message) + "\n")

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from macpo.engine import files
-from macpo.engine.console import say
-from macpo.engine.distributed.agree import on_main, stopped, unpack_error
+from macpo.engine.console import notice, notices_once, say
+from macpo.engine.distributed.agree import is_main, on_main, stopped, unpack_error
 from macpo.engine.errors import ConfigError, MacpoError, PeerError, Stopped
 from macpo.engine.faults import point
 from macpo.engine.processes import StopFlag, set_threads
+from macpo.engine.progress import Report, duration, shown_by
 from macpo.engine.removal import is_file, make_way, remove
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import RunFolder, read_timing
 from macpo.engine.run.lock import RunLock, holder
 from macpo.engine.run.manifest import Manifest
+from macpo.engine.run.run_progress import Part, RunProgress
 from macpo.engine.run.stages import Graph, Stage
-from macpo.engine.run.status import StageStatus, code_changes, fits, refuse_stale, survey
+from macpo.engine.run.status import StageState, StageStatus, code_changes, fits, refuse_stale, survey
+from macpo.engine.run.time_left import Planned
 from macpo.engine.run.workers import WorkerPool, Workers
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ class Runner:
     changed.
     `workers`: how many stages run at once. It does not change the results' bits, except for its `threads`.
     `began`: called once (rank 0) when the folder is held and nothing in it is refused, before the first stage.
+    `planned`: what the stages were planned to take, for the time left; `part`: the run's place among several.
+    `log`: gets lines that are printed otherwise.
     """
 
     def __init__(
@@ -59,7 +64,9 @@ class Runner:
         self.graph, self.world = graph, world
         self.from_stage, self.rerun_stale = from_stage, rerun_stale
         self.began: Callable[[], None] | None = None
-        self.log = log or say
+        self.planned: Mapping[str, Planned] = {}
+        self.part: Part | None = None
+        self.log, self._write = log or say, log
         self.digests: dict[str, str] = {}
         self.redoable: set[str] = set()
 
@@ -77,16 +84,33 @@ class Runner:
         for a dead worker; Stopped after SIGTERM or Ctrl-C; whatever a stage raises.
         """
         self.digests = {}
-        with StopFlag() as stop, contextlib.ExitStack() as held:
-            on_main(self.world, lambda: self._open(held))
+        main = is_main(self.world)
+        with notices_once(), StopFlag(quiet=not main) as stop, contextlib.ExitStack() as held:
+            finished = on_main(self.world, lambda: self._open(held))
             executor = Executor(self.folder_of_run, self.graph, stop, self.world)
-            done = (self._run_parallel if self.workers.jobs > 1 else self._run_in_order)(executor)
+            with self._shown(finished, stop) as self.progress:
+                done = (self._run_parallel if self.workers.jobs > 1 else self._run_in_order)(executor)
             if self._stop_agreed(stop):  # what the caller does with the results is cut short too
                 raise stopped("the end of the last stage", self.world)
             on_main(self.world, lambda: self._close(done))
         return done
 
-    def _open(self, held: contextlib.ExitStack) -> None:
+    @contextlib.contextmanager
+    def _shown(self, finished: list[str], stop: StopFlag) -> Iterator[RunProgress]:
+        """Context in which rank 0 shows how far the run is; `finished` were done before it."""
+        shown = RunProgress(self.graph, planned=self.planned, jobs=self.workers.jobs, part=self.part, write=self._write)
+        if not is_main(self.world) or len(finished) == len(self.graph.stages):
+            yield shown
+            return
+        shown.start(finished, stop)
+        try:
+            with shown_by(shown):
+                yield shown
+        finally:
+            shown.close()
+
+    def _open(self, held: contextlib.ExitStack) -> list[str]:
+        """Take the folder; returns the names of the stages that are done."""
         run = self.folder_of_run
         if self.from_stage is not None:
             self.graph.stage(self.from_stage)
@@ -113,6 +137,30 @@ class Runner:
             self._discard(again)
         if self.began is not None:
             self.began()
+        done = [name for name, each in found.items() if each.state == "done"]
+        if len(done) < len(found) and (line := self._where_it_goes_on(found)):
+            self.log(line)
+        return done
+
+    def _where_it_goes_on(self, found: Mapping[str, StageState]) -> str:
+        """What is done and where the run goes on, as one line; empty where it begins."""
+        done = {name: each for name, each in found.items() if each.state == "done"}
+        begun = {
+            name: (folder, self.graph.stage(name).work.goes_on_from(folder))
+            for name in found.keys() - done.keys()
+            if (folder := self.folder_of_run.partial(name)) is not None
+        }
+        if not done and not begun:
+            return ""
+        seconds = [read_timing(each.folder).get("seconds", 0.0) for each in done.values() if each.folder is not None]
+        seconds += [read_timing(folder).get("seconds", 0.0) for folder, _ in begun.values()]
+        left = [name for name in found if name not in done]
+        goes_on = [name for name in left if name in begun] or left[:1]
+        texts = [f"{name} from {begun[name][1]}" if begun.get(name, ("", ""))[1] else name for name in goes_on]
+        return (
+            f"resuming: {len(done)} of {len(found)} stages done, {duration(sum(seconds))} of work; "
+            f"next {' and '.join(texts)}"
+        )
 
     def _is_rerun_under_way(self) -> bool:
         note = self.folder_of_run.path / RERUN
@@ -161,7 +209,7 @@ class Runner:
                 continue
             if self._stop_agreed(executor.stop):
                 raise stopped(f"the start of {stage.name}", self.world)
-            self._say(stage, "…")
+            self.progress.begin(stage.name)
             result = executor.execute(stage, self.digests)
             self._finished(stage, result)
             done.append(stage.name)
@@ -179,7 +227,7 @@ class Runner:
         done: list[str] = []
         failure: BaseException | None = None
         asked = False
-        with WorkerPool(self.workers, self.folder_of_run.path) as pool:
+        with WorkerPool(self.workers, self.folder_of_run.path, self._said) as pool:
             while True:
                 halt = executor.stop.requested or failure is not None
                 if not halt:
@@ -191,17 +239,19 @@ class Runner:
                     ready.sort(key=lambda stage: (-urgency[stage.name], self.graph.number(stage.name)))
                     while ready and pool.num_free:
                         stage = ready.pop(0)
-                        self._say(stage, "…")
                         digests = {name: self.digests[name] for name in stage.inputs.values()}
                         identity, verified = self.graph.identity(stage.name), sorted(executor.verified)
-                        pool.submit(stage.name, identity=identity, digests=digests, verified=verified)
+                        process = pool.submit(stage.name, identity=identity, digests=digests, verified=verified)
+                        self.progress.begin(stage.name, process)
                 elif not asked:
                     pool.stop_busy()
                     asked = True
                 if not pool.busy:
                     break
                 for name, answer in pool.wait(0.2):
-                    if "done" in answer:
+                    if "progress" in answer:
+                        self.progress.of_stage(name, Report(**answer["progress"]))
+                    elif "done" in answer:
                         executor.verified |= {(stage, digest) for stage, digest in answer["done"]["verified"]}
                         self._finished(self.graph.stage(name), answer["done"])
                         done.append(name)
@@ -226,14 +276,14 @@ class Runner:
 
     def _finished(self, stage: Stage, result: dict[str, Any]) -> None:
         self.digests[stage.name] = result["digest"]
-        tokens = result.get("counts", {}).get("tokens")
-        note = f" ({tokens:,} tokens)" if tokens is not None else ""
-        self._say(stage, f"done in {result.get('seconds', 0.0):.1f} s{note}")
+        line = self.progress.finished(stage.name, result)
+        if is_main(self.world):
+            self.log(line)
 
-    def _say(self, stage: Stage, text: str) -> None:
-        if self.world is None or self.world.rank == 0:
-            width = len(str(len(self.graph.stages)))
-            self.log(f"[{self.graph.number(stage.name):0{width}d}/{len(self.graph.stages)}] {stage.name} {text}")
+    def _said(self, stage: str, line: str) -> None:
+        """A worker has printed a line."""
+        prefix = f"{stage}: "
+        notice(line.removeprefix(prefix), of=stage if line.startswith(prefix) else "")
 
     def status(self) -> list[StageStatus]:
         """Where every stage stands; changes nothing, takes no lock, never raises for damage."""

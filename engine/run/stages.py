@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -51,6 +52,8 @@ class StageWork(BaseModel, ABC):
 
     name: ClassVar[str]
     """Name of the kind; part of the key, so it outlives the code's layout."""
+    doing: ClassVar[str] = ""
+    """What such a stage does, in a few words for who watches the run."""
     weight: ClassVar[float] = 1.0
     """Relative duration of such stages."""
     scratch: ClassVar[tuple[str, ...]] = ()
@@ -80,6 +83,10 @@ class StageWork(BaseModel, ABC):
     def duration(self) -> float:
         """Relative duration of this stage: a hint for the order in which parallel jobs take stages."""
         return self.weight
+
+    def goes_on_from(self, folder: Path) -> str:
+        """Where the next attempt goes on, by what an interrupted one left in `folder`; empty where it begins anew."""
+        return ""
 
     @abstractmethod
     def run(self, ctx: StageContext) -> None:

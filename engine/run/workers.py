@@ -13,16 +13,19 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
+from macpo.engine.console import LIVE_SECONDS, quiet_output
 from macpo.engine.distributed.agree import pack_error
 from macpo.engine.errors import MacpoError, is_failure
 from macpo.engine.files import explain, is_expected
 from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads, signals_blocked
+from macpo.engine.progress import Report, shown_by
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import RunFolder
 from macpo.engine.run.stages import Graph
@@ -51,6 +54,8 @@ class _Worker:
     process: subprocess.Popen[bytes]
     stage: str = ""
     buffer: bytes = b""
+    printed: bytes = b""
+    """The beginning of a line."""
 
     def send(self, message: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -58,13 +63,30 @@ class _Worker:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
+    def end(self) -> None:
+        """It ends once it has nothing to do."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def close(self) -> None:
+        """Give back what is left of a process that has ended."""
+        self.end()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
 
 class WorkerPool:
-    """Up to `jobs` workers, each started when it is first needed."""
+    """Up to `jobs` workers, each started when it is first needed.
 
-    def __init__(self, settings: Workers, run_dir: Path) -> None:
+    `said`: gets every line that a worker prints, and the stage that it runs.
+    """
+
+    def __init__(self, settings: Workers, run_dir: Path, said: Callable[[str, str], None]) -> None:
         assert settings.build is not None
         self.build, self.run_dir, self.jobs, self.threads = settings.build, run_dir, settings.jobs, settings.threads
+        self.said = said
         self.workers: list[_Worker] = []
         self.selector = selectors.DefaultSelector()
 
@@ -76,11 +98,12 @@ class WorkerPool:
     def busy(self) -> list[str]:
         return [worker.stage for worker in self.workers if worker.stage]
 
-    def submit(self, stage: str, **request: Any) -> None:
-        """Has a free worker run the stage."""
+    def submit(self, stage: str, **request: Any) -> int:
+        """Has a free worker run the stage; returns that process's id."""
         worker = next((each for each in self.workers if not each.stage), None) or self._start()
         worker.stage = stage
         worker.send({"stage": stage, **request})
+        return worker.process.pid
 
     def _start(self) -> _Worker:
         threads = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
@@ -90,35 +113,67 @@ class WorkerPool:
                 [sys.executable, "-P", "-m", "macpo.engine.run.workers", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **threads, "TERM": "dumb"},  # several live bars cannot share a terminal
+                stderr=subprocess.PIPE,  # what several print goes to the terminal line by line, and above the display
+                env={**os.environ, **threads},
             )
         worker = _Worker(process)
         name, config = self.build
         start = {"path": sys.path, "build": name, "config": config, "run_dir": str(self.run_dir)}
         worker.send({**start, "threads": self.threads})
         self.workers.append(worker)
-        self.selector.register(process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+        for stream in (process.stdout, process.stderr):
+            self.selector.register(stream, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
         return worker
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
-        """(stage, answer) of those that ended: "done", "error", "crash" or "died" is the answer's one key."""
+        """(stage, answer) of those that say something: "progress", or at the end "done", "error", "crash" or "died",
+        is the answer's one key."""
         answers = []
-        for key, _ in self.selector.select(seconds):
+        events = self.selector.select(seconds)
+        for key, _ in sorted(events, key=lambda event: event[0].fileobj is event[0].data.process.stdout):
             worker: _Worker = key.data
             data = os.read(key.fd, 1 << 16)
+            if key.fileobj is worker.process.stderr:
+                self._hear(worker, data)
+                if not data:
+                    self.selector.unregister(key.fileobj)
+                continue
             worker.buffer += data
             *lines, worker.buffer = worker.buffer.split(b"\n")
             for line in lines:
-                answers.append((worker.stage, json.loads(line)))
-                worker.stage = ""
+                answer = json.loads(line)
+                answers.append((worker.stage, answer))
+                worker.stage = worker.stage if "progress" in answer else ""
             if not data:
                 self.selector.unregister(key.fileobj)
-                self.workers.remove(worker)
                 code = worker.process.wait()
+                self._hear_out(worker)
+                self.workers.remove(worker)
+                worker.close()
                 if worker.stage:
                     why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                     answers.append((worker.stage, {"died": f"its worker process {worker.process.pid} {why}"}))
         return answers
+
+    def _hear(self, worker: _Worker, data: bytes) -> None:
+        """Pass on what a worker prints, whole lines of it, the last one also where it is not whole."""
+        *lines, worker.printed = (worker.printed + data).split(b"\n")
+        if not data and worker.printed:
+            lines, worker.printed = [*lines, worker.printed], b""
+        for line in lines:
+            self.said(worker.stage, line.decode(errors="replace").rstrip("\r"))
+
+    def _hear_out(self, worker: _Worker) -> None:
+        """The last words of a worker that ends."""
+        stream = worker.process.stderr
+        assert stream is not None
+        if stream in self.selector.get_map():
+            self.selector.unregister(stream)
+            os.set_blocking(stream.fileno(), False)  # a process that it started may hold the other end
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(stream.fileno(), 1 << 16):
+                    self._hear(worker, data)
+        self._hear(worker, b"")
 
     def stop_busy(self) -> None:
         """Asks the running stages to stop; their answers still come through `wait`."""
@@ -133,8 +188,9 @@ class WorkerPool:
         for worker in self.workers:
             if worker.stage:  # only after an abort: its stage is resumed by the next run
                 worker.process.kill()
-            with contextlib.suppress(BrokenPipeError):
-                worker.process.communicate(b"")
+            worker.end()
+        while self.workers:
+            self.wait(0.2)
         self.selector.close()
 
 
@@ -154,7 +210,7 @@ def main() -> None:
     if not start:
         return
     sys.path[:] = start["path"]
-    with StopFlag(quiet=True) as stop:
+    with StopFlag(quiet=True) as stop, shown_by(_Channel(channel)), quiet_output():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         executor: Executor | None = None
         for line in requests:
@@ -174,6 +230,25 @@ def main() -> None:
                 else:  # the parent reports it, with the traceback under --debug
                     answer = {"crash": {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}}
             channel.write(json.dumps(answer).encode() + b"\n")
+
+
+class _Channel:
+    """Sends the parent what the running stage reports, as often as a terminal shows it."""
+
+    def __init__(self, channel: IO[bytes]) -> None:
+        self._channel, self._sent = channel, float("-inf")
+        self._before: Report | None = None
+
+    def report(self, report: Report) -> None:
+        now, before, self._before = time.monotonic(), self._before, report
+        same = before is not None and (before.unit, before.total) == (report.unit, report.total)
+        if same and report.done < report.total and now - self._sent < LIVE_SECONDS:
+            return
+        self._sent = now
+        self._channel.write(json.dumps({"progress": asdict(report)}).encode() + b"\n")
+
+    def close(self) -> None:
+        """The stage's end is said by its answer."""
 
 
 def _answer(executor: Executor, request: Mapping[str, Any], threads: int | None) -> dict[str, Any]:

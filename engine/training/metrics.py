@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from macpo.engine.errors import IntegrityError
 from macpo.engine.files import explained, fsync_dir, sha256
-from macpo.engine.progress import TrainingProgress
+from macpo.engine.progress import Progress
 from macpo.engine.training.throughput import Meter
 from macpo.engine.training.trackers import Trackers, Training
 
@@ -60,7 +60,7 @@ class MetricsLog:
         self._trackers = trackers
         if trackers is not None:
             trackers.start(workdir, training or Training(), finished=step == planned)
-        self._progress = TrainingProgress(progress, done=step, planned=planned) if progress is not None else None
+        self._progress = Progress(progress, "step", planned, done=step, last=True) if progress is not None else None
         self._save_seconds = 0.0
         self._last = time.perf_counter()
 
@@ -79,7 +79,7 @@ class MetricsLog:
         if self._trackers is not None:
             self._trackers.watch()
         if self._progress is not None:
-            self._progress.update(row["step"], row["loss"], row["tokens"] / max(seconds, 1e-9))
+            self._progress.update(row["step"], tokens_per_s=row["tokens"] / max(seconds, 1e-9), loss=row["loss"])
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
+from macpo.engine.console import notice
 from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.agree import on_main
 from macpo.engine.distributed.failures import free_memory
@@ -72,14 +72,13 @@ class TokenBudget:
             note = error
         tokens = note.get("microbatch_tokens", 0) if isinstance(note, dict) else None
         if not isinstance(tokens, int) or tokens < 0:
-            print(f"note: {self._note} is ignored: it names no number of tokens", file=sys.stderr)
+            notice(f"note: {self._note} is ignored: it names no number of tokens")
             return 0
         return tokens
 
     def _say(self, why: str) -> None:
         if self._world.is_main:
-            print(
+            notice(
                 f"note: {why}: micro-batches have at most {self.tokens} tokens from here on (the settings allow "
-                f"{self._allowed})",
-                file=sys.stderr,
+                f"{self._allowed})"
             )

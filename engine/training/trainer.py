@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from macpo.engine.config import OptimSettings
-from macpo.engine.console import say
+from macpo.engine.console import notice, say
 from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.pack import PackedBatch
@@ -319,6 +319,7 @@ class _Stage:
 
     def _save(self, step: int, log: MetricsLog | _NoLog) -> None:
         state = {"fingerprint": self.fingerprint, "last": self.last, "microbatch_tokens": self.budget.tokens}
+        state["steps"] = self.order.num_steps
         if self.guard is not None:
             state["guard"] = self.guard.state_dict()
         with log.saving():
@@ -341,11 +342,10 @@ class _Stage:
             if self.world.is_main and "metrics_sha256" in found.state:  # an older version did not save it
                 verify(self.workdir, found.step, found.state["metrics_sha256"])
         if found.layout != checkpoint.layout_of(found.tensors, self.world) and self.world.is_main:
-            print(
-                f"note: resuming a checkpoint of {found.layout} with "
-                f"{checkpoint.layout_of(found.tensors, self.world)}: "
-                "same sample order, results equal up to rounding, not bitwise",
-                file=sys.stderr,
+            now = checkpoint.layout_of(found.tensors, self.world)
+            notice(
+                f"note: resuming a checkpoint of {found.layout} with {now}: "
+                "same sample order, results equal up to rounding, not bitwise"
             )
         self.optimizer.load(found.tensors)
         self.last = found.state["last"]

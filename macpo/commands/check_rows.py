@@ -10,7 +10,7 @@ from typing import Literal
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.records import Example, Pair
 from macpo.engine.errors import DataError, TemplateRefusal
-from macpo.engine.progress import RowProgress
+from macpo.engine.progress import Progress
 from macpo.method.encoding import cuts, encoded, is_cut, limited_prompt, pair_responses
 from macpo.method.policies import StageAgent
 
@@ -27,7 +27,7 @@ def encode_rows(chat: Chat, agent: StageAgent, rows: Rows, what: str, reading: R
     """
     counts: Counter[str] = Counter()
     began, kept = time.monotonic(), 0
-    progress = RowProgress(f"check {what}", len(rows))
+    progress = Progress(f"check {what}", "rows", len(rows))
     try:
         for index, row in enumerate(rows):
             if index % _SHOWN_ROWS == 0:

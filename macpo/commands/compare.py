@@ -16,6 +16,7 @@ from macpo.config import Recipe
 from macpo.engine.errors import ConfigError
 from macpo.engine.files import write_json
 from macpo.engine.run.folder import read_timing
+from macpo.engine.run.run_progress import Part
 from macpo.methods.registry import build_plan
 from macpo.recipe_kinds import plan_of
 from macpo.report.comparison import table, write_comparison
@@ -97,9 +98,10 @@ def compare(comparison: Comparison, *, rerun_stale: bool = False) -> Path:
     if (out / "recipe.yaml").exists():
         raise ConfigError(f"{out} is the folder of one run", "name another folder: --set output=FOLDER", field="output")
     runs, explained, judges = [], {}, {}
-    for seed in comparison.seeds:
+    for number, seed in enumerate(comparison.seeds, 1):
         recipe = comparison.of_seed(seed)
-        folder = run(recipe, rerun_stale=rerun_stale)
+        part = Part(f"seed {seed}", number, len(comparison.seeds)) if len(comparison.seeds) > 1 else None
+        folder = run(recipe, rerun_stale=rerun_stale, part=part)
         reader = RunReader(folder)
         runs.append(reader.scored)
         judges[seed] = judged(reader)

@@ -17,6 +17,7 @@ from macpo.engine.processes import set_threads
 from macpo.engine.removal import make_way
 from macpo.engine.run.attempts import attempting
 from macpo.engine.run.folder import RunFolder
+from macpo.engine.run.run_progress import Part
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
 from macpo.evaluation.summary import AgentHistory, build_summary
@@ -84,10 +85,16 @@ def runner_of(
 
 
 def run(
-    recipe: AnyRecipe, *, world: World | None = None, rerun_stale: bool = False, from_stage: str | None = None
+    recipe: AnyRecipe,
+    *,
+    world: World | None = None,
+    rerun_stale: bool = False,
+    from_stage: str | None = None,
+    part: Part | None = None,
 ) -> Path:
     """Run every stage that is not done, then write summary and report; returns the run's folder.
 
+    `part`: its place among several runs, for who watches.
     Raises MacpoError with its exit code; the same call resumes a stopped run.
     """
     set_threads(recipe.compute.threads)
@@ -103,6 +110,11 @@ def run(
             on_main(world, lambda: check_templates(recipe))
         plan = plan_of(recipe) if plan.identities.unknown else plan
     runner = runner_of(recipe, plan, world=world, rerun_stale=rerun_stale, from_stage=from_stage)
+    runner.part = part
+    if not finished and is_main(world):
+        from macpo.commands.planning.estimates import durations
+
+        runner.planned = durations(recipe, plan)
     with attempting(run_dir, lambda: about(recipe, plan, world), runner.log) as begin:
 
         def began() -> None:

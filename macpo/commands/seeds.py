@@ -8,6 +8,7 @@ from pathlib import Path
 
 from macpo.config import Recipe
 from macpo.engine.errors import ConfigError
+from macpo.engine.run.run_progress import Part
 from macpo.evaluation.claims import claims, claims_table, shared_metric
 from macpo.recipe_kinds import AnyRecipe
 from macpo.report.page import write_seeds_report
@@ -32,10 +33,11 @@ def check_kind(recipe: AnyRecipe) -> None:
         raise ConfigError("--seeds compares the claims of `recipe: macpo`, which this recipe has none of", fix)
 
 
-def run_seeds(seeds: Sequence[int], out: Path, run_one: Callable[[list[str]], object]) -> Path:
+def run_seeds(seeds: Sequence[int], out: Path, run_one: Callable[[list[str], Part], object]) -> Path:
     """Run every seed in `out/seed-N`, then write `claims.json` and their `report.html` into `out`; return its path.
 
-    `run_one`: runs the recipe under these further overrides to its end. The same call resumes a stopped one.
+    `run_one`: runs the recipe under these further overrides, as one part of several, to its end. The same call resumes
+    a stopped one.
     Raises ConfigError where `out` is the folder of a single run.
     """
     if (out / "recipe.yaml").exists():
@@ -43,9 +45,9 @@ def run_seeds(seeds: Sequence[int], out: Path, run_one: Callable[[list[str]], ob
             f"{out} is the folder of one run", "name another folder for the seeds (output)", field="--seeds"
         )
     runs = []
-    for seed in seeds:
+    for number, seed in enumerate(seeds, 1):
         folder = out / f"seed-{seed}"
-        run_one([f"seed={seed}", f"output={json.dumps(str(folder))}"])
+        run_one([f"seed={seed}", f"output={json.dumps(str(folder))}"], Part(f"seed {seed}", number, len(seeds)))
         runs.append(RunReader(folder).scored)
     found = claims(runs)
     report = write_seeds_report(out, runs, found)

@@ -38,7 +38,7 @@ from macpo.data.pair_layouts import COLUMNS as PAIR_COLUMNS
 from macpo.data.pair_layouts import SIDES
 from macpo.data.preferences import load_preferences
 from macpo.data.prompts import Repeats
-from macpo.data.rows import EmptyText, Row, Source
+from macpo.data.rows import EmptyText, Row, Source, in_words
 from macpo.data.spool import Records, Spool, whole
 from macpo.engine.data.messages import Message, parts_of
 from macpo.engine.data.records import Example
@@ -105,7 +105,8 @@ def load_examples(
     found["duplicate_rows"] = int(repeats.found()[0].sum())
     noted = {name: found[name] for name in ("duplicate_rows", "empty_dropped") if found[name]}
     if noted:
-        log.warning("%s: %d examples of %d rows; %s", Path(path).name, len(examples), found["rows"], noted)
+        name, number = Path(path).name, found["rows"]
+        log.warning("%s: %d examples of %d rows; %s", name, len(examples), number, in_words(noted))
     return examples, dict(found)
 
 

@@ -22,7 +22,7 @@ from macpo.data.columns import check_read
 from macpo.data.dialogues import prompt_before_answer
 from macpo.data.pair_layouts import COLUMNS, FORMATS, detect, reads
 from macpo.data.prompts import Prompts, Repeats
-from macpo.data.rows import EmptyText, Row, Source
+from macpo.data.rows import EmptyText, Row, Source, in_words
 from macpo.data.spool import Records, Spool, spooled, whole
 from macpo.engine.data.messages import parts_of
 from macpo.engine.data.records import Pair
@@ -108,7 +108,8 @@ def load_preferences(
     reported = (*_DROPPED, "duplicate_rows", "duplicate_prompts", "contradictory_pairs", "contradictory_dropped")
     noted = {name: counts[name] for name in reported if counts[name]}
     if noted:
-        log.warning("%s: %d pairs of %d rows; %s", Path(source.path).name, len(pairs), counts["rows"], noted)
+        name, number = Path(source.path).name, counts["rows"]
+        log.warning("%s: %d pairs of %d rows; %s", name, len(pairs), number, in_words(noted))
     return pairs, dict(counts)
 
 

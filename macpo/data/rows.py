@@ -120,6 +120,11 @@ def read_rows(
         yield from _hub_rows(str(path), split, subset)
 
 
+def in_words(counts: Mapping[str, int]) -> str:
+    """What was dropped or repeated, for people: `2 duplicate prompts, 1 empty dropped`."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
 def fingerprint(path: str | Path) -> str:
     """Return the SHA-256 (hex) of names and contents of all data files below `path`; for a Hub id its commit.
 

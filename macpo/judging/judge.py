@@ -83,7 +83,7 @@ class AskingJudge:
                 for judgement in pool.map(partial(self._both_orders, stop=stop), comparisons):
                     found.append(judgement)
                     failed += judgement.outcome == "failed"
-                    self.count(answers=2 * judgement.asked)
+                    self.count(2 * judgement.asked)
                     check_failures(failed, len(found), len(comparisons), self.max_failure_rate, path)
             finally:
                 stop.set()  # questions that wait in the pool are given up, not asked

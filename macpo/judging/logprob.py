@@ -181,7 +181,7 @@ class LogprobJudge:
                 ]
                 self.replies.add(*new.values(), *long)
             rows |= new
-            self.count(answers=len(groups), tokens=sum(group.num_tokens for group in fitting.values()))
+            self.count(len(groups), sum(group.num_tokens for group in fitting.values()))
         return rows
 
     def _kept(self, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:

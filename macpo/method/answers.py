@@ -111,6 +111,9 @@ class GeneratingStage(PolicyStage):
         ctx.note(tokens=sum(row["num_tokens"] for row in rows), **counts)
         return responses, counts
 
+    def goes_on_from(self, folder: Path) -> str:
+        return f"wave {number}" if (number := len(list((folder / SCRATCH[0]).glob("*.jsonl"))) + 1) > 1 else ""
+
     def answering(self, run: RunSize, num_prompts: int) -> Cost:
         """The cost of answering so many prompts; a server's is not ours."""
         tokens = num_prompts * (run.prompt_tokens + run.response_tokens)
@@ -163,6 +166,7 @@ class Answer(GeneratingStage):
     """The policy answers every prompt of the student half."""
 
     name = "answer"
+    doing = "writes responses"
     inputs: PolicyDataInputs
 
     def run(self, ctx: StageContext) -> None:

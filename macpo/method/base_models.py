@@ -14,7 +14,7 @@ from macpo.engine.data.records import Example, read_records
 from macpo.engine.errors import ConfigError, DataError, TemplateRefusal
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.engine.training.leftovers import CONTINUED, SCRATCH
+from macpo.engine.training.leftovers import CONTINUED, SCRATCH, goes_on_from
 from macpo.engine.training.trackers import Trackers
 from macpo.method.costs import (
     STEP_BYTES,
@@ -38,6 +38,7 @@ class PretrainBase(MethodStage):
     """Train a tokenizer and a small Llama from scratch on documents; writes the Hugging Face folder `model/`."""
 
     name = "pretrain_base"
+    doing = "pretrains"
     weight = 30.0
     scratch, continued = SCRATCH, CONTINUED
 
@@ -107,6 +108,9 @@ class PretrainBase(MethodStage):
         if ctx.world.is_main:
             save_base(model, tokenizer, ctx.dir / "model")
         ctx.note(tokens=result.tokens, documents=len(documents), steps=result.steps)
+
+    def goes_on_from(self, folder: Path) -> str:
+        return goes_on_from(folder)
 
     def duration(self) -> float:
         init, small = self.init, 64 * 64 * 2  # weights of the blocks, beside those of two blocks of width 64

@@ -68,6 +68,7 @@ class BaseLogps(PolicyStage):
     """Log-probs of the human held-out pairs under the agent's base model: the reference of the implicit reward."""
 
     name = "judge_base"
+    doing = "scores human pairs"
     held_out: HeldOut = "test"
     inputs: PolicyDataInputs
 
@@ -94,6 +95,7 @@ class EvaluatePolicy(GeneratingStage):
     """Responses, gold scores where the world has them, and preference metrics; `evaluation.json` and `.jsonl`."""
 
     name = "evaluate_policy"
+    doing = "writes and scores test responses"
     weight = 2.0
     role: Role
     iteration: int

@@ -13,7 +13,7 @@ from macpo.engine.config import LoraSettings, OptimSettings, PreferenceSettings,
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.run.context import StageContext
-from macpo.engine.training.leftovers import CONTINUED, SCRATCH
+from macpo.engine.training.leftovers import CONTINUED, SCRATCH, goes_on_from
 from macpo.engine.training.trackers import Trackers
 from macpo.method.costs import STEP_BYTES, Cost, RunSize, Shape, TrainingCost
 from macpo.method.encoding import encode_examples, encode_pairs
@@ -68,6 +68,9 @@ class LearningStage(PolicyStage):
         )
         self.save(policy, module(), ctx.dir / "policy")
         ctx.note(tokens=result.tokens, steps=result.steps)
+
+    def goes_on_from(self, folder: Path) -> str:
+        return goes_on_from(folder)
 
     def module(self, policy: OpenPolicy) -> PolicyModule:
         """What is trained."""
@@ -125,6 +128,7 @@ class Imitate(LearningStage):
     """SFT on one side of human pairs, or on weak labels: the initial policies, and the ceiling."""
 
     name = "imitate"
+    doing = "SFT"
     weight = 3.0
     file: str
     side: Literal["chosen", "rejected", "answer"]
@@ -169,6 +173,7 @@ class Prefer(LearningStage):
     otherwise."""
 
     name = "prefer"
+    doing = "preference training"
     weight = 4.0
     responses = 2
     optim: PreferenceSettings

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.progress import counted
 from macpo.method.policies import OpenPolicy
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ def _scored(
     from macpo.engine.scoring import score
 
     ctx, max_tokens = policy.ctx, policy.compute.score_tokens
-    mine = score(module, groups, max_tokens=max_tokens, world=ctx.world, should_stop=ctx.stop_requested)
+    with counted(ctx.name if ctx.world.is_main else False, len(groups), unit="prompts scored") as count:
+
+        def of_all(done: int = 0, tokens: int = 0) -> None:  # every rank scores about as many
+            count(done * ctx.world.size, tokens * ctx.world.size)
+
+        mine = score(
+            module, groups, max_tokens=max_tokens, world=ctx.world, should_stop=ctx.stop_requested, count=of_all
+        )
     found = ctx.world.gather([kept(scores) if scores else None for scores in mine])
     return [next(part for part in parts if part is not None) for parts in zip(*found, strict=True)]

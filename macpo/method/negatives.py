@@ -44,6 +44,7 @@ class WeakNegativeLabels(MethodStage):
     """
 
     name = "weak_negative_labels"
+    doing = "picks weak negatives"
     seed: int
     inputs: WeakNegativeInputs
 

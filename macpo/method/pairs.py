@@ -40,6 +40,7 @@ class StudentPairs(MethodStage):
     """
 
     name = "student_pairs"
+    doing = "selects pairs"
     selection: str
     seed: int
     inputs: StudentPairInputs
@@ -76,6 +77,7 @@ class TeacherPairs(MethodStage):
     """The positive response to every prompt (the student's, or the agent's own) against the negative one."""
 
     name = "teacher_pairs"
+    doing = "selects pairs"
     seed: int
     inputs: TeacherPairInputs
 

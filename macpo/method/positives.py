@@ -53,6 +53,7 @@ class ScoreCandidates(PolicyStage):
     """The policy scores every agent's response to every prompt, K responses behind one shared prefix."""
 
     name = "score_candidates"
+    doing = "scores candidates"
     own: str | None = None
     """The agent whose responses the scoring weights drew themselves. In float32 these need not be scored again where
     the tokens of the text are those that were drawn. In 16 bits scoring and generation round differently, and
@@ -157,6 +158,7 @@ class WeakLabels(MethodStage):
     """The student's first labels: one teacher response a prompt, by `initial.weak_label`."""
 
     name = "weak_labels"
+    doing = "picks first labels"
     weak_label: str
     seed: int
     inputs: WeakLabelInputs

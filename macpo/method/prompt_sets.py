@@ -115,6 +115,7 @@ class SplitPrompts(PromptSets):
     """Write `teacher-NAME.jsonl`, `test.jsonl` and `dev.jsonl` with human responses, and `student.jsonl` with none."""
 
     name = "split_prompts"
+    doing = "splits prompts"
 
     def run(self, ctx: StageContext) -> None:
         sources = self.sources()
@@ -142,6 +143,7 @@ class HumanAnswers(PromptSets):
     """The student half's human responses, for the ceiling alone; no training stage of MACPO reads this folder."""
 
     name = "human_answers"
+    doing = "collects human responses"
 
     def run(self, ctx: StageContext) -> None:
         write_records(ctx.dir / "student.jsonl", self.sources().student)

@@ -68,6 +68,7 @@ class ImplicitReward(MethodStage):
     """The implicit reward of each draw's answer, `ratings.jsonl`."""
 
     name = "implicit_reward"
+    doing = "computes implicit rewards"
     beta: float
     inputs: RewardInputs
 

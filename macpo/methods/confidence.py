@@ -40,6 +40,7 @@ class ImitateConfidently(Imitate):
     """SFT with the confidence loss."""
 
     name = "imitate_confidently"
+    doing = "SFT with its own confidence"
     confidence: float
     warmup: float
 

@@ -42,6 +42,7 @@ class PlausibleLabels(MethodStage):
     """The answer of lowest perplexity a prompt, without the share of prompts where even that is highest."""
 
     name = "plausible_labels"
+    doing = "filters labels"
     dropped: float
     inputs: PlausibleInputs
 

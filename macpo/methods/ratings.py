@@ -138,6 +138,7 @@ class RatedPairs(MethodStage):
     """Each prompt's best answer against its worst, by the mean of all ratings; ties are dropped."""
 
     name = "rated_pairs"
+    doing = "makes pairs of rated responses"
     least: float = 0.0
     """Pairs whose ratings differ by less are dropped, as are those that do not differ."""
     inputs: RatedPairInputs

@@ -34,6 +34,7 @@ class Grade(Rate):
     """The expected grade of each answer."""
 
     name = "grade_answers"
+    doing = "grades responses"
 
     def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
         about = conversation(prompt.messages)

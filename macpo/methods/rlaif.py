@@ -39,6 +39,7 @@ class Compare(Rate):
     """The probability that each of two answers is the better one."""
 
     name = "compare_answers"
+    doing = "compares responses"
 
     def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
         about, (one, two) = conversation(prompt.messages), [answer.text for answer in answers]

@@ -46,6 +46,7 @@ class SelfPlayPairs(MethodStage):
     """Labels against the student's own answers of this round and of the one before."""
 
     name = "self_play_pairs"
+    doing = "makes self-play pairs"
     inputs: SelfPlayInputs
 
     def run(self, ctx: StageContext) -> None:

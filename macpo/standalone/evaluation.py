@@ -36,6 +36,7 @@ class ScoreReference(PolicyStage):
     """Log-probs of all pairs under the reference: `train.safetensors`, `test.safetensors`, [num_groups, 2, 2] each."""
 
     name = "score_reference"
+    doing = "computes reference log-probs"
     tuning: Tuning
     reference: Literal["policy", "adapter-off"]
     reference_model: str | None
@@ -102,6 +103,7 @@ class EvaluatePairs(Evaluate):
     """Loss, preference accuracy and margin on the held-out pairs."""
 
     name = "evaluate_pairs"
+    doing = "scores test pairs"
     responses = 2
     loss: PreferenceSettings
 
@@ -154,6 +156,7 @@ class EvaluateExamples(Evaluate):
     """NLL and perplexity of the held-out responses, by token."""
 
     name = "evaluate_examples"
+    doing = "scores test responses"
 
     def run(self, ctx: StageContext) -> None:
         import torch
@@ -175,6 +178,7 @@ class EvaluateReward(Evaluate):
     """
 
     name = "evaluate_reward"
+    doing = "scores test pairs"
     responses = 2
 
     def run(self, ctx: StageContext) -> None:

@@ -100,6 +100,7 @@ class SplitRecords(MethodStage):
     """Write `train.jsonl` and `test.jsonl`, and the documents where the model is pretrained on them."""
 
     name = "split_records"
+    doing = "reads and splits the data"
     data: PairData | ExampleData
     kind: Literal["sft", "preference", "reward"]
     files: dict[str, str]

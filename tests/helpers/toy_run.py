@@ -23,6 +23,7 @@ from typing import Any
 from macpo.engine.console import run_cli
 from macpo.engine.errors import DataError
 from macpo.engine.files import Appender, atomic_write, read_jsonl, write_json, write_jsonl
+from macpo.engine.progress import Progress
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.stages import Graph, Stage, StageInputs, StageWork
@@ -120,9 +121,11 @@ class Transform(Toy):
 
     def write(self, ctx: StageContext) -> None:
         rows = self.rows(ctx)
-        with Appender(ctx.dir / "rows.jsonl") as log:
+        done = Progress(ctx.name, "rows", len(rows), last=True)
+        with Appender(ctx.dir / "rows.jsonl") as log, done:
             ctx.note(resumed_at=len(log.rows))
-            for row in rows[len(log.rows) :]:
+            for number, row in enumerate(rows[len(log.rows) :], len(log.rows)):
+                done.update(number, tokens_per_s=1234.5)
                 _work(float(os.environ.get("TOY_SLEEP", 0)))
                 ctx.check_stop()
                 text = hashlib.sha256(f"{self.salt} {row['text']}".encode()).hexdigest()

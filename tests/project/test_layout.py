@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "config": "errors connection paths",
         "hardware": "",
         "processes": "errors",
-        "progress": "errors",
+        "progress": "console",
         "recipe": GROUND,
         "distributed": GROUND,
         "data": f"{GROUND} distributed kernels",  # distributed: a batch is divided among ranks; kernels: segments

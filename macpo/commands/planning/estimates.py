@@ -29,6 +29,7 @@ from macpo.engine.planning.fitting import Option, option
 from macpo.engine.planning.memory import Setup
 from macpo.engine.planning.shapes import config_of
 from macpo.engine.planning.step_time import Machine
+from macpo.engine.run.time_left import Planned
 from macpo.method.costs import CHARS_PER_TOKEN, Cost, MethodStage, RunSize, Shape, TrainingCost, made_config
 from macpo.method.data_sets import held_out_source, judged_rows, own_source, read_pairs, source_of
 from macpo.method.identities import Identities
@@ -308,6 +309,20 @@ def _rehearsing(recipe: AnyRecipe, rehearsal: Rehearsal | None) -> Iterator[None
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+def durations(recipe: AnyRecipe, plan: Plan) -> dict[str, Planned]:
+    """What each stage is planned to take on this machine, for the time left, at once and without memory of the
+    training; empty where the models' shapes or the data cannot be read here."""
+    try:
+        rows = estimate(recipe, plan)
+    except MacpoError:
+        return {}
+    kinds = {stage.name: stage.kind for stage in plan.graph.stages}
+    return {
+        row.stage: Planned(row.seconds, (kinds[row.stage], *([f"{kinds[row.stage]} {row.base}"] if row.base else ())))
+        for row in rows
+    }
 
 
 def disk_needed(recipe: AnyRecipe, plan: Plan) -> int | None:

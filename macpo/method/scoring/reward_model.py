@@ -25,6 +25,7 @@ class TrainReward(LearningStage):
     """Bradley-Terry training of a score head and its model; `policy/` is a Hugging Face sequence classifier."""
 
     name = "train_reward"
+    doing = "trains a reward model"
     weight = 4.0
     responses = 2
     optim: RewardSettings

@@ -16,6 +16,7 @@ from macpo.engine.config import ComputeSettings
 from macpo.engine.data.records import Pair, Prompt, read_records
 from macpo.engine.errors import MacpoError, Stopped
 from macpo.engine.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from macpo.engine.progress import counted
 from macpo.engine.removal import make_way
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
@@ -55,19 +56,23 @@ class ScoringStage(MethodStage):
         waves = [order[start : start + size] for start in range(0, len(order), size)]
         found: dict[str, Score] = {}
         score = None
-        for number, wave in enumerate(waves):
-            path = ctx.dir / "waves" / f"{number:04d}.json"
-            done = ctx.world.broadcast(_read(path, wave) if ctx.world.is_main else None)
-            if done is None:
-                if any(ctx.world.gather(ctx.stop_requested())):
-                    raise Stopped("stopped while scoring; the finished waves are kept", "run the same command again")
-                score = score or self.scorer.open(ctx, self.compute, trained)
-                done = [list(each) for each in score([first[key] for key in wave])]
-                if ctx.world.is_main:
-                    path.parent.mkdir(exist_ok=True)
-                    make_way(path, ctx.dir, ctx.log)
-                    atomic_write(path, json.dumps({"keys": wave, "scores": done}))
-            found |= {key: Score(*each) for key, each in zip(wave, done, strict=True)}
+        with counted(ctx.name if ctx.world.is_main else False, len(order), unit="responses scored") as count:
+            for number, wave in enumerate(waves):
+                path = ctx.dir / "waves" / f"{number:04d}.json"
+                done = ctx.world.broadcast(_read(path, wave) if ctx.world.is_main else None)
+                if done is None:
+                    if any(ctx.world.gather(ctx.stop_requested())):
+                        why = "stopped while scoring; the finished waves are kept"
+                        raise Stopped(why, "run the same command again")
+                    score = score or self.scorer.open(ctx, self.compute, trained)
+                    done = [list(each) for each in score([first[key] for key in wave])]
+                    if ctx.world.is_main:
+                        path.parent.mkdir(exist_ok=True)
+                        make_way(path, ctx.dir, ctx.log)
+                        atomic_write(path, json.dumps({"keys": wave, "scores": done}))
+                scores = [Score(*each) for each in done]
+                found |= dict(zip(wave, scores, strict=True))
+                count(len(wave), sum(each.tokens for each in scores))
         if score is not None:  # what comes next needs the memory
             from macpo.engine.distributed.failures import free_memory
 
@@ -114,6 +119,7 @@ class ScoreAnswers(ScoringStage):
     """Scores of one policy's responses to the test prompts: `scores.jsonl`, and their mean in `score.json`."""
 
     name = "score_answers"
+    doing = "scores test responses"
     inputs: ScoreAnswersInputs
 
     def run(self, ctx: StageContext) -> None:
@@ -141,6 +147,7 @@ class CheckScorer(ScoringStage):
     """The scorer's scores of both responses of the human test pairs: `scores.jsonl`, and `agreement.json`."""
 
     name = "check_scorer"
+    doing = "compares a scorer with people"
     inputs: CheckScorerInputs
 
     def run(self, ctx: StageContext) -> None:

@@ -22,7 +22,7 @@ from macpo.engine.distributed.agree import pack_error, unpack_error
 from macpo.engine.errors import ConfigError, DataError, MacpoError, ResourceError, Stopped
 from macpo.engine.files import atomic_open
 from macpo.engine.processes import StopFlag, ended_by_sigterm, interrupt, signals_blocked
-from macpo.engine.progress import RowProgress
+from macpo.engine.progress import Progress
 
 
 def test_errors_survive_the_way_between_processes() -> None:
@@ -103,12 +103,10 @@ def test_many_problems_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_lines_and_logs_of_stages_are_printable(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("macpo.engine.progress.PLAIN_SECONDS", 0.0)
-    progress = RowProgress(HOSTILE, 3)
-    progress.update(1)
-    progress.close()
+    with Progress(HOSTILE, "rows", 3) as progress:
+        progress.update(1)
     say(HOSTILE)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.isprintable() for line in lines)

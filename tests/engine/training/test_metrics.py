@@ -18,7 +18,7 @@ import torch
 from architectures import model_of, some_groups
 from forks import ranks
 
-from macpo.engine import hardware, progress
+from macpo.engine import hardware
 from macpo.engine.config import LoraSettings, OptimSettings
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.distributed.world import World
@@ -191,18 +191,14 @@ def test_peak_memory_is_that_of_the_stage() -> None:
 # --- what people see ---
 
 
-def test_without_a_terminal_there_is_a_plain_line_now_and_then(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_without_a_terminal_a_short_training_says_one_plain_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter(range(0, 10_000, 4))  # seconds; read once a step
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     with MetricsLog(tmp_path, step=0, planned=20, progress="07-student-sft") as log:
         for step in range(1, 21):
             log.write(row(step, loss=2.5))
-    shown = capsys.readouterr().err.splitlines()
-    pattern = r"07-student-sft: step (\d+)/20 loss 2\.5000 \d+ tok/s(?: ETA \d+:\d\d:\d\d)?"
-    assert [step for line in shown for step in re.findall(f"^{pattern}$", line)] == ["8", "16", "20"]
-    assert ["ETA" in line for line in shown] == [True, True, False]
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r"07-student-sft: step 20/20, [\d,]+ tok/s, loss 2\.5000\n", shown), shown
 
 
 def test_nothing_is_shown_where_nobody_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +219,7 @@ def test_only_the_main_rank_shows_writes_and_tracks(tmp_path: Path, capfd: pytes
         train(policy, documents, sft(), settings, seed=1, world=world, **where)  # type: ignore[arg-type]
 
     assert ranks(2, body) == [0, 0]
-    assert capfd.readouterr().err.count("sft: step 2/2 loss") == 1
+    assert capfd.readouterr().err.count("sft: step 2/2, ") == 1
     assert len(lines(tmp_path / "work" / "metrics.jsonl")) == len(lines(tmp_path / "work" / "timing.jsonl")) == 2
     assert [row.get("step") for row in lines(tmp_path / "rank0" / "trackers" / "seen.jsonl")] == [None, 1, 2, None]
     assert not (tmp_path / "rank1").exists()
@@ -272,14 +268,13 @@ def endless(folder: Path, *, obedient: bool) -> None:
 
 def test_a_terminal_gets_a_live_bar_and_is_clean_after_ctrl_c(tmp_path: Path) -> None:
     shown = on_terminal(lambda: endless(tmp_path / "a", obedient=True), {"in between": b"\x03"})
-    assert "07-student-sft" in shown and "loss 2.5000" in shown and "tok/s" in shown and "ETA" in shown
+    assert "07-student-sft" in shown and "loss 2.5000" in shown and "tok/s" in shown and " left" in shown
     assert "a warning in between\r\n" in shown and "stopping at the next safe point" in shown
-    assert shown.rstrip().endswith("ended by Stopped") and shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0
+    assert shown.rstrip().endswith("ended by Stopped") and "\x1b[?" not in shown, "no mode of the terminal is touched"
     shown = on_terminal(
         lambda: endless(tmp_path / "b", obedient=False), {"in between": b"\x03", "stopping at the next": b"\x03"}
     )
-    assert shown.rstrip().endswith("ended by KeyboardInterrupt")
-    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0
+    assert shown.rstrip().endswith("ended by KeyboardInterrupt") and "\x1b[?" not in shown
 
 
 def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
@@ -288,4 +283,4 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
             log.write(row(1))
 
     shown = on_terminal(body, {}, term="dumb")
-    assert shown.startswith("sft: step 1/1 loss 1.0000") and "\x1b" not in shown
+    assert shown.startswith("sft: step 1/1, ") and "\x1b" not in shown

@@ -35,6 +35,7 @@ from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, DataError, NumericsError, Stopped
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
+from macpo.engine.training.leftovers import goes_on_from
 from macpo.engine.training.objectives import preference, sft
 from macpo.engine.training.optim import learning_rate
 from macpo.engine.training.reference import reference_logps
@@ -226,11 +227,12 @@ def save(policy: PolicyModule, path: Path) -> None:
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     want = bits(run_sft(tmp_path / "whole")[0], tmp_path / "whole")
+    assert goes_on_from(tmp_path) == ""
     for step in range(1, 6):
         workdir = tmp_path / str(step)
         with pytest.raises(Stopped, match=f"after step {step} of 6") as caught:
             run_sft(workdir, should_stop=stop_after(step))
-        assert caught.value.code == 75
+        assert caught.value.code == 75 and goes_on_from(workdir) == f"step {step} of 6"
         assert len(rows(workdir)) == step
         assert bits(run_sft(workdir)[0], workdir) == want
 
