@@ -95,7 +95,7 @@ MAX_PARAMETERS, MAX_LONG_SIGNATURES = 7, 7
 MAX_TREE_LINES = 40
 SOURCES = [
     path
-    for folder in (*PACKAGES, "tests", "bench", "recipes")
+    for folder in (*PACKAGES, "tests", "bench", "recipes", "examples")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".cpp", ".hpp", ".yaml"}
 ]
