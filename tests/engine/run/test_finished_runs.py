@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import macpo
-from finished_runs import unpack_runs
+from standalone_runs import unpack_runs
 
 STAGES = {"macpo": 50, "preference": 6, "sft": 5}
 AGENT = {"macpo": "student", "preference": "policy", "sft": "policy"}

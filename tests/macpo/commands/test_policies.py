@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import macpo as command
-from finished_runs import unpack_runs
+from standalone_runs import unpack_runs
 
 import macpo
 from macpo.engine.errors import ConfigError, DataError

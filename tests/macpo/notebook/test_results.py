@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from finished_runs import unpack_runs
+from standalone_runs import unpack_runs
 from tiny import ARMS, EVIL, LEVELS, make_run
 
 import macpo
