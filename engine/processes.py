@@ -15,14 +15,14 @@ from typing import Any, NoReturn, Self
 
 from macpo.engine.errors import is_failure
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def set_threads(threads: int | None) -> None:
     """Set the CPU threads of operators, also if torch is imported later; None changes nothing."""
     if threads is None:
         return
-    for name in _THREAD_VARIABLES:
+    for name in THREAD_VARIABLES:
         os.environ[name] = str(threads)
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != threads:

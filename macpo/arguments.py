@@ -88,8 +88,7 @@ def _option(name: str) -> str:
 
 def recipe_argument(text: str) -> Path:
     """A recipe's file, the folder of a run, or the name of a recipe that comes with the package."""
-    path = path_argument(text)
-    return path if path.exists() else bundled.path_of(text) or path
+    return bundled.located(path_argument(text))
 
 
 def parser() -> Parser:

@@ -42,10 +42,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         fix = f"name a YAML recipe, the folder of a run, or one of {', '.join(bundled.names())}"
         raise ConfigError(f"there is no recipe {str(file)!r}", fix)
     said, line = recipes.kind_of(file)
-    kind = said or "macpo"
-    if kind not in KINDS:
-        fix = f"write {ours}" if (ours := value_of("recipe", kind)) else f"use {', '.join(KINDS)}"
-        raise ConfigError(f"got {kind!r}", fix, file=str(file), line=line, field="recipe")
+    kind = _known(said or "macpo", str(file), line)
     base = _began_in(path) if path.is_dir() else None
     if base is not None:  # the run's own paths are relative to where it began, those of `overrides` to here
         recipe = _resolved(recipes.load(file, KINDS[kind], base=base), base)
@@ -55,6 +52,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     if path.is_dir() and not any(each.partition("=")[0].strip() == "output" for each in overrides):
         recipe = recipe.model_copy(update={"output": absolute(str(path))})
     return _resolved(recipe)
+
+
+def of_mapping(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> AnyRecipe:
+    """A recipe's content as nested values; relative paths become absolute, relative to the working folder."""
+    kind = _known(str(content.get("recipe", "macpo")), "recipe")
+    return _resolved(recipes.loads(content, KINDS[kind], overrides))
+
+
+def _known(kind: str, file: str, line: int | None = None) -> str:
+    """The kind of a recipe. Raises ConfigError for one that there is not."""
+    if kind not in KINDS:
+        fix = f"write {ours}" if (ours := value_of("recipe", kind)) else f"use {', '.join(KINDS)}"
+        raise ConfigError(f"got {kind!r}", fix, file=file, line=line, field="recipe")
+    return kind
 
 
 def _resolved(recipe: AnyRecipe, base: Path | None = None) -> AnyRecipe:

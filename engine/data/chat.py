@@ -126,8 +126,12 @@ class Chat:
 
     def text(self, ids: Sequence[int]) -> str:
         """The decoded response, without special tokens and what the template writes around it."""
+        decoded = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.unframed(str(decoded))
+
+    def unframed(self, decoded: str) -> str:
+        """A decoded response without what the template writes around it."""
         frame = self._rendering.frame
-        decoded = str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
         return decoded.removeprefix(frame.lead).removesuffix(frame.tail)
 
     def limited_prompt_ids(

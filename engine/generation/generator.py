@@ -1,6 +1,6 @@
 """Generator: many prompts in, sampled responses with log-probs out.
 
-    Generator(model, tokenizer).generate(prompts, SamplingParams(max_new_tokens=64, seed=1))
+    Generator(model, tokenizer).generate(["What is rust ?"], SamplingParams(max_new_tokens=64, seed=1))[0].text
 
 A sampled text is a function of model, prompt, params, request id, sample and attempt: these seed the noise, never the
 batch, the order or the number of processes (in float32, up to logit ties in the last bits). The model of each token is
@@ -11,7 +11,7 @@ that reach it are prefilled again with what they have so far.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,14 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from macpo.engine.data.chat import Chat
+from macpo.engine.data.texts import Text
 from macpo.engine.distributed.failures import free_memory, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.generation.batch_runner import BatchRunner, Job
 from macpo.engine.generation.equivalence import verified_cache_shapes
 from macpo.engine.generation.model_facts import CacheShape, disabled, eos_ids, head_width, unwrap
-from macpo.engine.generation.multilora import StackedAdapters, why_not
-from macpo.engine.generation.params import SamplingParams, one_each
+from macpo.engine.generation.multilora import StackedAdapters, active_adapter, why_not
+from macpo.engine.generation.params import DEFAULT, SamplingParams
 from macpo.engine.generation.pool.capacity import PoolPlan, bucket_of, graphs_why_not, plan_pool, pool_why_not
 from macpo.engine.generation.pool.runner import PoolRunner
 from macpo.engine.generation.pool.session import PoolSession
@@ -36,6 +38,7 @@ from macpo.engine.generation.sequence import ActiveSequence
 from macpo.engine.generation.slots.cache import SlotCache
 from macpo.engine.generation.slots.packed_linear import packed_linears
 from macpo.engine.generation.slots.runner import SlotRunner
+from macpo.engine.generation.text_prompts import tokenised, unframed
 from macpo.engine.generation.vocabulary import Vocabulary
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.loading import embedding_rows
@@ -52,7 +55,8 @@ class Generator:
 
     Args:
         model: the model with its weights on their device; it is in eval mode while generating and restored afterwards.
-        tokenizer: needed for stop texts and for `Sample.text`; only ids that it has are drawn.
+        tokenizer: a tokenizer, or a `Chat` with another template than the tokenizer's own. Needed for prompts and stop
+            texts that are text, and for `Sample.text`; only ids that it has are drawn.
         max_batch: sequences decoded together; halved where memory runs out.
         max_cache_tokens: limit of the key-value cache in tokens; None: enough for `max_batch` of the longest requests.
         block_tokens: each sequence's share of the cache is rounded up to a multiple of this.
@@ -92,7 +96,8 @@ class Generator:
         self._outer, self.model = unwrap(model)
         check_forward(self._outer)
         self.team: World = getattr(model, "team", None) or World()
-        self.tokenizer = tokenizer
+        self._chat = tokenizer if isinstance(tokenizer, Chat) else None
+        self.tokenizer = tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Chat) else tokenizer
         self.max_batch = max_batch
         self.max_cache_tokens = max_cache_tokens
         self.block_tokens = block_tokens
@@ -111,8 +116,8 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams],
+        prompts: Text | Iterable[Text | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = DEFAULT,
         *,
         request_ids: Sequence[str] | None = None,
         adapters: str | Sequence[str | None] | None = None,
@@ -121,7 +126,8 @@ class Generator:
         """Draws `params.n` responses to every prompt.
 
         Args:
-            prompts: token ids, BOS and template included.
+            prompts: each a string (one user turn), chat messages, or token ids with BOS and template; one string or
+                dialogue alone is one prompt. A text goes through the chat template, whose end tokens end its responses.
             params: one for all prompts, or one per prompt.
             request_ids: keys of the noise; default: hash of the prompt and the number of its occurrence.
             adapters: name of a loaded peft adapter, for all prompts or one per prompt; None keeps the active one.
@@ -135,16 +141,18 @@ class Generator:
             NumericsError: logits that are not finite.
             ResourceError: memory runs out even for one sequence, or on a rank of several.
         """
-        ids = content_ids(prompts) if request_ids is None else list(request_ids)
-        names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
+        given = tokenised(prompts, params, self._template)
+        count = len(given.prompts)
+        ids = content_ids(given.prompts) if request_ids is None else list(request_ids)
+        names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
         for what, values in (("request ids", ids), ("adapters", names)):
-            if len(values) != len(prompts):
-                raise ConfigError(f"{len(values)} {what} for {len(prompts)} prompts", "give one per prompt")
+            if len(values) != count:
+                raise ConfigError(f"{len(values)} {what} for {count} prompts", "give one per prompt")
         requests = [
             Request(id_, tuple(prompt), one, tuple(range(one.n)), 0, name)
-            for id_, prompt, one, name in zip(ids, prompts, one_each(params, len(prompts)), names, strict=True)
+            for id_, prompt, one, name in zip(ids, given.prompts, given.params, names, strict=True)
         ]
-        return self.run(requests, progress=progress)
+        return unframed(self.run(requests, progress=progress), given.chats)
 
     def run(
         self,
@@ -177,7 +185,7 @@ class Generator:
                     self._run_within_memory(requests, replace(job, adapters=stacked), on_done)
                 names = []
             for name in names:
-                with self._adapter(name):
+                with active_adapter(self._outer, name):
                     part = [request for request in requests if request.adapter == name]
                     self._run_within_memory(part, job, on_done)
         return [Output(r.id, [found[r.id, r.attempt, sample] for sample in r.samples]) for r in requests]
@@ -336,6 +344,14 @@ class Generator:
     def _sequence(self, request: Request, sample: int) -> ActiveSequence:
         return ActiveSequence(request, sample, self._budget(request), self._stop_ids(request))
 
+    def _template(self) -> Chat:
+        """The template through which texts go."""
+        if self.tokenizer is None:
+            fix = "give the generator one, or prompts as token ids"
+            raise ConfigError("a prompt that is a text needs a tokenizer", fix, field="generator.tokenizer")
+        self._chat = self._chat or Chat(self.tokenizer)
+        return self._chat
+
     def _stop_ids(self, request: Request) -> frozenset[int]:
         own = frozenset(request.params.stop_token_ids)
         return own if request.params.ignore_eos else own | self.eos_ids
@@ -381,20 +397,3 @@ class Generator:
         finally:
             for module in training:
                 module.training = True
-
-    @contextmanager
-    def _adapter(self, name: str | None) -> Iterator[None]:
-        """Activates the named adapter; restores the former one and which parameters require gradients."""
-        if name is None:
-            yield
-            return
-        outer: Any = self._outer
-        before, needs = outer.active_adapter, [p for p in outer.parameters() if p.requires_grad]
-        outer.set_adapter(name)
-        try:
-            yield
-        finally:
-            outer.set_adapter(before)
-            kept = set(map(id, needs))
-            for parameter in outer.parameters():
-                parameter.requires_grad_(id(parameter) in kept)

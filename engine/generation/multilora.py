@@ -178,3 +178,20 @@ def why_not(model: nn.Module) -> str:
         if any(factor.bias is not None for factor in module.lora_B.values()):
             return f"{name} has a bias in its adapter"
     return ""
+
+
+@contextmanager
+def active_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Activates the named adapter of a peft model; restores the former one and which parameters require gradients."""
+    if name is None:
+        yield
+        return
+    before, needs = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+        kept = set(map(id, needs))
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in kept)

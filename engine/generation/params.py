@@ -82,6 +82,10 @@ def _number(value: object, low: float, high: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
 
 
+DEFAULT = SamplingParams()
+"""The model's own distribution, one sample."""
+
+
 def one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     """Expands params to one per prompt; raises ConfigError where the numbers differ."""
     if isinstance(params, SamplingParams):

@@ -96,6 +96,11 @@ class Output:
     request_id: str
     samples: list[Sample] = field(default_factory=list)
 
+    @property
+    def text(self) -> str | None:
+        """The text of the first sample; None where the generator has no tokenizer."""
+        return self.samples[0].text
+
 
 MAX_PROBLEMS = 10
 """Most bad requests that one error names."""

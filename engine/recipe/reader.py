@@ -51,7 +51,7 @@ def load(
 
 
 def loads(
-    text: str,
+    text: str | Mapping[str, Any],
     model: type[ModelT],
     overrides: Sequence[str] = (),
     *,
@@ -59,9 +59,9 @@ def loads(
     defaults: Mapping[str, Any] | None = None,
     base: Path | None = None,
 ) -> ModelT:
-    """`load` for a text; `file` is its name in messages."""
+    """`load` for a text, or for its content as nested values; `file` is its name in messages."""
     problems: list[Problem] = []
-    root = parse(text, file, problems)
+    root = parse(text, file, problems) if isinstance(text, str) else from_plain(text, file)
     if not isinstance(root.value, dict):
         if not root.bad:
             problems.append(Problem("a recipe is a mapping", "write `key: value` lines", file, root.line))

@@ -24,7 +24,7 @@ from macpo.engine.console import LIVE_SECONDS, quiet_output
 from macpo.engine.distributed.agree import pack_error
 from macpo.engine.errors import MacpoError, is_failure
 from macpo.engine.files import explain, is_expected
-from macpo.engine.processes import _THREAD_VARIABLES, StopFlag, die_with, set_threads, signals_blocked
+from macpo.engine.processes import THREAD_VARIABLES, StopFlag, die_with, set_threads, signals_blocked
 from macpo.engine.progress import Report, shown_by
 from macpo.engine.run.executor import Executor
 from macpo.engine.run.folder import RunFolder
@@ -106,7 +106,7 @@ class WorkerPool:
         return worker.process.pid
 
     def _start(self) -> _Worker:
-        threads = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
+        threads = {} if self.threads is None else dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         # Born with both signals blocked: it opens SIGTERM when it can answer it, and Ctrl-C is the parent's to pass on.
         with signals_blocked():
             process = subprocess.Popen(

@@ -16,26 +16,19 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from macpo.commands.export import Choice, agent_settings, chat_of_policy, choose, reading_of
-from macpo.config import Recipe
-from macpo.engine.config import SamplingSettings
+from macpo.commands.export import Choice
+from macpo.commands.policies.opening import policy_of_run
+from macpo.commands.policies.policy import Policy
 from macpo.engine.console import say
-from macpo.engine.data.chat import Chat
 from macpo.engine.data.messages import Message
 from macpo.engine.errors import ConfigError, DataError, printable
-from macpo.engine.generation import Generator, SamplingParams
-from macpo.engine.generation.vocabulary import check_vocab
-from macpo.engine.models.compute import model_cache
-from macpo.method.policies import StageAgent
-from macpo.recipe_kinds import AnyRecipe, load, plan_of
+from macpo.recipe_kinds import load
 from macpo.report.policy_names import parts_of_name
-from macpo.standalone.config import PolicyRecipe, RewardRecipe
 
 HELP = "/new begins a new dialogue, /quit or Ctrl-D ends"
 
@@ -44,13 +37,12 @@ HELP = "/new begins a new dialogue, /quit or Ctrl-D ends"
 class Voice:
     """One policy in a dialogue."""
 
-    name: str
-    chat: Chat
-    agent: StageAgent
-    sampling: SamplingSettings
-    generator: Generator
-    seed: int
+    policy: Policy
     messages: list[Message] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.policy.name
 
     def answer(self, text: str) -> str:
         """The policy's answer to the dialogue so far and this message, which both become part of it.
@@ -58,16 +50,8 @@ class Voice:
         Raises DataError, and leaves the dialogue as it was, where the template refuses it or no room is left.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        ids = self.chat.limited_prompt_ids(messages, self.agent.max_prompt_tokens)
-        if ids is None:
-            room = f"{self.agent.max_prompt_tokens} tokens"
-            raise DataError(f"not even the end of the message fits into {room}", "write less, or /new", field=self.name)
-        room_tokens = self.agent.context_tokens - len(ids)
-        sampling = self.sampling.model_copy(update={"max_new_tokens": min(self.sampling.max_new_tokens, room_tokens)})
-        stops = tuple(sorted(self.chat.stop_ids))
-        params = SamplingParams.of(sampling, seed=self.seed, stop_token_ids=stops)
-        (output,) = self.generator.generate([ids], params)
-        answer = self.chat.text(output.samples[0].token_ids).strip()
+        (output,) = self.policy.generate(messages)
+        answer = (output.text or "").strip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
@@ -79,8 +63,6 @@ def chat(arguments: argparse.Namespace) -> None:
         ConfigError (2): no such policy, one that a server answers for, or a run of a reward model.
     """
     recipe = load(arguments.run)
-    if isinstance(recipe, RewardRecipe):
-        raise ConfigError("a reward model gives scores and writes no answers", "name another run", file=arguments.run)
     choices = [Choice(arguments.agent, arguments.iteration, arguments.policy, arguments.arm)]
     if arguments.beside:
         arm, agent, iteration = parts_of_name(arguments.beside, field="--beside")
@@ -89,7 +71,7 @@ def chat(arguments: argparse.Namespace) -> None:
     voices = []
     for choice in choices:
         try:
-            voices.append(_voice(arguments.run, recipe, choice, seed))
+            voices.append(Voice(policy_of_run(arguments.run, recipe, choice, seed=seed)))
         except ConfigError as error:
             if choice is choices[0]:
                 raise
@@ -141,25 +123,3 @@ def _typed() -> Iterator[str]:
         except EOFError:
             print()
             return
-
-
-def _voice(run_dir: Path, recipe: AnyRecipe, choice: Choice, seed: int) -> Voice:
-    agent = choice.agent or recipe.agents[-1].name
-    settings = agent_settings(recipe, agent)
-    if settings.served is not None:
-        fix = "ask its server, or name another agent"
-        raise ConfigError(f"{agent} is served: its weights are not here", fix, field="--agent")
-    chosen = choose(run_dir.absolute(), plan_of(recipe, must_exist=False), settings, replace(choice, agent=agent))
-    reading = reading_of(recipe, settings)
-    template = chat_of_policy(recipe, chosen, reading)
-    policy = model_cache(recipe.compute, recipe.trust_remote_code).policy(chosen.ref)
-    check_vocab(policy.base, template.tokenizer)
-    name = f"{agent} (negative)" if chosen.iteration is None else f"{agent}@{chosen.iteration}"
-    return Voice(
-        f"{choice.arm}.{name}" if choice.arm else name,
-        template,
-        reading,
-        (recipe.sampling if isinstance(recipe, Recipe | PolicyRecipe) else None) or SamplingSettings(),
-        Generator(policy, template.tokenizer, max_batch=1),
-        seed,
-    )

@@ -207,13 +207,30 @@ class RunReader:
 
     def _rows(self, evaluation: Evaluation, metric: str) -> Iterator[dict[str, Any]]:
         """The rows of an evaluation; under the metric `score_NAME` with what the scorer NAME gave their responses."""
-        scorer, folder = metric.removeprefix("score_"), evaluation.folder
-        name = f"score-{scorer}-{folder.base.removeprefix('eval-')}"
-        stage = next((s.path for s in self.stages if (s.arm, s.base) == (folder.arm, name)), None)
-        if scorer == metric or stage is None:
-            return evaluation.rows()
-        scores = {row["prompt_id"]: row["score"] for _, row in read_jsonl(unchanged(stage, "scores.jsonl"))}
-        return ({**row, metric: scores.get(row["prompt_id"])} for row in evaluation.rows())
+        scorer = metric.removeprefix("score_")
+        return evaluation.rows() if scorer == metric else self.scored_rows(evaluation, scorer)
+
+    def scored_rows(self, evaluation: Evaluation, scorer: str | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of an evaluation, with `score_NAME` of each scorer NAME of its responses, or of one of them."""
+        folder, which = evaluation.folder, ".+" if scorer is None else re.escape(scorer)
+        policy = folder.base.removeprefix("eval-")
+        name = re.compile(f"score-({which})-{re.escape(policy)}")
+        others = (each.folder.base.removeprefix("eval") for each in self.all_evaluations)
+        longer = tuple(other for other in others if other.endswith(f"-{policy}") and other != f"-{policy}")
+        scores: dict[str, dict[str, Any]] = {}
+        for stage in self.stages:
+            match = name.fullmatch(stage.base)
+            if match and stage.arm == folder.arm and not stage.base.endswith(longer):
+                told = read_jsonl(unchanged(stage.path, "scores.jsonl"))
+                scores[f"score_{match[1]}"] = {row["prompt_id"]: row["score"] for _, row in told}
+        for row in evaluation.rows():
+            yield row | {metric: found.get(row["prompt_id"]) for metric, found in scores.items()}
+
+    @staticmethod
+    def agent_of(stage: StageFolder, agents: Iterable[str]) -> str:
+        """The one of these agents whose name the stage's contains; empty where none is, the longest of several."""
+        names = sorted(agents, key=len, reverse=True)  # `student-2` before `student`
+        return next((name for name in names if f"-{name}-" in f"-{stage.base}-"), "")
 
     def timing(self, stage: StageFolder) -> dict[str, Any]:
         """Return `seconds`, `tokens` and further counts of `timing.json` in one dict; empty when there is none."""
@@ -297,7 +314,7 @@ class RunReader:
 
     def curves(self, agents: Iterable[str]) -> list[Curves]:
         """Return the training curves of every stage of the main run, each with the agent that its name contains."""
-        names = sorted(agents, key=len, reverse=True)  # `student-2` before `student`
+        names = list(agents)
         found = []
         for stage in self.stages:
             path = stage.path / "metrics.jsonl"
@@ -308,7 +325,7 @@ class RunReader:
             for key in ("step", "loss", "margin", "accuracy", "lr", "grad_norm"):
                 if rows and all(is_number(row.get(key)) for row in rows):
                     columns[key] = [float(row[key]) for row in rows]
-            agent = next((name for name in names if f"-{name}-" in f"-{stage.base}-"), "")
+            agent = self.agent_of(stage, names)
             if "step" in columns and "loss" in columns:
                 spikes = tuple(
                     Spike(row["step"], row["loss"], row["spike"]) for row in rows if is_number(row.get("spike"))

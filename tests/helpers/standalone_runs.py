@@ -1,8 +1,9 @@
-"""Standalone recipes that run in a second, and what a finished run holds."""
+"""Standalone recipes that run in a second, what a finished run holds, and runs that were finished long ago."""
 
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def content(folder: Path) -> dict[str, str]:
         if path.is_file() and len(relative.parts) > 1 and path.name not in UNHASHED:
             found[str(relative)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def unpack_runs(folder: Path) -> Path:
+    """Three small finished runs at `runs/KIND` below a folder, as their recipes say; returns `runs`.
+
+    tests/engine/run/test_finished_runs.py describes them.
+    """
+    with tarfile.open(Path(__file__).parents[1] / "data" / "finished-runs.tar.xz") as archive:
+        archive.extractall(folder / "runs", filter="data")
+    return folder / "runs"
 
 
 WORLD = {

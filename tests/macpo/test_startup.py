@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import get_args
 
 import pytest
 
+import macpo
 from macpo.engine import config
 from macpo.kernels.pair_loss import losses
 
-HEAVY = {"torch", "transformers", "peft", "scipy", "matplotlib", "datasets"}
+HEAVY = {"torch", "transformers", "peft", "scipy", "matplotlib", "datasets", "pandas"}
 PROGRAM = """
 import sys
 from macpo.cli import main
@@ -34,6 +36,32 @@ def test_a_command_that_computes_nothing_imports_no_torch(words: list[str], tmp_
     assert done.returncode == 0, done.stderr
     *_, line = done.stderr.splitlines()
     assert not HEAVY & set(line.split())
+
+
+@pytest.mark.parametrize(
+    ("program", "imported"),
+    [
+        ("import macpo; dir(macpo)", set()),
+        ("from macpo import MacpoError, SamplingParams", set()),
+        ("import macpo, tempfile; macpo.Run(tempfile.mkdtemp()).responses()", {"pandas"}),
+    ],
+)
+def test_a_notebook_waits_for_nothing_that_it_does_not_use(program: str, imported: set[str]) -> None:
+    shown = "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program + shown], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert HEAVY & set(done.stdout.split()) == imported
+
+
+def test_what_macpo_offers_is_there_for_programs_editors_and_type_checkers() -> None:
+    tree = ast.parse(Path(macpo.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    shown = {alias.name for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert shown | {"__version__"} == set(macpo.__all__) == set(dir(macpo))
+    for name in macpo.__all__:
+        assert getattr(macpo, name).__doc__, name
+    with pytest.raises(AttributeError, match="module 'macpo' has no attribute 'nothing'"):
+        _ = macpo.nothing
 
 
 def test_recipes_know_what_the_kernels_say_of_each_loss() -> None:

@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "train": f"{GROUND} recipe distributed",
     },
     "macpo": {
-        "__init__": "",
+        "__init__": "engine kernels commands notebook",
         "data": "engine",
         "demo_world": "engine",
         "evaluation": "engine",
@@ -80,6 +80,7 @@ MAY_IMPORT = {
         # kernels: `macpo env` says which of their backends run
         "commands": "engine kernels bundled data evaluation demo_world judging judging/settings report annotation "
         "agent_settings scorer_settings config method methods comparison standalone recipe_kinds",
+        "notebook": "engine bundled evaluation report recipe_kinds commands",
         "arguments": "engine bundled",
         "cli": "engine report config recipe_kinds commands arguments",
         "__main__": "cli",
@@ -95,7 +96,7 @@ MAX_TREE_LINES = 40
 TREE_PAGE = ROOT / "CONTRIBUTING.md"
 SOURCES = [
     path
-    for folder in (*PACKAGES, "tests", "bench", "recipes")
+    for folder in (*PACKAGES, "tests", "bench", "recipes", "examples")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".cpp", ".hpp", ".yaml"}
 ]

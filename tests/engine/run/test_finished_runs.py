@@ -7,13 +7,12 @@ the whole method with a LoRA and a fully trained teacher, ceiling and an ablatio
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 from commands import macpo
+from standalone_runs import unpack_runs
 
-RUNS = Path(__file__).parents[2] / "data" / "finished-runs.tar.xz"
 STAGES = {"macpo": 50, "preference": 6, "sft": 5}
 AGENT = {"macpo": "student", "preference": "policy", "sft": "policy"}
 
@@ -21,10 +20,7 @@ AGENT = {"macpo": "student", "preference": "policy", "sft": "policy"}
 @pytest.fixture(scope="module", params=STAGES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run's folder, at `runs/KIND` below the working folder, as its recipe says."""
-    top = tmp_path_factory.mktemp("finished") / "runs"
-    with tarfile.open(RUNS) as archive:
-        archive.extractall(top, filter="data")
-    return top / request.param
+    return unpack_runs(tmp_path_factory.mktemp("finished")) / str(request.param)
 
 
 def committed(run: Path) -> dict[Path, tuple[int, bytes]]:

@@ -14,8 +14,9 @@ import torch
 from commands import macpo
 from tiny import tiny
 
-from macpo.commands.chat import Voice, _voice
+from macpo.commands.chat import Voice
 from macpo.commands.export import Choice
+from macpo.commands.policies.opening import policy_of_run
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.errors import DataError
@@ -64,27 +65,27 @@ def test_the_answer_is_drawn_under_the_runs_template_and_sampling(finished: tupl
     """Greedy, it is what the model finds likeliest after the template's own prompt, token by token."""
     run_dir, recipe = finished
     recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"temperature": 0.0})})
-    voice: Voice = _voice(run_dir, recipe, Choice(), seed=0)
+    voice, policy = Voice(policy_of_run(run_dir, recipe, Choice())), policy_of_run(run_dir, recipe, Choice())
     answer = voice.answer(QUESTION)
-    ids = voice.chat.prompt_ids([{"role": "user", "content": QUESTION}])
-    text, model = [], voice.generator.model
+    ids = policy.chat.prompt_ids([{"role": "user", "content": QUESTION}])
+    text, model = [], policy.model
     while len(text) < recipe.sampling.max_new_tokens:
         with torch.no_grad():
             token = int(model(input_ids=torch.tensor([ids + text])).logits[0, -1].argmax())
-        if token in voice.chat.stop_ids:
+        if token in policy.chat.stop_ids:
             break
         text.append(token)
-    assert "USER: " in voice.chat.rendered(voice.messages[:1]) and answer == voice.chat.text(text).strip()
+    assert "USER: " in policy.chat.rendered(voice.messages[:1]) and answer == policy.chat.text(text).strip()
     assert [message["role"] for message in voice.messages] == ["user", "assistant"]
 
 
 def test_a_long_dialogue_loses_its_beginning_and_an_empty_room_is_an_error(finished: tuple[Path, Recipe]) -> None:
     run_dir, recipe = finished
-    voice = _voice(run_dir, recipe, Choice(), seed=0)
+    voice = Voice(policy_of_run(run_dir, recipe, Choice()))
     for _ in range(4):
         voice.answer(QUESTION)  # together far more than the 52 tokens that a prompt has
     assert len(voice.messages) == 8
-    voice.agent = voice.agent.model_copy(update={"max_prompt_tokens": 2})
+    voice.policy.reading = voice.policy.reading.model_copy(update={"max_prompt_tokens": 2})
     with pytest.raises(DataError, match="not even the end of the message fits"):
         voice.answer(QUESTION)
     assert len(voice.messages) == 8
