@@ -2,6 +2,8 @@
 #   make demo    virtual environment, package with its native extension, then the whole method offline
 #   make test    the same environment plus test tools, then the tests
 #   make lint types    what CI checks besides
+#   make aot     every configuration of the Triton kernels compiled for sm_80, sm_90 and sm_100, of which `make test`
+#                takes the largest of each variant; needs no GPU, some 20 minutes of one core
 #   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
 # Needed: Python >= 3.11, a C++17 compiler, make. CMake, ninja and nanobind come with pip's build.
@@ -24,7 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test torture bench lint types clean
+.PHONY: venv dev demo test aot torture bench lint types clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -55,6 +57,9 @@ demo: venv
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+aot: dev
+	$(BIN)/python -m bench.compile_report
 
 # A sixth of the MINUTES for each part; the kills are those that the time allows, in an order drawn from the SEED.
 # Alone, tests/torture/kills.py tries every one (some two hours on one core; --slice K/N divides them).
