@@ -3,6 +3,8 @@
 #   make test    the same environment plus test tools, then the tests
 #   make lint types    what CI checks besides
 #   make docs    the site of docs/ into build/site; a link or an anchor that leads nowhere is an error
+#   make aot     every configuration of the Triton kernels compiled for sm_80, sm_90 and sm_100, of which `make test`
+#                takes the largest of each variant; needs no GPU, some 20 minutes of one core
 #   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
 #   make wheel image   source archive, wheel and Docker image, each built and tried in an empty folder
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table
@@ -29,7 +31,7 @@ NATIVE = @ls kernels/_native.*.so >/dev/null 2>&1 || \
   echo "without a C++17 compiler: torch runs on CPUs instead of the native kernels, 1.3 times as long or more for each"
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: venv dev demo test torture bench lint types docs wheel image clean
+.PHONY: venv dev demo test aot torture bench lint types docs wheel image clean
 
 venv: $(VENV)/.stamp-package
 dev: $(VENV)/.stamp-dev
@@ -62,6 +64,9 @@ demo: venv
 
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+aot: dev
+	$(BIN)/python -m bench.compile_report
 
 # A sixth of the MINUTES for each part; the kills are those that the time allows, in an order drawn from the SEED.
 # Alone, tests/torture/kills.py tries every one (some two hours on one core; --slice K/N divides them).

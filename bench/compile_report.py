@@ -1,7 +1,7 @@
 """Every Triton kernel and configuration, compiled without a GPU: registers, shared memory, spills, wgmma.
 
-    python -m bench.compile_report [--target 80 90 100] [--only TEXT] [--skip TEXT] [--largest] [--common] [--jobs 2]
-                                   [--json PATH]
+    python -m bench.compile_report [--target 80 90 100] [--only TEXT] [--skip TEXT] [--common]
+                                   [--largest | --variants] [--jobs 2] [--json PATH]
 
 One row for each entry of `macpo.kernels.triton_support.aot_kernels()` and target it is chosen for. A row fails when
 the compiler refuses it, when it spills more than the entry allows, needs more shared memory than the target has, or
@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -63,42 +64,65 @@ def size(entry: AotKernel) -> int:
     return math.prod(abs(value) or 1 for value in entry.constexprs.values() if type(value) is int)
 
 
+def variant(entry: AotKernel) -> set[tuple[str, object]]:
+    """Return what switches an entry sets, which arguments it has, and which of them are descriptors."""
+    switches = {(name, value) for name, value in entry.constexprs.items() if value is None or type(value) is bool}
+    return switches | {(name, kind.startswith("tensordesc")) for name, kind in entry.signature.items()}
+
+
+def largest(entries: Sequence[AotKernel], variants: bool) -> list[AotKernel]:
+    """Return, of each kernel function, the entry of the largest `size`, of these that with the most arguments.
+
+    It is the likeliest to run out of registers or shared memory. With `variants` also the largest others that it takes
+    to show every choice of `variant`, and every two choices together where wgmma makes registers scarce.
+    """
+    seen: set[tuple[object, ...]] = set()
+    kept = []
+    for entry in sorted(entries, key=lambda entry: (-size(entry), -len(entry.signature))):
+        shown: set[tuple[object, ...]] = {(id(entry.kernel),)}
+        if variants:
+            choices = sorted(variant(entry), key=str)
+            shown |= {(id(entry.kernel), *some) for some in combinations(choices, 2 if entry.wgmma else 1)}
+        if not shown <= seen:
+            kept.append(entry)
+        seen |= shown
+    return kept
+
+
 def jobs_of(
     modules: Sequence[str],
     targets: Sequence[int],
-    only: str,
-    largest: bool,
-    shard: str,
+    only: str = "",
     skip: str = "",
     common: bool = False,
+    least: str = "",
 ) -> list[tuple[str, int, int]]:
     """Return (module, place in its list, target) of every row to make: names that hold `only`, and not `skip` if given.
 
-    `largest` leaves one configuration of each kernel function and target: the first of the largest `size`, the
-    likeliest to run out of registers or shared memory. `common` leaves out entries that are `rare`. `shard` "K/N" then
-    takes every N-th, beginning with the K-th.
+    `common` leaves out entries that are `rare`; `least`, "largest" or "variants", then leaves those of `largest` of
+    each target.
 
     Raises:
         ValueError: two entries share a name.
     """
-    found: list[tuple[str, int, int]] = []
+    found: list[tuple[AotKernel, tuple[str, int, int]]] = []
     names: set[str] = set()
-    best: dict[tuple[str, int], tuple[str, int, int]] = {}
     for module in modules:
-        entries = import_module(module).aot_kernels()
-        for place, entry in enumerate(entries):
+        for place, entry in enumerate(import_module(module).aot_kernels()):
             if entry.name in names:
                 raise ValueError(f"two entries of aot_kernels() are called {entry.name!r}")
             names.add(entry.name)
-            for target in targets:
-                left_out = (bool(skip) and skip in entry.name) or (common and entry.rare)
-                if only in entry.name and not left_out and target in entry.capabilities:
-                    found.append((module, place, target))
-                    kept = best.setdefault((f"{module}.{entry.kernel.__name__}", target), found[-1])
-                    if size(entry) > size(entries[kept[1]]):
-                        best[f"{module}.{entry.kernel.__name__}", target] = found[-1]
-    first, step = (int(part) for part in shard.split("/"))
-    return [job for job in found if not largest or job in best.values()][first - 1 :: step]
+            left_out = (bool(skip) and skip in entry.name) or (common and entry.rare)
+            if only in entry.name and not left_out:
+                found += [(entry, (module, place, target)) for target in targets if target in entry.capabilities]
+    if least:
+        kept = {
+            (entry.name, target)
+            for target in targets
+            for entry in largest([entry for entry, job in found if job[2] == target], least == "variants")
+        }
+        found = [(entry, job) for entry, job in found if (entry.name, job[2]) in kept]
+    return [job for _, job in found]
 
 
 def unlisted() -> list[str]:
@@ -223,9 +247,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS), help="compute capabilities")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="entries whose name holds this")
     parser.add_argument("--skip", default="", metavar="SUBSTRING", help="no entries whose name holds this")
-    parser.add_argument("--largest", action="store_true", help="one configuration of each kernel, the largest")
     parser.add_argument("--common", action="store_true", help="without what few models need")
-    parser.add_argument("--shard", default="1/1", metavar="K/N", help="every N-th row, beginning with the K-th")
+    least = parser.add_mutually_exclusive_group()
+    for name, what in (("largest", "one configuration of each kernel"), ("variants", "of each kernel and variant")):
+        least.add_argument(f"--{name}", action="store_const", const=name, dest="least", default="", help=what)
     parser.add_argument("--module", nargs="+", help="modules with aot_kernels(); default the project's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--json", type=Path, help="write the rows there")
@@ -243,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return subprocess.run(command, env=environment(cache), check=False).returncode
 
     modules = args.module or triton_support.KERNEL_MODULES
-    jobs = jobs_of(modules, args.target, args.only, args.largest, args.shard, args.skip, args.common)
+    jobs = jobs_of(modules, args.target, args.only, args.skip, args.common, args.least)
     if not jobs:
         print(f"error: no kernel of {', '.join(modules) or 'no module'} fits --only {args.only!r}", file=sys.stderr)
         return 2

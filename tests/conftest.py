@@ -1,7 +1,9 @@
 """What has to be so before any test module is imported."""
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,3 +36,15 @@ LONG = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """They come first, so that no process ends with a long test while the others have nothing left to do."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched_for_garbage() -> Iterator[None]:
+    """A collection visits every object of torch and transformers, a second each time; frozen, they are passed over."""
+    gc.freeze()
+    yield
+    gc.collect()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # the interpreter's own last collection frees what extensions would else report as leaked

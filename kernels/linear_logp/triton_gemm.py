@@ -271,6 +271,7 @@ def aot_kernels() -> list[AotKernel]:
                         wgmma=config is not IEEE,
                         max_spill_bytes=0 if tma or size != "large" else 64,  # for what descriptors cannot describe
                         capabilities=able,
+                        rare=not tma and size == "large",  # few heads have rows that descriptors cannot describe
                     )
                 )
     return kernels
