@@ -28,8 +28,8 @@ from bench.compatibility import page
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ("oldest", "pinned", "newest")
 SELECTION = (
-    "tests/kernels/test_triton_head.py",
-    "tests/kernels/test_triton_decode.py",
+    "tests/kernels/triton_backend/test_triton_head.py",
+    "tests/kernels/triton_backend/test_triton_decode.py",
     "tests/engine/recipe",
     "tests/engine/data",
     "tests/engine/models/test_model.py",

@@ -19,10 +19,14 @@ NEW_TESTS = (
     "tests/engine/models/test_lora_linear.py",
 )
 KERNEL_TESTS = (
-    *("tests/kernels/test_triton_head.py", "tests/kernels/test_triton_sampling.py"),
-    *("tests/kernels/test_pair_loss.py", "tests/kernels/test_kernels_logp.py", "tests/kernels/test_triton_prefix.py"),
-    *("tests/kernels/test_triton_decode.py", "tests/kernels/test_triton_routes.py"),
-    *("tests/kernels/test_triton_plan.py", "tests/kernels/test_attention_forms.py"),
+    *("tests/kernels/triton_backend/test_triton_head.py", "tests/kernels/triton_backend/test_triton_sampling.py"),
+    *(
+        "tests/kernels/test_pair_loss.py",
+        "tests/kernels/test_kernels_logp.py",
+        "tests/kernels/triton_backend/test_triton_prefix.py",
+    ),
+    *("tests/kernels/triton_backend/test_triton_decode.py", "tests/kernels/triton_backend/test_triton_routes.py"),
+    *("tests/kernels/triton_backend/test_triton_plan.py", "tests/kernels/test_attention_forms.py"),
     "tests/kernels/test_vocab_shard.py",
 )
 # Of these files, what concerns a GPU: whole files by their names, single tests by theirs.

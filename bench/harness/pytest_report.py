@@ -28,7 +28,10 @@ from bench.harness.device import default_device, provenance
 MESSAGE, OUTPUT = 1500, 4000  # characters kept of a failure, and shown of a process's output
 SLOWEST = 8
 OPTIONS = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail", "8")
-SEARCHED = ("-o", "pythonpath=tests/helpers tests/torture")  # the checkout itself is on PYTHONPATH
+SEARCHED = (
+    "-o",
+    "pythonpath=tests/helpers tests/helpers/operators tests/torture",
+)  # the checkout itself is on PYTHONPATH
 
 
 class Shard:

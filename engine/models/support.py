@@ -19,7 +19,7 @@ FIX = "use a decoder-only model with standard attention, such as Llama, Qwen, Mi
 TEXT_ONLY = "use the text-only model of the family, or a decoder-only one such as Llama, Qwen, Mistral, Gemma 3 or Phi"
 ROUTER_OFF = 'set "output_router_logits": false in the model\'s config.json to train without it'
 _PACKED_LAYERS = {"full_attention", "sliding_attention"}
-# What neither layer types nor classes say; tests/project/test_compatibility_page.py compares the list with the probe.
+# What neither layer types nor classes say; tests/docs/test_compatibility_page.py compares the list with the probe.
 _KNOWN = {
     "bloom": "adds ALiBi's biases to its attention",
     "doge": "attends under a mask that it makes from its keys and values",

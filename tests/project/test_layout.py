@@ -244,7 +244,7 @@ def test_each_test_module_has_its_own_name():
 
 
 def test_tests_import_only_helpers():
-    shared = ("helpers", "torture")
+    shared = ("helpers", "operators", "torture")
     loose = [path for path in TESTS if path.parent.name not in shared and not re.match(r"test_|conftest\.", path.name)]
     assert not loose, "what tests share lies in tests/helpers, what tortures runs and loaders in tests/torture"
     stems = {path.stem for path in TESTS if path.stem.startswith("test_")}

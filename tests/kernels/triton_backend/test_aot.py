@@ -15,7 +15,7 @@ import pytest
 
 from macpo.kernels import triton_support
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))  # where `python -m bench.x` finds it
 
 from bench.compile_report import environment as prepared  # noqa: E402

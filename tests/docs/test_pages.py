@@ -25,7 +25,10 @@ from macpo.commands.tooling import reference
 from macpo.method.steps import Steps
 from macpo.recipe_kinds import KINDS
 
-PAGES = sorted(str(path.relative_to(ROOT)) for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"])
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+)
 SMALLER = {
     r"(teacher|student)_documents: \d+": r"\1_documents: 80",
     r"student_prompts: \d+": "student_prompts: 20",
