@@ -12,6 +12,10 @@ from commands import ROOT
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 from bench.evidence import benchmarks_page
 
@@ -45,6 +49,24 @@ def test_no_page_takes_anything_from_the_network(site: Path) -> None:
         assert not [tag for tag in tags if re.search(r'(?:src|href)=["\']?(?:https?:)?//', tag)], page.name
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_search_works_in_pages_that_are_opened_as_files(site: Path, tmp_path: Path) -> None:
+    """Browsers start no worker there; docs/iframe-worker.js takes its place."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium or chromedriver is not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1300,1000", f"--user-data-dir={tmp_path}"):
+        options.add_argument(argument)
+    with webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver")))) as driver:
+        driver.get((site / "how-it-works" / "data.html").as_uri())
+        entry = WebDriverWait(driver, 60).until(lambda d: d.find_element(By.CSS_SELECTOR, ".md-search__input"))
+        entry.click()
+        entry.send_keys("sbatch")
+        found = (By.CSS_SELECTOR, ".md-search-result__item a")
+        link = WebDriverWait(driver, 60).until(lambda d: d.find_element(*found).get_attribute("href"))
+        assert "many-gpus.html" in str(link)
 
 
 @pytest.mark.parametrize("text", ["[a](b.md)", "[a](index.md#b)", "![a](b.png)", "[a](/b.md)"])
