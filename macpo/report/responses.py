@@ -6,10 +6,12 @@ Nothing is scored by a model here. Scores are those that stages wrote, and the d
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,10 +19,12 @@ from macpo import demo_world
 from macpo.engine.errors import DataError, MacpoError
 from macpo.engine.files import read_json, read_jsonl
 from macpo.engine.run.manifest import MANIFEST, unchanged
+from macpo.evaluation.written import is_number
 from macpo.report.run_reader import Evaluation, RunReader, StageFolder
 
 Kind: TypeAlias = Literal["response", "kept", "lost", "chosen", "rejected"]
 Turns: TypeAlias = list[tuple[str, str]]
+Gold: TypeAlias = Callable[[Turns, str], dict[str, float]]
 GOLD, REWARD, PERPLEXITY = "gold", "reward", "perplexity"
 MOST_CHARS = {"test": 12_000_000, "train": 8_000_000}
 """Characters of a collection in one page; of a larger one a sample of its prompts is shown."""
@@ -58,10 +62,6 @@ class Entry(NamedTuple):
     prompt_id: str
     turns: Turns
     rows: list[Row]
-
-    @property
-    def num_chars(self) -> int:
-        return sum(len(text) for _, text in self.turns) + sum(len(row.text) + ROW_CHARS for row in self.rows)
 
 
 @dataclass
@@ -115,23 +115,27 @@ def collections(run: RunReader) -> list[Collection]:
     found = []
     gold = _gold_of(run)
     for name, title, entries in (
-        ("test", "Test prompts", lambda: _test_entries(run, gold)),
-        ("train", "Training pairs", lambda: _training_entries(run, gold)),
+        ("test", "Test prompts", _test_entries),
+        ("train", "Training pairs", _training_entries),
     ):
-        total, prompts = _bounded(entries, MOST_CHARS[name], run.summary.get("seed") or 0)
+        total, prompts = _bounded(partial(entries, run), gold, MOST_CHARS[name], run.summary.get("seed") or 0)
         if prompts:
             found.append(Collection(name, title, total, prompts))  # type: ignore[arg-type]
     return found
 
 
-def _bounded(entries: Callable[[], Iterator[Entry]], most: int, seed: int) -> tuple[int, list[Prompt]]:
+def _bounded(entries: Callable[[Gold], Iterator[Entry]], gold: Gold, most: int, seed: int) -> tuple[int, list[Prompt]]:
     """How many prompts there are, and those that fit: all, or the first in an order that the seed decides.
 
     The files are read twice, so that a large run is never in memory as a whole.
     """
     sizes: Counter[str] = Counter()
-    for entry in entries():
-        sizes[entry.prompt_id] += entry.num_chars
+    seen: set[str] = set()
+    for entry in entries(lambda *_: {}):
+        sizes[entry.prompt_id] += sum(len(row.text) + ROW_CHARS for row in entry.rows)
+        if entry.turns and entry.prompt_id not in seen:  # files of responses repeat their prompts, the page does not
+            seen.add(entry.prompt_id)
+            sizes[entry.prompt_id] += sum(len(said) for _, said in entry.turns)
     chosen, room = set(sizes), most
     if sum(sizes.values()) > most:
         chosen = set()
@@ -141,7 +145,7 @@ def _bounded(entries: Callable[[], Iterator[Entry]], most: int, seed: int) -> tu
                 break
             chosen.add(prompt_id)
     prompts: dict[str, Prompt] = {}
-    for entry in entries():
+    for entry in entries(gold):
         if entry.prompt_id in chosen:
             prompt = prompts.setdefault(entry.prompt_id, Prompt(entry.prompt_id))
             prompt.turns = prompt.turns or entry.turns
@@ -150,8 +154,6 @@ def _bounded(entries: Callable[[], Iterator[Entry]], most: int, seed: int) -> tu
 
 
 # --- test prompts ---------------------------------------------------------------------------------------------------
-
-Gold: TypeAlias = Callable[[Turns, str], dict[str, float]]
 
 
 def _gold_of(run: RunReader) -> Gold:
@@ -192,13 +194,13 @@ def _test_entries(run: RunReader, gold: Gold) -> Iterator[Entry]:
         scores = _scores_of(run, evaluation)
         for row in evaluation.rows():
             any_response = True
-            found = {
+            found: dict[str, Any] = {
                 name: by_prompt[row["prompt_id"]] for name, by_prompt in scores.items() if row["prompt_id"] in by_prompt
             }
-            if row.get(GOLD) is not None:
+            if GOLD in row:
                 found = {GOLD: row[GOLD], **found}
-            text, finished = str(row["answer"]), bool(row.get("finished", True))
-            yield Entry(row["prompt_id"], turns_of(row["prompt"]), [Row(source, text, finished, found)])
+            shown = _row(source, row["answer"], row.get("finished"), found)
+            yield Entry(row["prompt_id"], turns_of(row["prompt"]), [shown])
     rewards = _human_scores(run)
     if any_response or rewards:
         yield from _human_entries(run, "test.jsonl", "Human responses", gold, rewards)
@@ -253,7 +255,7 @@ def _human_entries(run: RunReader, file: str, group: str, gold: Gold, scored: di
             if side in row:
                 source = Source(group, row.get(f"{side}_by") or "human", kind, role="human")
                 found = gold(turns, row[side]) | {name: each[side] for name, each in told.items() if side in each}
-                rows.append(Row(source, row[side], bool(row.get(f"{side}_finished", True)), found))
+                rows.append(_row(source, row[side], row.get(f"{side}_finished"), found))
         yield Entry(row["prompt_id"], turns, rows)
 
 
@@ -292,9 +294,9 @@ def _stage_entries(stage: StageFolder, known: dict[str, Turns], gold: Gold) -> I
     group = f"pairs of {match['agent']}, iteration {iteration}" if match else stage.base
     group = f"{stage.arm}: {group}" if stage.arm else group
 
-    def row_of(by: Any, kind: Kind, turns: Turns, text: str, finished: Any, **scores: float) -> Row:
+    def row_of(by: Any, kind: Kind, turns: Turns, text: str, finished: Any, **scores: Any) -> Row:
         source = Source(group, str(by or ""), kind, iteration, stage.arm)
-        return Row(source, text, finished is not False, gold(turns, text) | scores)
+        return _row(source, text, finished, gold(turns, text) | scores)
 
     candidates = stage.path / "scores.jsonl"
     with_candidates = set()
@@ -306,8 +308,8 @@ def _stage_entries(stage: StageFolder, known: dict[str, Turns], gold: Gold) -> I
             turns, rows = known.get(row["prompt_id"], []), []
             for index, each in enumerate(row["candidates"]):
                 kind: Kind = "kept" if index == row["kept"] else "lost"
-                scores = {PERPLEXITY: each["perplexity"]} if each.get("perplexity") is not None else {}
-                rows.append(row_of(each["by"], kind, turns, each["text"], each.get("finished"), **scores))
+                perplexity = {PERPLEXITY: each.get("perplexity")}
+                rows.append(row_of(each["by"], kind, turns, each["text"], each.get("finished"), **perplexity))
             yield Entry(row["prompt_id"], turns, rows)
     for _, row in read_jsonl(unchanged(stage.path, "pairs.jsonl")):
         turns, rows = turns_of(row["prompt"]), []
@@ -318,7 +320,20 @@ def _stage_entries(stage: StageFolder, known: dict[str, Turns], gold: Gold) -> I
 
 
 def turns_of(prompt: Any) -> Turns:
-    """A prompt's turns as (role, text), also where it is one string."""
+    """A prompt's turns as (role, text), also where it is one string; of a turn without text, such as a tool call, all
+    that it holds."""
     if isinstance(prompt, str):
         return [("user", prompt)]
-    return [(str(turn["role"]), str(turn["content"])) for turn in prompt]
+    return [(str(turn["role"]), _said(turn)) for turn in prompt]
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    content = turn.get("content")
+    if isinstance(content, str) and content:
+        return content
+    return json.dumps({key: value for key, value in turn.items() if key != "role"}, ensure_ascii=False)
+
+
+def _row(source: Source, text: Any, finished: Any, scores: Mapping[str, Any]) -> Row:
+    numbers = {name: float(value) for name, value in scores.items() if is_number(value)}
+    return Row(source, str(text), finished is not False, numbers)
