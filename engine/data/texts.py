@@ -24,7 +24,7 @@ def messages_of(prompt: Text | Sequence[int]) -> list[Message] | None:
         raise DataError(f"got {shown(prompt)}", "a prompt is a string, chat messages or token ids", field="prompt")
     if not len(prompt) or not isinstance(prompt[0], Mapping):
         return None
-    turns, tools = split_tools(prompt)  # type: ignore[arg-type]
+    turns, tools = split_tools(list(prompt))  # type: ignore[arg-type]
     return with_tools([message_of(turn) for turn in turns], tools_of(tools))
 
 

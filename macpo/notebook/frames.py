@@ -58,7 +58,8 @@ def pairs(run: RunReader) -> pd.DataFrame:
     """Every contrastive pair that a policy learns from: its positive and its negative response to a prompt."""
     rows: list[Row] = []
     for stage in _stages_with(run, "pairs.jsonl"):
-        rows += [{**_about(run, stage), **_with_prompt(row)} for row in _rows(stage, "pairs.jsonl")]
+        about = _about(run, stage)
+        rows += [{**about, **_with_prompt(row)} for row in _rows(stage, "pairs.jsonl")]
     return _frame(rows, PAIRS)
 
 
@@ -83,7 +84,8 @@ def steps(run: RunReader) -> pd.DataFrame:
     """The metrics of every optimiser step of every training stage."""
     rows: list[Row] = []
     for stage in _stages_with(run, "metrics.jsonl"):
-        rows += [{**_about(run, stage), **row} for row in _rows(stage, "metrics.jsonl")]
+        about = _about(run, stage)
+        rows += [{**about, **row} for row in _rows(stage, "metrics.jsonl")]
     return _frame(rows, STEPS)
 
 

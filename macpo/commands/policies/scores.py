@@ -68,5 +68,5 @@ def _group(pairs: Sequence[Scored], ended: Sequence[bool], group: Grouping) -> P
     for (_, response), end in zip(pairs, ended, strict=True):
         if not isinstance(response, str | Mapping):
             raise DataError(f"got {shown(response)}", "the response to a text is a text", field="response")
-        responses.append((response, end))  # type: ignore[arg-type]
+        responses.append((response, end))
     return group(messages, responses)
