@@ -20,7 +20,7 @@ from macpo.engine.errors import MAX_CHARS, MacpoError, Stopped, is_failure, prin
 from macpo.engine.files import explain, is_expected
 from macpo.engine.processes import Terminated, ended_by_sigterm, forget_ctrl_c
 
-PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.25
+PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.5
 """Periods of a display's plain line and of its picture on a terminal, wherever something is shown."""
 MAX_ERRORS = 100
 """Problems of one command that are printed."""

@@ -211,7 +211,7 @@ class _Alone:
         assert self._pace is not None
         report = self._pace.report
         shown = bar(report.done / max(1, report.total))
-        return [[Field(self._label), Field(shown, 2, "green"), *described(report), *self._left()]]
+        return [[Field(self._label), Field(shown, 1, "green"), *described(report), *self._left()]]
 
     def _line(self) -> str:
         assert self._pace is not None

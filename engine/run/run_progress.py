@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from macpo.engine.console import Display, Field, Line
@@ -38,7 +38,6 @@ class _Job:
     fresh: bool
     """Whether its process still has to import what models need."""
     pace: Pace | None = None
-    noted: float = field(default=0.0)
 
     def under_way(self, planned: float, now: float) -> UnderWay:
         elapsed = now - self.began
@@ -90,6 +89,11 @@ class RunProgress:
             self._done, self._began = set(done), self._clock()
         self._stop, stop.quiet = stop, stop.quiet or self.display.live
         self.display.start()
+
+    def keep(self, name: str) -> None:
+        """A stage is found to be done, which may have looked stale before its inputs were made again."""
+        with self._lock:
+            self._done.add(name)
 
     def begin(self, name: str, process: int = 0) -> None:
         """A stage begins, in one of the processes that run them."""
@@ -159,8 +163,10 @@ class RunProgress:
             return [whole, *lines]
 
     def line(self) -> str:
-        """The same as one plain line."""
+        """The same as one plain line; empty once everything is done."""
         with self._lock:
+            if len(self._done) == len(self._graph.stages):
+                return ""
             now = self._clock()
             jobs = {name: job.under_way(self._time.planned(name), now) for name, job in self._jobs.items()}
             left, expected, _ = self._left(jobs)

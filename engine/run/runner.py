@@ -206,6 +206,7 @@ class Runner:
         done = []
         for stage in self.graph.stages:
             if not on_main(self.world, functools.partial(self._settle, stage)):
+                self.progress.keep(stage.name)
                 continue
             if self._stop_agreed(executor.stop):
                 raise stopped(f"the start of {stage.name}", self.world)
@@ -271,6 +272,8 @@ class Runner:
             if all(other in self.digests for other in stage.inputs.values()):
                 if self._settle(stage):
                     found.append(stage)
+                else:
+                    self.progress.keep(name)
                 del waiting[name]
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from macpo.engine.run.stages import Graph
@@ -49,8 +49,9 @@ class UnderWay:
 class TimeLeft:
     """Corrects a plan by what its stages take.
 
-    The ratio of measured to planned seconds is that of all stages, corrected by those of each group the stage belongs
-    to: the wider group's ratio counts as half a stage of the narrower one.
+    The ratio of measured to planned seconds is that of all stages with work, corrected by those of each group the stage
+    belongs to: the wider group's ratio counts as half a stage of the narrower one. Stages that only move files have a
+    ratio of their own, because a machine that computes slowly does not do that more slowly by as much.
 
     Args:
         planned: by stage; where it is empty, the stages' own relative durations serve.
@@ -87,11 +88,15 @@ class TimeLeft:
             return None
         groups: dict[str, list[float]] = {}
         for name, (planned, seconds) in seen.items():
-            for group in ("", *self._planned[name].like):
+            for group in self._groups(name):
                 sums = groups.setdefault(group, [0.0, 0.0, 0.0])
                 for i, value in enumerate((planned, seconds, 1.0)):
                     sums[i] += value
-        return {name: self.planned(name) * _ratio(groups, self._planned[name].like) for name in names}
+        return {name: self.planned(name) * _ratio(groups, self._groups(name)) for name in names}
+
+    def _groups(self, name: str) -> tuple[str, ...]:
+        planned = self._planned[name]
+        return ("work" if planned.seconds > 0 else "files", *planned.like)
 
     def left(self, waiting: Iterable[str], running: Mapping[str, UnderWay]) -> float | None:
         """Seconds until all stages are done, those that wait taken by free jobs as the runner takes them."""
@@ -143,10 +148,9 @@ def stage_left(stage: UnderWay, expected: float | None) -> float | None:
     return max(stage.left or 0.0, expected - stage.elapsed)
 
 
-def _ratio(groups: Mapping[str, list[float]], like: Iterable[str]) -> float:
-    planned, seconds, _ = groups[""]
-    ratio = seconds / planned
-    for group in like:
+def _ratio(groups: Mapping[str, list[float]], of: Sequence[str]) -> float:
+    ratio = groups[of[0]][1] / groups[of[0]][0] if of[0] in groups else 1.0
+    for group in of[1:]:
         if group in groups:
             planned, seconds, count = groups[group]
             prior = PRIOR * planned / count

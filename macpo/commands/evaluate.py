@@ -175,7 +175,10 @@ def _replies(folder: JudgingFolder, world: World, *, only_read: bool) -> Iterato
 def _counting(judge: judges.AnyJudge, label: str, match: Match, world: World) -> Iterator[None]:
     """Shows how far the judge is. A local one stops between two forwards; who waits for a server is interrupted."""
     asked = sum(2 for each in match.comparisons if each.ours != each.theirs)
-    with counted(label if world.is_main else False, asked) as judge.count, contextlib.ExitStack() as stack:
+    with (
+        counted(label if world.is_main else False, asked, unit="questions") as judge.count,
+        contextlib.ExitStack() as stack,
+    ):
         if isinstance(judge, LogprobJudge):
             stop = stack.enter_context(StopFlag(quiet=not world.is_main))
             judge.should_stop = lambda: stop.requested

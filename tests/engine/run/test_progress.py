@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import toy_run
-from terminal import Terminal
+from commands import Terminal
 
 from macpo.engine.console import PLAIN_SECONDS, Display, Field, fitted, notice, notices_once
 from macpo.engine.processes import StopFlag
@@ -196,8 +196,8 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_leaves_the_terminal_as_it_was(tmp_path: Path, jobs: int) -> None:
-    environment = {"TOY_SLEEP": "0.3"}
-    shown = Terminal(command(tmp_path, "--jobs", str(jobs)), keys={"2/6 rows": b"\x03"}, environment=environment)
+    environment = {"TOY_SLEEP": "0.5"}
+    shown = Terminal(command(tmp_path, "--jobs", str(jobs)), keys={"/6 rows": b"\x03"}, environment=environment)
     assert shown.code == 75 and shown.unchanged
     assert "stopping at the next safe point; Ctrl-C again aborts at once" in shown.lines
     assert not any("of 7 stages" in line or "/6 rows" in line for line in shown.lines), shown.lines

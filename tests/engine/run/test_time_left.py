@@ -124,3 +124,14 @@ def test_without_a_plan_the_stages_own_relative_durations_serve() -> None:
     left = TimeLeft(graph)
     left.measured("data", 26.0)
     assert left.left([f"t{i}" for i in range(10)], {}) == pytest.approx(260.0)
+
+
+def test_stages_that_only_move_files_are_not_slower_by_as_much_as_computing() -> None:
+    graph = chain(20)
+    planned = {stage.name: Planned(10.0 if stage.name < "t2" else 0.0, (stage.name,)) for stage in graph.stages}
+    left = TimeLeft(graph, planned)
+    left.measured("t0", 60 * (10 + STAGE_S))
+    expected = left.expected(["t1", "t5"])
+    assert expected == pytest.approx({"t1": 60 * (10 + STAGE_S), "t5": STAGE_S})
+    left.measured("t4", 0.1)
+    assert left.expected(["t5"]) == pytest.approx({"t5": 0.1})
