@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,17 @@ def imports_are_not_searched_for_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run of `tiny(folder, iterations=1)`, which all tests of a session share and none may change."""
+    from shared import once
+    from tiny import tiny
+
+    from macpo.commands.run import run
+
+    return once(tmp_path_factory, "tiny", lambda folder: run(tiny(folder / "run", iterations=1))) / "run"
 
 
 def pytest_unconfigure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 from macpo.kernels import triton_support
@@ -19,15 +20,22 @@ def find_builtins_once() -> None:
     patch_attr = getattr(interpreter, "_patch_attr", None)
     if patch_attr is None or not hasattr(interpreter, "_patch_builtin"):  # another version searches in its own way
         return
-    places = [tl, tl.core, tl.tensor, tl.math, getattr(tl.core, "tensor_descriptor_base", tl.tensor)]
-    names = {id(p): [name for name, member in inspect.getmembers(p) if tl.core.is_builtin(member)] for p in places}
+
+    @cache
+    def builtins_of(place: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)]
 
     def patch_builtin(place: Any, *rest: Any) -> None:
-        for name in names[id(place)]:
+        names = builtins_of(place)
+        if not names or not tl.core.is_builtin(getattr(place, names[0])):  # an outer call has replaced them all
+            return
+        for name in names:
             member = getattr(place, name)
-            if tl.core.is_builtin(member):  # those that an outer call has replaced are none
+            if tl.core.is_builtin(member):
                 patch_attr(place, name, member, *rest)
 
+    for place in (tl, tl.core, tl.tensor, tl.math):  # while none of them is replaced
+        builtins_of(place)
     interpreter._patch_builtin = patch_builtin
 
 
