@@ -20,8 +20,10 @@ LONG = {
     "test_aot.py",
     "test_bench_train_step.py",
     "test_evaluation_page.py",
+    "test_evidence.py",
     "test_gpu_suite.py",
     "test_kill_resume.py",
+    "test_method.py",
     "test_methods.py",
     "test_parallel.py",
     "test_ranks.py",
@@ -29,7 +31,7 @@ LONG = {
     "test_split_generation.py",
     "test_torture.py",
 }
-"""Modules with single tests of half a minute and more."""
+"""Modules with single tests, or runs that several of their tests read, of half a minute and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,8 +50,7 @@ def imports_are_not_searched_for_garbage() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run of `tiny(folder, iterations=1)`, which all tests of a session share and none may change."""
-    from shared import once
-    from tiny import tiny
+    from tiny import once, tiny
 
     from macpo.commands.run import run
 
