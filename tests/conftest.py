@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ LONG = {
     "test_aot.py",
     "test_bench_train_step.py",
     "test_evaluation_page.py",
+    "test_evidence.py",
     "test_examples.py",
     "test_gpu_suite.py",
     "test_kill_resume.py",
+    "test_method.py",
     "test_methods.py",
     "test_parallel.py",
     "test_python_page.py",
@@ -30,7 +33,7 @@ LONG = {
     "test_split_generation.py",
     "test_torture.py",
 }
-"""Modules with single tests of half a minute and more."""
+"""Modules with single tests, or runs that several of their tests read, of half a minute and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +47,16 @@ def imports_are_not_searched_for_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run of `tiny(folder, iterations=1)`, which all tests of a session share and none may change."""
+    from tiny import once, tiny
+
+    from macpo.commands.run import run
+
+    return once(tmp_path_factory, "tiny", lambda folder: run(tiny(folder / "run", iterations=1))) / "run"
 
 
 def pytest_unconfigure() -> None:

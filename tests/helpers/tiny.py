@@ -1,17 +1,24 @@
-"""A recipe of the whole method that runs in seconds, and a run folder in the contract's formats, made without a run."""
+"""A recipe of the whole method that runs in seconds, what tests share of it, and a run folder made without a run."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
+import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from macpo.config import Recipe
 from macpo.engine.files import write_json, write_jsonl
 from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
 from macpo.evaluation.summary import AgentHistory, build_summary
+
+if TYPE_CHECKING:
+    import pytest
 
 OPTIM = {"learning_rate": 3e-3, "batch": 8, "save_every_steps": 3}
 
@@ -56,6 +63,26 @@ def tiny(output: Path, **changes: Any) -> Recipe:
         "compute": {"device": "cpu", "dtype": "float32", "threads": 1, "wave_requests": 8, "generation_batch": 8},
     }
     return Recipe.model_validate(tree | changes)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder called `name` that `make` has filled, once a session; nobody may change it afterwards.
+
+    The first xdist worker that asks makes it, and others wait.
+
+    Raises whatever `make` raises; the next one who asks tries again.
+    """
+    base = factory.getbasetemp()
+    top = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's own folder is in the session's
+    folder, done = top / name, top / f"{name}.done"
+    with (top / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 EVIL = (

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 from forks import forked
 from standalone_runs import content
 from tiny import tiny
@@ -24,13 +23,6 @@ from macpo.engine.run.stages import Stage
 def recipe(folder: Path, jobs: int = 1) -> Recipe:
     made = tiny(folder, iterations=1)
     return made.model_copy(update={"compute": made.compute.model_copy(update={"jobs": jobs})})
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clean") / "run"
-    assert forked(lambda: run(recipe(folder))) == 0
-    return folder
 
 
 KILLS = (  # in the order of the graph: stage, write point, how often it is passed inside that stage
@@ -57,7 +49,7 @@ KILLS = (  # in the order of the graph: stage, write point, how often it is pass
 )
 
 
-def test_killed_in_every_kind_of_stage_ends_with_the_same_bits(clean: Path, tmp_path: Path) -> None:
+def test_killed_in_every_kind_of_stage_ends_with_the_same_bits(tiny_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def until(target: str, point: str, count: int) -> None:
@@ -76,10 +68,10 @@ def test_killed_in_every_kind_of_stage_ends_with_the_same_bits(clean: Path, tmp_
     for kill in KILLS:
         assert forked(functools.partial(until, *kill)) == -signal.SIGKILL, kill
     assert forked(lambda: run(recipe(folder))) == 0
-    assert content(folder) == content(clean)
+    assert content(folder) == content(tiny_run)
 
 
-def test_parallel_jobs_give_the_same_bits(clean: Path, tmp_path: Path) -> None:
+def test_parallel_jobs_give_the_same_bits(tiny_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert forked(lambda: run(recipe(folder, jobs=2))) == 0
-    assert content(folder) == content(clean)
+    assert content(folder) == content(tiny_run)

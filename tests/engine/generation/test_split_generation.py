@@ -17,8 +17,7 @@ import pytest
 import torch
 import wave_job
 from architectures import model_of
-from commands import torchrun
-from forks import forked, ranks
+from forks import ranks
 from generation_checks import (
     NAMES,
     SPARSE_IDS,
@@ -42,7 +41,6 @@ from macpo.engine.models.model_cache import ModelCache
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.models.tuning.lora import new_adapter
-from macpo.engine.recipe import dump
 from macpo.engine.run.folder import folder_of
 from macpo.engine.scoring import score
 
@@ -247,24 +245,22 @@ def test_what_cannot_be_split_is_named(tmp_path: Path) -> None:
 # --- in a run ---
 
 
-def test_a_policy_that_no_rank_can_hold(tmp_path: Path) -> None:
+def test_a_policy_that_no_rank_can_hold(tiny_run: Path, tmp_path: Path) -> None:
     """The method where each rank may keep half a student: the losses and scores of one process without a bound."""
     made = tiny(tmp_path / "two", iterations=1)
     tight = made.compute.model_copy(update={"memory_gb": 6e-5, "parallel": ParallelSettings(sharding="shard")})
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump(made.model_copy(update={"compute": tight})))
-    ended = torchrun(recipe)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert forked(lambda: run(tiny(tmp_path / "one", iterations=1))) == 0
-    student = folder_of(tmp_path / "one", "base-student") / "model"
+    recipe = made.model_copy(update={"compute": tight})
+    assert ranks(2, lambda world: run(recipe, world=world), timeout_s=120.0) == [0, 0]
+    student = folder_of(tiny_run, "base-student") / "model"
     bound = ModelCache(60_000)
     assert not bound.fits(str(student)) and bound.fits(str(student), 2)
 
     for stage in ("init-teacher1-positive", "iter1-student-train", "iter1-teacher0-train"):
         losses = [
-            [row["loss"] for _, row in read_jsonl(folder_of(tmp_path / run_dir, stage) / "metrics.jsonl")]
-            for run_dir in ("one", "two")
+            [row["loss"] for _, row in read_jsonl(folder_of(run_dir, stage) / "metrics.jsonl")]
+            for run_dir in (tiny_run, tmp_path / "two")
         ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4), stage
-    scores = [read_json(tmp_path / name / "summary.json")["agents"]["student"]["scores"] for name in ("one", "two")]
+    summaries = [read_json(run_dir / "summary.json") for run_dir in (tiny_run, tmp_path / "two")]
+    scores = [summary["agents"]["student"]["scores"] for summary in summaries]
     assert [row["gold"] for row in scores[0]] == pytest.approx([row["gold"] for row in scores[1]], abs=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,3 +199,40 @@ def as_kernels(kernels: Kernels) -> Callable[..., Any]:
         return function
 
     return by_device
+
+
+# --- Triton's interpreter ---
+
+
+def find_builtins_once() -> None:
+    """Find the builtins of Triton's language before the first call of a kernel; its interpreter does so in every one.
+
+    That search is half of the interpreter's time. What it does with the builtins that it finds stays its own.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_attr = getattr(interpreter, "_patch_attr", None)
+    if patch_attr is None or not hasattr(interpreter, "_patch_builtin"):  # another version searches in its own way
+        return
+
+    @functools.cache
+    def builtins_of(place: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)]
+
+    def patch_builtin(place: Any, *rest: Any) -> None:
+        names = builtins_of(place)
+        if not names or not tl.core.is_builtin(getattr(place, names[0])):  # an outer call has replaced them all
+            return
+        for name in names:
+            member = getattr(place, name)
+            if tl.core.is_builtin(member):
+                patch_attr(place, name, member, *rest)
+
+    for place in (tl, tl.core, tl.tensor, tl.math):  # while none of them is replaced
+        builtins_of(place)
+    interpreter._patch_builtin = patch_builtin
+
+
+if triton_support.INSTALLED and triton_support.interpreted():
+    find_builtins_once()

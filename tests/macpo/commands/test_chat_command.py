@@ -17,7 +17,6 @@ from tiny import tiny
 from macpo.commands.chat import Voice
 from macpo.commands.export import Choice
 from macpo.commands.policies.opening import policy_of_run
-from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.errors import DataError
 
@@ -25,9 +24,8 @@ QUESTION = "my name is emma and i want to repair the car ."
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
-    recipe = tiny(tmp_path_factory.mktemp("chat") / "run", iterations=1)
-    return run(recipe), recipe
+def finished(tiny_run: Path) -> tuple[Path, Recipe]:
+    return tiny_run, tiny(tiny_run, iterations=1)
 
 
 def said(

@@ -37,9 +37,8 @@ IDS = torch.tensor([[1, 5, 9, 7, 3]])
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
-    recipe = tiny(tmp_path_factory.mktemp("export") / "run", iterations=1)
-    return run(recipe), recipe
+def finished(tiny_run: Path) -> tuple[Path, Recipe]:
+    return tiny_run, tiny(tiny_run, iterations=1)
 
 
 def exported(finished: tuple[Path, Recipe], out: Path, agent: str, **changes: object) -> Path:
