@@ -151,6 +151,7 @@ def _respond(recipe: PolicyRecipe, steps: Builder, evaluation: Evaluate) -> None
         sampling=recipe.sampling,
         policy_name="test",
         seed=recipe.seed,
+        server=None,
         role=evaluation.role,
         iteration=evaluation.iteration,
         gold=recipe.data.world is not None,

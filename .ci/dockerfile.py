@@ -1,6 +1,6 @@
 """Read a Dockerfile, and run its steps in virtual environments where no Docker runs.
 
-    python tests/helpers/dockerfile.py FOLDER [TORCH_FLAGS=...]
+    python .ci/dockerfile.py FOLDER [TORCH_FLAGS=...]
 
 Every stage gets a folder in FOLDER in place of its root, and an environment in place of its Python. Steps for root
 (packages of the system, users) are named and left out, and so is everything that only Docker does.
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOR_ROOT = ("apt-get ", "useradd ")
 
 
