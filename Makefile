@@ -87,7 +87,7 @@ types: dev
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p macpo
 
 docs: dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build $(VENV) kernels/_native.*.so *.egg-info
