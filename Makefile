@@ -98,7 +98,7 @@ types: dev
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p macpo
 
 docs: dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel image:
 	PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" TORCH_FLAGS="$(TORCH_FLAGS)" .ci/$@
