@@ -16,7 +16,7 @@ from world import Run
 from zygote import Zygote
 
 KILLS = ("--stages=4", "--per-kind=1", "--seed=1")
-STOPS = ("--minutes=0.1", "--how=KILL,TERM,INT,FULL", "--span=0.3", "--seed=1")
+STOPS = ("--minutes=0.15", "--how=KILL,TERM,INT,FULL", "--span=0.3", "--seed=1")
 SPOILT = ("--minutes=0.07", "--seed=1")
 
 
