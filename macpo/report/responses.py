@@ -74,7 +74,8 @@ class Prompt:
 
     def lost_better(self, score: str) -> dict[str, bool]:
         """Group -> whether a candidate that was not kept has a higher score than the kept one."""
-        kept, lost = defaultdict(list), defaultdict(list)
+        kept: defaultdict[str, list[float]] = defaultdict(list)
+        lost: defaultdict[str, list[float]] = defaultdict(list)
         for row in self.rows:
             if row.source.kind in ("kept", "lost") and score in row.scores:
                 (kept if row.source.kind == "kept" else lost)[row.source.group].append(row.scores[score])
