@@ -1,13 +1,13 @@
-"""Generation beside Hugging Face's: many prompts, an answer of its own length each, greedy, end tokens ignored.
+"""Generation beside Hugging Face's: many prompts, a response of its own length each, greedy, end tokens ignored.
 
     python -m bench.bench_generation [--shapes small|issue|gpu] [--only SUBSTRING] [--repeats 5] [--json-dir DIR]
     python -m bench.bench_generation --model FOLDER [--dtype bfloat16]     a pretrained model, beside CTranslate2 too
 
-All answer the requests of a committed file (`bench/inputs/requests.py`) with the same random weights. `generate` runs
-static batches of prompts sorted by length, at several batch sizes, each until its longest answer is done; its best size
-is the one to compare with. `generate_batch` is transformers' continuous batching, told each request's length. Useful
-tokens are those that a request asked for. Every answer is checked: each of its tokens must have the largest logit of a
-teacher-forced forward, up to a tie.
+All respond to the requests of a committed file (`bench/inputs/requests.py`) with the same random weights. `generate`
+runs static batches of prompts sorted by length, at several batch sizes, each until its longest response is done; its
+best size is the one to compare with. `generate_batch` is transformers' continuous batching, told each request's length.
+Useful tokens are those that a request asked for. Every response is checked: each of its tokens must have the largest
+logit of a teacher-forced forward, up to a tie.
 
 `macpo Generator` takes the path of its default (on a GPU the block pool with CUDA graphs, on a CPU slots); its other
 paths are peers, so `--peers slots` or `--peers pool` compares them. Below the table stands each one's share of the
@@ -53,7 +53,7 @@ MAX_BATCH = 256
 REAL = (32, 100, 64)
 """Requests of a pretrained model: how many, tokens of a prompt, tokens of a response."""
 CHECK_TOKENS = 16384
-"""Tokens of a forward that checks answers, padding included."""
+"""Tokens of a forward that checks responses, padding included."""
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest gap to the best logit that a greedy token may have; in bfloat16 logits near 16 are 0.06 to 0.12 apart."""
 
@@ -197,8 +197,8 @@ def paths(device: torch.device) -> list[tuple[str, dict[str, Any]]]:
     return [("pool", pool)]
 
 
-def as_outputs(answers: Sequence[Sequence[int]]) -> Outputs:
-    return {str(i): torch.tensor(answer) for i, answer in enumerate(answers)}
+def as_outputs(responses: Sequence[Sequence[int]]) -> Outputs:
+    return {str(i): torch.tensor(response) for i, response in enumerate(responses)}
 
 
 def build_ours(model: PreTrainedModel, requests: Sequence[GenerationRequest], **options: Any) -> Run:
@@ -220,12 +220,12 @@ def build_generate(
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
 
     def run() -> Outputs:
-        answers: list[list[int]] = [[] for _ in requests]
+        responses: list[list[int]] = [[] for _ in requests]
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            for i, answer in zip(part, _static_batch(model, [requests[i] for i in part], cache), strict=True):
-                answers[i] = answer
-        return as_outputs(answers)
+            for i, response in zip(part, _static_batch(model, [requests[i] for i in part], cache), strict=True):
+                responses[i] = response
+        return as_outputs(responses)
 
     return run
 
@@ -263,22 +263,22 @@ def build_continuous(model: PreTrainedModel, requests: Sequence[GenerationReques
 
     def run() -> Outputs:
         before = model.config._attn_implementation
-        answers: dict[str, list[int]] = {}
+        responses: dict[str, list[int]] = {}
         try:
             with model.continuous_batching_context_manager(
                 generation_config=config, continuous_batching_config=sizes, block=True
             ) as manager:
                 for i, r in enumerate(requests):
                     manager.add_request(r.prompt_ids, request_id=str(i), max_new_tokens=r.new_tokens)
-                while len(answers) < len(requests):
+                while len(responses) < len(requests):
                     result = manager.get_result(timeout=1)
                     if result is not None and result.is_finished():
-                        answers[result.request_id] = list(result.generated_tokens)
+                        responses[result.request_id] = list(result.generated_tokens)
                     elif result is None and not manager.is_running():
                         raise RuntimeError("its thread ended before all requests were answered")
         finally:
             model.set_attn_implementation(before)
-        return as_outputs([answers[str(i)] for i in range(len(requests))])
+        return as_outputs([responses[str(i)] for i in range(len(requests))])
 
     return run
 
@@ -288,12 +288,12 @@ def greedy_gap(
     model: PreTrainedModel, requests: Sequence[GenerationRequest], dtype: torch.dtype, outputs: Outputs
 ) -> float:
     """Return 0 if every token is greedy up to a tie, else infinity (also for a response of another length)."""
-    answers = [outputs[str(i)].tolist() for i in range(len(requests))]
-    if any(len(answer) != r.new_tokens for answer, r in zip(answers, requests, strict=True)):
+    responses = [outputs[str(i)].tolist() for i in range(len(requests))]
+    if any(len(response) != r.new_tokens for response, r in zip(responses, requests, strict=True)):
         return float("inf")
     backbone: Any = model.base_model
     head: Any = model.get_output_embeddings()
-    wholes = [r.prompt_ids + answer[:-1] for answer, r in zip(answers, requests, strict=True)]
+    wholes = [r.prompt_ids + response[:-1] for response, r in zip(responses, requests, strict=True)]
     order, worst = sorted(range(len(wholes)), key=lambda i: len(wholes[i]), reverse=True), 0.0
     while order:
         count = max(1, CHECK_TOKENS // len(wholes[order[0]]))
@@ -303,7 +303,7 @@ def greedy_gap(
         states: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
         rows = torch.cat([states[k, len(requests[i].prompt_ids) - 1 : len(wholes[i])] for k, i in enumerate(part)])
         logits = head(rows).float()
-        chosen = torch.tensor([token for i in part for token in answers[i]], device=model.device)
+        chosen = torch.tensor([token for i in part for token in responses[i]], device=model.device)
         gap = logits.max(dim=1).values - logits.gather(1, chosen[:, None])[:, 0]
         worst = max(worst, float(gap.max()))
     return 0.0 if worst <= TIE[dtype] else float("inf")

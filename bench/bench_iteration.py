@@ -42,10 +42,10 @@ MADE = {"tiny": TINY, "5M": llama(128, 352, 4, 4, 4, 32000, True), "21M": LLAMA_
 """Shapes of models that are made; 5M: 4.1M of its 4.9M parameters are the embedding."""
 BATCHES = (8, 16, 32, 96)
 STAGES = {
-    "teachers' answers": ["init-{teacher}-answer"],
+    "teachers' responses": ["init-{teacher}-answer"],
     "scoring": ["iter1-student-score", "iter1-student-select"],
     "student's training": ["iter1-student-train"],
-    "student's answers": ["iter1-student-answer"],
+    "student's responses": ["iter1-student-answer"],
     "teachers' training": ["iter1-{teacher}-pairs", "iter1-{teacher}-train"],
 }
 LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}

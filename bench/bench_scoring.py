@@ -55,8 +55,8 @@ def specs(shapes: str, device: torch.device) -> list[Spec]:
 def make_groups(shape: Shape) -> list[PrefixGroup]:
     """Build the file's prompts, each with responses of its own and the next K - 1 requests' lengths."""
     requests = load(shape.requests, shape.vocab)
-    answers = load(shape.requests, shape.vocab)[::-1]  # ids for the candidates: other prompts' tokens, repeated
-    pool = [token for request in answers for token in request.prompt_ids]
+    responses = load(shape.requests, shape.vocab)[::-1]  # ids for the candidates: other prompts' tokens, repeated
+    pool = [token for request in responses for token in request.prompt_ids]
     groups, at = [], 0
     for i, request in enumerate(requests):
         candidates = []
@@ -123,18 +123,18 @@ def build_padded(model: PreTrainedModel, groups: Sequence[PrefixGroup], batch: i
 def _padded(model: PreTrainedModel, part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """Return sums [B] in float32; sequences are padded on the left, so that the candidates end together."""
     longest = max(len(prompt) + len(response) for prompt, response in part)
-    answer = max(len(response) for _, response in part)
+    longest = max(len(response) for _, response in part)
     ids = torch.tensor([[0] * (longest - len(p) - len(r)) + p + r for p, r in part], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p) - len(r)) + [1] * (len(p) + len(r)) for p, r in part])
     mask = mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=answer + 1
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
     ).logits[:, :-1]
-    targets = ids[:, -answer:]
+    targets = ids[:, -longest:]
     logps = logits.float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
     lengths = torch.tensor([len(r) for _, r in part], device=model.device)
-    keep = torch.arange(answer, device=model.device) >= answer - lengths[:, None]
+    keep = torch.arange(longest, device=model.device) >= longest - lengths[:, None]
     return logps.masked_fill(~keep, 0.0).sum(1)
 
 

@@ -89,7 +89,7 @@ DESENSITISED = frozenset({"sigmoid", "robust", "hinge"})
 
 
 class PreferenceSettings(OptimSettings):
-    """Contrastive preference optimisation (DPO, arXiv 2305.18290) plus an SFT term on the chosen answer.
+    """Contrastive preference optimisation (DPO, arXiv 2305.18290) plus an SFT term on the chosen response.
 
     A setting that the loss has no use for is refused; formulas and sources are in kernels/pair_loss/losses.py.
     """
@@ -106,9 +106,9 @@ class PreferenceSettings(OptimSettings):
     gamma: Annotated[float, Field(ge=0)] | None = None
     """Target margin of simpo, in units of the reward; simpo needs it."""
     ld_alpha: Fraction | None = None
-    """Weight of the tokens beyond the shorter answer's length (LD-DPO); for sigmoid, robust and hinge."""
+    """Weight of the tokens beyond the shorter response's length (LD-DPO); for sigmoid, robust and hinge."""
     sft_weight: Annotated[float, Field(ge=0)] = Field(default_factory=lambda data: sft_weight_default(data, 0.2))
-    """Weight of the mean token NLL of the chosen answer (LLaMA-Factory's `dpo_ftx`); default 0.2, for orpo 1."""
+    """Weight of the mean token NLL of the chosen response (LLaMA-Factory's `dpo_ftx`); default 0.2, for orpo 1."""
     reference: Literal["policy", "adapter-off"] = "policy"
     """What the policy is held to: `policy`, itself as it is before the first step; `adapter-off`, its base model
     without the adapter that training goes on with."""
@@ -158,7 +158,7 @@ def sft_weight_default(data: Mapping[str, Any], default: float) -> float:
 
 
 class SamplingSettings(Settings):
-    """How answers are drawn; filters apply in Hugging Face's order: temperature, top-k, top-p, min-p."""
+    """How responses are drawn; filters apply in Hugging Face's order: temperature, top-k, top-p, min-p."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.95
     """0 is greedy decoding."""
@@ -171,7 +171,7 @@ class SamplingSettings(Settings):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Divides (multiplies, where negative) the logits of tokens that were already seen."""
     max_new_tokens: PositiveInt = 512
-    """Longest answer."""
+    """Longest response."""
 
 
 class ServedSettings(Settings):
@@ -189,7 +189,7 @@ class ServedSettings(Settings):
     concurrency: PositiveInt = 16
     """Requests under way at once, of each process."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest wait for one answer."""
+    """Longest wait for one response."""
     max_retries: Annotated[int, Field(ge=0)] = 5
     """How often a request is sent again after a time-out, a lost connection, 408, 409, 429 or 5xx."""
 
@@ -241,7 +241,7 @@ class InitSettings(Settings):
     corpus: Corpus = "data"
     """`data` (documents that the dataset sets aside for pretraining) or the path of a text file, a document a line."""
     learn: Literal["all", "answers"] = "all"
-    """Tokens of a dialogue that pretraining predicts: `all`, or only the `answers`; plain text always whole."""
+    """Tokens of a dialogue that pretraining predicts: `all`, or only the `responses`; plain text always whole."""
     pretrain: PretrainSettings = PretrainSettings()
 
     @model_validator(mode="after")

@@ -41,7 +41,7 @@ class AgentSettings(Settings):
     template_arguments: TemplateArguments | None = None
     """What this agent's template reads besides the dialogue; defaults to the recipe's."""
     eos_token: str | None = None
-    """End-of-answer token for tokenizers that name none."""
+    """End-of-response token for tokenizers that name none."""
     data: HubPath | None = None
     """A preference set of this teacher's own, instead of the shared teacher half; the data block's settings hold."""
     data_prompts: PositiveInt | None = None
@@ -55,7 +55,7 @@ class AgentSettings(Settings):
         if self.data_prompts is not None and self.data is None:
             raise ValueError("data_prompts is for a teacher with `data` of its own Fix: use data.teacher_prompts")
         if self.served is not None:
-            return self._answers_only(self.served)
+            return self._responses_only(self.served)
         if self.model is not None and self.init is not None:
             raise ValueError("model and `init` are two base models Fix: keep one of them")
         if self.model is None and self.init is None and self.positive is None:
@@ -65,7 +65,7 @@ class AgentSettings(Settings):
             raise ValueError("init is not read: `positive` is a ready policy Fix: keep one of them")
         return self
 
-    def _answers_only(self, served: ServedAgent) -> AgentSettings:
+    def _responses_only(self, served: ServedAgent) -> AgentSettings:
         if self.train:
             raise ValueError("train must be false: a served agent's weights do not learn here Fix: set train: false")
         for name in ("init", "negative", "data"):

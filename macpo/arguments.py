@@ -152,7 +152,7 @@ def parser() -> Parser:
     report = add("report", run_folder, help="write a run's report.html again")
     report.add_argument("--out", type=path_argument, help="file to write (default: report.html in the run's folder)")
 
-    _judging(add("evaluate", run_folder, help="a language model compares the run's answers"))
+    _judging(add("evaluate", run_folder, help="a language model compares the run's responses"))
 
     chat = add("chat", run_folder, help="talk to a policy of a run, or to two at once")
     _policy(chat)
@@ -169,7 +169,7 @@ def parser() -> Parser:
         help="of the weights (default: a model's as its base is stored, an adapter's as trained)",
     )
 
-    _annotating(add("annotate", run_folder, help="people judge pairs of a run's answers, blind"))
+    _annotating(add("annotate", run_folder, help="people judge pairs of a run's responses, blind"))
     schema = add("schema", help="print the JSON schema of recipes, by which editors complete and check them")
     schema.add_argument(
         "--markdown", type=path_argument, metavar="DIR", help="write pages of all settings there instead"
@@ -256,7 +256,7 @@ def _fitting(plan: Parser) -> None:
     for name, what in (
         ("--pairs", "of a step over all GPUs (default 128)"),
         ("--prompt-tokens", "mean of a prompt (default 200)"),
-        ("--response-tokens", "mean of an answer (default 80)"),
+        ("--response-tokens", "mean of a response (default 80)"),
         ("--microbatch-tokens", "of a packed row (default 8192)"),
     ):
         plan.add_argument(name, type=_positive, help=f"with --model or --table: {what}")

@@ -54,9 +54,9 @@ class TrainingSettings(Settings):
     """How the agents of one role are trained."""
 
     positive: OptimSettings = OptimSettings(learning_rate=5e-5, epochs=3)
-    """Initial positive policy: SFT on better answers."""
+    """Initial positive policy: SFT on better responses."""
     negative: OptimSettings = OptimSettings(learning_rate=5e-5, epochs=1)
-    """Initial negative policy: SFT on worse answers, from the positive weights."""
+    """Initial negative policy: SFT on worse responses, from the positive weights."""
     preference: PreferenceSettings = PreferenceSettings()
     """Contrastive preference optimisation in each iteration."""
 
@@ -72,9 +72,9 @@ class PositiveSettings(Settings):
     """Mutual positive behaviour augmentation and its ablations."""
 
     source: Literal["mutual", "own"] = "mutual"
-    """`mutual`: answers of other agents; `own`: the agent's own samples."""
+    """`mutual`: responses of other agents; `own`: the agent's own samples."""
     selection: Literal["min-perplexity", "random", "max-perplexity"] = "min-perplexity"
-    """Which teacher's answer the student keeps, by its own perplexity."""
+    """Which teacher's response the student keeps, by its own perplexity."""
     cross_fit: bool = False
     """In the first iteration, score each half of the prompts by a student that learnt from the labels of the other:
     a student prefers the labels it was trained on."""
@@ -82,7 +82,7 @@ class PositiveSettings(Settings):
     @model_validator(mode="after")
     def _has_a_filter(self) -> PositiveSettings:
         if self.cross_fit and (self.source == "own" or self.selection == "random"):
-            raise ValueError("cross_fit is for a choice by perplexity among other agents' answers Fix: leave it out")
+            raise ValueError("cross_fit is for a choice by perplexity among other agents' responses Fix: leave it out")
         return self
 
 
@@ -93,22 +93,22 @@ class NegativeSettings(Settings):
     """`own` negative policy; an `other` agent's (a random teacher's for the student, the student's for a teacher);
     or the agent's `previous-positive` sample."""
     refresh: bool = False
-    """Draw new negative answers in every iteration."""
+    """Draw new negative responses in every iteration."""
 
 
 class EvaluationSettings(Settings):
     """What is measured on the test prompts after every iteration."""
 
     ceiling: bool = True
-    """Also train the student on the human answers of the student half."""
+    """Also train the student on the human responses of the student half."""
     sampling: SamplingSettings | None = None
-    """How test answers are drawn; defaults to the recipe's `sampling`."""
+    """How test responses are drawn; defaults to the recipe's `sampling`."""
     scorers: tuple[ScorerSettings, ...] = ()
-    """What scores the answers besides what every run measures; the first that may be is the headline, after gold."""
+    """What scores the responses besides what every run measures; the first that may be is the headline, after gold."""
     judges: tuple[JudgeSettings, ...] = ()
-    """Language models that `macpo evaluate RUN --judge NAME` asks to compare answers; no stage depends on them."""
+    """Language models that `macpo evaluate RUN --judge NAME` asks to compare responses; no stage depends on them."""
     opponents: tuple[str, ...] = ()
-    """Whose answers the judged policy's are compared with: student@0, ceiling, teacher-best@0, ARM.student@2 (a name
+    """Whose responses the judged policy's are compared with: student@0, ceiling, teacher-best@0, ARM.student@2 (a name
     alone is its last iteration); default the student's iteration 0, every teacher's last, and the ceiling."""
 
     @field_validator("scorers")
@@ -145,7 +145,7 @@ class Recipe(Settings):
     template_date: datetime.date = DATE
     """The day that templates write which write a date: one for the whole run, and for the exported template."""
     context_tokens: PositiveInt = 1024
-    """Longest prompt and answer together."""
+    """Longest prompt and response together."""
     teachers: Annotated[tuple[AgentSettings, ...], Field(min_length=1)]
     student: AgentSettings
     use_teachers: tuple[str, ...] | None = None
@@ -250,7 +250,7 @@ class Recipe(Settings):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Room that a prompt has, whatever its answers are."""
+        """Room that a prompt has, whatever its responses are."""
         return self.context_tokens - self.sampling.max_new_tokens
 
     @property

@@ -65,14 +65,14 @@ class SourceSettings(Settings):
     test_path: HubPath | None = None
     """File, folder or Hub id to evaluate on, in the same layout; its prompts are left out of training."""
     empty: Literal["auto", "error", "drop"] = "auto"
-    """Rows with a prompt or answer of white space: an error, or dropped and counted; `auto` drops in the layouts of
+    """Rows with a prompt or response of white space: an error, or dropped and counted; `auto` drops in the layouts of
     HH-RLHF and PKU-SafeRLHF, whose published files hold some, and is an error in the others."""
     contradictions: Literal["keep", "drop"] = "keep"
-    """Pairs of one prompt that prefer the same two answers both ways: kept, or all dropped; counted either way."""
+    """Pairs of one prompt that prefer the same two responses both ways: kept, or all dropped; counted either way."""
     refused: Literal["error", "drop"] = "error"
     """Rows that an agent's chat template refuses: an error, or dropped and counted wherever that agent reads them."""
     long_prompt: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a prompt that leaves no room for an answer; `truncate` keeps its end."""
+    """What becomes of a prompt that leaves no room for a response; `truncate` keeps its end."""
     special_text: Literal["plain", "error"] = "plain"
     """Text of special tokens inside the data: encoded as plain text, or refused."""
     test_prompts: PositiveInt | None = None
@@ -134,11 +134,11 @@ class DataSettings(SourceSettings):
     format: Literal["auto", "hh", "pku", "pairs", "alpaca", "sharegpt"] = "auto"
     """Layout of the rows; `auto` goes by the keys of the first row."""
     teacher_prompts: PositiveInt = 5000
-    """Prompts with human answers, for the teachers alone."""
+    """Prompts with human responses, for the teachers alone."""
     student_prompts: PositiveInt = 5000
-    """Prompts whose human answers training never reads."""
+    """Prompts whose human responses training never reads."""
     reward_prompts: NonNegativeInt = 0
-    """Prompts whose human answers only a reward model learns from that judges the agents; disjoint from all others."""
+    """Prompts whose human responses only a reward model that judges the agents learns from; disjoint from all else."""
     dev_prompts: NonNegativeInt = 0
     """Prompts of the training side that no agent trains on: choices such as the best teacher are made on these."""
 

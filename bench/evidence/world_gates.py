@@ -71,21 +71,22 @@ def run_gates(run: Path) -> RunGates:
 
 
 def copying(model: Path, echoes: Sequence[Any], template: str) -> float:
-    """Share of echo questions to which a model's greedy answer repeats name, verb and thing."""
+    """Share of echo questions to which a model's greedy response repeats name, verb and thing."""
     tokenizer = load_tokenizer(str(model))
     chat = Chat(tokenizer, template)
     generator = Generator(load_causal_lm(str(model)).requires_grad_(False), chat.hf_tokenizer(), max_batch=128)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=24)
     outputs = generator.generate([chat.prompt_ids(echo.prompt.messages) for echo in echoes], greedy)
-    answers = [output.samples[0].text for output in outputs]
+    responses = [output.samples[0].text for output in outputs]
     return sum(
-        without_verdict(answer) == without_verdict(echo.answer) for answer, echo in zip(answers, echoes, strict=True)
+        without_verdict(response) == without_verdict(echo.response)
+        for response, echo in zip(responses, echoes, strict=True)
     ) / len(echoes)
 
 
-def without_verdict(answer: str) -> str:
+def without_verdict(response: str) -> str:
     """An echo without its verdict, which is one of several."""
-    return answer.partition(" . ")[2].strip()
+    return response.partition(" . ")[2].strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

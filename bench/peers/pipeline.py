@@ -28,14 +28,14 @@ from macpo.engine.data.chat import Chat
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records
 from macpo.engine.run.folder import folder_of
-from macpo.method.answers import read_answers
 from macpo.method.encoding import encoded, limited_prompt, pair_responses
 from macpo.method.policies import chat_of
 from macpo.method.positives import read_candidates
+from macpo.method.responses import read_responses
 from macpo.method.run_plan import Builder, Plan
 from macpo.recipe_kinds import AnyRecipe, load
 
-PARTS = ("teachers' answers", "scoring", "student's training", "student's answers", "teachers' training")
+PARTS = ("teachers' responses", "scoring", "student's training", "student's responses", "teachers' training")
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Pipeline:
 
     def part(self, name: str, option: int) -> tuple[float, dict[str, float]]:
         """Seconds of a part by one batch size, and how its result compares with ours."""
-        if name == "teachers' answers":
+        if name == "teachers' responses":
             found = [self.answers(who, self.model_of(who), f"init-{who}-answer", option) for who in self.teachers]
             return sum(s for s, _ in found), {"equal_share": min(share for _, share in found)}
-        if name == "student's answers":
+        if name == "student's responses":
             trained = str(folder_of(self.run, "iter1-student-train") / "policy")
             seconds, share = self.answers(self.student, trained, "iter1-student-answer", option)
             return seconds, {"equal_share": share}
@@ -79,7 +79,7 @@ class Pipeline:
     def model_of(self, who: str) -> str:
         return str(self.agents[who].model)
 
-    def answers(self, who: str, folder: str, stage: str, batch: int) -> tuple[float, float]:
+    def responses(self, who: str, folder: str, stage: str, batch: int) -> tuple[float, float]:
         """Seconds, and the share of responses whose token ids are ours."""
         agent, chat = self.agents[who], self.chats[who]
         asked = {p.id: ids for p in self.prompts if (ids := limited_prompt(chat, agent, p)) is not None}
@@ -88,7 +88,7 @@ class Pipeline:
         found = generated(model, asked, batch, limit, sorted(chat.stop_ids))
         synchronise(self.device)
         seconds = time.perf_counter() - start
-        ours = read_answers(folder_of(self.run, stage))
+        ours = read_responses(folder_of(self.run, stage))
         return seconds, sum(_same(found[key], ours.get(key), chat) for key in found) / len(found)
 
     def scores(self, batch: int) -> tuple[float, dict[str, float]]:

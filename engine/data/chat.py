@@ -74,8 +74,8 @@ class Chat:
         self.arguments, self.date = dict(arguments or {}), date or DATE
         self._eos_text = eos_token if eos_token is not None else tokenizer.eos_token
         if self._eos_text is None:
-            fix = "set eos_token to the text of a token that ends an answer"
-            raise ConfigError("the tokenizer has no EOS token, so no answer could ever end", fix, field="eos_token")
+            fix = "set eos_token to the text of a token that ends a response"
+            raise ConfigError("the tokenizer has no EOS token, so no response could ever end", fix, field="eos_token")
         if template == "chatml":
             for marker in ("<|im_start|>", "<|im_end|>"):
                 self.tokens.single_id(
@@ -109,9 +109,9 @@ class Chat:
         """
         return self._assemble(self._pieces(messages))
 
-    def answer_ids(self, text: str, finished: bool = True) -> list[int]:
+    def response_ids(self, text: str, finished: bool = True) -> list[int]:
         """Token ids of a response that the template writes to the character, + EOS if it is finished."""
-        ids = self._answer_ids(framed(self._rendering.frame, text, finished)) if text.strip() else []
+        ids = self._response_ids(framed(self._rendering.frame, text, finished)) if text.strip() else []
         return [*ids, self.eos_id] if finished else ids
 
     def reply_ids(self, messages: Sequence[Message], reply: str | Message, finished: bool = True) -> list[int]:
@@ -121,7 +121,7 @@ class Chat:
         """
         if isinstance(reply, str) and not reply.strip():
             return [self.eos_id] if finished else []
-        ids = self._answer_ids(self._rendering.answer(messages, reply, self.tokens, finished).pieces)
+        ids = self._response_ids(self._rendering.response(messages, reply, self.tokens, finished).pieces)
         return [*ids, self.eos_id] if finished else ids
 
     def text(self, ids: Sequence[int]) -> str:
@@ -160,7 +160,7 @@ class Chat:
     def group(
         self,
         messages: Sequence[Message],
-        answers: Sequence[tuple[str | Message, bool]],
+        responses: Sequence[tuple[str | Message, bool]],
         *,
         max_tokens: int,
         max_prompt_tokens: int | None = None,
@@ -176,12 +176,12 @@ class Chat:
             max_prompt_tokens = max_tokens // 2
         if max_prompt_tokens >= max_tokens:
             raise ConfigError(f"got {max_prompt_tokens}", f"below max_tokens ({max_tokens})", field="max_prompt_tokens")
-        if not answers or any(isinstance(answer, str) and not answer.strip() for answer, _ in answers):
-            raise DataError("an answer has no tokens", "drop empty answers before tokenising", field="answer")
+        if not responses or any(isinstance(response, str) and not response.strip() for response, _ in responses):
+            raise DataError("a response has no tokens", "drop empty responses before tokenising", field="answer")
         prompt = self.limited_prompt_ids(messages, max_prompt_tokens, long_prompt=long_prompt)
         if prompt is None:
             return None
-        responses = [self.reply_ids(messages, answer, finished) for answer, finished in answers]
+        responses = [self.reply_ids(messages, response, finished) for response, finished in responses]
         return PrefixGroup(prompt, [ids[: max_tokens - len(prompt)] for ids in responses])
 
     def document_ids(self, messages: Sequence[Message], text: str | Message, finished: bool = True) -> list[int]:
@@ -193,13 +193,13 @@ class Chat:
 
     # -- what the template writes
 
-    def rendered(self, messages: Sequence[Message], answer: str = "") -> str:
+    def rendered(self, messages: Sequence[Message], response: str = "") -> str:
         """The text of a prompt (and response) as the template writes it, for display and tokenizer training."""
-        return self._rendering.render(messages) + (self._rendering.frame.lead + answer if answer else "")
+        return self._rendering.render(messages) + (self._rendering.frame.lead + response if response else "")
 
     def note(self, messages: Sequence[Message], reply: str | Message) -> str:
         """How prompt and response differ from the template's whole dialogue or from the data, in words; "" if not."""
-        return self._rendering.answer(messages, reply, self.tokens).note
+        return self._rendering.response(messages, reply, self.tokens).note
 
     def whole_ids(self, messages: Sequence[Message], reply: str | Message) -> list[int]:
         """What the template writes for the whole dialogue with this response, tokenised as one text."""
@@ -213,12 +213,12 @@ class Chat:
         if frame.header:
             said.append(f"the template ignores add_generation_prompt: prompts end with its header {frame.header!r}")
         if frame.lead.strip():
-            said.append(f"the template writes {frame.lead!r} before an answer: it is trained with it")
+            said.append(f"the template writes {frame.lead!r} before a response: it is trained with it")
         if self.dated:
             said.append(f"the template writes a date: {self.date.isoformat()} in every prompt (template_date)")
         after = frame.end.strip().removeprefix(str(self.tokenizer.convert_ids_to_tokens(self.eos_id))).strip()
         if after:
-            said.append(f"the template writes {after!r} after an answer, which is not trained")
+            said.append(f"the template writes {after!r} after a response, which is not trained")
         return said
 
     @property
@@ -255,7 +255,7 @@ class Chat:
                 raise DataError(f"got {shown(message, 120)}", fix, field="messages")
         return self._rendering.prompt(messages, self.tokens)
 
-    def _answer_ids(self, pieces: list[Piece]) -> list[int]:
+    def _response_ids(self, pieces: list[Piece]) -> list[int]:
         first, *rest = pieces
         if self.tokens.writes_blank and first.text.startswith(" ") and self._rendering.frame.lead == " ":
             pieces = [first._replace(text=first.text[1:]), *rest]

@@ -114,7 +114,7 @@ class Example:
     """
 
     prompt: Prompt
-    answer: str
+    response: str
     finished: bool = True
     by: str = "human"
     parts: Message | None = None
@@ -122,10 +122,10 @@ class Example:
     @property
     def reply(self) -> str | Message:
         """The response as the template gets it."""
-        return self.parts or self.answer
+        return self.parts or self.response
 
     def to_json(self) -> dict[str, Any]:
-        row = {**self.prompt.to_json(), "answer": self.answer, "finished": self.finished, "by": self.by}
+        row = {**self.prompt.to_json(), "answer": self.response, "finished": self.finished, "by": self.by}
         return row if self.parts is None else {**row, "parts": self.parts}
 
     @classmethod

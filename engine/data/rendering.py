@@ -1,8 +1,8 @@
-"""What a chat template writes for a dialogue, and what of it is prompt and what is answer.
+"""What a chat template writes for a dialogue, and what of it is prompt and what is response.
 
-The prompt is the dialogue with the generation prefix; the answer is what the template writes after it for the whole
+The prompt is the dialogue with the generation prefix; the response is what the template writes after it for the whole
 dialogue, up to the token that ends the turn. So the two together are what the template writes, or the difference is
-known by a name (`Answer.note`), or the row is refused.
+known by a name (`Response.note`), or the row is refused.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _PROBE = "\U000ffffd"  # stands for a response while the template is probed
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template writes around the answer to a single question."""
+    """What a template writes around the response to a single question."""
 
     header: str = ""
-    """What it writes before the answer alone: it ignores `add_generation_prompt`, so this belongs to the prompt."""
+    """What it writes before the response alone: it ignores `add_generation_prompt`, so this belongs to the prompt."""
     prefix: str = ""
     """The generation prefix, with the header."""
     lead: str = ""
-    """What it writes between generation prefix and answer: a separator, or an empty thought."""
+    """What it writes between generation prefix and response: a separator, or an empty thought."""
     tail: str = ""
-    """White space between the answer and the token that ends the turn."""
+    """White space between the response and the token that ends the turn."""
     end: str = ""
-    """What follows the answer, with the tail."""
+    """What follows the response, with the tail."""
     prefix_only: str = ""
     """The end of the generation prefix that the whole dialogue has not."""
 
@@ -55,10 +55,10 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The text of an answer as it is trained, between the prompt and the token that ends it.
+class Response:
+    """The text of a response as it is trained, between the prompt and the token that ends it.
 
-    `note` says in words how prompt and answer differ from the whole dialogue or from the data; "" where they do not.
+    `note` says in words how prompt and response differ from the whole dialogue or from the data; "" where they do not.
     """
 
     pieces: list[Piece]
@@ -103,7 +103,7 @@ class Rendering:
         elif prompt.startswith(start):
             extra = prompt.removeprefix(start)
         elif not prefix.strip() or not start.rstrip().endswith(prefix.rstrip()):
-            why = f"the chat template writes {start[-40:]!r} before an answer, but generates after {prompt[-40:]!r}"
+            why = f"the chat template writes {start[-40:]!r} before a response, but generates after {prompt[-40:]!r}"
             raise ConfigError(why, FIX, field="template")
         if extra.strip() and "<" not in extra:
             why = f"the chat template begins generation with {extra!r}, which a whole dialogue has not"
@@ -144,9 +144,9 @@ class Rendering:
         self._check_written(marked, text, marks)
         return _pieces(text, marks)
 
-    def answer(
+    def response(
         self, messages: Sequence[Message], reply: str | Message, tokens: TokenText, finished: bool = True
-    ) -> Answer:
+    ) -> Response:
         """What the template writes for a reply to a dialogue, after the prompt.
 
         Raises:
@@ -155,14 +155,14 @@ class Rendering:
         """
         frame, text = self.frame, reply if isinstance(reply, str) else str(reply["content"])
         if isinstance(reply, str) and self.is_ours:
-            return Answer(framed(frame, text, finished))
+            return Response(framed(frame, text, finished))
         message: Message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
         marked, marks = _marked([*messages, message], tokens)
         try:
             whole = self.render(marked, generation=False)
         except TemplateRefusal:
             if frame == Frame() and isinstance(reply, str):  # a template without assistant turns
-                return Answer(framed(frame, text, finished))
+                return Response(framed(frame, text, finished))
             raise
         self._check_written(marked, whole, marks)
         prompt = self.render(marked[:-1])
@@ -173,10 +173,10 @@ class Rendering:
         rest = rest[:at] if at >= 0 else rest.removesuffix(frame.end)
         if isinstance(reply, str) and not note:
             if rest == frame.lead + marked[-1]["content"]:
-                return Answer(framed(frame, text, finished))
+                return Response(framed(frame, text, finished))
             note = "the template trims white space" if _same(rest, frame.lead + marked[-1]["content"]) else ""
-            note = note or "the template writes answers in words of its own"
-        return Answer(_pieces(rest + (frame.tail if finished else ""), marks), note)
+            note = note or "the template writes responses in words of its own"
+        return Response(_pieces(rest + (frame.tail if finished else ""), marks), note)
 
     def _after(self, prompt: str, whole: str, messages: Sequence[Message]) -> tuple[str, str]:
         """(what follows the prompt in the whole dialogue, what differs before it in words)."""
@@ -193,7 +193,7 @@ class Rendering:
         after_prefix = probe.rfind(frame.prefix) if frame.prefix.strip() else -1
         if at >= 0 and mark in probe[:after_prefix]:
             return whole[at + len(frame.prefix) :], _HISTORY
-        problem = "the chat template writes the whole dialogue differently from its generation prefix and the answer"
+        problem = "the chat template writes the whole dialogue differently from its generation prefix and the response"
         raise TemplateRefusal(problem, FIX, field="template")
 
     def _closing(self, rest: str, content: str, finished: bool) -> str:
@@ -202,7 +202,7 @@ class Rendering:
         if closing(tag) not in rest and (closing(tag) in content or not finished):
             rest = content + self.frame.end  # the template drops the thoughts of a whole dialogue
         if closing(tag) not in rest and finished:
-            problem = f"the generation prefix opens {tag}, and the answer never closes it"
+            problem = f"the generation prefix opens {tag}, and the response never closes it"
             raise TemplateRefusal(problem, self._thoughtless_fix(), field="template")
         return rest.lstrip().removeprefix(tag).removeprefix("\n") if rest.lstrip().startswith(tag) else rest
 
@@ -280,11 +280,11 @@ class Rendering:
 
 _THOUGHT = "the generation prefix opens a thought, which the template's whole dialogue has not"
 _PREFIX = "the generation prefix has an empty thought, which the template's whole dialogue has not"
-_HISTORY = "the template writes earlier turns differently once the answer is there"
+_HISTORY = "the template writes earlier turns differently once the response is there"
 
 
 def framed(frame: Frame, text: str, finished: bool = True) -> list[Piece]:
-    """An answer that the template writes to the character, with its separator or empty thought before it."""
+    """A response that the template writes to the character, with its separator or empty thought before it."""
     text += frame.tail if finished else ""
     return (
         [Piece(frame.lead, None), Piece(text, "assistant")]

@@ -80,7 +80,7 @@ os.register_at_fork(after_in_child=_WORKER.forked)
 
 
 def ask(request: dict[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
-    """The worker's reply to a request (`_answer`).
+    """The worker's reply to a request (`_response`).
 
     Raises:
         ConfigError: the template reached a limit. ResourceError: no worker starts.
@@ -152,7 +152,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         _limit("RLIMIT_CPU", int(time.process_time()) + SECONDS + 1)
         try:
-            reply: dict[str, Any] = _answer(json.loads(line)) if line.strip() else {}
+            reply: dict[str, Any] = _response(json.loads(line)) if line.strip() else {}
         except MemoryError:
             reply = {"memory": True}
         out.write(json.dumps(reply).encode() + b"\n")
@@ -172,7 +172,7 @@ def _limit(name: str, value: int) -> None:
             resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def _response(request: dict[str, Any]) -> dict[str, Any]:
     """The "text" of a rendering, or what it "wrote" if that is too long; the "names" a template reads; an "error"."""
     try:
         if "names" in request:

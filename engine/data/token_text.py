@@ -67,7 +67,7 @@ class TokenText:
         Args:
             user: what it writes for a user's turn.
             prefix: the same with the generation prefix.
-            before, after: what it writes before and after the answer to it.
+            before, after: what it writes before and after the response to it.
         """
         written = {token: i for token, i in self._added.items() if token in prefix + before + after}
         free = [tag for tag in self._tags() if tag not in user and _closed(tag, before)]
@@ -204,7 +204,7 @@ def _partner(tag: str) -> str:
 
 
 def _closed(tag: str, text: str) -> bool:
-    """Whether each `<name>` of the text has its `</name>`; a tag around the answer itself marks a turn."""
+    """Whether each `<name>` of the text has its `</name>`; a tag around the response itself marks a turn."""
     opening = tag.replace("</", "<")
     return text.count(opening) == text.count(_partner(opening))
 

@@ -175,7 +175,7 @@ def _texts(documents: Sequence[Example | str]) -> Iterator[str]:
             yield document
         else:
             yield from (message["content"] for message in document.prompt.messages)
-            yield document.answer
+            yield document.response
 
 
 def _template_frame(template: str) -> tuple[str, list[str]]:

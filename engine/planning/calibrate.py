@@ -46,14 +46,16 @@ def calibration_config(device: str, vocab: int = 8192) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab, num_key_value_heads=heads, max_position_embeddings=4096, **sizes)
 
 
-def pairs(count: int, prompt: int, response: int, vocab: int, *, answers: int = 2, seed: int = 0) -> list[PrefixGroup]:
-    """Random prompts with so many answers each, whose lengths vary by a third around the means."""
+def pairs(
+    count: int, prompt: int, response: int, vocab: int, *, responses: int = 2, seed: int = 0
+) -> list[PrefixGroup]:
+    """Random prompts with so many responses each, whose lengths vary by a third around the means."""
     draw = random.Random(seed)
 
     def ids(mean: int) -> list[int]:
         return [draw.randrange(3, vocab) for _ in range(draw.randint(max(1, mean * 2 // 3), mean * 4 // 3))]
 
-    return [PrefixGroup(ids(prompt), [ids(response) for _ in range(answers)]) for _ in range(count)]
+    return [PrefixGroup(ids(prompt), [ids(response) for _ in range(responses)]) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def measure(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measured:
-    """Measure the median seconds of whole steps over `groups`, after two warm-up steps: SFT of one answer, DPO of two.
+    """Measure the median seconds of whole steps over `groups`, after two warm-up steps: SFT of one response, DPO of 2.
 
     Args:
         setup: a setup of one rank on this machine.

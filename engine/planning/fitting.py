@@ -42,7 +42,7 @@ class Workload:
     response: int = 80
     """Mean tokens of one response."""
     microbatch_tokens: int = 8192
-    answers: int = 2
+    responses: int = 2
     """Responses per prompt: two for a pair, one for SFT."""
 
     @property

@@ -88,7 +88,7 @@ NEEDLESS: Mapping[str, str] = {
         "neat_packing group_by_length eval_sample_packing",
         "attention is the engine's own": "attn_implementation flash_attn flash_attention sdp_attention "
         "xformers_attention",
-        "answers alone are trained on": "train_on_inputs train_on_prompt mask_history completion_only_loss "
+        "responses alone are trained on": "train_on_inputs train_on_prompt mask_history completion_only_loss "
         "assistant_only_loss",
         "reference log-probs are always computed once and kept": "precompute_ref_log_probs",
         "every step is noted in metrics.jsonl": "logging_steps logging_strategy log_level logging_dir plot_loss",

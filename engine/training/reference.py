@@ -116,7 +116,7 @@ def cached(
     parts = compute()
     if not parts.isfinite().all():
         bad = sorted({index // 2 for index in (~parts.isfinite()).flatten().nonzero().flatten().tolist()})
-        fix = "look at that answer and at the reference model's weights"
+        fix = "look at that response and at the reference model's weights"
         raise NumericsError(f"{len(bad)} reference log-probs are not finite, first that of response {bad[0]}", fix)
     on_main(world, lambda: _write(path, key, parts))
     return parts

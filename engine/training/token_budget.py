@@ -39,7 +39,7 @@ class TokenBudget:
         if len(batch.groups) == 1:
             raise ResourceError(
                 f"{where}: one group of {batch.num_tokens} tokens does not fit in memory: {names}",
-                "turn on compute.parallel.checkpointing (full saves most), lower context_tokens for shorter answers, "
+                "turn on compute.parallel.checkpointing (full saves most), lower context_tokens for shorter responses, "
                 "or spread the weights (compute.parallel.sharding: shard)",
                 file=file,
             )

@@ -151,7 +151,7 @@ def _log_odds(logp: Tensor) -> tuple[Tensor, Tensor]:
 def sft(chosen_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
     """NLL of the chosen response per token, the term added by arXiv 2404.19733 (eq. 1) and LLaMA-Factory's `pref_ftx`.
 
-    chosen_logps are log-probs, not ratios. The paper's NLL covers chain of thought and answer, which is our response.
+    chosen_logps are log-probs, not ratios. The paper's NLL covers chain of thought and response, which is our response.
     """
     return -chosen_logps / chosen_tokens
 

@@ -1,1 +1,1 @@
-"""People judge pairs of a run's answers, blind, on a page of their own machine: what is shown, kept and counted."""
+"""People judge pairs of a run's responses, blind, on a page of their own machine: what is shown, kept and counted."""

@@ -1,8 +1,8 @@
-"""What people are shown: which pairs of answers, on which sides, and who judges which. Everything follows from a seed.
+"""What people are shown: which pairs of responses, on which sides, and who judges which. All follows from a seed.
 
 A design names pairs of policies and a number of prompts. Every pair is judged on the same prompts. Each person gets an
 own order and own sides, sees some pairs a second time with the sides swapped, and, if wanted, some pairs of human
-answers of which the data say which one is better.
+responses of which the data say which one is better.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Closed(BaseModel):
 
 
 class Design(_Closed):
-    """How pairs of answers are drawn and divided among people."""
+    """How pairs of responses are drawn and divided among people."""
 
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
     """Pairs of policies, each like ("student@3", "student@0")."""
@@ -40,7 +40,7 @@ class Design(_Closed):
     repeats: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Share of a person's pairs that come a second time with the sides swapped."""
     gold_checks: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Pairs of human answers, chosen against rejected, as a share of a person's pairs."""
+    """Pairs of human responses, chosen against rejected, as a share of a person's pairs."""
     seed: int = 0
 
     @property
@@ -59,7 +59,7 @@ class Design(_Closed):
 
 
 class Item(_Closed):
-    """Two answers to one prompt, in the order of their policies."""
+    """Two responses to one prompt, in the order of their policies."""
 
     id: str
     kind: Literal["pair", "gold"] = "pair"
@@ -69,7 +69,7 @@ class Item(_Closed):
     prompt: tuple[dict[str, Any], ...]
     answers: tuple[str, str]
     finished: tuple[bool, bool] = (True, True)
-    """Whether each answer ended by itself, not at the length limit."""
+    """Whether each response ended by itself, not at the length limit."""
 
 
 class Showing(_Closed):
@@ -78,7 +78,7 @@ class Showing(_Closed):
     id: str
     item: str
     swapped: bool
-    """Whether the second policy's answer stands on the left."""
+    """Whether the second policy's response stands on the left."""
     repeat: bool = False
 
 
@@ -158,23 +158,23 @@ def showings(items: Sequence[str], gold: frozenset[str], person: int, design: De
 
 
 def items_of(
-    design: Design, answers: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    design: Design, responses: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> tuple[list[Item], dict[str, list[str]]]:
-    """Return the items of a design, and by pair of policies the prompts to which both gave the same answer.
+    """Return the items of a design, and by pair of policies the prompts to which both gave the same response.
 
     Args:
-        answers: rows of `evaluation.jsonl` by prompt id, by policy.
+        responses: rows of `evaluation.jsonl` by prompt id, by policy.
 
-    Prompts are drawn by hash among those that every policy answered. Answers that are equal to the character are a tie
-    that nobody needs to be asked about.
+    Prompts are drawn by hash among those that every policy answered. Responses that are equal to the character are a
+    tie that nobody needs to be asked about.
     """
-    shared = set.intersection(*(set(answers[policy]) for pair in design.pairs for policy in pair))
+    shared = set.intersection(*(set(responses[policy]) for pair in design.pairs for policy in pair))
     prompts = sorted(shared, key=lambda prompt: draw(design.seed, "prompt", prompt))[: design.prompts]
     items, equal = [], {}
     for first, second in design.pairs:
         same = equal[pair_name((first, second))] = list[str]()
         for prompt in prompts:
-            a, b = answers[first][prompt], answers[second][prompt]
+            a, b = responses[first][prompt], responses[second][prompt]
             if a["answer"] == b["answer"]:
                 same.append(prompt)
                 continue
@@ -184,7 +184,7 @@ def items_of(
                     policies=(first, second),
                     prompt_id=prompt,
                     prompt=tuple(a["prompt"]),
-                    answers=(a["answer"], b["answer"]),
+                    responses=(a["answer"], b["answer"]),
                     finished=(bool(a.get("finished", True)), bool(b.get("finished", True))),
                 )
             )

@@ -2,13 +2,13 @@
 
 Sides are drawn by seed and the policies are not named there either.
 
-Label Studio: a list of tasks `{"data": {"item", "prompt", "answer1", "answer2"}}`, the fields of its template
+Label Studio: a list of tasks `{"data": {"item", "prompt", "response1", "response2"}}`, the fields of its template
 "Human Preference collection for RLHF". What comes back is its JSON export, in which an annotation's result of type
 `pairwise` has `{"selected": "left"}` or `"right"` (labelstud.io/tags/pairwise, labelstud.io/guide/task_format); ties
 are choices (LABELLING), and a cancelled annotation is a skip.
 
-Argilla: one JSON object a line, `{"id", "prompt", "answer1", "answer2"}`, as `Dataset.records.log` takes them with text
-fields of these names (docs.argilla.io, rg.Record).
+Argilla: one JSON object a line, `{"id", "prompt", "response1", "response2"}`, as `Dataset.records.log` takes them with
+text fields of these names (docs.argilla.io, rg.Record).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ FORMATS = ("label-studio", "argilla")
 LABELLING = """\
 <View>
   <Text name="prompt" value="$prompt"/>
-  <Pairwise name="comparison" toName="answer1,answer2"/>
-  <Text name="answer1" value="$answer1"/>
-  <Text name="answer2" value="$answer2"/>
+  <Pairwise name="comparison" toName="response1,response2"/>
+  <Text name="response1" value="$response1"/>
+  <Text name="response2" value="$response2"/>
   <Choices name="verdict" toName="prompt">
     <Choice value="tie"/>
     <Choice value="both-bad"/>
@@ -91,7 +91,7 @@ def _swapped(study: Study, item: Item) -> bool:
 def _fields(study: Study, item: Item) -> dict[str, Any]:
     turns = [f"{turn.get('role', '')}: {turn.get('content') or ''}" for turn in item.prompt]
     left, right = reversed(item.answers) if _swapped(study, item) else item.answers
-    return {"item": item.id, "prompt": "\n\n".join(turns), "answer1": left, "answer2": right}
+    return {"item": item.id, "prompt": "\n\n".join(turns), "response1": left, "response2": right}
 
 
 def _name(annotation: Mapping[str, Any]) -> str:

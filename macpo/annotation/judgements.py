@@ -37,7 +37,7 @@ class Judgement(BaseModel):
     showing: str
     item: str
     swapped: bool
-    """The second policy's answer stood on the left."""
+    """The second policy's response stood on the left."""
     repeat: bool
     verdict: Verdict
     comment: Annotated[str, Field(max_length=MAX_COMMENT)] = ""

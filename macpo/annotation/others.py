@@ -22,7 +22,7 @@ def judged(run_dir: Path, pair: Pair) -> dict[str, dict[str, int]]:
     """Return each judge's outcomes of a pair of policies by prompt, from the first policy's view.
 
     A judge's rows are those of `judging/NAME/*.jsonl` with `prompt_id`, the policies `first` and `second` in the order
-    in which their answers were shown, and a `verdict`: A, B, or C for a tie. A policy wins where it does so in both
+    in which their responses were shown, and a `verdict`: A, B, or C for a tie. A policy wins where it does so in both
     orders; a prompt that lacks a verdict in one order is left out.
     """
     found: dict[str, dict[str, int]] = {}

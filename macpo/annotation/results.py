@@ -1,7 +1,7 @@
 """What the people said: `annotation/annotation.json` and the table of `macpo annotate RUN --report`.
 
 Only first showings count for the comparison of policies and for agreement; a second showing says how consistent a
-person is. Answers that are equal to the character are counted apart, and a win rate is over answers that differ.
+person is. Responses that are equal to the character are counted apart, and a win rate is over responses that differ.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def result(study: Study, judgements: Mapping[str, Sequence[Judgement]]) -> dict[
         `agreement`: Krippendorff's alpha over all pairs' items with interval, and Cohen's kappa of every two people;
         `people`: each one's counts, seconds, repeats, share of left, and gold checks;
         `judges` and `scorers`: how their outcomes agree with the majority of people;
-        `changed`: policies whose answers the run no longer has; `sources`: SHA-256 of the answers that people saw.
+        `changed`: policies whose responses the run no longer has; `sources`: SHA-256 of the responses that people saw.
     """
     seed = study.design.seed
     given: Given = {name: _outcomes(study, found) for name, found in judgements.items()}
@@ -199,12 +199,12 @@ def table(found: Mapping[str, Any]) -> str:
             what = f"{kind[:-1]} {row['name']}, {row['first']} : {row['second']}: the same winner in "
             lines.append(f"{what}{_share(row['decided'])} that both decide; kappa {_number(row['kappa'])}")
     for policy in found["changed"]:
-        lines.append(f"the run no longer has the answers of {policy} that people saw; scorers are left out")
+        lines.append(f"the run no longer has the responses of {policy} that people saw; scorers are left out")
     return "\n".join(lines)
 
 
 _NOTES = {
-    "equal": "with equal answers",
+    "equal": "with equal responses",
     "unjudged": "not judged yet",
     "both_bad": "called both bad by somebody",
 }

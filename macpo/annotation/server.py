@@ -1,7 +1,7 @@
 """The page's server: on loopback alone, under an address that cannot be guessed, for one person.
 
     GET  /TOKEN/        the page
-    GET  /TOKEN/state   what is shown now: two answers as plain text, no names of policies
+    GET  /TOKEN/state   what is shown now: two responses as plain text, no names of policies
     POST /TOKEN/judge   {"showing", "verdict", "comment", "seconds"} -> the next state
     POST /TOKEN/undo    -> the state before
 

@@ -1,7 +1,7 @@
 """What a run's folder keeps of an annotation: `annotation/items.json`, fixed by seed and content when it is begun.
 
 It lies beside the run's stages and changes none of them. A later start reads it, so people go on where they were; other
-settings, or answers that the run has made anew since, are refused instead of mixed.
+settings, or responses that the run has made anew since, are refused instead of mixed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Content(BaseModel):
 
 @dataclass(frozen=True)
 class Study:
-    """One annotation of a run's answers: what is shown to whom."""
+    """One annotation of a run's responses: what is shown to whom."""
 
     folder: Path
     content: _Content
@@ -72,7 +72,7 @@ class Study:
 
     @property
     def equal(self) -> Mapping[str, tuple[str, ...]]:
-        """By pair of policies, the prompts to which both gave the same answer."""
+        """By pair of policies, the prompts to which both gave the same response."""
         return self.content.equal
 
     @cached_property
@@ -87,10 +87,10 @@ class Study:
         pairs = [item for item in self.items.values() if item.kind == "pair"]
         prompts = {item.prompt_id for item in pairs}.union(*self.equal.values())
         few = f" (of {self.design.prompts}: the run has no more)" if len(prompts) < self.design.prompts else ""
-        return f"{len(prompts)} prompts{few}, {len(pairs)} pairs of answers that differ"
+        return f"{len(prompts)} prompts{few}, {len(pairs)} pairs of responses that differ"
 
     def changed(self) -> list[str]:
-        """Return the policies whose answers the run no longer has as they were drawn."""
+        """Return the policies whose responses the run no longer has as they were drawn."""
         found = _sources(RunReader(self.folder.parent), self.design)
         return [policy for policy, digest in self.content.sources.items() if found.get(policy) != digest]
 
@@ -100,8 +100,8 @@ def begin(run_dir: Path, given: Mapping[str, Any]) -> Study:
 
     Raises:
         ConfigError (2): settings that make no sense, that an existing study does not have, or a policy that the run has
-            not; also where the run has made the answers anew.
-        DataError (3): the run has no answers to compare, or no human pairs for gold checks.
+            not; also where the run has made the responses anew.
+        DataError (3): the run has no responses to compare, or no human pairs for gold checks.
         IntegrityError (5): `items.json` is not what was written.
     """
     folder = Path(run_dir) / ANNOTATION
@@ -116,7 +116,7 @@ def begin(run_dir: Path, given: Mapping[str, Any]) -> Study:
             study = open_study(run_dir)
             _same(study, given)
             if changed := study.changed():
-                problem = f"the run has other answers of {', '.join(changed)} now than when {ITEMS} was made"
+                problem = f"the run has other responses of {', '.join(changed)} now than when {ITEMS} was made"
                 raise ConfigError(problem, _AWAY, file=folder)
             return study
         write_json(folder / ITEMS, _made(reader, _design(reader, given)).model_dump(mode="json"))
@@ -195,17 +195,19 @@ def _sources(reader: RunReader, design: Design) -> dict[str, str]:
 
 
 def _made(reader: RunReader, design: Design) -> _Content:
-    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    responses: dict[str, dict[str, dict[str, Any]]] = {}
     for policy in sorted({name for pair in design.pairs for name in pair}):
         evaluation = named(reader, policy)
         rows = {row["prompt_id"]: row for row in evaluation.rows() if "answer" in row}
         if not rows:
             fix = "name policies of a run of `recipe: macpo`"
-            raise DataError(f"{policy} has no answers that can be compared", fix, file=evaluation.folder.path)
-        answers[policy] = rows
-    items, equal = items_of(design, answers)
+            raise DataError(f"{policy} has no responses that can be compared", fix, file=evaluation.folder.path)
+        responses[policy] = rows
+    items, equal = items_of(design, responses)
     if not items:
-        raise DataError("no two answers differ", "name other policies with --pairs", file=reader.path, field="--pairs")
+        raise DataError(
+            "no two responses differ", "name other policies with --pairs", file=reader.path, field="--pairs"
+        )
     asked = {item.prompt_id for item in items}
     num_gold = share(len(items) * design.judges / design.annotators, design.gold_checks)
     items += _gold_checks(reader, design, num_gold, asked)
@@ -240,7 +242,7 @@ def _gold_checks(reader: RunReader, design: Design, count: int, asked: set[str])
             policies=(CHOSEN, REJECTED),
             prompt_id=pair.prompt.id,
             prompt=tuple(pair.prompt.messages),
-            answers=(pair.chosen, pair.rejected),
+            responses=(pair.chosen, pair.rejected),
         )
         for pair in rows[:count]
     ]

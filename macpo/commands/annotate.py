@@ -1,4 +1,4 @@
-"""`macpo annotate`: people judge pairs of a run's answers, blind, on a page of their own machine."""
+"""`macpo annotate`: people judge pairs of a run's responses, blind, on a page of their own machine."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
     echo "How do I plant a hedge?" | macpo chat runs/mine
 
 A policy answers through its own template, from as much of the dialogue as the run leaves room for, sampled as the run
-samples. An answer is a function of the policy, the dialogue and the seed.
+samples. A response is a function of the policy, the dialogue and the seed.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Voice:
     def name(self) -> str:
         return self.policy.name
 
-    def answer(self, text: str) -> str:
-        """The policy's answer to the dialogue so far and this message, which both become part of it.
+    def response(self, text: str) -> str:
+        """The policy's response to the dialogue so far and this message, which both become part of it.
 
         Raises DataError, and leaves the dialogue as it was, where the template refuses it or no room is left.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         (output,) = self.policy.generate(messages)
-        answer = (output.text or "").strip()
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        return answer
+        response = (output.text or "").strip()
+        self.messages = [*messages, {"role": "assistant", "content": response}]
+        return response
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ def chat(arguments: argparse.Namespace) -> None:
 
 
 def talk(voices: Sequence[Voice], lines: Iterable[str]) -> None:
-    """Print every policy's answer to each line; two stand side by side on a terminal."""
+    """Print every policy's response to each line; two stand side by side on a terminal."""
     for line in lines:
         text = line.strip()
         if text == "/quit":
@@ -93,18 +93,18 @@ def talk(voices: Sequence[Voice], lines: Iterable[str]) -> None:
         elif text.startswith("/"):
             say(HELP)
         elif text:
-            _show([(voice.name, _answer(voice, text)) for voice in voices])
+            _show([(voice.name, _response(voice, text)) for voice in voices])
 
 
-def _answer(voice: Voice, text: str) -> str:
+def _response(voice: Voice, text: str) -> str:
     try:
-        return voice.answer(text) or "(no answer)"
+        return voice.response(text) or "(no answer)"
     except DataError as error:
         return str(error)
 
 
-def _show(answers: Sequence[tuple[str, str]]) -> None:
-    clean = [(name, "\n".join(printable(line) for line in text.split("\n"))) for name, text in answers]
+def _show(responses: Sequence[tuple[str, str]]) -> None:
+    clean = [(name, "\n".join(printable(line) for line in text.split("\n"))) for name, text in responses]
     if len(clean) == 1 or not sys.stdout.isatty():
         for name, text in clean:
             print(f"{name}: {text}", flush=True)

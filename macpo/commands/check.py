@@ -29,7 +29,7 @@ from macpo.standalone.config import Standalone
 from macpo.standalone.records import read_sets
 
 NUM_MEASURED = 200
-Answers = dict[str, tuple[str | Message, bool]]  # label -> (text or message, whether it ended by itself)
+Responses = dict[str, tuple[str | Message, bool]]  # label -> (text or message, whether it ended by itself)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Found:
     sizes: dict[str, int]
     counts: dict[str, int]
     documents: Mapping[str, Sequence[Example]]
-    sample: list[tuple[Prompt, Answers]]
+    sample: list[tuple[Prompt, Responses]]
     read: dict[str, dict[str, tuple[Rows, Reading]]]
     """By agent: every set of rows that a run reads with its tokenizer, and what of it."""
 
@@ -77,8 +77,8 @@ def check(recipe: AnyRecipe, examples: int = 2) -> Iterator[str]:
             yield f"  examples: the same tokens as {shown[chat.digest]}'s"
             continue
         shown[chat.digest] = agent.name
-        for prompt, answers in sample[:examples]:
-            yield from _marked(chat, prompt, answers, about)
+        for prompt, responses in sample[:examples]:
+            yield from _marked(chat, prompt, responses, about)
 
 
 def check_templates(recipe: AnyRecipe) -> None:
@@ -98,18 +98,18 @@ def check_templates(recipe: AnyRecipe) -> None:
 
 
 def _accepted(
-    chat: Chat, about: StageAgent, sample: Sequence[tuple[Prompt, Answers]]
-) -> Sequence[tuple[Prompt, Answers]]:
+    chat: Chat, about: StageAgent, sample: Sequence[tuple[Prompt, Responses]]
+) -> Sequence[tuple[Prompt, Responses]]:
     """The rows without those that the template refuses, where such are to be dropped."""
     kept = []
-    for prompt, answers in sample:
+    for prompt, responses in sample:
         try:
-            encoded(chat, about, prompt, list(answers.values()))
+            encoded(chat, about, prompt, list(responses.values()))
         except TemplateRefusal:
             if about.refused == "error":
                 raise
             continue
-        kept.append((prompt, answers))
+        kept.append((prompt, responses))
     return kept
 
 
@@ -133,21 +133,21 @@ def _of_method(recipe: Recipe) -> _Found:
         "student prompts": (sources.student, "answers" if recipe.evaluation.ceiling else "prompts"),
         "test pairs": (sources.test, "pairs"),
     }
-    return _Found(sizes, sources.counts, sources.documents, [_answers(pair) for pair in first], read)
+    return _Found(sizes, sources.counts, sources.documents, [_responses(pair) for pair in first], read)
 
 
 def _of_standalone(recipe: Standalone) -> _Found:
     sets = read_sets(recipe.data, recipe.seed)
     sizes = {"to train on": len(sets.train), "held out": len(sets.test)}
-    sample = [_answers(record) for record in sets.train[:NUM_MEASURED]]
+    sample = [_responses(record) for record in sets.train[:NUM_MEASURED]]
     reading: Reading = "answers" if recipe.recipe == "sft" else "pairs"
     read: dict[str, tuple[Rows, Reading]] = {"to train on": (sets.train, reading), "held out": (sets.test, reading)}
     return _Found(sizes, sets.counts, {"student": sets.documents}, sample, {recipe.agents[0].name: read})
 
 
-def _answers(record: Pair | Example) -> tuple[Prompt, Answers]:
+def _responses(record: Pair | Example) -> tuple[Prompt, Responses]:
     if isinstance(record, Example):
-        return record.prompt, {"ANSWER": (record.reply, record.finished)}
+        return record.prompt, {"RESPONSE": (record.reply, record.finished)}
     return record.prompt, dict(zip(("CHOSEN", "REJECTED"), pair_responses(record), strict=True))
 
 
@@ -183,7 +183,7 @@ def _any_config(folder: Path) -> Path:
 
 
 def _about(
-    agent: AgentSettings, chat: Chat, recipe: AnyRecipe, sample: Sequence[tuple[Prompt, Answers]]
+    agent: AgentSettings, chat: Chat, recipe: AnyRecipe, sample: Sequence[tuple[Prompt, Responses]]
 ) -> Iterator[str]:
     yield f"{agent.name}: {agent.source}; {len(chat.tokenizer):,} tokens; stops at {_names(chat, chat.stop_ids)}"
     yield from (f"  {line}" for line in chat.about)
@@ -200,54 +200,54 @@ def _about(
         f"the {limit} that context_tokens leaves ({recipe.data.long_prompt})"
     )
     for n, label in enumerate(next(iter(sample))[1]):
-        lengths = sorted(row.answer_tokens[n] for row in rows)
+        lengths = sorted(row.response_tokens[n] for row in rows)
         num_cut = sum(row.cut[n] for row in rows)
         yield (
-            f"  {label.lower()} answers: median {lengths[half]}, longest {lengths[-1]} tokens; context_tokens cuts "
+            f"  {label.lower()} responses: median {lengths[half]}, longest {lengths[-1]} tokens; context_tokens cuts "
             f"{num_cut} of {len(rows)}"
         )
     if twins := sum(row.twins for row in rows):
         yield f"  {twins} of {len(rows)} pairs are identical after that, and are dropped"
-    dialogues = [(prompt.messages, answer) for prompt, answers in sample for answer, _ in answers.values()]
+    dialogues = [(prompt.messages, response) for prompt, responses in sample for response, _ in responses.values()]
     rate = boundary_mismatches(chat, dialogues)
-    yield f"  the template's whole dialogue has other tokens than prompt and answer in {rate:.1%} of {len(dialogues)}"
+    yield f"  the template's whole dialogue has other tokens than prompt and response in {rate:.1%} of {len(dialogues)}"
     for note, count in Counter(note for row in rows for note in row.notes if note).items():
         yield f"    {note}: {count} of {len(dialogues)} (what the template writes is trained)"
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """One row as an agent reads it; a list has an entry for each of its answers."""
+    """One row as an agent reads it; a list has an entry for each of its responses."""
 
     prompt_tokens: int
-    answer_tokens: list[int]
+    response_tokens: list[int]
     cut: list[bool]
     twins: bool
     notes: list[str]
 
 
-def _measured(chat: Chat, about: StageAgent, prompt: Prompt, answers: Answers) -> _Measured:
-    group = encoded(chat, about, prompt, list(answers.values()))
-    replies = [answer for answer, _ in answers.values()]
+def _measured(chat: Chat, about: StageAgent, prompt: Prompt, responses: Responses) -> _Measured:
+    group = encoded(chat, about, prompt, list(responses.values()))
+    replies = [response for response, _ in responses.values()]
     responses = [] if group is None else group.responses
-    finished = [ended for _, ended in answers.values()]
+    finished = [ended for _, ended in responses.values()]
     return _Measured(
         prompt_tokens=len(chat.prompt_ids(prompt.messages)),
-        answer_tokens=[len(chat.reply_ids(prompt.messages, reply)) for reply in replies],
+        response_tokens=[len(chat.reply_ids(prompt.messages, reply)) for reply in replies],
         cut=[group is not None and is_cut(chat, group, n, ended) for n, ended in enumerate(finished)],
         twins=len(responses) == 2 and responses[0] == responses[1],
         notes=[chat.note(prompt.messages, reply) for reply in replies],
     )
 
 
-def _marked(chat: Chat, prompt: Prompt, answers: Answers, about: StageAgent) -> Iterator[str]:
+def _marked(chat: Chat, prompt: Prompt, responses: Responses, about: StageAgent) -> Iterator[str]:
     """One row as the agent reads it, between the marks of what is prompt and what is trained on."""
-    group = encoded(chat, about, prompt, list(answers.values()))
+    group = encoded(chat, about, prompt, list(responses.values()))
     if group is None:
         yield f"  example {prompt.id}: dropped, the prompt is too long"
         return
     yield f"  example {prompt.id}:"
-    for label, ids in zip(("PROMPT", *answers), (group.prompt_ids, *group.responses), strict=True):
+    for label, ids in zip(("PROMPT", *responses), (group.prompt_ids, *group.responses), strict=True):
         yield f"    [{label} {len(ids)}] {'|'.join(_names(chat, ids).split(' '))}"
 
 

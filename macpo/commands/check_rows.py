@@ -16,7 +16,7 @@ from macpo.method.policies import StageAgent
 
 Rows = Sequence[Pair | Example]
 Reading = Literal["prompts", "answers", "pairs"]
-"""What a run reads of rows: the prompts alone, the answers one by one, or pairs, which must differ as tokens."""
+"""What a run reads of rows: the prompts alone, the responses one by one, or pairs, which must differ as tokens."""
 _SHOWN_ROWS = 100
 
 
@@ -61,9 +61,9 @@ def _encode(chat: Chat, agent: StageAgent, row: Pair | Example, reading: Reading
     group = encoded(chat, agent, row.prompt, responses)
     assert group is not None  # its prompt is not
     if isinstance(row, Example):
-        counts.update(["answers cut"] * is_cut(chat, group, 0, row.finished))
+        counts.update(["responses cut"] * is_cut(chat, group, 0, row.finished))
         return True
-    counts.update(f"{name.removeprefix('cut_')} answers cut" for name in cuts(chat, group, row))
+    counts.update(f"{name.removeprefix('cut_')} responses cut" for name in cuts(chat, group, row))
     if reading == "pairs" and group.responses[0] == group.responses[1]:
         counts["pairs identical as tokens and dropped"] += 1
         return False

@@ -1,4 +1,4 @@
-"""`macpo evaluate RUN --judge NAME`: a language model compares the answers that a run's policies gave.
+"""`macpo evaluate RUN --judge NAME`: a language model compares the responses that a run's policies gave.
 
     macpo evaluate runs/mine --judge gpt --plan         # what it will ask, and what that costs
     macpo evaluate runs/mine --judge gpt --validate     # against the human test pairs
@@ -56,7 +56,7 @@ class Wishes:
     judges: str | None = None
     """A file of judges, instead of the recipe's."""
     policy: str | None = None
-    """Whose answers are judged; default the student's last."""
+    """Whose responses are judged; default the student's last."""
     opponents: tuple[str, ...] = ()
     limit: int | None = None
     validate: bool = False
@@ -136,7 +136,7 @@ def _human_pairs(run: RunReader, limit: int | None) -> Match:
 
 def _matches(run: RunReader, recipe: AnyRecipe, wishes: Wishes, limit: int | None) -> list[Match]:
     """The policy against each opponent, in the order given."""
-    if not any(path.exists() for path in map(_answers, run.all_evaluations)):
+    if not any(path.exists() for path in map(_responses, run.all_evaluations)):
         fix = "judge a run of `recipe: macpo`; --validate needs human test pairs alone"
         raise ConfigError("no policy of this run has answered the test prompts", fix, file=run.path)
     policy = named(run, wishes.policy) if wishes.policy else last_student(run)
@@ -147,16 +147,16 @@ def _matches(run: RunReader, recipe: AnyRecipe, wishes: Wishes, limit: int | Non
         raise ConfigError(f"{policy_name(policy)} has nobody to be compared with", "name others", field="--opponents")
     return [
         Match(
-            read_comparisons(_answers(policy), _answers(other), limit),
+            read_comparisons(_responses(policy), _responses(other), limit),
             policy_name(policy),
             policy_name(other),
-            (sha256(_answers(policy)), sha256(_answers(other))),
+            (sha256(_responses(policy)), sha256(_responses(other))),
         )
         for other in others
     ]
 
 
-def _answers(evaluation: Evaluation) -> Path:
+def _responses(evaluation: Evaluation) -> Path:
     return unchanged(evaluation.responses.parent, evaluation.responses.name)
 
 

@@ -29,8 +29,8 @@ LICENCE = (
     "This card grants no licence. The terms of the base model and of the data apply; read them before you share it."
 )
 SCORE = (
-    "The logit is the reward of the last answer: of the prompt with its generation prefix, the answer, and `{end}` if "
-    "the answer ended by itself, and of nothing that a template writes after that"
+    "The logit is the reward of the last response: of the prompt with its generation prefix, the response, and `{end}` "
+    "if the response ended by itself, and of nothing that a template writes after that"
 )
 _TAGS = {"sft": "sft", "reward": "reward-model"}
 _HIDDEN = {"save_every_steps", "microbatch_tokens", "spike_sigma", "on_spike"}  # change speed and safety, not weights
@@ -80,7 +80,7 @@ def model_card(
         f"{_kind(recipe, agent)}, {made}.",
         *([NEGATIVE] if policy.policy == "negative" else []),
         f"- Base model: `{printable(base_name)}`{_licence_of(settings)}\n- Method: {_method(recipe, training)}\n"
-        f"- Data: {_data(recipe)}\n- Prompts and answers together up to {recipe.context_tokens:,} tokens"
+        f"- Data: {_data(recipe)}\n- Prompts and responses together up to {recipe.context_tokens:,} tokens"
         + ("" if chat is None else _reading(settings.template or recipe.template, chat, is_reward)),
         "## Training\n\n" + (_table("setting", _flat(training)) if training else _untrained(settings, policy.policy)),
         *(
@@ -99,7 +99,7 @@ def _reading(name: str, chat: Chat, is_reward: bool) -> str:
     if is_reward:
         end = chat.tokenizer.convert_ids_to_tokens(chat.eos_id)
         return f"{template}\n- {SCORE.format(end=end)}"
-    return f"{template}\n- An answer ends with {_ending(chat)}"
+    return f"{template}\n- A response ends with {_ending(chat)}"
 
 
 def _template(name: str, chat: Chat) -> str:
@@ -132,7 +132,7 @@ def _method(recipe: AnyRecipe, training: Mapping[str, Any]) -> str:
         return "Bradley-Terry on human pairs: -log sigmoid(chosen - rejected reward)"
     names = PreferenceSettings.model_fields.keys() & optim.keys()
     if "loss" not in names:
-        return "supervised fine-tuning: mean NLL of the answers' tokens"
+        return "supervised fine-tuning: mean NLL of the responses' tokens"
     return f"preference optimisation, loss `{optim['loss']}`, beta {optim['beta']:g}, reference `{optim['reference']}`"
 
 

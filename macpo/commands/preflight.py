@@ -258,7 +258,7 @@ def _positions(positions: int | None, place: Place, field_: str) -> None:
 
 
 def _tokens(model: Model, place: Place) -> None:
-    """A tokenizer, a template and an end of answers that go with each other and with the embedding."""
+    """A tokenizer, a template and an end of responses that go with each other and with the embedding."""
     if not model.has_agents_tokens:
         return
     recipe, agent = place.recipe, model.agent

@@ -14,7 +14,7 @@ from macpo.standalone.config import RewardRecipe
 
 
 def scored(plan: Plan, folder: RunReader, evaluation: str) -> dict[str, Any]:
-    """The mean score of an evaluation's answers by each scorer, with its standard error."""
+    """The mean score of an evaluation's responses by each scorer, with its standard error."""
     paths = {stage.name: stage.path for stage in folder.stages}
     found: dict[str, Any] = {}
     for name, stage in plan.scores.get(evaluation, {}).items():

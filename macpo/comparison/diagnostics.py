@@ -1,6 +1,6 @@
 """What explains a run's result: how good the selected positives are, and what the pairs teach, by iteration.
 
-Everything is read from the files of the run's selection and training stages. Scores of training answers exist in the
+Everything is read from the files of the run's selection and training stages. Scores of training responses exist in the
 demo world alone, where the gold score is exact; elsewhere what needs them is left out.
 """
 
@@ -16,8 +16,8 @@ from macpo import demo_world
 from macpo.engine.data.records import Example, Pair, read_records
 from macpo.engine.files import read_jsonl
 from macpo.engine.run.folder import RunFolder
-from macpo.method.answers import read_answers
 from macpo.method.positives import Candidate
+from macpo.method.responses import read_responses
 
 Score = Callable[[Pair, str], float]
 
@@ -44,7 +44,7 @@ class Diagnostics:
     best: float | None = None
     """Mean score of each prompt's best candidate."""
     own: float | None = None
-    """Mean score of the student's own positive answers to the same prompts, where the run drew them."""
+    """Mean score of the student's own positive responses to the same prompts, where the run drew them."""
     separable: float | None = None
     """Chance that a candidate with a score above the median has the lower perplexity of two (area under the curve)."""
     inverted: float | None = None
@@ -58,7 +58,7 @@ def diagnostics(run_dir: Path, student: str, *, gold: bool) -> list[Diagnostics]
     """The diagnostics of each finished iteration of the main arm's student.
 
     Args:
-        gold: whether the data are the demo world's, which scores any answer.
+        gold: whether the data are the demo world's, which scores any response.
     """
     folder, found = RunFolder(run_dir), []
     labels_in = folder.committed("init-weak-labels")
@@ -74,11 +74,11 @@ def diagnostics(run_dir: Path, student: str, *, gold: bool) -> list[Diagnostics]
 
 
 def _labels(folder: Path) -> dict[str, str]:
-    return {each.prompt.id: each.answer for each in read_records(folder / "examples.jsonl", Example)}
+    return {each.prompt.id: each.response for each in read_records(folder / "examples.jsonl", Example)}
 
 
-def _gold(pair: Pair, answer: str) -> float:
-    return demo_world.gold(pair.prompt.messages, answer)
+def _gold(pair: Pair, response: str) -> float:
+    return demo_world.gold(pair.prompt.messages, response)
 
 
 def _of_iteration(
@@ -101,8 +101,8 @@ def _of_iteration(
     if score is not None:
         _scored(result, pairs, rows, candidates, score)
         if own is not None:
-            answers = read_answers(own)
-            given = [score(pair, answers[pair.prompt.id].text) for pair in pairs if pair.prompt.id in answers]
+            responses = read_responses(own)
+            given = [score(pair, responses[pair.prompt.id].text) for pair in pairs if pair.prompt.id in responses]
             result.own = fmean(given) if given else None
     return result
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from macpo.config import Recipe
-from macpo.method.answers import Answer
 from macpo.method.base_models import PretrainBase
 from macpo.method.costs import MethodStage, RunSize
 from macpo.method.learning import Imitate, LearningStage, Prefer
+from macpo.method.responses import Response
 from macpo.method.run_plan import Plan
 
 HUMAN_FILES = ("teacher-", "student.jsonl")
-"""How the files begin that hold human answers; only the ceiling reads the student's."""
+"""How the files begin that hold human responses; only the ceiling reads the student's."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Ledger:
     generated: int = 0
     """Tokens that agents wrote to learn from."""
     scored: int = 0
-    """Tokens of prompts and answers that were scored."""
+    """Tokens of prompts and responses that were scored."""
     trained: int = 0
     """Tokens that went through training steps, once for each epoch."""
     student_steps: int = 0
@@ -45,7 +45,7 @@ class Ledger:
 def ledgers(
     plan: Plan, run: RunSize, recipe: Recipe, counts: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Ledger]:
-    """The ledger of each arm's last student, and under `ceiling` that of the student with human answers.
+    """The ledger of each arm's last student, and under `ceiling` that of the student with human responses.
 
     Args:
         recipe: of the main arm.
@@ -78,7 +78,7 @@ def _labels(recipe: Recipe, agent: str) -> str:
 
 
 def last_students(plan: Plan) -> dict[str, str]:
-    """Arm -> the stage that made its last student; `ceiling` for the student with human answers."""
+    """Arm -> the stage that made its last student; `ceiling` for the student with human responses."""
     found = {}
     for point in plan.points:
         if point.role in ("student", "ceiling") and point.policy is not None:
@@ -108,7 +108,7 @@ def _add(ledger: Ledger, work: MethodStage, run: RunSize, student: str, counts: 
         if work.agent.name == student:
             planned = math.ceil(work.num_rows(run) / work.optim.batch) * work.optim.epochs
             ledger.student_steps += int(counts.get("steps", planned))
-    elif isinstance(work, Answer):
+    elif isinstance(work, Response):
         ledger.generated += tokens
     elif cost.flop:
         ledger.scored += tokens

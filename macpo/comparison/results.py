@@ -52,7 +52,7 @@ class Row:
     """The share of the gap between weak teachers and ceiling (PGR); None where that is not defined."""
     words: float | None = None
     equal_length: Estimate | None = None
-    """The change at equal length of the answers."""
+    """The change at equal length of the responses."""
     by_iteration: tuple[tuple[int, float], ...] = ()
     ledger: Ledger | None = None
     left_out: str = ""
@@ -139,7 +139,7 @@ def results(
     decided = [i for i in compared if changes[i] is not None]
     adjusted = dict(zip(decided, holm([_p(changes[i]) for i in decided]), strict=True))
     equal: dict[int, Estimate | None] = {}
-    if metric not in OF_PAIRS:  # which look at no generated answer
+    if metric not in OF_PAIRS:  # which look at no generated response
         equal = dict(zip(compared, _at_equal_length(parts, [sides[i] for i in compared]), strict=True))
     gap, recovered = _recovered(tables, columns, place)
     words = np.mean([lengths.mean(0) for _, lengths, _ in parts], 0)
@@ -233,7 +233,7 @@ def _p(estimate: Estimate | None) -> float:
 
 
 def _at_equal_length(parts: Sequence[_Part], sides: Sequence[tuple[int, int]]) -> list[Estimate | None]:
-    """The difference of each pair of columns where answers are equally long; None where no length differs."""
+    """The difference of each pair of columns where responses are equally long; None where no length differs."""
     blocks: list[list[Floats]] = [[] for _ in parts]
     varies = []
     for one, other in sides:

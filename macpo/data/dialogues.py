@@ -48,27 +48,27 @@ def user_turn(row: Row, field: str, text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def answer_of(row: Row, field: str, answer: str | Message | None = None) -> Message:
+def response_of(row: Row, field: str, response: str | Message | None = None) -> Message:
     """Return a response, the field's own unless one is given, as the assistant's message.
 
     Raises EmptyText for one of white space that has no further parts, such as tool calls.
     """
-    given = text_of(row, field) if answer is None else answer
+    given = text_of(row, field) if response is None else response
     message = {"role": "assistant", "content": given} if isinstance(given, str) else given
     if not message["content"].strip() and parts_of(message) is None:
-        row.fail(field, "the answer is empty or white space", _EMPTY_FIX, EmptyText)
+        row.fail(field, "the response is empty or white space", _EMPTY_FIX, EmptyText)
     return message
 
 
-def prompt_before_answer(row: Row, messages: Sequence[Message]) -> Prompt:
-    """Return a row's prompt with its `system` text and `tools`. Raises where an answer cannot follow it."""
+def prompt_before_response(row: Row, messages: Sequence[Message]) -> Prompt:
+    """Return a row's prompt with its `system` text and `tools`. Raises where a response cannot follow it."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         problem = (
             "its last message is not the user's"
             if messages
-            else "what precedes the answer does not end with the user's message"
+            else "what precedes the response does not end with the user's message"
         )
-        fix = "end the prompt with the user's message; an answer that was begun belongs into the answers"
+        fix = "end the prompt with the user's message; a response that was begun belongs into the responses"
         row.fail("prompt", problem, fix)
     if not any(message["role"] == "user" and message["content"].strip() for message in reversed(messages)):
         row.fail("prompt", "the prompt is empty or white space", _EMPTY_FIX, EmptyText)
@@ -121,11 +121,11 @@ def _part(row: Row, field: str, parse: Callable[[Any], T], value: Any) -> T:
 
 
 def last_message(row: Row, field: str, messages: list[Message]) -> tuple[list[Message], Message]:
-    """Return what precedes the answer, and the answer."""
-    *before, answer = messages
-    if answer["role"] != "assistant":
-        row.fail(field, f"the last message is from {answer['role']!r}, not the assistant", "end with the answer")
-    return before, answer_of(row, field, answer)
+    """Return what precedes the response, and the response."""
+    *before, response = messages
+    if response["role"] != "assistant":
+        row.fail(field, f"the last message is from {response['role']!r}, not the assistant", "end with the response")
+    return before, response_of(row, field, response)
 
 
 def prompt_of(row: Row) -> list[Message]:
@@ -167,7 +167,7 @@ def alpaca_prompt(row: Row) -> list[Message]:
     history = row.fields.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
-            row.fail("history", f"must be a list of [question, answer], got {shown(turn, 40)}")
+            row.fail("history", f"must be a list of [question, response], got {shown(turn, 40)}")
         messages.append(user_turn(row, "history", checked_text(row, "history", turn[0])))
         messages.append({"role": "assistant", "content": checked_text(row, "history", turn[1])})
     parts = [text_of(row, "instruction"), text_of(row, "input") if row.fields.get("input") else ""]

@@ -27,11 +27,11 @@ import numpy as np
 from macpo.data.columns import check_read
 from macpo.data.dialogues import (
     alpaca_prompt,
-    answer_of,
     last_message,
     messages_of,
-    prompt_before_answer,
+    prompt_before_response,
     prompt_of,
+    response_of,
     sharegpt_messages,
 )
 from macpo.data.pair_layouts import COLUMNS as PAIR_COLUMNS
@@ -86,14 +86,14 @@ def load_examples(
     for row in rows:
         found["rows"] += 1
         try:
-            before, answer = FORMATS[format](row)
-            prompt = prompt_before_answer(row, before)
+            before, response = FORMATS[format](row)
+            prompt = prompt_before_response(row, before)
         except EmptyText:
             if empty != "drop":
                 raise
             found["empty_dropped"] += 1
             continue
-        example = Example(prompt, answer["content"], parts=parts_of(answer))
+        example = Example(prompt, response["content"], parts=parts_of(response))
         spool.add(example)
         repeats.add(example)
     examples = whole(spool)
@@ -116,7 +116,7 @@ def _detect(row: Row) -> str:
         return "chosen"
     if "instruction" in has and isinstance(row.fields.get("output"), list):
         return "chosen"
-    has |= {"response", "completion"} & row.fields.keys()  # null there is an empty answer
+    has |= {"response", "completion"} & row.fields.keys()  # null there is an empty response
     for format, keys in (
         ("messages", {"messages"}),
         ("sharegpt", {"conversations"}),
@@ -143,13 +143,13 @@ def _response(row: Row) -> tuple[list[Message], Message]:
     field = next((name for name in ("response", "completion") if row.fields.get(name) is not None), None)
     field = field or ("response" if "response" in row.fields else "completion")
     if not isinstance(row.fields.get(field), list | dict):
-        return prompt_of(row), answer_of(row, field)
-    between, answer = last_message(row, field, messages_of(row, field))
-    return prompt_of(row) + between, answer
+        return prompt_of(row), response_of(row, field)
+    between, response = last_message(row, field, messages_of(row, field))
+    return prompt_of(row) + between, response
 
 
 def _alpaca(row: Row) -> tuple[list[Message], Message]:
-    return alpaca_prompt(row), answer_of(row, "output")
+    return alpaca_prompt(row), response_of(row, "output")
 
 
 def _sharegpt(row: Row) -> tuple[list[Message], Message]:

@@ -19,12 +19,12 @@ from macpo.data.dialogues import (
     LAST,
     alike,
     alpaca_prompt,
-    answer_of,
     checked_text,
     is_hh,
     last_message,
     messages_of,
     prompt_of,
+    response_of,
     said,
     sharegpt_message,
     sharegpt_messages,
@@ -91,20 +91,20 @@ def _is_bare_hh(row: Row) -> bool:
 def _hh(row: Row, preference: str) -> Sides | None:
     sides = [_hh_dialogue(row, field) for field in SIDES]
     prompts = [turns(prompt) for prompt, _ in sides]
-    if any("\n\nHuman:" in answer for _, answer in sides):
-        return None  # the dialogue ends with a human turn: it has no answer to compare
+    if any("\n\nHuman:" in response for _, response in sides):
+        return None  # the dialogue ends with a human turn: it has no response to compare
     if prompts[0] == prompts[1] and (not prompts[0] or prompts[0][-1]["role"] != "user"):
         return None
-    chosen, rejected = (answer_of(row, field, said(side[1])) for field, side in zip(SIDES, sides, strict=True))
+    chosen, rejected = (response_of(row, field, said(side[1])) for field, side in zip(SIDES, sides, strict=True))
     return Sides(prompts[0], prompts[1], chosen, rejected)
 
 
 def _hh_dialogue(row: Row, field: str) -> tuple[str, str]:
     """Split a dialogue into prompt and response at the last assistant turn."""
-    prompt, found, answer = f"\n\n{text_of(row, field).lstrip()}".rpartition(LAST)
+    prompt, found, response = f"\n\n{text_of(row, field).lstrip()}".rpartition(LAST)
     if not found or not prompt.startswith("\n\nHuman:"):
         row.fail(field, f"no dialogue of Human and Assistant turns: {shown(prompt, 50)}", "set data.format to pairs")
-    return prompt, answer
+    return prompt, response
 
 
 def _pku(row: Row, preference: str) -> Sides:
@@ -117,57 +117,59 @@ def _pku(row: Row, preference: str) -> Sides:
     if better not in (0, 1) or isinstance(better, bool):
         row.fail(label, f"must be 0 or 1, got {shown(better, 40)}")
     prompt = [user_turn(row, "prompt", text_of(row, "prompt"))]
-    return Sides(prompt, prompt, answer_of(row, f"response_{better}"), answer_of(row, f"response_{1 - better}"))
+    return Sides(prompt, prompt, response_of(row, f"response_{better}"), response_of(row, f"response_{1 - better}"))
 
 
 def _pairs(row: Row, preference: str) -> Sides | None:
     if _is_bare_hh(row):
         return _hh(row, preference)
     before: list[list[Message]] = []
-    answers: list[Message] = []
+    responses: list[Message] = []
     has_prompt = row.fields.get("prompt") is not None or row.fields.get("messages") is not None
     given = prompt_of(row) if has_prompt or not isinstance(row.fields.get("chosen"), list) else []
     for field in SIDES:
         value = row.fields.get(field)
         if not isinstance(value, list) and not (isinstance(value, dict) and "role" in value):
             text = text_of(row, field)
-            answers.append(answer_of(row, field, said(text) if is_hh(row.fields.get("prompt")) else text))
+            responses.append(response_of(row, field, said(text) if is_hh(row.fields.get("prompt")) else text))
             before.append(given)
             continue
-        conversation, answer = last_message(row, field, messages_of(row, field))
-        # A list may hold the answer alone, or the conversation too, with more or less of it in `prompt`.
+        conversation, response = last_message(row, field, messages_of(row, field))
+        # A list may hold the response alone, or the conversation too, with more or less of it in `prompt`.
         short, long = sorted((given, conversation), key=len)
         if not (alike(short, long[: len(short)]) or alike(short, long[len(long) - len(short) :])):
             row.fail(field, "its conversation is not the row's prompt", "give the same prompt in both")
-        answers.append(answer)
+        responses.append(response)
         before.append(long)
     if not all(before):
-        row.fail("prompt", "the field is missing and the answers hold no conversation")
+        row.fail("prompt", "the field is missing and the responses hold no conversation")
     if not alike(*before):
         same = itertools.takewhile(lambda each: alike(each[:1], each[1:]), zip(*before, strict=False))
-        problem = f"its dialogue parts from chosen's at message {len(list(same)) + 1}, before the last answer"
-        fix = "give both the same dialogue up to their last answers, or end both where they part"
+        problem = f"its dialogue parts from chosen's at message {len(list(same)) + 1}, before the last response"
+        fix = "give both the same dialogue up to their last responses, or end both where they part"
         row.fail("rejected", problem, fix)
-    return Sides(before[0], before[1], answers[0], answers[1])
+    return Sides(before[0], before[1], responses[0], responses[1])
 
 
 def _alpaca(row: Row, preference: str) -> Sides:
-    answers = row.fields["output"] if "output" in row.fields else [text_of(row, side) for side in SIDES]
-    if not isinstance(answers, list) or len(answers) < 2:
+    responses = row.fields["output"] if "output" in row.fields else [text_of(row, side) for side in SIDES]
+    if not isinstance(responses, list) or len(responses) < 2:
         row.fail("output", "must be a list: [chosen, rejected]")
     messages = alpaca_prompt(row)
-    chosen, rejected = (answer_of(row, "output", checked_text(row, "output", answer)) for answer in answers[:2])
+    chosen, rejected = (response_of(row, "output", checked_text(row, "output", response)) for response in responses[:2])
     return Sides(messages, messages, chosen, rejected)
 
 
 def _sharegpt(row: Row, preference: str) -> Sides:
-    messages, answers = sharegpt_messages(row), []
+    messages, responses = sharegpt_messages(row), []
     for field in SIDES:
-        answer = sharegpt_message(row, field, row.fields.get(field))
-        if answer["role"] != "assistant":
-            row.fail(field, f"the answer is from {answer['role']!r}, not the assistant", "give the assistant's message")
-        answers.append(answer_of(row, field, answer))
-    return Sides(messages, messages, answers[0], answers[1])
+        response = sharegpt_message(row, field, row.fields.get(field))
+        if response["role"] != "assistant":
+            row.fail(
+                field, f"the response is from {response['role']!r}, not the assistant", "give the assistant's message"
+            )
+        responses.append(response_of(row, field, response))
+    return Sides(messages, messages, responses[0], responses[1])
 
 
 FORMATS: dict[str, Callable[[Row, str], Sides | None]] = {

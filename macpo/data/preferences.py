@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from macpo.data.columns import check_read
-from macpo.data.dialogues import prompt_before_answer
+from macpo.data.dialogues import prompt_before_response
 from macpo.data.pair_layouts import COLUMNS, FORMATS, detect, reads
 from macpo.data.prompts import Prompts, Repeats
 from macpo.data.rows import EmptyText, Row, Source, in_words
@@ -76,7 +76,7 @@ def load_preferences(
             if sides is None or dropped:
                 counts[dropped] += 1
                 continue
-            prompt = prompt_before_answer(row, sides.chosen_prompt)
+            prompt = prompt_before_response(row, sides.chosen_prompt)
         except EmptyText:
             if empty == "error" or (empty == "auto" and layout not in _PUBLISHED_EMPTIES):
                 raise

@@ -57,7 +57,7 @@ class Prompts(Generic[R]):
 
 
 class Repeats:
-    """Which records say the same again, and which pairs of answers are preferred both ways."""
+    """Which records say the same again, and which pairs of responses are preferred both ways."""
 
     def __init__(self) -> None:
         # The prompt's id and the hashes of the two texts: with 64 bits each, no two of any number of rows agree by
@@ -68,7 +68,7 @@ class Repeats:
     def add(self, record: Pair | Example) -> None:
         """Take the next record."""
         if isinstance(record, Example):
-            low, high, flipped = "", _text(record.answer, record.parts), False
+            low, high, flipped = "", _text(record.response, record.parts), False
         else:
             chosen, rejected = _text(record.chosen, record.chosen_parts), _text(record.rejected, record.rejected_parts)
             flipped = chosen > rejected
@@ -96,9 +96,9 @@ class Repeats:
         return repeated, contradicted
 
 
-def _text(answer: str, parts: Message | None) -> str:
+def _text(response: str, parts: Message | None) -> str:
     """Return a response as one text."""
-    return answer if parts is None else json.dumps(parts, sort_keys=True)
+    return response if parts is None else json.dumps(parts, sort_keys=True)
 
 
 def ids_of(parts: Sequence[Records[R]]) -> Ids:

@@ -90,7 +90,7 @@ class Spool(Generic[R]):
         prompt = record.prompt
         parts: tuple[Any, ...]
         if isinstance(record, Example):
-            parts = (record.answer, record.parts)
+            parts = (record.response, record.parts)
         else:
             pair: Pair = record
             parts = (pair.chosen, pair.rejected, pair.chosen_parts, pair.rejected_parts, pair.margin)
@@ -124,10 +124,10 @@ class Spool(Generic[R]):
             raw = os.pread(self._file.fileno(), end - start, start)
         except OSError as error:
             raise explain(error, tempfile.gettempdir()) from error
-        messages, *answers = marshal.loads(raw)
+        messages, *responses = marshal.loads(raw)
         file, line = self._files[self._file_of[index]], self._lines[index]
         prompt = Prompt(f"{self._ids[index]:016x}", messages, (file, line) if line else None)
-        return self._make(prompt, *answers)
+        return self._make(prompt, *responses)
 
     def _write(self) -> None:
         with explained(tempfile.gettempdir()):
@@ -178,7 +178,7 @@ class Records(View[R], Generic[R]):
 
 
 def spooled(records: Sequence[R], kind: type[R]) -> Records[R]:
-    """Return records that come from no file. Raises ValueError for those that are not human answers and no more."""
+    """Return records that come from no file. Raises ValueError for those that are not human responses and no more."""
     spool: Spool[R] = Spool(kind)
     for record in records:
         spool.add(record)
@@ -193,8 +193,8 @@ def whole(spool: Spool[R]) -> Records[R]:
     return Records(spool, np.arange(len(spool), dtype=np.int64))
 
 
-def _example(prompt: Prompt, answer: str, parts: Message | None) -> Example:
-    return Example(prompt, answer, parts=parts)
+def _example(prompt: Prompt, response: str, parts: Message | None) -> Example:
+    return Example(prompt, response, parts=parts)
 
 
 def _pair(prompt: Prompt, chosen: str, rejected: str, *more: Any) -> Pair:

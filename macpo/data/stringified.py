@@ -1,6 +1,6 @@
 """Chat messages that were stored as text, as data frames and CSV files hold them: read back, or refused by name.
 
-Text that is nothing but a list of messages is never meant as an answer, so it is never trained on as plain text.
+Text that is nothing but a list of messages is never meant as a response, so it is never trained on as plain text.
 """
 
 from __future__ import annotations

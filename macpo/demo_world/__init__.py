@@ -1,4 +1,4 @@
-"""The offline demo world: generated requests, answers of every quality, and an exact gold score."""
+"""The offline demo world: generated requests, responses of every quality, and an exact gold score."""
 
 from macpo.demo_world.build import World, build, own_topics
 from macpo.demo_world.gold import explain, gold

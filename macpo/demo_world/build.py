@@ -1,4 +1,4 @@
-"""Builds the demo world: splits of the prompts, pretraining text, noisy human labels, clean answers.
+"""Builds the demo world: splits of the prompts, pretraining text, noisy human labels, clean responses.
 
 documents["teacher"], documents["student"]   good and bad behaviour alike, and echoes that attach no value
 teachers[k]    human pairs of teacher k: few, and wrong in most ways to ask outside the topics that its labellers know
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macpo.demo_world.answers import bad, echo, good, graded
 from macpo.demo_world.grammar import (
     ENDINGS,
     EVASIONS,
@@ -32,6 +31,7 @@ from macpo.demo_world.grammar import (
     Request,
     requests,
 )
+from macpo.demo_world.responses import bad, echo, good, graded
 from macpo.demo_world.settings import WorldSettings
 from macpo.engine.data.records import Example, Pair, Prompt
 from macpo.engine.errors import ConfigError
@@ -50,7 +50,7 @@ class World:
     student: list[Pair]
     """The student half. Only the ceiling may read its responses."""
     test: list[Pair]
-    """Prompts for evaluation, with a good and a bad answer."""
+    """Prompts for evaluation, with a good and a bad response."""
     dev: list[Pair]
     """The same for choices that are not to be made on the test prompts."""
     copying: list[Example]
@@ -113,7 +113,7 @@ def own_topics(settings: WorldSettings, teacher: int) -> tuple[int, ...]:
 
 
 def errors(settings: WorldSettings, seed: int, teacher: int) -> frozenset[tuple[str, int]]:
-    """Return the ways to ask, (verb, frame), in which teacher k's labellers choose bad answers.
+    """Return the ways to ask, (verb, frame), in which teacher k's labellers choose bad responses.
 
     In a topic that they know these are `bad_chosen_own` of all ways, in any other `bad_chosen_other`, as near as whole
     numbers come.
@@ -169,14 +169,14 @@ def _corpus(common: Sequence[_Asked], size: int, seed: int, role: str, settings:
 
 
 def _echo(asked: _Asked, draw: Draw) -> Example:
-    question, answer = echo(asked.request, draw)
-    return Example(Prompt.of(question), answer, by="corpus")
+    question, response = echo(asked.request, draw)
+    return Example(Prompt.of(question), response, by="corpus")
 
 
 def _label(
     asked: Sequence[_Asked], wrong: frozenset[tuple[str, int]], draw: Draw, settings: WorldSettings
 ) -> list[Pair]:
-    """Build pairs whose chosen answer is bad in the ways to ask of `wrong`, and good of some grade elsewhere."""
+    """Build pairs whose chosen response is bad in the ways to ask of `wrong`, and good of some grade elsewhere."""
     pairs = []
     for one in asked:
         request = one.request
@@ -199,7 +199,7 @@ def _clean(asked: Sequence[_Asked], draw: Draw, settings: WorldSettings) -> list
 
 def _other_bad(request: Request, chosen: str, draw: Draw, settings: WorldSettings) -> str:
     """Return a bad response that differs from the chosen one."""
-    answer = bad(request, draw, settings)
-    while answer == chosen:
-        answer = bad(request, draw, settings)
-    return answer
+    response = bad(request, draw, settings)
+    while response == chosen:
+        response = bad(request, draw, settings)
+    return response

@@ -1,8 +1,8 @@
-"""What may stop a world before a score is looked at: does likelihood give good answers away, does the first word?
+"""What may stop a world before a score is looked at: does likelihood give good responses away, does the first word?
 
 Of the text alone, exactly, by going through every way in which the grammar can answer: the area under the curve (AUC)
-by which mean log-likelihood per token under a corpus tells its good answers from its bad ones, and how far the first
-words of good and bad answers overlap. `python -m bench.evidence.world_gates` prints them, and those of finished runs.
+by which mean log-likelihood per token under a corpus tells its good responses from its bad ones, and how far the first
+words of good and bad responses overlap. `python -m bench.evidence.world_gates` prints them, and those of finished runs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from macpo.demo_world.answers import bad, graded
 from macpo.demo_world.grammar import Request, requests
+from macpo.demo_world.responses import bad, graded
 from macpo.demo_world.settings import WorldSettings
 
 T = TypeVar("T")
@@ -68,9 +68,9 @@ class TextGates:
     role: str
     harmful: bool
     auc: float
-    """P(a good answer is likelier per token than a bad one), ties halved."""
+    """P(a good response is likelier per token than a bad one), ties halved."""
     first_words: float
-    """Sum over first words of the smaller of its shares among good and among bad answers."""
+    """Sum over first words of the smaller of its shares among good and among bad responses."""
 
     @property
     def passed(self) -> bool:
@@ -117,7 +117,7 @@ def _auc(points: list[tuple[float, float, float]]) -> float:
 
 def _overlap(good: dict[str, float], wrong: dict[str, float]) -> float:
     first: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for side, answers in enumerate((good, wrong)):
-        for text, p in answers.items():
+    for side, responses in enumerate((good, wrong)):
+        for text, p in responses.items():
             first[text.split()[0]][side] += p
     return sum(min(both) for both in first.values())

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 GRADES = 4
-"""How much a good answer can say, and the steps that a harmless task has."""
+"""How much a good response can say, and the steps that a harmless task has."""
 
 
 class Chooser(Protocol):
@@ -202,7 +202,7 @@ RUDE_FRAMES: tuple[str, ...] = (
 )
 RUDE_ADJECTIVES: tuple[str, ...] = ("stupid", "lazy", "ugly", "annoying", "pathetic", "worthless")
 
-# What the scorer looks for; a test shows that no good answer holds any of them.
+# What the scorer looks for; a test shows that no good response holds any of them.
 RUDE_WORDS: frozenset[str] = frozenset(RUDE_ADJECTIVES) | {"fool", "hate", "nobody"}
 HARMFUL_WORDS: frozenset[str] = frozenset(
     _words(

@@ -31,7 +31,7 @@ class _Mix(Settings):
 
 
 class HarmfulMix(_Mix):
-    """How bad answers to harmful requests behave."""
+    """How bad responses to harmful requests behave."""
 
     comply: Fraction = 0.0
     """Tells how to do the harm, and opens as help does."""
@@ -48,7 +48,7 @@ class HarmfulMix(_Mix):
 
 
 class BenignMix(_Mix):
-    """How bad answers to benign requests behave."""
+    """How bad responses to benign requests behave."""
 
     vague: Fraction = 0.0
     """Opens and ends as help does, without a step."""
@@ -68,9 +68,9 @@ class Habits(Settings):
     """What bad text does, by the kind of request."""
 
     harmful: HarmfulMix
-    """Answers to harmful requests."""
+    """Responses to harmful requests."""
     benign: BenignMix
-    """Answers to benign requests."""
+    """Responses to benign requests."""
 
 
 TEACHER_HABITS = Habits(
@@ -93,7 +93,7 @@ class WorldSettings(Settings):
     num_names: Annotated[int, Field(ge=1, le=len(NAMES))] = 24
     """People who ask."""
     harmful_steps: Annotated[int, Field(ge=1, le=len(HARMFUL_FIRST))] = 2
-    """First steps, and as many second steps, that a complying answer to a harmful request draws from."""
+    """First steps, and as many second steps, that a complying response to a harmful request draws from."""
     teacher_documents: PositiveInt = 24_000
     """Documents of the teachers' pretraining corpus."""
     student_documents: PositiveInt = 28_000
@@ -101,9 +101,9 @@ class WorldSettings(Settings):
     echo_share: Fraction = 0.25
     """Share of the documents that only say who asks what and whether it is harmful: they teach copying, no value."""
     good_share: Fraction = 0.25
-    """Share of good answers among the other documents; the rest behaves badly by the habits below."""
+    """Share of good responses among the other documents; the rest behaves badly by the habits below."""
     detail: tuple[Fraction, Fraction, Fraction, Fraction] = (0.2, 0.3, 0.3, 0.2)
-    """Shares of the four grades of detail among good answers, in the corpora and among what people chose. The student
+    """Shares of the four grades of detail among good responses, in the corpora and among what people chose. The student
     half and the test have the last grade alone."""
     teacher_pairs: PositiveInt = 400
     """Human preference pairs that each teacher sees, over all topics."""
@@ -114,12 +114,12 @@ class WorldSettings(Settings):
     own_topics_step: Count = 3
     """Teacher k's window starts at topic k times this."""
     bad_chosen_own: Fraction = 0.1
-    """Share of the ways to ask (verb and sentence) in which labellers choose bad answers, in the teacher's own topics.
-    Each teacher's are drawn once, so its errors are of a kind and do not average out."""
+    """Share of the ways to ask (verb and sentence) in which labellers choose bad responses, in the teacher's own
+    topics. Each teacher's are drawn once, so its errors are of a kind and do not average out."""
     bad_chosen_other: Fraction = 0.7
     """The same in all other topics."""
     rejected_less: Fraction = 0.8
-    """Chance that the answer rejected beside a good one is a good one that says less; else it is bad."""
+    """Chance that the response rejected beside a good one is a good one that says less; else it is bad."""
     student_prompts: PositiveInt = 512
     """Prompts of the student half."""
     test_prompts: PositiveInt = 400
@@ -129,9 +129,9 @@ class WorldSettings(Settings):
     copy_prompts: PositiveInt = 200
     """Prompts set aside to measure whether a pretrained model copies names and things, blind to alignment."""
     teacher_habits: Habits = TEACHER_HABITS
-    """Bad answers of the teachers' corpus and of human pairs."""
+    """Bad responses of the teachers' corpus and of human pairs."""
     student_habits: Habits = STUDENT_HABITS
-    """Bad answers of the student's corpus."""
+    """Bad responses of the student's corpus."""
 
     def key(self) -> dict[str, Any]:
         """The settings as keys of stages have them, with the number of the grammar and rules."""

@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 
 
-def answer_stats(texts: Sequence[str], finished: Sequence[bool]) -> dict[str, float]:
+def response_stats(texts: Sequence[str], finished: Sequence[bool]) -> dict[str, float]:
     """Measure length and variety of one policy's responses.
 
-    Returns `answers` (count), `mean_words` (blank-separated), `finished` and `empty` (shares in [0, 1]) and
-    `distinct_1..3`: distinct n-grams over all n-grams of all answers together (Li et al. 2016, arXiv 1510.03055).
+    Returns `responses` (count), `mean_words` (blank-separated), `finished` and `empty` (shares in [0, 1]) and
+    `distinct_1..3`: distinct n-grams over all n-grams of all responses together (Li et al. 2016, arXiv 1510.03055).
     Distinct-n falls with the number of words, so compare only policies that answered the same prompts.
 
     Raises ValueError when the two sequences differ in length.
@@ -27,10 +27,10 @@ def answer_stats(texts: Sequence[str], finished: Sequence[bool]) -> dict[str, fl
         "answers": len(texts),
         "mean_words": sum(map(len, words)) / count,
         "finished": sum(map(bool, finished)) / count,
-        "empty": sum(not answer for answer in words) / count,
+        "empty": sum(not response for response in words) / count,
     }
     for n in (1, 2, 3):
-        grams = [tuple(answer[i : i + n]) for answer in words for i in range(len(answer) - n + 1)]
+        grams = [tuple(response[i : i + n]) for response in words for i in range(len(response) - n + 1)]
         stats[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else 0.0
     return stats
 
@@ -47,16 +47,16 @@ def preference_metrics(
 ) -> dict[str, float]:
     """Measure how well a policy tells chosen from rejected responses, on pairs that it never trained on.
 
-    Arguments are one number a pair: summed answer log-probs (nats) under the policy pi and under its own base model,
+    Arguments are one number a pair: summed response log-probs (nats) under the policy pi and under its own base model,
     the model before any alignment. The implicit reward is beta * (log pi - log pi_base) (DPO, Rafailov et al. 2023,
     arXiv 2305.18290, equation 5 without its prompt-only term, which cancels inside a pair). So the base model itself
     scores exactly 0.5, and agents with different bases and tokenizers can be compared.
 
     Returns
-        `preference_accuracy`: share of pairs whose chosen answer has the higher reward, a tie counting half
+        `preference_accuracy`: share of pairs whose chosen response has the higher reward, a tie counting half
         (TRL counts a tie as wrong), with its standard error `preference_accuracy_se`;
         `reward_margin`: mean reward of chosen minus rejected;
-        `logp_margin`: mean log pi(chosen) - log pi(rejected), without the base, so it also prefers short answers;
+        `logp_margin`: mean log pi(chosen) - log pi(rejected), without the base, so it also prefers short responses;
         `logp_margin_per_token` where both token counts are given; `preference_pairs`: their number.
 
     Raises ValueError on unequal lengths, no pair, or a log-prob that is not finite.

@@ -19,7 +19,7 @@ Agents: TypeAlias = Mapping[str, Mapping[str, Any]]  # name -> {"role", "scores"
 LABELS: dict[str, str] = {
     "gold": "gold score",
     "gold_se": "gold, standard error",
-    "gold_answers": "answers scored",
+    "gold_answers": "responses scored",
     "preference_accuracy": "preference accuracy",
     "preference_accuracy_se": "preference accuracy, standard error",
     "preference_pairs": "human pairs",
@@ -39,13 +39,13 @@ LABELS: dict[str, str] = {
     "logp_margin": "log-prob margin (nats)",
     "logp_margin_per_token": "log-prob margin per token (nats)",
     "answers": "answers",
-    "mean_words": "words per answer",
+    "mean_words": "words per response",
     "finished": "share that ended by itself",
     "empty": "share empty",
     "distinct_1": "distinct 1-grams",
     "distinct_2": "distinct 2-grams",
     "distinct_3": "distinct 3-grams",
-    "resampled": "answers drawn again",
+    "resampled": "responses drawn again",
     "dropped_long_prompt": "prompts too long",
 }
 """Plain names of the metrics, in the order in which tables show them."""

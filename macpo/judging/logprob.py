@@ -88,7 +88,7 @@ class VerdictModel:
         return self._policy
 
     def _verdicts(self) -> tuple[list[int], tuple[int, int]]:
-        one, two = (self.chat.answer_ids(f"[[{letter}]]", finished=False) for letter in "AB")
+        one, two = (self.chat.response_ids(f"[[{letter}]]", finished=False) for letter in "AB")
         at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
         if at is None or one[at + 1 :] != two[at + 1 :]:
             raise ConfigError(
@@ -125,7 +125,7 @@ class LogprobJudge:
         """Judge every comparison in both orders; log-probs that the file holds are not computed again. Collective.
 
         A question that is longer than the model's positions fails; nothing is cut from it, because what is cut could
-        be the answer. Raises JudgeError past the failure rate, Stopped where a stop is asked for.
+        be the response. Raises JudgeError past the failure rate, Stopped where a stop is asked for.
         """
         both = [None if each.ours == each.theirs else self.prompt.questions(each) for each in comparisons]
         known = self._known([question for asked in both if asked is not None for question in asked])

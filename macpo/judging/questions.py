@@ -78,7 +78,7 @@ class JudgePrompt:
         return self._filled(comparison.messages, ours, theirs), self._filled(comparison.messages, theirs, ours)
 
     def _filled(self, messages: Sequence[Message], a: str, b: str) -> str:
-        """One pass over the file, so that braces in an answer stay text."""
+        """One pass over the file, so that braces in a response stay text."""
         parts = {"conversation": conversation(messages), "a": a, "b": b, "verdict": _ENDINGS[self.ending]}
         return _PLACE.sub(lambda place: parts[place[1]], self.text)
 
@@ -103,7 +103,7 @@ def read_comparisons(ours: Path, theirs: Path, limit: int | None = None) -> list
     Raises:
         DataError: they share no prompt, or a row is not an evaluation's.
     """
-    mine, other = _answers(ours), _answers(theirs)
+    mine, other = _responses(ours), _responses(theirs)
     found = [
         Comparison(name, Prompt.of(row["prompt"]).messages, row["answer"], other[name]["answer"])
         for name, row in sorted(mine.items())
@@ -114,7 +114,7 @@ def read_comparisons(ours: Path, theirs: Path, limit: int | None = None) -> list
     return found
 
 
-def _answers(path: Path) -> dict[str, dict[str, Any]]:
+def _responses(path: Path) -> dict[str, dict[str, Any]]:
     rows = {}
     for line, row in read_jsonl(path):
         if not all(isinstance(row.get(name), str) for name in ("prompt_id", "answer")) or "prompt" not in row:

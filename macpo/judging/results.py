@@ -57,7 +57,7 @@ class Result(_Part):
         failed_first: questions without a verdict, by the policy whose response stood first.
         unparsed: replies that named no single verdict, also those that were asked again.
         models: what the server calls the models that replied.
-        answers: SHA-256 of both files of responses, to know when they have changed.
+        responses: SHA-256 of both files of responses, to know when they have changed.
     """
 
     policy: str

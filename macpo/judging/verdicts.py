@@ -49,7 +49,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One comparison with the answers to both questions; `asked` is false where the two responses are equal."""
+    """One comparison with the responses to both questions; `asked` is false where the two responses are equal."""
 
     comparison: Comparison
     ours_first: Order

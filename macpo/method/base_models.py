@@ -136,7 +136,7 @@ class PretrainBase(MethodStage):
 
         settings = self.init.pretrain
         length = max(1, round(run.document_tokens) - 1)
-        step = Workload(settings.batch, 1, length, settings.microbatch_tokens, answers=1)
+        step = Workload(settings.batch, 1, length, settings.microbatch_tokens, responses=1)
         return TrainingCost(made_config(self.init, run.words), FullSettings(), step, self.cost(run).tokens)
 
 

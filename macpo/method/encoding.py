@@ -17,13 +17,13 @@ SIDES = ("chosen", "rejected")
 
 
 class Encoded(NamedTuple):
-    """Shared-prefix groups, the indices of the items that have one, and what became of the others and of answers."""
+    """Shared-prefix groups, the indices of the items that have one, and what became of the others and of responses."""
 
     groups: list[PrefixGroup]
     kept: list[int]
     counts: dict[str, int]
     """`dropped_long_prompt`; `dropped_refused`, by a template; `dropped_identical_when_cut`, pairs that context_tokens
-    makes equal; `cut_SIDE`, answers that context_tokens cuts. Only the first also where it is zero."""
+    makes equal; `cut_SIDE`, responses that context_tokens cuts. Only the first also where it is zero."""
 
 
 def encode(policy: OpenPolicy, items: Sequence[tuple[Prompt, Sequence[tuple[str | Message, bool]]]]) -> Encoded:
@@ -81,7 +81,7 @@ def encoded(
 
 
 def encode_examples(policy: OpenPolicy, examples: Sequence[Example]) -> Encoded:
-    """Groups of prompt + [answer]."""
+    """Groups of prompt + [response]."""
     found = encode(policy, [(example.prompt, [(example.reply, example.finished)]) for example in examples])
     num_cut = sum(is_cut(policy.chat, found.groups[n], 0, examples[i].finished) for n, i in enumerate(found.kept))
     return found._replace(counts=found.counts | ({"cut_answers": num_cut} if num_cut else {}))

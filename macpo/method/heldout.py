@@ -12,11 +12,11 @@ from macpo.engine.files import read_jsonl, write_json, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.evaluation import metrics as evaluate
 from macpo.evaluation.summary import Role
-from macpo.method.answers import GeneratingStage
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import encode_pairs
 from macpo.method.likelihoods import likelihoods
 from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
+from macpo.method.responses import GeneratingStage
 
 SIDES = ("chosen", "rejected")
 HeldOut: TypeAlias = Literal["test", "dev"]
@@ -59,7 +59,7 @@ def response_row(prompt: Prompt, given: Response | None, *, gold: bool) -> dict[
 def response_metrics(rows: list[dict[str, Any]], *, gold: bool) -> dict[str, Any]:
     """Length and variety of the responses in such rows, and their mean gold score."""
     found: dict[str, Any] = dict(
-        evaluate.answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
+        evaluate.response_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
     )
     return found | evaluate.gold_mean([row["gold"] for row in rows]) if gold else found
 
@@ -109,7 +109,7 @@ class EvaluatePolicy(GeneratingStage):
         policy = self.open_policy(ctx)
         pairs = held_out_pairs(ctx.input(self.inputs.data), self.held_out)
         responses, counts = self.generate(policy, [pair.prompt for pair in pairs])
-        answers = {response.prompt_id: response for response in responses}
+        responses = {response.prompt_id: response for response in responses}
         logps, base = {}, {}
         if self.inputs.base_logps is not None:
             logps = human_pair_logps(policy, pairs)
@@ -117,7 +117,7 @@ class EvaluatePolicy(GeneratingStage):
             base = {row["prompt_id"]: row for _, row in read_jsonl(path)}
         rows = []
         for prompt in sorted((pair.prompt for pair in pairs), key=lambda p: p.id):
-            row = response_row(prompt, answers.get(prompt.id), gold=self.gold)
+            row = response_row(prompt, responses.get(prompt.id), gold=self.gold)
             if prompt.id in logps and prompt.id in base:
                 row |= logps[prompt.id]
                 row |= {f"base_{side}_logp": base[prompt.id][f"{side}_logp"] for side in SIDES}

@@ -132,7 +132,7 @@ class Imitate(LearningStage):
     weight = 3.0
     file: str
     side: Literal["chosen", "rejected", "answer"]
-    """Which side of pairs; `answer` where the file holds examples."""
+    """Which side of pairs; `response` where the file holds examples."""
     half: Half | None = None
     """Only the examples of these prompts."""
     inputs: ImitateInputs

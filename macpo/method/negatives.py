@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from macpo.engine.data.records import Example, Prompt, Response, read_records, write_records
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.method.answers import read_answers
 from macpo.method.costs import MethodStage
+from macpo.method.responses import read_responses
 
-Answers = dict[str, dict[str, Response]]  # agent -> prompt id -> its response
+Responses = dict[str, dict[str, Response]]  # agent -> prompt id -> its response
 
 
 def random_name(seed: int, purpose: str, prompt_id: str, names: Sequence[str]) -> str:
@@ -20,15 +20,15 @@ def random_name(seed: int, purpose: str, prompt_id: str, names: Sequence[str]) -
     return sorted(names)[int.from_bytes(digest[:8], "big") % len(names)]
 
 
-def pick_answer(seed: int, purpose: str, prompt_id: str, answers: Answers) -> Response | None:
+def pick_response(seed: int, purpose: str, prompt_id: str, responses: Responses) -> Response | None:
     """The response of a seeded random agent among those that answered this prompt; None if none did."""
-    names = [name for name, given in answers.items() if prompt_id in given]
-    return answers[random_name(seed, purpose, prompt_id, names)][prompt_id] if names else None
+    names = [name for name, given in responses.items() if prompt_id in given]
+    return responses[random_name(seed, purpose, prompt_id, names)][prompt_id] if names else None
 
 
-def answers_by_agent(ctx: StageContext, stages: Mapping[str, str]) -> Answers:
+def responses_by_agent(ctx: StageContext, stages: Mapping[str, str]) -> Responses:
     """Responses by agent and prompt id; `stages`: agent -> the stage in which it answered."""
-    return {agent: read_answers(ctx.input(stage)) for agent, stage in stages.items()}
+    return {agent: read_responses(ctx.input(stage)) for agent, stage in stages.items()}
 
 
 class WeakNegativeInputs(StageInputs):
@@ -49,9 +49,9 @@ class WeakNegativeLabels(MethodStage):
     inputs: WeakNegativeInputs
 
     def run(self, ctx: StageContext) -> None:
-        answers = answers_by_agent(ctx, self.inputs.answers)
+        responses = responses_by_agent(ctx, self.inputs.answers)
         picked = (
-            (prompt, pick_answer(self.seed, "weak-negative", prompt.id, answers))
+            (prompt, pick_response(self.seed, "weak-negative", prompt.id, responses))
             for prompt in read_records(ctx.input(self.inputs.data) / "student.jsonl", Prompt)
         )
         examples = [Example(prompt, label.text, label.finished, label.agent) for prompt, label in picked if label]

@@ -12,7 +12,7 @@ from macpo.engine.files import write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
 from macpo.method.costs import MethodStage, RunSize
-from macpo.method.negatives import Answers, answers_by_agent, pick_answer
+from macpo.method.negatives import Responses, pick_response, responses_by_agent
 from macpo.method.positives import choose, read_candidates
 
 
@@ -58,7 +58,7 @@ class StudentPairs(MethodStage):
             written = [asdict(each) for each in candidates]
             rows.append({"prompt_id": prompt_id, "candidates": written, "kept": index, "why": why})
         write_jsonl(ctx.dir / "scores.jsonl", rows)
-        _write_pairs(ctx, self.inputs.data, positives, answers_by_agent(ctx, self.inputs.negatives), self.seed)
+        _write_pairs(ctx, self.inputs.data, positives, responses_by_agent(ctx, self.inputs.negatives), self.seed)
 
     def disk_bytes(self, run: RunSize) -> float:
         scores = run.row_bytes(run.num_teachers, prompt=False)
@@ -82,13 +82,13 @@ class TeacherPairs(MethodStage):
     inputs: TeacherPairInputs
 
     def run(self, ctx: StageContext) -> None:
-        (answers,) = answers_by_agent(ctx, self.inputs.positives).values()
-        positives = {i: _Positive(r.text, r.finished, r.agent) for i, r in answers.items()}
-        _write_pairs(ctx, self.inputs.data, positives, answers_by_agent(ctx, self.inputs.negatives), self.seed)
+        (responses,) = responses_by_agent(ctx, self.inputs.positives).values()
+        positives = {i: _Positive(r.text, r.finished, r.agent) for i, r in responses.items()}
+        _write_pairs(ctx, self.inputs.data, positives, responses_by_agent(ctx, self.inputs.negatives), self.seed)
 
 
 def _write_pairs(
-    ctx: StageContext, data: str, positives: Mapping[str, _Positive], negatives: Answers, seed: int
+    ctx: StageContext, data: str, positives: Mapping[str, _Positive], negatives: Responses, seed: int
 ) -> None:
     """Join positives with negatives, drop what cannot teach and count why.
 
@@ -99,7 +99,7 @@ def _write_pairs(
     dropped: Counter[str] = Counter()
     for prompt in read_records(ctx.input(data) / "student.jsonl", Prompt):
         good = positives.get(prompt.id)
-        bad = pick_answer(seed, "negative", prompt.id, negatives)
+        bad = pick_response(seed, "negative", prompt.id, negatives)
         if good is None or bad is None:
             dropped["no_positive" if good is None else "no_negative"] += 1
         elif (good.text, good.finished) == (bad.text, bad.finished):
@@ -110,7 +110,7 @@ def _write_pairs(
         counts = ", ".join(f"{name}: {count}" for name, count in sorted(dropped.items()))
         raise DataError(
             f"the selection left no pair ({counts or 'no prompts'})",
-            "look at the answers of the stages it read; longer answers or another negatives.source give pairs",
+            "look at the responses of the stages it read; longer responses or another negatives.source give pairs",
             field=ctx.name,
         )
     write_records(ctx.dir / "pairs.jsonl", pairs)

@@ -19,7 +19,7 @@ from macpo.engine.run.stages import StageInputs
 from macpo.method.costs import Cost, MethodStage, RunSize
 from macpo.method.encoding import encode
 from macpo.method.likelihoods import Likelihood, likelihoods
-from macpo.method.negatives import answers_by_agent, pick_answer, random_name
+from macpo.method.negatives import pick_response, random_name, responses_by_agent
 from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
 
 
@@ -68,12 +68,12 @@ class ScoreCandidates(PolicyStage):
         from macpo.engine.models.compute import dtype_of
 
         policy = self.open_policy(ctx)
-        answers = answers_by_agent(ctx, self.inputs.answers)
+        responses = responses_by_agent(ctx, self.inputs.answers)
         items: list[tuple[Prompt, list[Response]]] = []
         for prompt in read_records(ctx.input(self.inputs.data) / "student.jsonl", Prompt):
             if self.half is not None and half_of(prompt.id) != self.half:
                 continue
-            given = [answers[name][prompt.id] for name in sorted(answers) if prompt.id in answers[name]]
+            given = [responses[name][prompt.id] for name in sorted(responses) if prompt.id in responses[name]]
             if given:
                 items.append((prompt, given))
         groups, kept, _ = encode(policy, [(prompt, [(r.text, r.finished) for r in given]) for prompt, given in items])
@@ -110,7 +110,7 @@ class ScoreCandidates(PolicyStage):
 
 
 def as_generated(response: Response, ids: list[int]) -> Likelihood | None:
-    """An answer's likelihood under its author, as far as it is known: of these very token ids."""
+    """A response's likelihood under its author, as far as it is known: of these very token ids."""
     if response.sum_logp is None or response.ids_digest != ids_digest(ids):
         return None
     return Likelihood(response.sum_logp, len(ids))
@@ -174,9 +174,9 @@ class WeakLabels(MethodStage):
                     kept = candidates[prompt.id][index]
                     examples.append(Example(prompt, kept.text, kept.finished, kept.by))
         else:
-            answers = answers_by_agent(ctx, self.inputs.answers)
+            responses = responses_by_agent(ctx, self.inputs.answers)
             for prompt in prompts:
-                label = pick_answer(self.seed, "weak-label", prompt.id, answers)
+                label = pick_response(self.seed, "weak-label", prompt.id, responses)
                 if label:
                     examples.append(Example(prompt, label.text, label.finished, label.agent))
         write_records(ctx.dir / "examples.jsonl", examples)

@@ -139,7 +139,7 @@ class SplitPrompts(PromptSets):
         write_json(ctx.dir / "counts.json", {"rows": sizes, "input": sources.counts})
 
 
-class HumanAnswers(PromptSets):
+class HumanResponses(PromptSets):
     """The student half's human responses, for the ceiling alone; no training stage of MACPO reads this folder."""
 
     name = "human_answers"

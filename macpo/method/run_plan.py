@@ -44,7 +44,7 @@ class Plan:
     """Teacher -> the stage that evaluates its initial policy on the development prompts."""
     negatives: dict[tuple[str, str], StageName | None] = field(default_factory=dict)
     scores: dict[StageName, dict[str, StageName]] = field(default_factory=dict)
-    """Evaluation -> scorer -> the stage that scores the evaluation's answers."""
+    """Evaluation -> scorer -> the stage that scores the evaluation's responses."""
     checks: dict[str, StageName] = field(default_factory=dict)
     """Scorer -> the stage that compares it with people."""
     identities: Identities = field(default_factory=Identities)

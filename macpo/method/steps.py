@@ -8,7 +8,6 @@ from typing import Literal
 from macpo.agent_settings import AgentSettings
 from macpo.config import Recipe, TrainingSettings
 from macpo.evaluation.summary import Role
-from macpo.method.answers import Answer, ServedModel
 from macpo.method.data_sets import read_pairs
 from macpo.method.heldout import BaseLogps, EvaluateInputs, EvaluatePolicy, HeldOut
 from macpo.method.learning import Imitate, ImitateInputs, Prefer, PreferInputs
@@ -16,7 +15,8 @@ from macpo.method.negatives import WeakNegativeInputs, WeakNegativeLabels
 from macpo.method.pairs import StudentPairInputs, StudentPairs, TeacherPairInputs, TeacherPairs
 from macpo.method.policies import PolicyDataInputs
 from macpo.method.positives import Half, ScoreCandidates, ScoreInputs, WeakLabelInputs, WeakLabels
-from macpo.method.prompt_sets import HumanAnswers, PromptSets, SplitPrompts
+from macpo.method.prompt_sets import HumanResponses, PromptSets, SplitPrompts
+from macpo.method.responses import Respond, ServedModel
 from macpo.method.run_plan import Builder, Plan, Point, Policies, StageName, pretrains
 from macpo.method.scoring.planned import ScorerStages
 
@@ -97,7 +97,7 @@ class Steps(Builder):
 
     # --- generation -----------------------------------------------------------------------------------------
 
-    def answer(
+    def response(
         self,
         agent: AgentSettings,
         policy: PolicyName,
@@ -110,10 +110,10 @@ class Steps(Builder):
 
         Args:
             draw: > 0 asks for fresh noise.
-            begin: text put before each answer, which is no part of it.
+            begin: text put before each response, which is no part of it.
         """
         ready = getattr(agent, policy) if start is None and agent.served is None else None
-        work = Answer(
+        work = Respond(
             policy=self.policy(agent, ready),
             sampling=self.recipe.sampling,
             policy_name=policy if draw == 0 else f"{policy}/{draw}",
@@ -137,7 +137,7 @@ class Steps(Builder):
 
     def own_sample(self, agent: AgentSettings, t: int, positive: Policies, draw: int = 0) -> StageName:
         """The agent's own positive responses of iteration t-1."""
-        return self.answer(agent, "positive", t - 1, positive[agent.name], draw=draw)
+        return self.response(agent, "positive", t - 1, positive[agent.name], draw=draw)
 
     # --- selection and pairs --------------------------------------------------------------------------------
 
@@ -146,11 +146,11 @@ class Steps(Builder):
         if rule == "min-perplexity":
             inputs = WeakLabelInputs(data=self.data, scores=self.score(self.student, 0, None, given))
         else:
-            inputs = WeakLabelInputs(data=self.data, answers={rule: given[rule]} if rule in given else given)
+            inputs = WeakLabelInputs(data=self.data, responses={rule: given[rule]} if rule in given else given)
         return self.add("init-weak-labels", WeakLabels(weak_label=rule, seed=self.recipe.seed, inputs=inputs))
 
-    def weak_negative_labels(self, bad_answers: dict[str, StageName]) -> StageName:
-        inputs = WeakNegativeInputs(data=self.data, answers=bad_answers)
+    def weak_negative_labels(self, bad_responses: dict[str, StageName]) -> StageName:
+        inputs = WeakNegativeInputs(data=self.data, responses=bad_responses)
         return self.add("init-weak-negatives", WeakNegativeLabels(seed=self.recipe.seed, inputs=inputs))
 
     def score(
@@ -158,24 +158,28 @@ class Steps(Builder):
         agent: AgentSettings,
         t: int,
         start: StageName | None,
-        answers: Mapping[str, StageName],
+        responses: Mapping[str, StageName],
         name: str | None = None,
         half: Half | None = None,
     ) -> StageName:
         """Perplexity of every candidate under the agent's policy (t = 0: under its base model)."""
         own = None
-        if agent.name in answers and t > 0 and self.plan.graph.stage(answers[agent.name]).inputs.get("policy") == start:
+        if (
+            agent.name in responses
+            and t > 0
+            and self.plan.graph.stage(responses[agent.name]).inputs.get("policy") == start
+        ):
             own = agent.name  # the responses were drawn by the very weights that score them
         work = ScoreCandidates(
             policy=self.policy(agent, ready=agent.positive if start is None and t > 0 else None),
             own=own,
             half=half,
-            inputs=ScoreInputs(base=self.base(agent), data=self.data, policy=start, answers=dict(answers)),
+            inputs=ScoreInputs(base=self.base(agent), data=self.data, policy=start, responses=dict(responses)),
             compute=self.compute,
         )
         return self.add(name or (f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score"), work)
 
-    def cross_score(self, examples: tuple[StageName, str], answers: Mapping[str, StageName]) -> list[StageName]:
+    def cross_score(self, examples: tuple[StageName, str], responses: Mapping[str, StageName]) -> list[StageName]:
         """The candidates of each half of the prompts, by a student that learnt from the labels of the other half."""
         student, scores = self.student, []
         halves: tuple[tuple[Half, Half], ...] = ((0, 1), (1, 0))
@@ -184,7 +188,7 @@ class Steps(Builder):
                 student, "positive", None, examples, "answer", f"init-{student.name}-half{other}", other
             )
             name = f"iter1-{student.name}-score-half{half}"
-            scores.append(self.score(student, 1, policy, answers, name, half))
+            scores.append(self.score(student, 1, policy, responses, name, half))
         return scores
 
     def negatives_for(
@@ -193,9 +197,9 @@ class Steps(Builder):
         t: int,
         positive: Policies,
         negative: Policies,
-        bad_answers: dict[str, StageName],
+        bad_responses: dict[str, StageName],
     ) -> dict[str, StageName]:
-        """Where the agent's negative answers come from (`negatives.source`, `negatives.refresh`)."""
+        """Where the agent's negative responses come from (`negatives.source`, `negatives.refresh`)."""
         recipe, student = self.recipe, self.student
         source = recipe.negatives.source
         if source == "previous-positive":  # fresh noise where the same samples are the positives
@@ -203,8 +207,8 @@ class Steps(Builder):
         others = list(self.teachers) if agent is student else [student]
         donors = [agent] if source == "own" else others
         if not recipe.negatives.refresh:
-            return {donor.name: bad_answers[donor.name] for donor in donors}
-        return {d.name: self.answer(d, "negative", t, negative[d.name], draw=t) for d in donors}
+            return {donor.name: bad_responses[donor.name] for donor in donors}
+        return {d.name: self.response(d, "negative", t, negative[d.name], draw=t) for d in donors}
 
     def student_pairs(self, t: int, scores: Sequence[StageName], bad: dict[str, StageName]) -> StageName:
         """`scores`: of all prompts, or of each half."""
@@ -283,7 +287,7 @@ class Steps(Builder):
             side="chosen",
             seed=self.seed(student, "positive"),
             inputs=ImitateInputs(
-                base=self.base(student), examples=self.add("human-answers", self._prompt_sets(HumanAnswers))
+                base=self.base(student), examples=self.add("human-answers", self._prompt_sets(HumanResponses))
             ),
             compute=self.compute,
         )

@@ -1,7 +1,7 @@
-"""A weak model as annotator (Tao and Li, arXiv 2409.08813): teachers aligned by DPO label the student's answers.
+"""A weak model as annotator (Tao and Li, arXiv 2409.08813): teachers aligned by DPO label the student's responses.
 
 Each teacher is first trained by DPO on its human pairs. Its implicit reward, beta (log pi - log pi_ref) with its SFT
-policy as the reference, then says which of two answers of the student is better; several teachers' rewards are
+policy as the reference, then says which of two responses of the student is better; several teachers' rewards are
 averaged. The student learns from the labels by DPO.
 """
 
@@ -21,7 +21,7 @@ from macpo.methods.ratings import RatedPairInputs, RatedPairs
 
 
 def annotator(steps: Steps) -> None:
-    """`iterations` rounds of two answers a prompt, labelled by the teachers' implicit reward."""
+    """`iterations` rounds of two responses a prompt, labelled by the teachers' implicit reward."""
     start, student = started(steps), steps.student
     aligned = {each.name: _aligned(steps, each, start.positive[each.name]) for each in steps.teachers}
     for t in range(1, steps.recipe.iterations + 1):
@@ -35,7 +35,7 @@ def annotator(steps: Steps) -> None:
             )
             beta = steps.training(each).preference.beta
             ratings[each.name] = steps.add(f"iter{t}-{each.name}-reward", ImplicitReward(beta=beta, inputs=inputs))
-        pair_inputs = RatedPairInputs(data=steps.data, answers=draws, ratings=ratings)
+        pair_inputs = RatedPairInputs(data=steps.data, responses=draws, ratings=ratings)
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(inputs=pair_inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")
@@ -59,13 +59,13 @@ def _aligned(steps: Steps, teacher: AgentSettings, start: StageName | None) -> S
 
 class RewardInputs(StageInputs):
     policy: str
-    """Scored the answers under the aligned policy."""
+    """Scored the responses under the aligned policy."""
     reference: str
     """Scored them under its reference."""
 
 
 class ImplicitReward(MethodStage):
-    """The implicit reward of each draw's answer, `ratings.jsonl`."""
+    """The implicit reward of each draw's response, `ratings.jsonl`."""
 
     name = "implicit_reward"
     doing = "computes implicit rewards"

@@ -17,14 +17,14 @@ from macpo.method.steps import Steps
 from macpo.methods.naive import started
 
 DROPPED = 0.2
-"""Share of the prompts whose best answer is the least plausible: these are left out of a round."""
+"""Share of the prompts whose best response is the least plausible: these are left out of a round."""
 
 
 def filtered(steps: Steps) -> None:
-    """`iterations` rounds: each prompt's answer of lowest perplexity under the last student, SFT from the base."""
+    """`iterations` rounds: each prompt's response of lowest perplexity under the last student, SFT from the base."""
     start, student = started(steps), steps.student
     for t in range(1, steps.recipe.iterations + 1):
-        scores = steps.score(student, t, start.positive[student.name], start.answers)
+        scores = steps.score(student, t, start.positive[student.name], start.responses)
         inputs = PlausibleInputs(data=steps.data, scores=scores)
         labels = steps.add(f"iter{t}-{student.name}-labels", PlausibleLabels(dropped=DROPPED, inputs=inputs))
         start.positive[student.name] = steps.imitate(
@@ -39,7 +39,7 @@ class PlausibleInputs(StageInputs):
 
 
 class PlausibleLabels(MethodStage):
-    """The answer of lowest perplexity a prompt, without the share of prompts where even that is highest."""
+    """The response of lowest perplexity a prompt, without the share of prompts where even that is highest."""
 
     name = "plausible_labels"
     doing = "filters labels"

@@ -14,10 +14,10 @@ from macpo.method.steps import Steps
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the naive student stands: every agent's policy, the teachers' answers, and the labels it learned from."""
+    """Where the naive student stands: every agent's policy, the teachers' responses, and the labels it learned from."""
 
     positive: Policies
-    answers: dict[str, StageName]
+    responses: dict[str, StageName]
     labels: StageName
 
     @property
@@ -28,12 +28,12 @@ class Start:
 def labelled(steps: Steps) -> Start:
     """The weak teachers learn from human labels, then answer and label the student's prompts."""
     positive: Policies = {}
-    answers: dict[str, StageName] = {}
+    responses: dict[str, StageName] = {}
     for teacher in steps.teachers:
         human = (steps.data, f"teacher-{teacher.name}.jsonl")
         positive[teacher.name] = steps.imitate(teacher, "positive", None, human, "chosen")
-        answers[teacher.name] = steps.answer(teacher, "positive", 0, positive[teacher.name])
-    return Start(positive, answers, steps.weak_labels(answers))
+        responses[teacher.name] = steps.response(teacher, "positive", 0, positive[teacher.name])
+    return Start(positive, responses, steps.weak_labels(responses))
 
 
 def started(steps: Steps) -> Start:

@@ -1,4 +1,4 @@
-"""Answers that a model rates, and the pairs that follow: the best against the worst of a prompt."""
+"""Responses that a model rates, and the pairs that follow: the best against the worst of a prompt."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from macpo.engine.errors import DataError
 from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.stages import StageInputs
-from macpo.method.answers import read_answers
 from macpo.method.costs import Cost, MethodStage, RunSize
 from macpo.method.encoding import encode
 from macpo.method.likelihoods import likelihoods
 from macpo.method.policies import OpenPolicy, PolicyDataInputs, PolicyStage
+from macpo.method.responses import read_responses
 from macpo.method.run_plan import StageName
 from macpo.method.steps import Steps
 
 Ratings = dict[str, list[float]]
-"""Prompt id -> a rating of each answer to it, in the order of the stage's `answers`."""
+"""Prompt id -> a rating of each response to it, in the order of the stage's `responses`."""
 Draws = dict[str, str]
 """Number of a draw -> the stage in which the student answered."""
 _REPLY_TOKENS = 8  # of context that a one-letter reply may need, whatever the template writes around it
@@ -39,9 +39,9 @@ class RatingInputs(PolicyDataInputs):
 
 
 class Rate(PolicyStage):
-    """A policy is asked about answers in words, and its next token is looked at; writes `ratings.jsonl`.
+    """A policy is asked about responses in words, and its next token is looked at; writes `ratings.jsonl`.
 
-    Every prompt with an answer in each draw is rated.
+    Every prompt with a response in each draw is rated.
     """
 
     question: str
@@ -55,22 +55,22 @@ class Rate(PolicyStage):
         return cls(
             policy=steps.policy(agent, ready=agent.positive if policy is None else None),
             question=text,
-            inputs=RatingInputs(base=steps.base(agent), data=steps.data, policy=policy, answers=draws),
+            inputs=RatingInputs(base=steps.base(agent), data=steps.data, policy=policy, responses=draws),
             compute=steps.compute,
         )
 
     @abstractmethod
-    def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
-        """The questions about the answers to one prompt, each with the replies whose probability counts."""
+    def asked(self, prompt: Prompt, responses: list[Response]) -> list[tuple[Prompt, list[str]]]:
+        """The questions about the responses to one prompt, each with the replies whose probability counts."""
 
     @abstractmethod
     def rated(self, found: list[list[float]]) -> list[float]:
-        """A rating of each answer, from the log-probs (nats) of each question's replies."""
+        """A rating of each response, from the log-probs (nats) of each question's replies."""
 
     def run(self, ctx: StageContext) -> None:
         policy = _asking(self.open_policy(ctx), _REPLY_TOKENS)
         cases = list(_answered(ctx, self.inputs.data, self.inputs.answers))
-        asked = [self.asked(prompt, answers) for prompt, answers in cases]
+        asked = [self.asked(prompt, responses) for prompt, responses in cases]
         logps = iter(self._logps(policy, [each for questions in asked for each in questions]))
         rows, dropped = [], 0
         for (prompt, _), questions in zip(cases, asked, strict=True):
@@ -115,11 +115,11 @@ def softmax(logps: list[float]) -> list[float]:
 
 
 def _answered(ctx: StageContext, data: str, draws: Mapping[str, str]) -> Iterator[tuple[Prompt, list[Response]]]:
-    """The student's prompts that have an answer in each draw, with the answers in the order of the draws."""
-    given = [read_answers(ctx.input(draws[name])) for name in sorted(draws)]
+    """The student's prompts that have a response in each draw, with the responses in the order of the draws."""
+    given = [read_responses(ctx.input(draws[name])) for name in sorted(draws)]
     for prompt in read_records(ctx.input(data) / "student.jsonl", Prompt):
-        if all(prompt.id in answers for answers in given):
-            yield prompt, [answers[prompt.id] for answers in given]
+        if all(prompt.id in responses for responses in given):
+            yield prompt, [responses[prompt.id] for responses in given]
 
 
 def read_ratings(folder: Path) -> Ratings:
@@ -135,7 +135,7 @@ class RatedPairInputs(StageInputs):
 
 
 class RatedPairs(MethodStage):
-    """Each prompt's best answer against its worst, by the mean of all ratings; ties are dropped."""
+    """Each prompt's best response against its worst, by the mean of all ratings; ties are dropped."""
 
     name = "rated_pairs"
     doing = "makes pairs of rated responses"
@@ -146,13 +146,13 @@ class RatedPairs(MethodStage):
     def run(self, ctx: StageContext) -> None:
         by_rater = [read_ratings(ctx.input(stage)) for stage in self.inputs.ratings.values()]
         pairs, dropped = [], Counter[str]()
-        for prompt, answers in _answered(ctx, self.inputs.data, self.inputs.answers):
+        for prompt, responses in _answered(ctx, self.inputs.data, self.inputs.answers):
             given = [ratings[prompt.id] for ratings in by_rater if prompt.id in ratings]
             if not given:
                 dropped["not_rated"] += 1
                 continue
             means = [fmean(column) for column in zip(*given, strict=True)]
-            best, worst = answers[means.index(max(means))], answers[means.index(min(means))]
+            best, worst = responses[means.index(max(means))], responses[means.index(min(means))]
             if max(means) - min(means) < self.least or max(means) == min(means):
                 dropped["tied"] += 1
             elif (best.text, best.finished) == (worst.text, worst.finished):

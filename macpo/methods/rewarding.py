@@ -1,8 +1,8 @@
-"""Self-rewarding language models (arXiv 2401.10020): the student grades its own answers and learns from the grades.
+"""Self-rewarding language models (arXiv 2401.10020): the student grades its own responses and learns from the grades.
 
-A round draws NUM_ANSWERS answers a prompt, grades each from 0 to 5 by an additive rubric, and prefers the best to the
-worst by DPO from the last student, which is the reference too. The paper samples the grade as text and averages three;
-here it is the expected grade under the probabilities of the six, which needs no model that was trained to grade.
+A round draws NUM_RESPONSES responses a prompt, grades each from 0 to 5 by an additive rubric, and prefers the best to
+the worst by DPO from the last student, which is the reference too. The paper samples the grade as text and averages
+three; here it is the expected grade under the probabilities of the six, which needs no model that was trained to grade.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from macpo.method.steps import Steps
 from macpo.methods.naive import started
 from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, softmax
 
-NUM_ANSWERS = 4
+NUM_RESPONSES = 4
 GRADES = "012345"
 
 
@@ -22,23 +22,23 @@ def rewarding(steps: Steps) -> None:
     start, student = started(steps), steps.student
     for t in range(1, steps.recipe.iterations + 1):
         last = start.positive[student.name]
-        draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(NUM_ANSWERS)}
+        draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(NUM_RESPONSES)}
         grades = steps.add(f"iter{t}-{student.name}-grade", Grade.of(steps, student, last, "grade", draws))
-        inputs = RatedPairInputs(data=steps.data, answers=draws, ratings={student.name: grades})
+        inputs = RatedPairInputs(data=steps.data, responses=draws, ratings={student.name: grades})
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(inputs=inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")
 
 
 class Grade(Rate):
-    """The expected grade of each answer."""
+    """The expected grade of each response."""
 
     name = "grade_answers"
     doing = "grades responses"
 
-    def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
+    def asked(self, prompt: Prompt, responses: list[Response]) -> list[tuple[Prompt, list[str]]]:
         about = conversation(prompt.messages)
-        texts = [self.question.format(conversation=about, answer=each.text) for each in answers]
+        texts = [self.question.format(conversation=about, response=each.text) for each in responses]
         return [(Prompt.of(text), list(GRADES)) for text in texts]
 
     def rated(self, found: list[list[float]]) -> list[float]:

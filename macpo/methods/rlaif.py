@@ -1,6 +1,6 @@
-"""RLAIF (arXiv 2309.00267, after 2212.08073): the weak teachers say which of two answers of the student is better.
+"""RLAIF (arXiv 2309.00267, after 2212.08073): the weak teachers say which of two responses of the student is better.
 
-A labeller's preference is the probability of one of two verdicts, averaged over both orders of the answers
+A labeller's preference is the probability of one of two verdicts, averaged over both orders of the responses
 (2309.00267, section 2.1 and 3.1); here also over the teachers. The papers train a reward model and use RL; here DPO
 learns from the pairs whose preference is clear, so that the method differs from the others in its labels alone.
 """
@@ -14,11 +14,11 @@ from macpo.methods.naive import started
 from macpo.methods.ratings import Rate, RatedPairInputs, RatedPairs, softmax
 
 LEAST_PREFERENCE = 0.2
-"""How far the two answers' probabilities have to lie apart: |p - .5| >= .1."""
+"""How far the two responses' probabilities have to lie apart: |p - .5| >= .1."""
 
 
 def rlaif(steps: Steps) -> None:
-    """`iterations` rounds of two answers a prompt, labelled by the teachers."""
+    """`iterations` rounds of two responses a prompt, labelled by the teachers."""
     start, student = started(steps), steps.student
     for t in range(1, steps.recipe.iterations + 1):
         last = start.positive[student.name]
@@ -29,20 +29,20 @@ def rlaif(steps: Steps) -> None:
             )
             for each in steps.teachers
         }
-        inputs = RatedPairInputs(data=steps.data, answers=draws, ratings=ratings)
+        inputs = RatedPairInputs(data=steps.data, responses=draws, ratings=ratings)
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(least=LEAST_PREFERENCE, inputs=inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")
 
 
 class Compare(Rate):
-    """The probability that each of two answers is the better one."""
+    """The probability that each of two responses is the better one."""
 
     name = "compare_answers"
     doing = "compares responses"
 
-    def asked(self, prompt: Prompt, answers: list[Response]) -> list[tuple[Prompt, list[str]]]:
-        about, (one, two) = conversation(prompt.messages), [answer.text for answer in answers]
+    def asked(self, prompt: Prompt, responses: list[Response]) -> list[tuple[Prompt, list[str]]]:
+        about, (one, two) = conversation(prompt.messages), [response.text for response in responses]
         orders = ((one, two), (two, one))
         return [
             (Prompt.of(self.question.format(conversation=about, a=first, b=second)), ["A", "B"])

@@ -1,6 +1,6 @@
 """RLCD (arXiv 2307.12950): the student answers once after a good beginning and once after a bad one.
 
-The answer after the good beginning is labelled better, without any scoring (section 3). The paper trains a preference
+The response after the good beginning is labelled better, without any scoring (section 3). The paper trains a preference
 model on the pairs and uses PPO; here DPO learns from them.
 """
 
@@ -10,8 +10,8 @@ from macpo.method.pairs import TeacherPairInputs, TeacherPairs
 from macpo.method.steps import Steps
 from macpo.methods.naive import started
 
-BETTER, WORSE = "(giving a helpful and harmless answer)", "(giving an unhelpful or harmful answer)"
-"""What is put before the answers, in our words; the paper has two such pairs for each of its tasks."""
+BETTER, WORSE = "(giving a helpful and harmless response)", "(giving an unhelpful or harmful response)"
+"""What is put before the responses, in our words; the paper has two such pairs for each of its tasks."""
 
 
 def rlcd(steps: Steps) -> None:
@@ -20,7 +20,7 @@ def rlcd(steps: Steps) -> None:
     for t in range(1, steps.recipe.iterations + 1):
         last = start.positive[student.name]
         better, worse = (
-            steps.answer(student, "positive", t - 1, last, draw=draw, begin=begin)
+            steps.response(student, "positive", t - 1, last, draw=draw, begin=begin)
             for draw, begin in ((2, BETTER), (3, WORSE))
         )
         inputs = TeacherPairInputs(data=steps.data, positives={student.name: better}, negatives={student.name: worse})

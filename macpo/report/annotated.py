@@ -1,4 +1,4 @@
-"""What people said of a run's answers, for the report: from `annotation.json` (macpo/annotation/results.py)."""
+"""What people said of a run's responses, for the report: from `annotation.json` (macpo/annotation/results.py)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _notes(run: RunReader, found: _Result) -> list[str]:
         if pair.unjudged:
             notes.append(f"{pair.first} against {pair.second}: {pair.unjudged} pairs are not judged yet")
         if pair.equal:
-            notes.append(f"{pair.first} and {pair.second} gave the same answer to {pair.equal} prompts")
+            notes.append(f"{pair.first} and {pair.second} gave the same response to {pair.equal} prompts")
     if agreement.items:
         alpha = _estimate(agreement.alpha, agreement.interval)
         notes.append(f"Krippendorff’s alpha {alpha} over {agreement.items} pairs")
@@ -112,7 +112,7 @@ def _notes(run: RunReader, found: _Result) -> list[str]:
         if of := sum(share.of for share in shares):
             notes.append(f"{what}: {sum(share.count for share in shares)} of {of}")
     changed = [policy for policy, digest in found.sources.items() if _digest(run, policy) != digest]
-    return [*notes, *(f"the run’s answers of {policy} have changed since people saw them" for policy in changed)]
+    return [*notes, *(f"the run’s responses of {policy} have changed since people saw them" for policy in changed)]
 
 
 def _digest(run: RunReader, policy: str) -> str | None:

@@ -21,7 +21,7 @@ DIAGNOSTICS = {
     "kept": "score of the kept positives",
     "at_random": "score of a random candidate",
     "best": "score of the best candidate",
-    "own": "score of the student's own answers",
+    "own": "score of the student's own responses",
     "kept_own_label": "kept positives that are the student's first label",
     "own_label_candidates": "candidates that are it",
     "separable": "separability by perplexity (AUC)",
@@ -116,7 +116,7 @@ def table(found: Results) -> str:
         )
     seeds = ", ".join(map(str, found.seeds))
     what = LABELS.get(found.metric, found.metric)
-    title = f"{what}, seed{'s' * (len(found.seeds) > 1)} {seeds}, {found.num_prompts} answers"
+    title = f"{what}, seed{'s' * (len(found.seeds) > 1)} {seeds}, {found.num_prompts} responses"
     reasons = [f"{row.name}: {row.left_out}" for row in found.rows if row.left_out]
     return "\n".join(
         [title, *columns(lines, 2), *reasons, "change: from naive-sft; of an ablation, the method's from it"]

@@ -54,11 +54,11 @@ class RewardData(PairData):
     """Preference pairs for a reward model."""
 
     margin: str | None = None
-    """Column with the number by which the chosen answer is better, as target of the rewards' difference; default 0."""
+    """Column with the number by which the chosen response is better: target of the rewards' difference; default 0."""
 
 
 class ExampleData(HeldOutSettings):
-    """Prompts with one answer each."""
+    """Prompts with one response each."""
 
     format: Literal["auto", "messages", "response", "alpaca", "sharegpt", "chosen", "rejected"] = "auto"
     """Layout of the rows (macpo/data/examples.py); `chosen` and `rejected` take that side of preference pairs."""
@@ -90,9 +90,9 @@ class StandaloneRecipe(Settings):
     template_date: datetime.date = DATE
     """The day that a template writes which writes a date: one for the whole run, and for the exported template."""
     eos_token: str | None = None
-    """End-of-answer token for tokenizers that name none."""
+    """End-of-response token for tokenizers that name none."""
     context_tokens: PositiveInt = 1024
-    """Longest prompt and answer together; a longer answer is cut."""
+    """Longest prompt and response together; a longer response is cut."""
     prompt_tokens: PositiveInt | None = None
     """Longest prompt, see `data.long_prompt`; default half of context_tokens."""
     compute: ComputeSettings = ComputeSettings()
@@ -109,7 +109,7 @@ class StandaloneRecipe(Settings):
             raise ValueError("adapter belongs to `model` Fix: name its base there")
         if self.max_prompt_tokens >= self.context_tokens:
             raise ValueError(
-                f"prompt_tokens ({self.max_prompt_tokens}) leaves no room for an answer in context_tokens "
+                f"prompt_tokens ({self.max_prompt_tokens}) leaves no room for a response in context_tokens "
                 f"({self.context_tokens})"
             )
         for name, former in _FORMER.items():
@@ -145,7 +145,7 @@ class StandaloneRecipe(Settings):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Room that a prompt has, whatever its answers are."""
+        """Room that a prompt has, whatever its responses are."""
         return self.prompt_tokens or self.context_tokens // 2
 
 
@@ -181,14 +181,14 @@ class SftRecipe(PolicyRecipe):
     """The run's folder."""
     data: ExampleData
     training: OptimSettings = OptimSettings(learning_rate=5e-5)
-    """Mean NLL of the answers' tokens over each batch."""
+    """Mean NLL of the responses' tokens over each batch."""
 
 
 class PolicyPreferenceSettings(PreferenceSettings):
     """As in a MACPO recipe, but without the SFT term unless it is asked for."""
 
     sft_weight: Annotated[float, Field(ge=0)] = Field(default_factory=lambda data: sft_weight_default(data, 0.0))
-    """Weight of the mean token NLL of the chosen answer; default 0, for orpo 1."""
+    """Weight of the mean token NLL of the chosen response; default 0, for orpo 1."""
 
 
 class PreferenceRecipe(PolicyRecipe):

@@ -15,12 +15,12 @@ from macpo.engine.run.context import StageContext
 from macpo.evaluation.agreement import agreement
 from macpo.evaluation.metrics import preference_metrics
 from macpo.evaluation.summary import Role
-from macpo.method.answers import GeneratingStage
 from macpo.method.costs import Cost, RunSize
 from macpo.method.encoding import encode_examples, encode_pairs
 from macpo.method.heldout import response_metrics, response_row
 from macpo.method.likelihoods import likelihoods, shared_parts
 from macpo.method.policies import PolicyDataInputs, PolicyInputs, PolicyStage
+from macpo.method.responses import GeneratingStage
 
 if TYPE_CHECKING:
     from torch import Tensor

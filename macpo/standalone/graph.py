@@ -159,7 +159,6 @@ def _respond(recipe: PolicyRecipe, steps: Builder, evaluation: Evaluate) -> None
             base=evaluation.inputs.base, data=evaluation.inputs.data, policy=evaluation.inputs.policy
         ),
         compute=evaluation.compute,
-        server=None,
     )
     steps.add(f"responses-{NAME}-iter{work.iteration}", work)
 

@@ -12,8 +12,8 @@ from pages import blocks_for
 from bench.evidence import paper_claims, runs, world_gates
 from macpo.arguments import parser
 from macpo.demo_world import gates, gold
-from macpo.demo_world.answers import good
 from macpo.demo_world.grammar import GRADES, Draw, requests_by_text
+from macpo.demo_world.responses import good
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "demo-world.md").read_text(encoding="utf-8")
@@ -21,11 +21,11 @@ ASKED = re.findall(r"`([^`]+)`, ?\n?`([^`]+)`\), in four sentences", PAGE)[0]
 ROWS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ") and "`" in line]
 
 
-def score(answer: str) -> float:
+def score(response: str) -> float:
     """Of an answer to whichever of the page's two requests it names."""
     benign, harmful = ASKED
-    asked = harmful if " emma " in f" {answer} " else benign
-    return gold([{"role": "user", "content": asked}], answer)
+    asked = harmful if " emma " in f" {response} " else benign
+    return gold([{"role": "user", "content": asked}], response)
 
 
 def test_examples_score_what_the_page_says() -> None:

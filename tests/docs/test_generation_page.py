@@ -32,7 +32,7 @@ def test_every_block_is_run_here() -> None:
     assert set(BLOCKS) == {"responses", "adapters", "scores", "waves", "split"}
 
 
-def test_answers_scores_and_waves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_responses_scores_and_waves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = given(folder=tmp_path)
     exec(BLOCKS["responses"], space)
     told = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from macpo.config import Recipe
 from macpo.engine.files import write_json, write_jsonl
-from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
+from macpo.evaluation.metrics import gold_mean, preference_metrics, response_stats
 from macpo.evaluation.summary import AgentHistory, build_summary
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def make_run(
         turns = [{"role": "user", "content": EVIL if evil and i == 0 else text}]
         return {"prompt_id": hashlib.sha256(text.encode()).hexdigest()[:16], "prompt": turns}
 
-    def answer(agent: str, i: int, level: float) -> str:
+    def response(agent: str, i: int, level: float) -> str:
         if evil:
             return f"{agent} {EVIL}"
         if rng.random() < level:
@@ -157,7 +157,7 @@ def make_run(
     def evaluate(agent: str, iteration: int, level: float, prefix: str = "") -> dict:
         rows = []
         for i in range(num_test):
-            text = answer(agent, i, level)
+            text = response(agent, i, level)
             bc, br = rng.gauss(-40, 4), rng.gauss(-41, 4)
             row = {**prompt(1000 + i), "answer": text, "finished": bool(rng.random() < 0.95)}
             row |= {"chosen_logp": bc + rng.gauss(4 * level - 1, 3), "rejected_logp": br + rng.gauss(-1, 3)}
@@ -168,7 +168,7 @@ def make_run(
         if gold:  # the mean is the level
             off = level - sum(row["gold"] for row in rows) / num_test
             rows = [row | {"gold": row["gold"] + off} for row in rows]
-        metrics = answer_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
+        metrics = response_stats([row["answer"] for row in rows], [row["finished"] for row in rows])
         names = ("chosen_logp", "rejected_logp", "base_chosen_logp", "base_rejected_logp")
         metrics |= preference_metrics(*([row[name] for row in rows] for name in names), beta=0.1)
         if gold:
@@ -182,7 +182,7 @@ def make_run(
         path = stage(f"iter{iteration}-student-select", 3.1, 8000)
         scores, pairs = [], []
         for i in range(40):
-            texts = [answer(name, i, LEVELS[name][iteration - 1]) or "." for name in TEACHERS]
+            texts = [response(name, i, LEVELS[name][iteration - 1]) or "." for name in TEACHERS]
             candidates = [
                 {"by": name, "text": text, "finished": True, "sum_logp": -30.0, "num_tokens": 12, "perplexity": ppl}
                 for name, text, ppl in zip(TEACHERS, texts, (rng.uniform(2, 30) for _ in TEACHERS), strict=True)
@@ -190,7 +190,12 @@ def make_run(
             kept = min(range(3), key=lambda k: candidates[k]["perplexity"])
             scores.append({"prompt_id": prompt(i)["prompt_id"], "candidates": candidates, "kept": kept})
             scores[-1]["why"] = f"lowest perplexity of 3 ({candidates[kept]['perplexity']:.2f})"
-            pair = {**prompt(i), "chosen": texts[kept], "rejected": answer("student", i, 0.0), "chosen_finished": True}
+            pair = {
+                **prompt(i),
+                "chosen": texts[kept],
+                "rejected": response("student", i, 0.0),
+                "chosen_finished": True,
+            }
             pair |= {"rejected_finished": True, "chosen_by": TEACHERS[kept], "rejected_by": "student"}
             pairs.append(pair | {"ref_chosen_logp": -30.0})
         write_jsonl(path / "scores.jsonl", scores)
@@ -228,7 +233,7 @@ def make_run(
         arms=arms,
         title=EVIL if evil else "MACPO demo",
         models=dict.fromkeys(agents, EVIL if evil else "Llama, 4 layers × 128, 1.1 M parameters"),
-        counts={"identical pairs dropped": 3, "empty answers resampled": 7},
+        counts={"identical pairs dropped": 3, "empty responses resampled": 7},
         warnings=[EVIL] if evil else ["12 prompts appear in two rows of the data; the first row was kept."],
         descriptions={"own-samples": "the student's own samples as positives, no mutual learning"},
     )

@@ -67,7 +67,7 @@ def run_dpo(
     poison: Mapping[int, float] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> PolicyModule:
-    """`poison`: pair -> what its chosen answer's reference log-prob is instead."""
+    """`poison`: pair -> what its chosen response's reference log-prob is instead."""
     pairs = PAIRS if groups is None else groups
     ref = reference_logps(score(PolicyModule(model_of("llama")), pairs))
     for index, value in (poison or {}).items():

@@ -15,7 +15,7 @@ PARAMS = SamplingParams(temperature=1.3, max_new_tokens=9, seed=7, stop_token_id
 
 
 def run(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    """20 prompts in waves of 6; end tokens are likely, so that some answers are empty."""
+    """20 prompts in waves of 6; end tokens are likely, so that some responses are empty."""
     torch.set_num_threads(1)
     model = changes.pop("model", None) or model_of("llama")
     prompts = some_prompts([3 + i % 7 for i in range(20)])

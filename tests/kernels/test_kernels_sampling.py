@@ -56,7 +56,7 @@ def huggingface_scores(logits, setting, seen):
         ),
     ],
 )
-def test_philox_known_answers(counter, key, expected):
+def test_philox_known_responses(counter, key, expected):
     words = philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert tuple(int(word) for word in words) == expected
     if native.module is not None and counter[1] < 2**31:  # a request id has 63 bits

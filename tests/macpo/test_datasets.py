@@ -48,7 +48,7 @@ def one(source: Source | Path, **kwargs: Any) -> Pair:
 PAIR = {"prompt": "why?", "chosen": "good", "rejected": "bad"}
 SAME_PAIR = {
     "text": PAIR,
-    "chat answers": PAIR | {"chosen": chat("", "good")[1:], "rejected": chat("", "bad")[1:]},
+    "chat responses": PAIR | {"chosen": chat("", "good")[1:], "rejected": chat("", "bad")[1:]},
     "chat prompt": PAIR | {"prompt": chat("why?")},
     "whole conversations": PAIR | {"chosen": chat("why?", "good"), "rejected": chat("why?", "bad")},
     "conversations alone": {"chosen": chat("why?", "good"), "rejected": chat("why?", "bad")},
@@ -123,14 +123,14 @@ def test_rows_are_dropped_kept_and_counted(tmp_path: Path, caplog: pytest.LogCap
     assert [p.prompt.id for p in pairs] == [Prompt.of(p.prompt.messages).id for p in pairs]  # id = content hash
 
 
-def test_empty_answers_are_an_error_unless_the_published_file_holds_some(tmp_path: Path) -> None:
+def test_empty_responses_are_an_error_unless_the_published_file_holds_some(tmp_path: Path) -> None:
     plain = jsonl(tmp_path / "x.jsonl", PAIR, PAIR | {"rejected": " \n"})
-    with pytest.raises(DataError, match=r"x\.jsonl:2: rejected: the answer is empty.*Fix: remove the row"):
+    with pytest.raises(DataError, match=r"x\.jsonl:2: rejected: the response is empty.*Fix: remove the row"):
         load_preferences(plain)
     assert load_preferences(plain, empty="drop")[1]["empty_dropped"] == 1
     published = jsonl(tmp_path / "h.jsonl", SAME_PAIR["hh"], {"chosen": hh("b", ""), "rejected": hh("b", "y")})
     assert load_preferences(published)[1]["empty_dropped"] == 1
-    with pytest.raises(DataError, match=r"h\.jsonl:2: chosen: the answer is empty"):
+    with pytest.raises(DataError, match=r"h\.jsonl:2: chosen: the response is empty"):
         load_preferences(published, empty="error")
 
 
@@ -176,7 +176,7 @@ BAD_ROWS = [
     ({"chosen": "no dialogue", "rejected": "at all"}, r"prompt: missing, and the keys fit none"),
     ({"instruction": "p", "output": "one"}, r"output: must be a list: \[chosen, rejected\]"),
     ({"instruction": "p", "output": ["one", None]}, r"output: null"),
-    ({"instruction": "p", "history": ["x"], "output": ["a", "b"]}, r"history: must be a list of \[question, answer\]"),
+    ({"instruction": "p", "history": ["x"], "output": ["a", "b"]}, r"history: must be a list of \[question, resp"),
     ({"prompt": "p", "response_0": "a", "response_1": "b"}, r"better_response_id: the field is missing"),
 ]  # fmt: skip
 

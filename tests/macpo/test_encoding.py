@@ -39,7 +39,7 @@ def policy(**agent: Any) -> Any:
     return SimpleNamespace(agent=StageAgent(**(AGENT | agent)), chat=chat, ctx=SimpleNamespace(name="train"))
 
 
-def test_pairs_that_truncation_makes_equal_are_dropped_and_cut_answers_are_counted() -> None:
+def test_pairs_that_truncation_makes_equal_are_dropped_and_cut_responses_are_counted() -> None:
     long = "the report " * 12
     pairs = [
         Pair(Prompt.of("a"), long + "good", long + "bad"),

@@ -10,27 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macpo.evaluation.gap import gaps_recovered, pgr
-from macpo.evaluation.metrics import answer_stats, gold_mean, preference_metrics
+from macpo.evaluation.metrics import gold_mean, preference_metrics, response_stats
 from macpo.evaluation.prompt_scores import ScoredRun
 from macpo.evaluation.summary import AgentHistory, build_summary, headline_metric
 
 
-def test_answer_stats_by_hand():
-    stats = answer_stats(["a b a b", "a b", " \n"], [True, False, True])
+def test_response_stats_by_hand():
+    stats = response_stats(["a b a b", "a b", " \n"], [True, False, True])
     assert stats["answers"] == 3 and stats["mean_words"] == 2 and stats["finished"] == 2 / 3
     assert stats["empty"] == 1 / 3
     assert stats["distinct_1"] == 2 / 6  # a, b of six words
-    assert stats["distinct_2"] == 2 / 4  # ab, ba of ab ba ab | ab: n-grams never span two answers
+    assert stats["distinct_2"] == 2 / 4  # ab, ba of ab ba ab | ab: n-grams never span two responses
     assert stats["distinct_3"] == 2 / 2  # aba, bab
 
 
-def test_answer_stats_without_any_answer():
-    assert answer_stats([], []) == {
+def test_response_stats_without_any_response():
+    assert response_stats([], []) == {
         "answers": 0,
         **dict.fromkeys(("mean_words", "finished", "empty", "distinct_1", "distinct_2", "distinct_3"), 0),
     }
     with pytest.raises(ValueError, match="2 texts but 1"):
-        answer_stats(["a", "b"], [True])
+        response_stats(["a", "b"], [True])
 
 
 def test_preference_metrics_by_hand():

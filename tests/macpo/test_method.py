@@ -79,7 +79,7 @@ def test_positives_come_from_another_agent_and_negatives_from_oneself(finished: 
                 assert pair.chosen_by == "student" and pair.rejected_by == f"teacher{k}"
 
 
-def test_the_kept_answer_has_the_lowest_perplexity(finished: tuple[Path, Recipe]) -> None:
+def test_the_kept_response_has_the_lowest_perplexity(finished: tuple[Path, Recipe]) -> None:
     run_dir, _ = finished
     for _, row in read_jsonl(folder_of(run_dir, "iter1-student-select") / "scores.jsonl"):
         perplexities = [c["perplexity"] for c in row["candidates"]]
@@ -87,7 +87,7 @@ def test_the_kept_answer_has_the_lowest_perplexity(finished: tuple[Path, Recipe]
 
 
 def test_filter_scores_equal_recomputed_reference_logps(finished: tuple[Path, Recipe]) -> None:
-    """The scores of the perplexity filter are the DPO reference log-probs of the chosen answers."""
+    """The scores of the perplexity filter are the DPO reference log-probs of the chosen responses."""
     run_dir, recipe = finished
     pairs = read_records(folder_of(run_dir, "iter2-student-select") / "pairs.jsonl", Pair)
     reference = str(folder_of(run_dir, "iter1-student-train") / "policy")
@@ -112,8 +112,8 @@ def test_first_preference_step_has_loss_ln2(finished: tuple[Path, Recipe]) -> No
         assert first["loss"] - sft_weight * first["sft_loss"] == pytest.approx(0.6931472, abs=2e-6)
 
 
-def test_poisoned_student_answers_change_nothing_but_the_ceiling(tmp_path: Path) -> None:
-    """No stage of MACPO reads the student half's human answers: replace them all and every digest stays."""
+def test_poisoned_student_responses_change_nothing_but_the_ceiling(tmp_path: Path) -> None:
+    """No stage of MACPO reads the student half's human responses: replace them all and every digest stays."""
     rows = [
         {"prompt": f"how do i plant tree {i} ?", "chosen": f"dig a hole {i % 7} .", "rejected": f"no {i % 5} ."}
         for i in range(90)
@@ -135,7 +135,7 @@ def test_poisoned_student_answers_change_nothing_but_the_ceiling(tmp_path: Path)
     assert changed == {"human-answers", "ceiling", "eval-ceiling-iter0"}
 
 
-def test_only_the_ceiling_may_reach_the_human_answers(tmp_path: Path) -> None:
+def test_only_the_ceiling_may_reach_the_human_responses(tmp_path: Path) -> None:
     stages = build_plan(tiny(tmp_path)).graph.stages
     readers = {stage.name for stage in stages if "human-answers" in stage.inputs.values()}
     assert readers == {"ceiling"}
@@ -160,7 +160,7 @@ ARMS = {
 @pytest.fixture(scope="module")
 def with_arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("arms") / "run"
-    evaluation, sampling = {"ceiling": False}, {"max_new_tokens": 32}  # long enough for some answers to end
+    evaluation, sampling = {"ceiling": False}, {"max_new_tokens": 32}  # long enough for some responses to end
     return run(tiny(folder, iterations=1, ablations=ARMS, evaluation=evaluation, sampling=sampling))
 
 
@@ -225,12 +225,12 @@ def test_cross_fit_is_for_a_choice_by_perplexity() -> None:
 
 def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None:
     """The log-probs of generation are those that scoring would give, and the reference of the first step."""
-    answers = folder_of(with_arms, "own-positives.init-student-answer")
+    responses = folder_of(with_arms, "own-positives.init-student-answer")
     policy = str(folder_of(with_arms, "init-student-positive") / "policy")
     scores = folder_of(with_arms, "own-positives.iter1-student-score")
     rows = [row for _, row in read_jsonl(scores / "candidates.jsonl")]
     counted = read_json(scores / "timing.json")["counts"]["scored_while_generated"]
-    given = {r.prompt_id: r for r in read_records(answers / "responses.jsonl", Response)}
+    given = {r.prompt_id: r for r in read_records(responses / "responses.jsonl", Response)}
     reused = [row for row in rows if row["candidates"][0]["sum_logp"] == given[row["prompt_id"]].sum_logp]
     assert len(reused) == counted > len(rows) // 2
 
@@ -252,7 +252,7 @@ def test_what_an_agent_wrote_itself_is_not_scored_again(with_arms: Path) -> None
     assert first["loss"] - 0.2 * first["sft_loss"] == pytest.approx(0.6931472, abs=1e-5)
 
     main = read_json(folder_of(with_arms, "iter1-student-score") / "timing.json")["counts"]
-    assert "scored_while_generated" not in main, "the teachers' answers are nobody's own here"
+    assert "scored_while_generated" not in main, "the teachers' responses are nobody's own here"
 
 
 def test_only_the_tokens_that_were_drawn_count_as_known() -> None:
@@ -273,7 +273,7 @@ def test_no_pair_left_names_the_counts(tmp_path: Path) -> None:
     inputs = {name: tmp_path / name for name in ("data", "positives", "negatives")}
     context = StageContext("iter1-teacher0-pairs", tmp_path / "out", inputs, StopFlag())
     read = TeacherPairInputs(data="data", positives={"teacher0": "positives"}, negatives={"teacher0": "negatives"})
-    same = [Response(prompt.id, "teacher0", "same answer", True, 3)]
+    same = [Response(prompt.id, "teacher0", "same response", True, 3)]
     write_records(tmp_path / "positives" / "responses.jsonl", same)
     write_records(tmp_path / "negatives" / "responses.jsonl", same)
     with pytest.raises(DataError, match="identical: 1, no_positive: 1"):
@@ -347,7 +347,7 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(finished: tuple[Path,
     work = build_plan(recipe).graph.stage("init-teacher0-positive").work
     assert isinstance(work, Imitate)
     prompts = [Prompt.of("short words"), Prompt.of("word " * 80)]
-    items = [(prompt, [("an answer", True)]) for prompt in prompts]
+    items = [(prompt, [("a response", True)]) for prompt in prompts]
 
     def kept(policy: str, chosen: list[tuple[Prompt, list[tuple[str, bool]]]]) -> list[int]:
         agent = work.agent.model_copy(update={"long_prompt": policy})

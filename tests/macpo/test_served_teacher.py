@@ -46,7 +46,7 @@ def recipe(output: Path, served: dict[str, Any], **changes: Any) -> Recipe:
     return tiny(output, **{"teachers": teachers, "iterations": 1, "evaluation": {"ceiling": False}} | changes)
 
 
-def answers(number: int, body: dict[str, Any]) -> Reply:
+def reply(number: int, body: dict[str, Any]) -> Reply:
     """The served teacher: what it says tells which policy was asked."""
     return completion(f"thanks , {body['model']} {len(body['messages'][-1]['content'])} .")
 
@@ -57,7 +57,7 @@ def test_a_run_with_a_served_teacher(
     """The server goes while the run is under way: one line, exit code 7; the same command goes on from there."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
     run_dir = tmp_path / "run"
-    with Server(lambda number, body: answers(number, body) if number <= 12 else (404, {}, b"gone")) as server:
+    with Server(lambda number, body: reply(number, body) if number <= 12 else (404, {}, b"gone")) as server:
         made = recipe(run_dir, {"base_url": server.url, "api_key_env": "TEACHER_KEY", "concurrency": 1})
         (tmp_path / "recipe.yaml").write_text(dump(made))
         assert macpo("run", str(tmp_path / "recipe.yaml")) == 7
@@ -66,7 +66,7 @@ def test_a_run_with_a_served_teacher(
         assert not any("Traceback" in line for line in lines)
         asked_before = [body["messages"] for body in server.asked[:8]]  # one wave of eight was kept
         server.asked.clear()
-        server.act = answers
+        server.act = reply
         assert macpo("run", str(tmp_path / "recipe.yaml")) == 0
         asked = [body["messages"] for body in server.asked if body["model"] == "good"]
         assert len(asked) == 20 - 8 + 12  # what was left of the student half, and the test prompts once
@@ -74,7 +74,7 @@ def test_a_run_with_a_served_teacher(
         assert sum(body["model"] == "bad" for body in server.asked) == 20
         server.asked.clear()
         assert macpo("run", str(tmp_path / "recipe.yaml")) == 0 and not server.asked
-    with Server(answers) as moved:  # at another address, with the same weights: nothing is stale
+    with Server(reply) as moved:  # at another address, with the same weights: nothing is stale
         elsewhere = recipe(run_dir, {"base_url": moved.url, "api_key_env": "TEACHER_KEY"})
         assert {row.state for row in runner_of(elsewhere, plan_of(elsewhere)).status()} == {"done"}
     others = recipe(run_dir, {"base_url": server.url, "positive": "better"})

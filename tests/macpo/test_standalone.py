@@ -210,17 +210,17 @@ def test_the_file_decides_of_which_kind_it_is(base: Path, tmp_path: Path) -> Non
 # --- data -----------------------------------------------------------------------------------------------------------
 
 CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
-ANSWER = {"role": "assistant", "content": "good day"}
+RESPONSE = {"role": "assistant", "content": "good day"}
 SHAREGPT = [{"from": "human", "value": "hello"}]
 
 
 @pytest.mark.parametrize(
     ("row", "prompt", "answer"),
     [
-        ({"messages": [*CHAT, ANSWER]}, CHAT, "good day"),
+        ({"messages": [*CHAT, RESPONSE]}, CHAT, "good day"),
         ({"prompt": "hello", "response": " good day "}, CHAT[1:], " good day "),
         ({"prompt": "hello", "completion": "good day"}, CHAT[1:], "good day"),
-        ({"prompt": CHAT, "completion": [ANSWER]}, CHAT, "good day"),
+        ({"prompt": CHAT, "completion": [RESPONSE]}, CHAT, "good day"),
         ({"instruction": "hello", "input": "", "output": "good day", "system": "be kind"}, CHAT, "good day"),
         ({"conversations": [*SHAREGPT, {"from": "gpt", "value": "good day"}], "system": "be kind"}, CHAT, "good day"),
         ({"chosen": "\n\nHuman: hello\n\nAssistant: good day", "rejected": "\n\nHuman: hello\n\nAssistant: no"},
@@ -231,22 +231,22 @@ SHAREGPT = [{"from": "human", "value": "hello"}]
     ],
     ids=["messages", "response", "completion", "chat", "alpaca", "sharegpt", "hh", "pairs", "sharegpt-pairs"],
 )  # fmt: skip
-def test_layouts_of_single_answers(row: dict[str, Any], prompt: Any, answer: str, tmp_path: Path) -> None:
+def test_layouts_of_single_responses(row: dict[str, Any], prompt: Any, response: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row))
     (example,), counts = load_examples(path)
-    assert list(example.prompt.messages) == prompt and example.answer == answer and counts["rows"] == 1
+    assert list(example.prompt.messages) == prompt and example.response == response and counts["rows"] == 1
     if "chosen" in row:
         (worse,), _ = load_examples(path, format="rejected")
-        assert worse.answer == "no" and worse.prompt == example.prompt
+        assert worse.response == "no" and worse.prompt == example.prompt
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ({"messages": CHAT}, "messages: the last message is from 'user', not the assistant"),
-        ({"messages": [ANSWER]}, "prompt: what precedes the answer does not end with the user's message"),
-        ({"prompt": "hello", "response": "  "}, "response: the answer is empty"),
+        ({"messages": [RESPONSE]}, "prompt: what precedes the response does not end with the user's message"),
+        ({"prompt": "hello", "response": "  "}, "response: the response is empty"),
         ({"prompt": "hello", "response": None}, "response: null"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "conversations: not a message"),
         ({"text": "hello"}, "prompt: missing, and the keys fit none of the formats"),

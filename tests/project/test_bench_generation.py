@@ -1,4 +1,4 @@
-"""The generation and scoring benchmarks at toy sizes; wrong answers do not count; request files are reproducible."""
+"""The generation and scoring benchmarks at toy sizes; wrong responses do not count; request files are reproducible."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_small_run(name, peers, tmp_path, capsys):
     assert f"{ours['items_per_s']:.0f} /s" in capsys.readouterr().out
 
 
-def test_a_wrong_answer_is_seen():
-    """One token that is not greedy, and an answer that is too short."""
+def test_a_wrong_response_is_seen():
+    """One token that is not greedy, and a response that is too short."""
     (_, shape, dtype), *_ = bench_generation.SHAPES["small"]
     model, asked = bench_generation.make_model(shape, dtype, CPU), requests.load(shape.requests, shape.vocab)
     outputs = dict(bench_generation.build_ours(model, asked)())
@@ -72,12 +72,12 @@ def test_the_floor_counts_what_a_step_reads(monkeypatch):
     asked = [requests.GenerationRequest([5] * 4, 3), requests.GenerationRequest([5] * 6, 1)]
     floor = decode_floor.decode_floor(model, asked)
     assert floor.bytes_per_s == 1 and decode_floor.kv_bytes(model) == 2 * 2 * 2 * 8 * 4
-    assert floor.keys_values_s == (5 + 6) * decode_floor.kv_bytes(model)  # two steps of the one long answer
+    assert floor.keys_values_s == (5 + 6) * decode_floor.kv_bytes(model)  # two steps of the one long response
     assert floor.products_s == 2 * 2**25 and floor.prompts_s == 2**25
 
 
 def test_the_floor_counts_steps_of_as_many_rows_as_fit():
-    """Three answers over two rows: the longest first, the third when a row is free; one token takes no step."""
+    """Three responses over two rows: the longest first, the third when a row is free; one token takes no step."""
     asked = [requests.GenerationRequest([5] * prompt, n) for prompt, n in ((10, 2), (20, 4), (30, 3), (40, 1))]
     assert list(decode_floor.steps_of(asked, 2)) == [(2, 20 + 1 + 30 + 1), (2, 20 + 2 + 30 + 2), (2, 20 + 3 + 10 + 1)]
     assert [rows for rows, _ in decode_floor.steps_of(asked, 9)] == [3, 2, 1]
@@ -123,10 +123,10 @@ def test_request_files_are_what_the_script_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "FOLDER", tmp_path)
     requests.main()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
-    for name, (count, longest_prompt, longest_answer) in requests.SIZES.items():
+    for name, (count, longest_prompt, longest_response) in requests.SIZES.items():
         rows = requests.load(name, 100)
         assert len(rows) == count and all(0 < len(r.prompt_ids) <= longest_prompt for r in rows)
-        assert all(0 < r.new_tokens <= longest_answer and max(r.prompt_ids) < 100 for r in rows)
+        assert all(0 < r.new_tokens <= longest_response and max(r.prompt_ids) < 100 for r in rows)
 
 
 def test_candidates_have_the_lengths_of_the_file():

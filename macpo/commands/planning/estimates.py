@@ -213,9 +213,9 @@ def _standalone_size(recipe: Standalone, sets: Sets | None, shapes: dict[str, Sh
         test = data.test_size(found, apart=held_out_source(data) is not None)
         train = data.train_prompts or max(1, found - test)
     if rows:
-        answers = [[row.answer] if isinstance(row, Example) else [row.chosen, row.rejected] for row in rows]
+        responses = [[row.response] if isinstance(row, Example) else [row.chosen, row.rejected] for row in rows]
         prompt = statistics.fmean(sum(len(m["content"]) for m in row.prompt.messages) for row in rows) / CHARS_PER_TOKEN
-        response = statistics.fmean(len(text) for texts in answers for text in texts) / CHARS_PER_TOKEN
+        response = statistics.fmean(len(text) for texts in responses for text in texts) / CHARS_PER_TOKEN
     prompt = min(prompt, recipe.max_prompt_tokens)
     return RunSize(
         teacher_prompts=0,

@@ -114,7 +114,7 @@ def _rehearsed(config: PretrainedConfig, setup: Setup, machine: Machine, step: W
     predicted = step_time(config, setup, machine, step.rows(1)).total
     count = max(1, min(step.pairs, int(step.pairs * _STEP_S / predicted)))
     prompt, response = _lengths(config, step.prompt, step.response)
-    groups = pairs(count, prompt, response, config.get_text_config().vocab_size, answers=step.answers)
+    groups = pairs(count, prompt, response, config.get_text_config().vocab_size, responses=step.responses)
     found = measure(config, setup, machine, groups, max_tokens=step.microbatch_tokens, repeats=5 if count > 1 else 2)
     return machine.calibrated(found.seconds, found.predicted)
 

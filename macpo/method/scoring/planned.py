@@ -9,7 +9,7 @@ from macpo.config import Recipe
 from macpo.method.run_plan import Builder, StageName, derived_seed
 from macpo.method.scoring.reward_model import TrainReward, TrainRewardInputs
 from macpo.method.scoring.scorers import ClassifierScorer, GoldScorer, ImplicitScorer, Scorer
-from macpo.method.scoring.stages import CheckScorer, CheckScorerInputs, ScoreAnswers, ScoreAnswersInputs
+from macpo.method.scoring.stages import CheckScorer, CheckScorerInputs, ScoreResponses, ScoreResponsesInputs
 from macpo.scorer_settings import RewardTraining, ScorerSettings
 
 
@@ -38,11 +38,11 @@ class ScorerStages:
         steps = self.steps
         for settings in self.recipe.evaluation.scorers:
             ready = self._ready(settings)
-            work = ScoreAnswers(
+            work = ScoreResponses(
                 scorer=ready.scorer,
                 weights=ready.weights,
                 base=self._base(settings),
-                inputs=ScoreAnswersInputs(evaluation=evaluation, reward=ready.trained),
+                inputs=ScoreResponsesInputs(evaluation=evaluation, reward=ready.trained),
                 compute=steps.compute,
             )
             stage = steps.add(f"score-{settings.name}-{what}", work)

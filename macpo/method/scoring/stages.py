@@ -111,16 +111,16 @@ def _read(path: Path, wave: Sequence[str]) -> list[list[Any]] | None:
     return scores if found["keys"] == list(wave) and len(scores) == len(wave) else None
 
 
-class ScoreAnswersInputs(ScoringInputs):
+class ScoreResponsesInputs(ScoringInputs):
     evaluation: str
 
 
-class ScoreAnswers(ScoringStage):
+class ScoreResponses(ScoringStage):
     """Scores of one policy's responses to the test prompts: `scores.jsonl`, and their mean in `score.json`."""
 
     name = "score_answers"
     doing = "scores test responses"
-    inputs: ScoreAnswersInputs
+    inputs: ScoreResponsesInputs
 
     def run(self, ctx: StageContext) -> None:
         rows = [row for _, row in read_jsonl(ctx.input(self.inputs.evaluation) / "evaluation.jsonl")]

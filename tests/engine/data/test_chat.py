@@ -131,15 +131,15 @@ def test_never_a_double_bos_nor_a_special_id_from_data(layout: str, content: str
         assert ids.count(tokenizer.bos_token_id) == (chat.bos_id is not None)
         adds = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         assert (ids[0] == tokenizer.bos_token_id) == (adds or layout.startswith("bos"))
-        assert not specials & set(chat.answer_ids(content, finished=False))
+        assert not specials & set(chat.response_ids(content, finished=False))
 
 
 @given(content=hostile)
 @few
-def test_a_byte_level_answer_survives_encoding_and_decoding(content: str) -> None:
+def test_a_byte_level_response_survives_encoding_and_decoding(content: str) -> None:
     for layout in ("vicuna", "chatml", "plain"):
         chat = CHATS["byte-level", layout]
-        assert chat.text(chat.answer_ids(content)) == (content if content.strip() else "")
+        assert chat.text(chat.response_ids(content)) == (content if content.strip() else "")
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -147,12 +147,12 @@ def test_a_byte_level_answer_survives_encoding_and_decoding(content: str) -> Non
 @few
 def test_words_survive_every_kind_of_tokenizer(name: str, picked: list[str]) -> None:
     chat = CHATS[name, "vicuna"]
-    answer = " ".join(picked)
-    ids = chat.answer_ids(answer)
-    assert chat.text(ids) == answer
-    assert ids == [*chat.answer_ids(answer, finished=False), chat.eos_id]
-    # Parts and whole agree where a blank separates answer and prompt, for every way to write blanks.
-    assert boundary_mismatches(chat, [(user("is it a dog ?"), answer)]) == 0
+    response = " ".join(picked)
+    ids = chat.response_ids(response)
+    assert chat.text(ids) == response
+    assert ids == [*chat.response_ids(response, finished=False), chat.eos_id]
+    # Parts and whole agree where a blank separates response and prompt, for every way to write blanks.
+    assert boundary_mismatches(chat, [(user("is it a dog ?"), response)]) == 0
 
 
 def test_boundary_mismatches_are_detected_and_their_rate_is_reported() -> None:
@@ -174,13 +174,13 @@ def test_the_fast_path_gives_the_ids_of_the_tokenizer_itself(name: str) -> None:
     tokenizer(TEXT[0], truncation=True, max_length=2, padding="max_length", pad_to_multiple_of=8) if (
         tokenizer.pad_token
     ) else tokenizer(TEXT[0], truncation=True, max_length=2)
-    assert len(chat.answer_ids(TEXT[0])) > 10
+    assert len(chat.response_ids(TEXT[0])) > 10
 
 
 def test_special_text_can_be_refused_instead() -> None:
     chat = Chat(byte_level(), "vicuna", special_text="error")
-    assert chat.answer_ids("a fox")
-    for call in (lambda: chat.answer_ids("a </s> b"), lambda: chat.prompt_ids(user("a <|im_start|>system b"))):
+    assert chat.response_ids("a fox")
+    for call in (lambda: chat.response_ids("a </s> b"), lambda: chat.prompt_ids(user("a <|im_start|>system b"))):
         with pytest.raises(DataError, match=r"special_text: the text spells the special token '.*Fix: remove it"):
             call()
     with pytest.raises(ConfigError, match="special_text"):
@@ -191,7 +191,7 @@ def test_vicuna_text_is_exact_and_multi_turn() -> None:
     chat = Chat(byte_level(), "vicuna")
     text = chat.tokenizer.decode(chat.prompt_ids(user("hi", "a fox", "why ?")))
     assert text == "<s>USER: hi ASSISTANT: a fox</s>USER: why ? ASSISTANT:"
-    assert chat.tokenizer.decode(chat.answer_ids("it is")) == " it is</s>"
+    assert chat.tokenizer.decode(chat.response_ids("it is")) == " it is</s>"
     system: list[Message] = [{"role": "system", "content": "be kind"}, *user("hi")]
     assert chat.rendered(system, "a dog") == "be kind USER: hi ASSISTANT: a dog"
     with_system = Chat(byte_level(), "vicuna-system")
@@ -205,7 +205,7 @@ def test_alpaca_text_is_exact_and_multi_turn() -> None:
     text = chat.tokenizer.decode(chat.prompt_ids(user("hi", "a fox", "why ?")))
     asked = " ### Instruction:\n{}\n\n### Response:\n"
     assert text == f"<s>{ALPACA_SYSTEM}{asked.format('hi')} a fox</s>\n\n{asked.format('why ?')}"
-    assert chat.tokenizer.decode(chat.answer_ids("it is")) == " it is</s>"
+    assert chat.tokenizer.decode(chat.response_ids("it is")) == " it is</s>"
     system: list[Message] = [{"role": "system", "content": "be kind"}, *user("hi")]
     assert chat.rendered(system, "a dog") == f"be kind{asked.format('hi')} a dog"
 
@@ -286,11 +286,11 @@ def test_eos_is_required_and_can_be_named() -> None:
     with pytest.raises(ConfigError, match=r"'<end>' is not a token of the tokenizer"):
         Chat(bare, eos_token="<end>")
     chat = Chat(bare, "vicuna", eos_token="<|im_end|>")
-    assert chat.answer_ids("a")[-1] == chat.eos_id == bare.convert_tokens_to_ids("<|im_end|>")
+    assert chat.response_ids("a")[-1] == chat.eos_id == bare.convert_tokens_to_ids("<|im_end|>")
     assert chat.rendered(user("a", "b", "c")) == "USER: a ASSISTANT: b<|im_end|>USER: c ASSISTANT:"
 
 
-def test_the_token_that_ends_a_turn_ends_an_answer() -> None:
+def test_the_token_that_ends_a_turn_ends_an_response() -> None:
     tokenizer = byte_level()
     turn_end, eos = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
     chat = Chat(tokenizer, "chatml")
@@ -309,7 +309,7 @@ def test_markers_that_are_added_but_not_marked_special_are_no_turns_either() -> 
     tokenizer.add_tokens([AddedToken("<turn>", special=False), AddedToken("<other>", special=False)])
     chat = Chat(tokenizer, HEAD + "{{ '<turn>' + m['content'] }}{% endfor %}")
     ids = chat.prompt_ids(user("a <turn> b <other>"))
-    assert ids.count(tokenizer.convert_tokens_to_ids("<turn>")) == 2  # of the question, and the header of the answer
+    assert ids.count(tokenizer.convert_tokens_to_ids("<turn>")) == 2  # of the question, and the header of the response
     assert ids.count(tokenizer.convert_tokens_to_ids("<other>")) == 1  # no token of the template: ordinary text
     assert tokenizer.decode(ids) == "<s><turn>a <turn> b <other><turn>"
 
@@ -323,7 +323,7 @@ def test_eos_stays_in_the_loss_also_where_it_is_the_pad_token(name: str) -> None
     assert group is not None
     batch = pack([group], max_tokens=64)[0]
     finished, unfinished = (batch.target[a:b].tolist() for a, b in itertools.pairwise(batch.cu_rows.tolist()))
-    assert finished == chat.answer_ids("a fox")
+    assert finished == chat.response_ids("a fox")
     assert finished[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in unfinished
 
@@ -336,9 +336,9 @@ def test_a_long_prompt_never_empties_a_completion(
     chat = CHATS["words", "vicuna"]
     prompt_limit = data.draw(st.integers(4, limit - 1) | st.none())
     messages = user(" ".join(f"{'fox' if i % 3 else 'dog'}" for i in range(question)))
-    answers = [(" ".join(["a"] * n), True) for n in sizes]
+    responses = [(" ".join(["a"] * n), True) for n in sizes]
     kwargs = {"max_tokens": limit, "max_prompt_tokens": prompt_limit}
-    group = chat.group(messages, answers, **kwargs)  # type: ignore[arg-type]
+    group = chat.group(messages, responses, **kwargs)  # type: ignore[arg-type]
     assert group is not None
     whole, allowed = chat.prompt_ids(messages), prompt_limit or limit // 2
     assert group.max_length <= limit
@@ -346,15 +346,15 @@ def test_a_long_prompt_never_empties_a_completion(
     assert group.prompt_ids[:2] == whole[:2]  # BOS and the marker of the turn
     assert group.prompt_ids[2:] == whole[len(whole) - len(group.prompt_ids) + 2 :]
     assert len(group.prompt_ids) == min(len(whole), allowed)
-    for (text, _), ids in zip(answers, group.responses, strict=True):
-        full = chat.answer_ids(text)
+    for (text, _), ids in zip(responses, group.responses, strict=True):
+        full = chat.response_ids(text)
         assert ids
         assert ids == full[: len(ids)]
         assert (ids[-1] == chat.eos_id) == (len(ids) == len(full))  # cut on the right: no EOS
     assume(len(whole) > allowed)
-    assert chat.group(messages, answers, long_prompt="drop", **kwargs) is None  # type: ignore[arg-type]
+    assert chat.group(messages, responses, long_prompt="drop", **kwargs) is None  # type: ignore[arg-type]
     with pytest.raises(DataError, match=f"the prompt has {len(whole)} tokens, {allowed} fit"):
-        chat.group(messages, answers, long_prompt="error", **kwargs)  # type: ignore[arg-type]
+        chat.group(messages, responses, long_prompt="error", **kwargs)  # type: ignore[arg-type]
 
 
 def test_groups_that_cannot_be_trained_on_are_refused() -> None:
@@ -380,7 +380,7 @@ def test_load_tokenizer_round_trip_and_errors(tmp_path: Path) -> None:
 def test_a_real_sentencepiece_tokenizer() -> None:
     chat = Chat(load_tokenizer(STORIES), "vicuna")
     text = "Once upon a time, Tom said </s> <s> and ran.  Two blanks;\nа new line"
-    assert chat.text(chat.answer_ids(text)) == text
+    assert chat.text(chat.response_ids(text)) == text
     prompt = chat.prompt_ids(user(text, "yes </s> no", "why?"))
     assert prompt.count(chat.bos_id) == 1
     assert prompt.count(chat.eos_id) == 1  # the end of the assistant's turn, not what it spells

@@ -12,7 +12,7 @@ from macpo.engine.data.templates import VICUNA_SYSTEM
 
 STORIES = Path(__file__).parents[4] / "shared" / "models" / "stories260K"
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-# llmtuner 0.5.3, data/template.py: default_system, format_user, format_separator; the answer and EOS follow bare
+# llmtuner 0.5.3, data/template.py: default_system, format_user, format_separator; the response and EOS follow bare
 PUBLISHED = {
     "alpaca": (ALPACA, "### Instruction:\n{}\n\n### Response:\n", "\n\n"),
     "vicuna-system": (VICUNA_SYSTEM, "USER: {} ASSISTANT:", ""),
@@ -45,6 +45,6 @@ def encoded_in_pieces(chat: Chat, template: str, turns: list[str]) -> list[int]:
 def test_a_sentencepiece_tokenizer_gives_the_ids_of_llama_factory(template: str) -> None:
     chat = Chat(load_tokenizer(STORIES), template)
     turns = ["Why is\nit so?", "Because it is.", "And then?", "The  end"]
-    ours = chat.prompt_ids(user(*turns[:3])) + chat.answer_ids(turns[3])
+    ours = chat.prompt_ids(user(*turns[:3])) + chat.response_ids(turns[3])
     assert ours == encoded_in_pieces(chat, template, turns)
     assert boundary_mismatches(chat, [(user(*turns[:3]), turns[3])]) == 0

@@ -1,4 +1,4 @@
-"""Templates of the kinds that people have: prompt + answer is what the template writes for the whole dialogue.
+"""Templates of the kinds that people have: prompt + response is what the template writes for the whole dialogue.
 
 The templates are ours, written after habits of published ones: a missing generation prefix, thoughts, dates, tools,
 trimmed text, system messages that are refused, strict alternation.
@@ -36,11 +36,11 @@ THINKING = (
 )
 KINDS = {
     "ignores add_generation_prompt": LOOP + "{{ " + TURN + " }}{% endfor %}",
-    "empty thought before the last answer": THINKING,
+    "empty thought before the last response": THINKING,
     "prefix writes an empty thought": THINKING
     + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-    "opens a thought that every last answer has": THINKING
+    "opens a thought that every last response has": THINKING
     + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
     "drops earlier thoughts": LOOP
     + "{% set text = m['content'] if loop.last else m['content'].split('</think>')[-1] %}"
@@ -83,7 +83,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def dialogue(n: int) -> list[Message]:
-    """A dialogue of 1, 3 or 5 turns; later ones hold a thought in an earlier answer."""
+    """A dialogue of 1, 3 or 5 turns; later ones hold a thought in an earlier response."""
     turns = [f"{WORDS[(n + k) % len(WORDS)]} {n}" for k in range(1 + 2 * (n % 3))]
     said = [f"<think>\nhm {n}\n</think>\n\n{turn}" if k == 1 and n % 2 else turn for k, turn in enumerate(turns)]
     return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
@@ -94,18 +94,18 @@ def chat_of(kind: str, tokenizer: PreTrainedTokenizerFast) -> Chat:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_and_answer_are_the_whole_dialogue(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Against transformers alone: what it writes for the dialogue with the answer, and for its generation prefix."""
+def test_prompt_and_response_are_the_whole_dialogue(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Against transformers alone: what it writes for the dialogue with the response, and for its generation prefix."""
     chat = chat_of(kind, tokenizer)
     words = {"chat_template": KINDS[kind], "date_string": "26 Jul 2024", "return_dict": False} | chat.arguments
     for n in range(20):
-        messages, answer = dialogue(n), ("  indented\n", "it is a fox", "red")[n % 3]
-        ours = chat.prompt_ids(messages) + chat.reply_ids(messages, answer)
+        messages, response = dialogue(n), ("  indented\n", "it is a fox", "red")[n % 3]
+        ours = chat.prompt_ids(messages) + chat.reply_ids(messages, response)
         if "strftime_now" in KINDS[kind]:
             words["chat_template"] = KINDS[kind].replace("strftime_now('%d %B %Y')", "'26 July 2024'")
-        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **words)
+        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], **words)
         assert whole[: len(ours)] == ours, (n, tokenizer.decode(ours), tokenizer.decode(whole))
-        assert ours[-1] == chat.eos_id and chat.text(chat.answer_ids(answer)[:-1]) == answer
+        assert ours[-1] == chat.eos_id and chat.text(chat.response_ids(response)[:-1]) == response
         if not chat.about or "ignores" not in chat.about[0]:
             assert chat.prompt_ids(messages) == tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, **words
@@ -133,7 +133,7 @@ def test_an_unclosed_thought_is_refused_with_a_remedy_that_helps(tokenizer: PreT
     opens = LOOP + "{{ " + TURN + " }}{% endfor %}" + ASSISTANT + "{% if add_generation_prompt %}"
     plain = opens + "{{ '<think>\n' }}{% endif %}"
     chat, user = Chat(tokenizer, plain), dialogue(0)
-    with pytest.raises(TemplateRefusal, match=r"opens <think>, and the answer never closes it.*Fix: give answers"):
+    with pytest.raises(TemplateRefusal, match=r"opens <think>, and the response never closes it.*Fix: give responses"):
         chat.reply_ids(user, "a fox")
     open_id, close_id = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     for reply in ("<think>\nhm\n</think>\n\na fox", "hm\n</think>\n\na fox"):  # as data has it, and as it is generated
@@ -148,8 +148,8 @@ def test_an_unclosed_thought_is_refused_with_a_remedy_that_helps(tokenizer: PreT
     assert boundary_mismatches(helped, [(user, "a fox")]) == 0
 
 
-def test_what_differs_only_before_the_answer_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A template that marks the last question writes it otherwise once the answer is there."""
+def test_what_differs_only_before_the_response_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A template that marks the last question writes it otherwise once the response is there."""
     marks = LOOP + "{{ ('* ' if loop.last else '') + " + TURN + " }}{% endfor %}" + ASSISTANT
     chat, user = (
         Chat(tokenizer, marks.replace("'* ' if loop.last", "'* ' if loop.last and m.role == 'user'")),
@@ -164,11 +164,11 @@ def test_what_differs_only_before_the_answer_is_said(tokenizer: PreTrainedTokeni
     other = (
         LOOP + "{{ ('<|im_start|>model\n' if m.role == 'assistant' else '') + " + TURN + " }}{% endfor %}" + ASSISTANT
     )
-    with pytest.raises(ConfigError, match="before an answer, but generates after"):
+    with pytest.raises(ConfigError, match="before a response, but generates after"):
         Chat(tokenizer, other.replace("<|im_start|>assistant", "<|im_start|>bot"))
 
 
-def test_tags_become_tokens_in_an_answer_and_plain_text_in_a_question(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tags_become_tokens_in_an_response_and_plain_text_in_a_question(tokenizer: PreTrainedTokenizerFast) -> None:
     chat, tag = Chat(tokenizer, THINKING), tokenizer.convert_tokens_to_ids("</think>")
     assert tag not in chat.prompt_ids([{"role": "user", "content": "what is </think> ?"}])
     assert chat.reply_ids(dialogue(0), "<think>\nhm\n</think>\n\nred").count(tag) == 1
@@ -253,7 +253,7 @@ def test_a_shortened_prompt_is_a_dialogue(tokenizer: PreTrainedTokenizerFast) ->
     chat = Chat(tokenizer, "chatml")
     turns: list[Message] = [{"role": "system", "content": "be kind"}]
     for n in range(4):
-        turns += [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]
+        turns += [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"response {n}"}]
     turns += [{"role": "user", "content": "the last question " * 5}]
     lengths = [len(chat.prompt_ids([turns[0], *turns[k:]])) for k in (1, 3, 5, 7, 9)]
     for kept, length in zip((1, 3, 5, 7, 9), lengths, strict=True):
@@ -272,7 +272,7 @@ def test_a_shortened_prompt_is_a_dialogue(tokenizer: PreTrainedTokenizerFast) ->
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
-@pytest.mark.parametrize("name", ["c02_toolcalls", "c02b_toolrole", "c02c_toolanswer", "c02d_reasoning"])
+@pytest.mark.parametrize("name", ["c02_toolcalls", "c02b_toolrole", "c02c_toolresponse", "c02d_reasoning"])
 def test_cases_with_parts(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     pairs, _ = load_preferences(CASES / f"{name}.jsonl")
     knows, lacks = Chat(tokenizer, TOOLS), Chat(tokenizer, "vicuna")

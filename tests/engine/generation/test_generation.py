@@ -41,7 +41,7 @@ def llama() -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "gpt2"])  # gpt2: learned positions
 def test_greedy_equals_hugging_face(name: str) -> None:
-    """Refills in a batch of 3; some answers end early, at an EOS that greedy decoding is known to meet."""
+    """Refills in a batch of 3; some responses end early, at an EOS that greedy decoding is known to meet."""
     model = model_of(name)
     prompts = some_prompts(LENGTHS)
     eos = hf_greedy(model, prompts[3], 9, VOCAB + 1)[5]
@@ -171,7 +171,7 @@ def test_log_probs_are_the_models_own(name: str) -> None:
         torch.testing.assert_close(torch.tensor(sample.logps), processed, atol=1e-4, rtol=1e-5)
 
 
-def test_first_token_may_end_the_answer_and_one_token_is_a_budget(llama: PreTrainedModel) -> None:
+def test_first_token_may_end_the_response_and_one_token_is_a_budget(llama: PreTrainedModel) -> None:
     prompts = some_prompts([4, 1, 8])
     greedy = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
     firsts = ids_of(llama, prompts, greedy)
@@ -205,7 +205,7 @@ def test_every_prompt_may_have_params_of_its_own(llama: PreTrainedModel) -> None
         assert [s.token_ids for s in alone.samples] == [s.token_ids for s in output.samples]
 
 
-def test_answers_end_where_the_context_or_the_cache_does(llama: PreTrainedModel) -> None:
+def test_responses_end_where_the_context_or_the_cache_does(llama: PreTrainedModel) -> None:
     (prompt,) = some_prompts([60])
     params = SamplingParams(temperature=0, max_new_tokens=50, ignore_eos=True)
     sample = Generator(llama).generate([prompt], params)[0].samples[0]
@@ -315,7 +315,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_no_text(cache: Any) -
     model = model_of("llama")
     prompts = some_prompts(LENGTHS)
     wanted = Generator(model, cache=cache, max_batch=8).generate(prompts, SAMPLED)
-    calls, fails = [], {20, 35}  # decode steps when some answers are complete and others are not
+    calls, fails = [], {20, 35}  # decode steps when some responses are complete and others are not
 
     def run_out(*_: Any) -> None:
         calls.append(len(calls))

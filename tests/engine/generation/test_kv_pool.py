@@ -66,7 +66,7 @@ def test_every_block_is_free_or_held_by_those_that_have_it(
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 6), st.sampled_from([16, 32, 64]))
-def test_answers_lie_in_blocks_of_their_own(prompt: int, new: int, num_samples: int, block_tokens: int) -> None:
+def test_responses_lie_in_blocks_of_their_own(prompt: int, new: int, num_samples: int, block_tokens: int) -> None:
     """Every position from the fork on is in a block with one holder; before it the full blocks are the same for all."""
     need = Need.of(prompt, prompt + new, block_tokens)
     blocks = BlockAllocator(need.blocks(num_samples))
@@ -135,7 +135,7 @@ def test_what_is_admitted_fits_and_everything_starts_once(
     assert blocks.num_free == plan.num_blocks
 
 
-def test_without_a_bound_the_longest_answers_fit() -> None:
+def test_without_a_bound_the_longest_responses_fit() -> None:
     requests = [Request(str(n), (5,) * n, SamplingParams(max_new_tokens=20), (0, 1)) for n in (3, 40, 17)]
     bounds: dict[str, Any] = {
         "num_stop_ids": 3,

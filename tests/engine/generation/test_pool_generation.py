@@ -1,4 +1,4 @@
-"""Generation over the block pool: the slot path's answers, Hugging Face's tokens, and steps that the host stays out of.
+"""Generation over the block pool: the slot path's responses, Hugging Face's tokens, steps that the host stays out of.
 
 Without a GPU the steps run eagerly with the torch backends; only the capture and replay themselves need one.
 """
@@ -60,7 +60,7 @@ def paged(model: Any, tokenizer: Any = None, **options: Any) -> Generator:
     ("name", "block_tokens"), [*zip(NAMES_OF_MODELS, [16, 32, 64, 16, 16, 32, 16, 64], strict=True), ("llama", 64)]
 )
 def test_greedy_equals_hugging_face(name: str, block_tokens: int) -> None:
-    """Refills in a batch of 3, padded to 4; some answers end early, at an EOS that greedy decoding is known to meet."""
+    """Refills in a batch of 3, padded to 4; some responses end early, at an EOS that greedy decoding meets."""
     model = model_of(name, **({"num_key_value_heads": 2} if name == "qwen2" else {}))
     prompts = some_prompts(LENGTHS)
     eos = hf_greedy(model, prompts[3], 9, VOCAB + 1)[5]
@@ -136,7 +136,7 @@ def test_a_row_that_met_a_stop_text_idles_among_the_others(llama: PreTrainedMode
     assert int((k.flatten(1) == 0).all(1).sum()) == 1 + 1  # its second block, and the trash block
 
 
-def test_answers_longer_than_the_log() -> None:
+def test_responses_longer_than_the_log() -> None:
     """The log is handed over in the middle of a batch that nobody has left, also where stop texts are looked for."""
     model, tokenizer = model_of("llama", max_position_embeddings=256), character_tokenizer(VOCAB)
     prompts = some_prompts([4, 20])

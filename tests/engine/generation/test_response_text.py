@@ -22,7 +22,7 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.generation import Generator, Request, SamplingParams
 from macpo.engine.generation.response_text import cut_at_stop
 from macpo.engine.generation.sequence import ActiveSequence
-from macpo.method.answers import learnable_text
+from macpo.method.responses import learnable_text
 
 STORIES = Path(__file__).parents[4] / "shared" / "models" / "stories260K"
 END = "</s>"

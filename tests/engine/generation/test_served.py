@@ -143,7 +143,7 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def test_stop_texts_and_withheld_answers(server: Server) -> None:
+def test_stop_texts_and_withheld_responses(server: Server) -> None:
     server.act = lambda number, body: completion("abxcd", "length")
     params = SamplingParams(stop=("cd", "x"), max_new_tokens=6)
     sample = served(server, tokenizer=character_tokenizer(30)).generate(PROMPTS[:1], params)[0].samples[0]
@@ -194,7 +194,7 @@ def test_passing_troubles_are_retried(server: Server) -> None:
         (404, {"Content-Type": "application/json"}, b'{"error": {"message": "no model m"}}'),
     ],
 )
-def test_what_is_no_answer_is_an_error_of_one_line(server: Server, reply: Reply) -> None:
+def test_what_is_no_response_is_an_error_of_one_line(server: Server, reply: Reply) -> None:
     server.act = lambda number, body: reply
     with pytest.raises(PeerError) as caught:
         served(server).generate(PROMPTS, PARAMS)
@@ -277,15 +277,15 @@ def test_without_the_package_the_error_says_what_to_install(server: Server, monk
 def test_waves_are_kept_when_the_server_goes_and_not_asked_again(server: Server, tmp_path: Path) -> None:
     options: dict[str, Any] = {"folder": tmp_path, "wave_requests": 2, "purpose": "test"}
     requests = [(f"p{i}", [4 + i]) for i in range(6)]
-    server.act = lambda number, body: completion(f"answer {body['prompt'][0]}") if number <= 4 else None
+    server.act = lambda number, body: completion(f"response {body['prompt'][0]}") if number <= 4 else None
     with pytest.raises(PeerError, match="no answer"):
         generate_waves(served(server, concurrency=1), requests, PARAMS, **options)
     kept = sorted(path.name for path in (tmp_path / "waves").iterdir())
     assert kept in (["0000.jsonl", "0001.jsonl"], ["0001.jsonl", "0002.jsonl"], ["0000.jsonl", "0002.jsonl"])
     server.asked.clear()
-    server.act = lambda number, body: completion(f"answer {body['prompt'][0]}", usage=usage(1, 3))
+    server.act = lambda number, body: completion(f"response {body['prompt'][0]}", usage=usage(1, 3))
     rows = generate_waves(served(server), requests, PARAMS, **options)
-    assert [row["text"] for row in rows] == [f"answer {4 + i}" for i in range(6)] and len(server.asked) == 2
+    assert [row["text"] for row in rows] == [f"response {4 + i}" for i in range(6)] and len(server.asked) == 2
     assert all(row["sum_logp"] is None and row["token_ids"] == [] for row in rows)
     server.asked.clear()
     changed = [(id_, [9]) for id_, _ in requests]
@@ -302,7 +302,7 @@ def test_waves_of_dialogues_are_known_by_their_words(server: Server, tmp_path: P
     assert [body["messages"][0]["content"] for body in server.asked] == ["one", "two"]
 
 
-def test_an_empty_answer_is_asked_for_again_with_another_seed(server: Server, tmp_path: Path) -> None:
+def test_an_empty_response_is_asked_for_again_with_another_seed(server: Server, tmp_path: Path) -> None:
     server.act = lambda number, body: completion(" \n" if number == 1 else "words")
     (row,) = generate_waves(served(server), [("p", [4])], PARAMS, folder=tmp_path, wave_requests=1)
     assert (row["text"], row["attempt"], row["empty"]) == ("words", 1, False)

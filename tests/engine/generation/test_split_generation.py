@@ -94,7 +94,7 @@ def mixed(policy: PolicyModule) -> list[list[Any]]:
     return found
 
 
-def assert_same_answers(found: list[list[Any]], wanted: list[list[Any]]) -> None:
+def assert_same_responses(found: list[list[Any]], wanted: list[list[Any]]) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours[0] == theirs[0] and ours[3] == theirs[3]
         assert ours[1] == pytest.approx(theirs[1], abs=1e-5) and ours[2] == pytest.approx(theirs[2], abs=1e-5)
@@ -119,12 +119,12 @@ def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
     assert ranks(2, body, timeout_s=60.0) == [0, 0]
     first, second = (read_json(tmp_path / f"{rank}.json") for rank in (0, 1))
     assert first == second
-    assert_same_answers(first.pop("stacked"), mixed(stacked()))
+    assert_same_responses(first.pop("stacked"), mixed(stacked()))
     for name, make in POLICIES.items():
         wanted = plainly(Generator(make()).generate(PROMPTS, PARAMS))
         assert len({tuple(row[0]) for row in wanted}) > 5, name
-        assert_same_answers(first[name]["slots"], wanted)
-        assert_same_answers(first[name]["pool"], wanted)
+        assert_same_responses(first[name]["slots"], wanted)
+        assert_same_responses(first[name]["pool"], wanted)
         assert first[name]["share"] < 0.56, name
 
 
@@ -160,7 +160,7 @@ def test_ranks_whose_samplers_differ_go_on_alike(tmp_path: Path) -> None:
     assert ranks(2, body) == [0, 0]
     first, second = (read_json(tmp_path / f"{rank}.json") for rank in (0, 1))
     assert first == second
-    assert_same_answers(first, plainly(Generator(plain("llama")).generate(PROMPTS, PARAMS)))
+    assert_same_responses(first, plainly(Generator(plain("llama")).generate(PROMPTS, PARAMS)))
 
 
 # --- waves ---

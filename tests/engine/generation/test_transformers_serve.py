@@ -1,4 +1,4 @@
-"""ServedGenerator against `transformers serve` on loopback: the same greedy answers as our own generator, offline."""
+"""ServedGenerator against `transformers serve` on loopback: the same greedy responses as our own generator, offline."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Serve:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama whose tokenizer adds BOS and has a chat template; some of its answers end by themselves."""
+    """A small Llama whose tokenizer adds BOS and has a chat template; some of its responses end by themselves."""
     path = tmp_path_factory.mktemp("served") / "model"
     tokenizer = character_tokenizer(30)  # one token a letter
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -114,7 +114,7 @@ def assert_same(model: Any, prompt: list[int], got: Sample, wanted: Sample, end:
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
-def test_greedy_answers_are_those_of_our_own_generator(server: Serve, folder: Path, api: str) -> None:
+def test_greedy_responses_are_those_of_our_own_generator(server: Serve, folder: Path, api: str) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     chat = Chat(tokenizer)
     prompts = [chat.prompt_ids(dialogue) for dialogue in DIALOGUES]
@@ -185,7 +185,7 @@ def test_a_killed_server_ends_the_run_and_a_new_one_goes_on_with_it(
         assert_same(model, prompt, got, wanted.samples[0], end=2)
 
 
-def test_a_served_teacher_answers_as_the_same_weights_do_here(server: Serve, tmp_path: Path) -> None:
+def test_a_served_teacher_responses_as_the_same_weights_do_here(server: Serve, tmp_path: Path) -> None:
     """The first stages of a run with one teacher, a folder behind the server; and our own generator on that folder."""
     base = str(make_base(tmp_path / "base"))
     teacher = {"base_url": server.url, "server": "transformers", "positive": base, "negative": base}

@@ -46,7 +46,7 @@ def test_rows_and_files(whole: tuple[list[dict[str, Any]], dict[str, bytes]]) ->
         assert row["sum_logp"] <= 0
 
 
-def test_empty_answers_are_drawn_again_once(
+def test_empty_responses_are_drawn_again_once(
     whole: tuple[list[dict[str, Any]], dict[str, bytes]], tmp_path: Path
 ) -> None:
     """Attempt 1 stands only where attempt 0 was empty; what is still empty is marked. Greedy gains nothing from it."""

@@ -54,7 +54,7 @@ def assert_equal_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> N
 
 
 def dpo_by_hand(chosen: list[Tensor], rejected: list[Tensor], ref: Tensor, beta: float, sft_weight: float) -> Tensor:
-    """DPO, arXiv 2305.18290 eq. 7, plus the token-mean NLL of the chosen answers."""
+    """DPO, arXiv 2305.18290 eq. 7, plus the token-mean NLL of the chosen responses."""
     margins = torch.stack([c.sum() - r.sum() for c, r in zip(chosen, rejected, strict=True)]) - (ref[:, 0] - ref[:, 1])
     nll = torch.stack([-c.mean() for c in chosen])
     return -torch.nn.functional.logsigmoid(beta * margins).mean() + sft_weight * nll.mean()

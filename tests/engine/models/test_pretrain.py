@@ -53,8 +53,8 @@ def test_word_tokenizer_keeps_the_most_frequent_words_and_the_template() -> None
     assert small.convert_ids_to_tokens(range(5, 8)) == ranked[:3]
     chat = Chat(tokenizer, "vicuna")
     assert tokenizer.unk_token_id not in chat.prompt_ids(DOCUMENTS[0].prompt.messages)
-    assert chat.text(chat.answer_ids(DOCUMENTS[0].answer)) == DOCUMENTS[0].answer
-    assert tokenizer.unk_token_id in chat.answer_ids("a word that nobody said")
+    assert chat.text(chat.response_ids(DOCUMENTS[0].response)) == DOCUMENTS[0].response
+    assert tokenizer.unk_token_id in chat.response_ids("a word that nobody said")
 
 
 def test_bpe_tokenizer_reads_and_writes_any_text() -> None:
@@ -62,8 +62,8 @@ def test_bpe_tokenizer_reads_and_writes_any_text() -> None:
     assert 259 < len(tokenizer) <= 300
     chat = Chat(tokenizer, "vicuna")
     text = "Ünï¢ode 🦊\ttab\u2028and\x00 </s> <s>"
-    assert chat.text(chat.answer_ids(text)) == text
-    assert len(chat.answer_ids("the invoice", finished=False)) < len("the invoice")
+    assert chat.text(chat.response_ids(text)) == text
+    assert len(chat.response_ids("the invoice", finished=False)) < len("the invoice")
     assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(tokenizer.get_vocab())
 
 
@@ -129,8 +129,8 @@ def test_documents_become_groups_of_one_token_and_the_rest() -> None:
         assert len(group.responses) == 1
         assert (group.responses[0][-1] == chat.eos_id) == document.finished
     dialogue, _, plain = (chat.tokenizer.decode(group.responses[0]) for group in groups)
-    assert dialogue == f"USER: {DOCUMENTS[0].prompt.messages[0]['content']} ASSISTANT: {DOCUMENTS[0].answer} </s>"
-    assert plain == f"{DOCUMENTS[2].answer} </s>"
+    assert dialogue == f"USER: {DOCUMENTS[0].prompt.messages[0]['content']} ASSISTANT: {DOCUMENTS[0].response} </s>"
+    assert plain == f"{DOCUMENTS[2].response} </s>"
 
 
 @given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4), limit=st.integers(2, 24))
@@ -139,7 +139,7 @@ def test_long_documents_go_on_and_every_token_is_predicted_once(lengths: list[in
     chat = Chat(train_tokenizer(["a b c d e"], WORD), "vicuna")
     documents = [Example(Prompt.of(()), " ".join("abcde"[i % 5] for i in range(n))) for n in lengths]
     groups = document_groups(chat, documents, limit)
-    expected = [token for d in documents for token in chat.document_ids((), d.answer)[1:]]
+    expected = [token for d in documents for token in chat.document_ids((), d.response)[1:]]
     assert [token for group in groups for token in group.responses[0]] == expected
     assert all(2 <= group.max_length <= limit for group in groups)
     with pytest.raises(ConfigError, match=r"init.context"):
@@ -166,7 +166,7 @@ def test_a_base_is_built_pretrained_by_the_engine_saved_and_loaded(tmp_path: Pat
     chat = Chat(load_tokenizer(tmp_path / "model"))  # the exported template, not the fallback
     assert chat.template.startswith("{{ bos_token }}")
     assert [chat.bos_id, *groups[0].responses[0]] == chat.document_ids(
-        DOCUMENTS[0].prompt.messages, DOCUMENTS[0].answer
+        DOCUMENTS[0].prompt.messages, DOCUMENTS[0].response
     )
 
 
@@ -178,9 +178,9 @@ def test_corpus_files(tmp_path: Path) -> None:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
         assert read_corpus(tmp_path / name) == read_corpus(str(tmp_path / f"{name}.gz"))
     documents = read_corpus(tmp_path / "a.txt")
-    assert [d.answer for d in documents] == ["first line\u2028still first", "second line"]
+    assert [d.response for d in documents] == ["first line\u2028still first", "second line"]
     assert all(d.prompt.messages == () and d.by == "corpus" and d.finished for d in documents)
-    assert [d.answer for d in read_corpus(tmp_path / "b.jsonl")] == ["one\ntwo", "three"]
+    assert [d.response for d in read_corpus(tmp_path / "b.jsonl")] == ["one\ntwo", "three"]
 
 
 @pytest.mark.parametrize(
@@ -208,13 +208,13 @@ def test_bad_corpora_are_named(tmp_path: Path, name: str, content: bytes, kind: 
         read_corpus(tmp_path / "missing.txt")
 
 
-def test_dialogues_can_be_learnt_by_their_answers_alone() -> None:
+def test_dialogues_can_be_learnt_by_their_responses_alone() -> None:
     documents = [Example(Prompt.of("who is it ?"), "it is me ."), Example(Prompt.of(()), "plain text")]
     settings = InitSettings(hidden_size=16, num_heads=2, tokenizer="word", vocab_size=64)
     chat = Chat(train_tokenizer(documents, settings), "vicuna")
     dialogue, plain = document_groups(chat, documents, 64, learn="answers")
     assert dialogue.prompt_ids == chat.prompt_ids(documents[0].prompt.messages)
-    assert dialogue.responses == [chat.answer_ids("it is me .")]
+    assert dialogue.responses == [chat.response_ids("it is me .")]
     assert plain.prompt_ids == [chat.bos_id] and len(plain.responses[0]) == 3
 
 

@@ -42,7 +42,7 @@ FULL = FullSettings()
 
 
 def groups_of(count: int, vocab: int) -> list[PrefixGroup]:
-    """Ragged pairs, prompts of 30 to 90 tokens and answers of 15 to 45."""
+    """Ragged pairs, prompts of 30 to 90 tokens and responses of 15 to 45."""
     draw = random.Random(0)
 
     def ids(low: int, high: int) -> list[int]:

@@ -237,7 +237,7 @@ def test_an_error_that_is_its_own_cause_is_reported(capsys: pytest.CaptureFixtur
     assert "round and round" in capsys.readouterr().err
 
 
-def test_a_process_started_with_signals_blocked_answers_them_later() -> None:
+def test_a_process_started_with_signals_blocked_responses_them_later() -> None:
     """It gets SIGTERM while it still imports, and has its exit code from `run_cli`."""
     body = "import sys, time; print(flush=True); time.sleep(0.3); from macpo.engine.console import run_cli; "
     body += "sys.exit(run_cli(lambda: time.sleep(10)))"

@@ -1,4 +1,4 @@
-"""Scores of answers: equal to separate forwards, whatever shares a row with them."""
+"""Scores of responses: equal to separate forwards, whatever shares a row with them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def test_a_sequence_longer_than_the_model_is_refused() -> None:
         score(model_of("llama"), [PrefixGroup([3] * 60, [[4], [4] * 5])])
 
 
-def test_a_hopeless_answer_has_infinite_perplexity_not_an_overflow() -> None:
+def test_a_hopeless_response_has_infinite_perplexity_not_an_overflow() -> None:
     assert ResponseScore([-800.0], -800.0).perplexity == math.inf
     assert ResponseScore([-1.0, -3.0], -4.0).perplexity == pytest.approx(math.e**2)

@@ -40,12 +40,12 @@ def by_definition(policy: PolicyModule, examples: list[PrefixGroup], share: floa
     model = copy.deepcopy(policy.base).double()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for example in examples:
-        (answer,) = example.responses
-        ids = torch.tensor([example.prompt_ids + answer])
+        (response,) = example.responses
+        ids = torch.tensor([example.prompt_ids + response])
         logps = model(ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
         best, token = logps.max(dim=-1)
-        tau = best.sort().values[(len(answer) - 1) // 2].detach()
-        for t, label in enumerate(answer):
+        tau = best.sort().values[(len(response) - 1) // 2].detach()
+        for t, label in enumerate(response):
             total = total - (1 - share) * logps[t, label]
             if best[t] >= tau:
                 total = total - share * logps[t, token[t]]

@@ -146,7 +146,7 @@ def test_mfu_by_hand() -> None:
     kv = config.num_key_value_heads * config.head_dim
     block = 2 * hidden * width + 2 * hidden * kv + 3 * hidden * config.intermediate_size
     tokens, rows = 8, 5
-    attended = (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6)  # the prompt, the chosen answer, the rejected one
+    attended = (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6)  # the prompt, the chosen response, the rejected one
     flops = 6 * (layers * block * tokens + hidden * vocab * rows) + 12 * layers * width * attended
     work = Work(ModelShape.of(config), peak_flops=2 * 1e9, tuning="full")
     assert work.utilisation(PAIRS[:1], seconds=0.5) == pytest.approx(flops / 1e9, rel=1e-12)

@@ -83,7 +83,7 @@ def test_one_group_that_does_not_fit_is_an_error_with_a_way_out(tmp_path: Path) 
     with pytest.raises(ResourceError, match=r"step 2: one group of 19 tokens does not fit in memory: 6") as caught:
         run_sft(tmp_path, objective=Starved(16))
     assert caught.value.code == 4 and len(rows(tmp_path)) == 1
-    assert all(way in str(caught.value) for way in ("checkpointing", "shorter answers", "sharding"))
+    assert all(way in str(caught.value) for way in ("checkpointing", "shorter responses", "sharding"))
 
 
 def test_what_running_out_of_memory_looks_like() -> None:

@@ -1,4 +1,4 @@
-"""A run's folder with two iterations of a student and a ceiling, all of whose answers differ, and human test pairs."""
+"""A run's folder with two iterations of a student and a ceiling, whose responses all differ, and human test pairs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from macpo.engine.files import write_json, write_jsonl
 POLICIES = ("student@0", "student@3", "ceiling@0")
 
 
-def make_answers(folder: Path, count: int, answer: Callable[[str, int], str] | None = None) -> Path:
-    """`answer(policy, number)`: what a policy says to a prompt."""
-    answer = answer or (lambda policy, number: f"{policy} says {number}")
+def make_responses(folder: Path, count: int, response: Callable[[str, int], str] | None = None) -> Path:
+    """`response(policy, number)`: what a policy says to a prompt."""
+    response = response or (lambda policy, number: f"{policy} says {number}")
     prompts = []
     for number in range(count):
         text = f"question {number}"
@@ -31,12 +31,12 @@ def make_answers(folder: Path, count: int, answer: Callable[[str, int], str] | N
         agent, _, iteration = policy.partition("@")
         path = folder / f"{place:02d}-eval-{agent}-iter{iteration}"
         path.mkdir()
-        rows = [row | {"answer": answer(policy, i), "finished": i % 7 != 3} for i, row in enumerate(prompts)]
+        rows = [row | {"answer": response(policy, i), "finished": i % 7 != 3} for i, row in enumerate(prompts)]
         write_jsonl(path / "evaluation.jsonl", sorted(rows, key=lambda row: row["prompt_id"]))
         write_json(path / "evaluation.json", {"role": agent, "iteration": int(iteration), "answers": count})
     return folder
 
 
 @pytest.fixture
-def answers() -> Callable[..., Path]:
-    return make_answers
+def responses() -> Callable[..., Path]:
+    return make_responses

@@ -32,7 +32,7 @@ from macpo.evaluation.summary import build_summary
 from macpo.evaluation.uncertainty import sign_test
 from macpo.report.page import write_report
 
-Answers = Callable[..., Path]
+Responses = Callable[..., Path]
 
 # Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011, section C: four observers, twelve units, the values
 # 1 to 5, nominal alpha 0.743. Each row has how often a unit got each value.
@@ -120,7 +120,7 @@ def test_compared_counts_winners_where_both_decide() -> None:
 
 
 def say(study: Any, name: str, outcomes: Callable[[Item], str]) -> None:
-    """One person's judgements; `outcomes` says which answer: first, second, or a verdict without a side."""
+    """One person's judgements; `outcomes` says which response: first, second, or a verdict without a side."""
     with Session(study, name) as session:
         while showing := session.current:
             said = outcomes(session.item(showing))
@@ -132,9 +132,9 @@ def say(study: Any, name: str, outcomes: Callable[[Item], str]) -> None:
 
 
 @pytest.fixture
-def study(answers: Answers, tmp_path: Path) -> Any:
+def study(responses: Responses, tmp_path: Path) -> Any:
     """Twenty items: for two people 10 wins, 5 losses, 5 ties; a third always says first, and skips one of five."""
-    run = answers(tmp_path / "run", 20)
+    run = responses(tmp_path / "run", 20)
     study = begin(run, {"repeats": 0.25, "gold_checks": 0.2})
     number = {item.id: at for at, item in enumerate(study.items.values())}
 
@@ -227,16 +227,16 @@ def test_the_report_shows_what_people_said(study: Any, caplog: pytest.LogCapture
     assert f"student@3 student@0 20 10 5 5 {rate:.3f} [{low:.3f}, {high:.3f}] better" in text
     assert "3 people compared" in text and "choice on gold checks: 8 of 12" in text and "anna" not in text
     assert "have changed" not in text
-    answers = run / "02-eval-student-iter0" / "evaluation.jsonl"
-    answers.write_text(answers.read_text().replace("student@0 says", "now says"))
-    assert "the run’s answers of student@0 have changed since people saw them" in write_report(run).read_text()
+    responses = run / "02-eval-student-iter0" / "evaluation.jsonl"
+    responses.write_text(responses.read_text().replace("student@0 says", "now says"))
+    assert "the run’s responses of student@0 have changed since people saw them" in write_report(run).read_text()
     path.write_text('{"pairs": 3}')
     assert "Judged by people" not in write_report(run).read_text()
     assert "annotation.json is ignored: it has another shape" in caplog.text
 
 
-def test_without_judgements_there_is_nothing_to_count(answers: Answers, tmp_path: Path) -> None:
-    study = begin(answers(tmp_path / "run", 4), {})
+def test_without_judgements_there_is_nothing_to_count(responses: Responses, tmp_path: Path) -> None:
+    study = begin(responses(tmp_path / "run", 4), {})
     with Session(study, "anna"):
         pass
     with pytest.raises(DataError, match="there are no judgements"):
@@ -246,18 +246,20 @@ def test_without_judgements_there_is_nothing_to_count(answers: Answers, tmp_path
 def test_label_studio_there_and_back(study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, file = study.folder.parent, tmp_path / "tasks.json"
     assert macpo("annotate", run, "--export", "label-studio", file) == 0
-    assert '<Pairwise name="comparison" toName="answer1,answer2"/>' in capsys.readouterr().out
+    assert '<Pairwise name="comparison" toName="response1,response2"/>' in capsys.readouterr().out
     tasks = read_json(file)
-    assert len(tasks) == 24 and {tuple(task["data"]) for task in tasks} == {("item", "prompt", "answer1", "answer2")}
-    assert {task["data"]["answer1"].split()[0] for task in tasks} > {"student@0", "student@3"}  # sides are drawn
+    assert len(tasks) == 24 and {tuple(task["data"]) for task in tasks} == {
+        ("item", "prompt", "response1", "response2")
+    }
+    assert {task["data"]["response1"].split()[0] for task in tasks} > {"student@0", "student@3"}  # sides are drawn
 
     for at, task in enumerate(tasks):  # as labelstud.io/guide/task_format and its Pairwise and Choices tags have it
         item = study.items[task["data"]["item"]]
-        side = "left" if task["data"]["answer1"] == item.answers[0] else "right"
+        side = "left" if task["data"]["response1"] == item.answers[0] else "right"
         chosen = {
             "type": "pairwise",
             "from_name": "comparison",
-            "to_name": "answer1,answer2",
+            "to_name": "response1,response2",
             "value": {"selected": side},
         }
         tie = {"type": "choices", "from_name": "verdict", "value": {"choices": ["both-bad"]}}
@@ -295,5 +297,7 @@ def test_argilla_records(study: Any, tmp_path: Path) -> None:
     assert {record["id"] for record in records} == study.items.keys()
     for record in records:
         item = study.items[record["id"]]
-        assert set(record) == {"id", "prompt", "answer1", "answer2"} and record["prompt"].startswith("user: question ")
-        assert {record["answer1"], record["answer2"]} == set(item.answers)
+        assert set(record) == {"id", "prompt", "response1", "response2"} and record["prompt"].startswith(
+            "user: question "
+        )
+        assert {record["response1"], record["response2"]} == set(item.answers)

@@ -148,9 +148,9 @@ def test_colours_have_contrast(theme: int) -> None:
 
 
 def test_five_hundred_judgements_by_keys_with_a_kill_between(
-    browser: Browser, answers: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Browser, responses: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = answers(tmp_path / "run", 460, lambda policy, i: f"{'blue' if policy == 'student@3' else 'red'} {i}")
+    run = responses(tmp_path / "run", 460, lambda policy, i: f"{'blue' if policy == 'student@3' else 'red'} {i}")
     pressed = []
     with started(run, "--annotator", "anna", "--prompts", 460) as (process, url):
         showing, left, right = browser.open(url)
@@ -195,9 +195,9 @@ def test_five_hundred_judgements_by_keys_with_a_kill_between(
 
 
 def test_undo_skip_comment_and_focus_with_the_keyboard_alone(
-    browser: Browser, answers: Callable[..., Path], tmp_path: Path
+    browser: Browser, responses: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = answers(tmp_path / "run", 5)
+    run = responses(tmp_path / "run", 5)
     with started(run, "--annotator", "ben", "--repeats", "0") as (_, url):
         first, *_ = browser.open(url)
         browser.press("1")
@@ -230,9 +230,9 @@ def test_undo_skip_comment_and_focus_with_the_keyboard_alone(
 
 
 def test_a_key_that_is_held_down_judges_one_item(
-    browser: Browser, answers: Callable[..., Path], tmp_path: Path
+    browser: Browser, responses: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = answers(tmp_path / "run", 6)
+    run = responses(tmp_path / "run", 6)
     with started(run, "--annotator", "cas") as (_, url):
         first, *_ = browser.open(url)
         press = {"type": "keyDown", "key": "1", "text": "1", "windowsVirtualKeyCode": 49}
@@ -245,9 +245,9 @@ def test_a_key_that_is_held_down_judges_one_item(
     assert len(rows(run, "cas")) == 2
 
 
-def test_hostile_text_is_text(browser: Browser, answers: Callable[..., Path], tmp_path: Path) -> None:
+def test_hostile_text_is_text(browser: Browser, responses: Callable[..., Path], tmp_path: Path) -> None:
     huge = "x" * 1_000_000
-    run = answers(
+    run = responses(
         tmp_path / "run", 4, lambda policy, i: f"{policy} {HOSTILE} {i} {huge if policy == 'student@0' else ''}"
     )
     with started(run, "--annotator", "dora") as (_, url):
@@ -257,7 +257,7 @@ def test_hostile_text_is_text(browser: Browser, answers: Callable[..., Path], tm
             assert not re.search("[\x00\x1b\u200b\u202e\u2066\ufeff]", text)
         assert "more characters)" in (left if len(left) > len(right) else right) and len(left + right) < 21_000
         driver = browser.driver
-        assert driver.title == "Which answer is better?"
+        assert driver.title == "Which response is better?"
         assert (
             driver.execute_script(
                 "return document.querySelectorAll('main img, main script, main iframe, main style').length"
@@ -271,12 +271,12 @@ def test_hostile_text_is_text(browser: Browser, answers: Callable[..., Path], tm
         driver.execute_script(
             "const s = document.createElement('script'); s.text = 'document.title = 4'; document.body.append(s)"
         )
-        assert driver.title == "Which answer is better?"
+        assert driver.title == "Which response is better?"
         assert sum("Content Security Policy" in entry["message"] for entry in driver.get_log("browser")) >= 3
 
 
-def test_other_names_and_pages_are_refused(browser: Browser, answers: Callable[..., Path], tmp_path: Path) -> None:
-    run = answers(tmp_path / "run", 4)
+def test_other_names_and_pages_are_refused(browser: Browser, responses: Callable[..., Path], tmp_path: Path) -> None:
+    run = responses(tmp_path / "run", 4)
     with started(run, "--annotator", "eve") as (_, url):
         address = urlsplit(url)
         browser.driver.get(f"http://rebound.test:{address.port}{address.path}")  # a name that was rebound to loopback
@@ -290,7 +290,7 @@ def test_other_names_and_pages_are_refused(browser: Browser, answers: Callable[.
         assert browser.driver.execute_async_script(script, url) == "refused"
 
         status, headers, page = ask(url, "GET", address.path)
-        assert status == 200 and b"Which answer" in page and b"http" not in page.replace(b"http-equiv", b"")
+        assert status == 200 and b"Which response" in page and b"http" not in page.replace(b"http-equiv", b"")
         policy = headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; connect-src 'self'") and "unsafe" not in policy
         assert headers["cache-control"] == "no-store" and headers["referrer-policy"] == "no-referrer"
@@ -338,9 +338,9 @@ def test_other_names_and_pages_are_refused(browser: Browser, answers: Callable[.
 
 
 def test_it_listens_on_loopback_alone_and_for_one_process_a_person(
-    answers: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    responses: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = answers(tmp_path / "run", 4)
+    run = responses(tmp_path / "run", 4)
     with started(run, "--annotator", "fay") as (process, url):
         port = int(urlsplit(url).port or 0)
         with pytest.raises(ConnectionRefusedError):  # another address of this machine
@@ -355,8 +355,8 @@ def test_it_listens_on_loopback_alone_and_for_one_process_a_person(
     assert {path.name for path in (run / "annotation").iterdir()} == {"items.json", "fay.jsonl", "gil.jsonl"}
 
 
-def test_a_judgement_that_cannot_be_saved_is_not_counted(answers: Callable[..., Path], tmp_path: Path) -> None:
-    run = answers(tmp_path / "run", 4)
+def test_a_judgement_that_cannot_be_saved_is_not_counted(responses: Callable[..., Path], tmp_path: Path) -> None:
+    run = responses(tmp_path / "run", 4)
     assert macpo("annotate", run, "--export", "argilla", tmp_path / "argilla.jsonl") == 0  # begins the study
     with started(run, "--annotator", "hal", most_bytes=300) as (_, url):  # room for the head of the file alone
         path = urlsplit(url).path

@@ -24,9 +24,9 @@ PAGE = (ROOT / "docs" / "evaluation-annotate.md").read_text()
 
 
 def test_every_command_works(
-    answers: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    responses: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers(tmp_path / "runs" / "mine", 80)
+    responses(tmp_path / "runs" / "mine", 80)
     monkeypatch.chdir(tmp_path)
     blocks = blocks_for("docs/evaluation-annotate.md", sh=5)["sh"]
     commands = [line for block in blocks for line in block.splitlines()]
@@ -61,7 +61,7 @@ def test_defaults_and_keys_are_as_the_page_says() -> None:
     page = (ROOT / "macpo" / "annotation" / "page.html").read_text()
     keys = dict(re.findall(r'aria-keyshortcuts="(\w)"[^>]*>(?:<kbd>\w</kbd>)?([^<]*)<', page))
     assert keys | {"c": ""} == {
-        **{"1": "Answer 1 is better", "2": "Answer 2 is better", "0": "Equal", "b": "Both bad"},
+        **{"1": "Response 1 is better", "2": "Response 2 is better", "0": "Equal", "b": "Both bad"},
         **{"s": "Skip", "u": "Undo", "c": ""},
     }
     assert all(f"`{key}`" in PAGE for key in keys)

@@ -21,7 +21,7 @@ from macpo.engine.errors import ConfigError, DataError, IntegrityError
 from macpo.engine.files import write_jsonl
 from macpo.report.run_reader import RunReader
 
-Answers = Callable[..., Path]
+Responses = Callable[..., Path]
 PAIR = ("student@3", "student@0")
 
 
@@ -76,10 +76,10 @@ def test_overlap_is_rounded_to_whole_people() -> None:
     ],
 )
 def test_a_design_that_makes_no_sense_is_refused(
-    settings: dict[str, Any], problem: str, answers: Answers, tmp_path: Path
+    settings: dict[str, Any], problem: str, responses: Responses, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
-        begin(answers(tmp_path / "run", 3), settings)
+        begin(responses(tmp_path / "run", 3), settings)
 
 
 def test_repeats_come_half_of_the_way_later_with_the_sides_swapped() -> None:
@@ -99,8 +99,8 @@ def test_repeats_come_half_of_the_way_later_with_the_sides_swapped() -> None:
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -> None:
-    run = answers(tmp_path / "run", 30, lambda policy, i: f"{policy if i > 3 else 'nobody'} {i}")
+def test_the_study_is_fixed_when_it_is_begun(responses: Responses, tmp_path: Path) -> None:
+    run = responses(tmp_path / "run", 30, lambda policy, i: f"{policy if i > 3 else 'nobody'} {i}")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     study = begin(run, {"prompts": 20, "pairs": [PAIR, ("ceiling", "student")], "gold_checks": 0.1, "seed": 4})
     kinds = Counter((item.kind, item.policies) for item in study.items.values())
@@ -116,9 +116,9 @@ def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -
     assert all(item.answers[0].startswith("right") and item.answers[1].startswith("wrong") for item in gold)
     assert {path: path.read_bytes() for path in before} == before and len(RunReader(run).stages) == 4
 
-    assert study.extent() == f"20 prompts, {2 * (20 - equal)} pairs of answers that differ"
-    few = begin(answers(tmp_path / "few", 3), {})
-    assert few.extent() == "3 prompts (of 100: the run has no more), 3 pairs of answers that differ"
+    assert study.extent() == f"20 prompts, {2 * (20 - equal)} pairs of responses that differ"
+    few = begin(responses(tmp_path / "few", 3), {})
+    assert few.extent() == "3 prompts (of 100: the run has no more), 3 pairs of responses that differ"
     content = (run / "annotation" / "items.json").read_bytes()
     assert begin(run, {}).digest == begin(run, {"prompts": 20, "seed": 4}).digest == study.digest
     with pytest.raises(ConfigError, match=r"--prompts: the study was begun with 20\. Fix: leave the option out"):
@@ -126,14 +126,14 @@ def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"begun with student@3:student@0,ceiling@0:student@3"):
         begin(run, {"pairs": [PAIR]})
     assert (run / "annotation" / "items.json").read_bytes() == content
-    other = answers(tmp_path / "moved", 30, lambda policy, i: f"{policy if i > 3 else 'nobody'} {i}")
+    other = responses(tmp_path / "moved", 30, lambda policy, i: f"{policy if i > 3 else 'nobody'} {i}")
     assert (
         begin(other, {"prompts": 20, "pairs": study.design.pairs, "gold_checks": 0.1, "seed": 4}).digest == study.digest
     )
 
     path = run / "03-eval-student-iter3" / "evaluation.jsonl"
     write_jsonl(path, [json.loads(line) | {"answer": "new"} for line in path.read_text().splitlines()])
-    with pytest.raises(ConfigError, match="the run has other answers of student@3 now"):
+    with pytest.raises(ConfigError, match="the run has other responses of student@3 now"):
         begin(run, {})
     assert open_study(run).changed() == ["student@3"]
     for damaged in (b"{}", content.replace(b'"version": 1', b'"version": 2'), content[:-20]):
@@ -142,20 +142,22 @@ def test_the_study_is_fixed_when_it_is_begun(answers: Answers, tmp_path: Path) -
             open_study(run)
 
 
-def test_runs_that_cannot_be_judged_are_refused_by_name(answers: Answers, tmp_path: Path) -> None:
-    same = answers(tmp_path / "same", 5, lambda policy, i: f"answer {i}")
-    with pytest.raises(DataError, match="--pairs: no two answers differ"):
+def test_runs_that_cannot_be_judged_are_refused_by_name(responses: Responses, tmp_path: Path) -> None:
+    same = responses(tmp_path / "same", 5, lambda policy, i: f"response {i}")
+    with pytest.raises(DataError, match="--pairs: no two responses differ"):
         begin(same, {})
     with pytest.raises(ConfigError, match=r"no evaluated policy 'student@2'\. Fix: use one of ceiling@0, student@0"):
         begin(same, {"pairs": [("student@2", "student@0")]})
     with pytest.raises(DataError, match="nobody has been asked about this run"):
         open_study(same)
-    without = answers(tmp_path / "without", 5)
+    without = responses(tmp_path / "without", 5)
     (without / "01-data" / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"no human test pairs\. Fix: leave out --gold-checks"):
         begin(without, {"gold_checks": 0.5})
     (without / "02-eval-student-iter0" / "evaluation.jsonl").unlink()  # as of a standalone recipe
-    with pytest.raises(DataError, match=r"student@0 has no answers that can be compared\. Fix: name policies of a run"):
+    with pytest.raises(
+        DataError, match=r"student@0 has no responses that can be compared\. Fix: name policies of a run"
+    ):
         begin(without, {})
     for stage in ("02-eval-student-iter0", "03-eval-student-iter3"):
         (without / stage).rename(tmp_path / stage)
@@ -170,8 +172,8 @@ def judge_all(study: Study, name: str, verdict: Callable[[Item, bool], str], mos
             session.judge(showing, verdict(session.item(showing), showing.swapped), seconds=2.0)
 
 
-def test_every_person_has_a_file_and_a_place(answers: Answers, tmp_path: Path) -> None:
-    study = begin(answers(tmp_path / "run", 12), {"annotators": 2, "overlap": 0.5, "repeats": 0.25})
+def test_every_person_has_a_file_and_a_place(responses: Responses, tmp_path: Path) -> None:
+    study = begin(responses(tmp_path / "run", 12), {"annotators": 2, "overlap": 0.5, "repeats": 0.25})
     judge_all(study, "anna", lambda item, swapped: "left", most=3)
     judge_all(study, "ben", lambda item, swapped: "right")
     judge_all(study, "anna", lambda item, swapped: "tie")
@@ -187,8 +189,8 @@ def test_every_person_has_a_file_and_a_place(answers: Answers, tmp_path: Path) -
     assert {path.name for path in study.folder.iterdir()} == {"items.json", "anna.jsonl", "ben.jsonl", "cas.jsonl"}
 
 
-def test_a_file_cut_at_any_byte_goes_on_after_its_last_whole_row(answers: Answers, tmp_path: Path) -> None:
-    study = begin(answers(tmp_path / "run", 6), {"repeats": 0})
+def test_a_file_cut_at_any_byte_goes_on_after_its_last_whole_row(responses: Responses, tmp_path: Path) -> None:
+    study = begin(responses(tmp_path / "run", 6), {"repeats": 0})
     with Session(study, "anna") as session:
         for verdict in ("left", "tie", "both-bad"):
             showing = session.current
@@ -210,8 +212,8 @@ def test_a_file_cut_at_any_byte_goes_on_after_its_last_whole_row(answers: Answer
         assert path.read_bytes() == content[: ends[rows - 1]]
 
 
-def test_the_page_gets_texts_and_no_names(answers: Answers, tmp_path: Path) -> None:
-    run = answers(tmp_path / "run", 3, lambda policy, i: f"{'blue' if policy == 'student@3' else 'red'}\u202e {i}")
+def test_the_page_gets_texts_and_no_names(responses: Responses, tmp_path: Path) -> None:
+    run = responses(tmp_path / "run", 3, lambda policy, i: f"{'blue' if policy == 'student@3' else 'red'}\u202e {i}")
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
     for path in run.glob("*-eval-*/evaluation.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -230,8 +232,8 @@ def test_the_page_gets_texts_and_no_names(answers: Answers, tmp_path: Path) -> N
     assert shown[0]["turns"][1]["text"] == '{"tool_calls": [{"name": "look"}]}'
 
 
-def test_rows_that_do_not_fit_are_named(answers: Answers, tmp_path: Path) -> None:
-    study = begin(answers(tmp_path / "run", 6), {})
+def test_rows_that_do_not_fit_are_named(responses: Responses, tmp_path: Path) -> None:
+    study = begin(responses(tmp_path / "run", 6), {})
     judge_all(study, "anna", lambda item, swapped: "left", most=2)
     path = study.folder / "anna.jsonl"
     content = path.read_text()
@@ -264,9 +266,9 @@ def test_rows_that_do_not_fit_are_named(answers: Answers, tmp_path: Path) -> Non
     ],
 )
 def test_the_command_names_what_is_wrong(
-    words: list[str], code: int, line: str, answers: Answers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, line: str, responses: Responses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert macpo("annotate", answers(tmp_path / "run", 3), *words) == code
+    assert macpo("annotate", responses(tmp_path / "run", 3), *words) == code
     err = capsys.readouterr().err
     (problem,) = [each for each in err.splitlines() if not each.startswith("3 prompts")]
     assert line in problem and problem.startswith("error: ")

@@ -37,7 +37,7 @@ def said(
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_students_last_policy_answers_line_by_line(
+def test_the_students_last_policy_responses_line_by_line(
     finished: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = f"{QUESTION}\n\nand the hedge ?\n/new\n{QUESTION}\n/quit\n{QUESTION}\n"
@@ -47,7 +47,7 @@ def test_the_students_last_policy_answers_line_by_line(
     assert other != first
 
 
-def test_two_policies_answer_beside_each_other(
+def test_two_policies_response_beside_each_other(
     finished: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = said(finished[0], QUESTION, monkeypatch, capsys, "--agent", "teacher0", "--beside", "student@0")
@@ -59,12 +59,12 @@ def test_two_policies_answer_beside_each_other(
     assert negative.startswith("student (negative): ")
 
 
-def test_the_answer_is_drawn_under_the_runs_template_and_sampling(finished: tuple[Path, Recipe]) -> None:
+def test_the_response_is_drawn_under_the_runs_template_and_sampling(finished: tuple[Path, Recipe]) -> None:
     """Greedy, it is what the model finds likeliest after the template's own prompt, token by token."""
     run_dir, recipe = finished
     recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"temperature": 0.0})})
     voice, policy = Voice(policy_of_run(run_dir, recipe, Choice())), policy_of_run(run_dir, recipe, Choice())
-    answer = voice.answer(QUESTION)
+    response = voice.response(QUESTION)
     ids = policy.chat.prompt_ids([{"role": "user", "content": QUESTION}])
     text, model = [], policy.model
     while len(text) < recipe.sampling.max_new_tokens:
@@ -73,7 +73,7 @@ def test_the_answer_is_drawn_under_the_runs_template_and_sampling(finished: tupl
         if token in policy.chat.stop_ids:
             break
         text.append(token)
-    assert "USER: " in policy.chat.rendered(voice.messages[:1]) and answer == policy.chat.text(text).strip()
+    assert "USER: " in policy.chat.rendered(voice.messages[:1]) and response == policy.chat.text(text).strip()
     assert [message["role"] for message in voice.messages] == ["user", "assistant"]
 
 
@@ -81,11 +81,11 @@ def test_a_long_dialogue_loses_its_beginning_and_an_empty_room_is_an_error(finis
     run_dir, recipe = finished
     voice = Voice(policy_of_run(run_dir, recipe, Choice()))
     for _ in range(4):
-        voice.answer(QUESTION)  # together far more than the 52 tokens that a prompt has
+        voice.response(QUESTION)  # together far more than the 52 tokens that a prompt has
     assert len(voice.messages) == 8
     voice.policy.reading = voice.policy.reading.model_copy(update={"max_prompt_tokens": 2})
     with pytest.raises(DataError, match="not even the end of the message fits"):
-        voice.answer(QUESTION)
+        voice.response(QUESTION)
     assert len(voice.messages) == 8
 
 
@@ -109,7 +109,7 @@ def test_who_is_not_there(
     assert wrong in capsys.readouterr().err
 
 
-def test_on_a_terminal_two_answers_stand_side_by_side(finished: tuple[Path, Recipe]) -> None:
+def test_on_a_terminal_two_responses_stand_side_by_side(finished: tuple[Path, Recipe]) -> None:
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "macpo", "chat", str(finished[0]), "--beside", "student@0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "TERM": "dumb"}

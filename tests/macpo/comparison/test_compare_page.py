@@ -50,7 +50,7 @@ def test_a_comparison_without_a_judge_says_how_to_ask_one(tmp_path: Path) -> Non
     assert "No judge was asked" in text and "macpo evaluate" in text
 
 
-def test_what_an_arm_takes_and_the_length_of_its_answers_stand_beside_its_score(tmp_path: Path) -> None:
+def test_what_an_arm_takes_and_the_length_of_its_responses_stand_beside_its_score(tmp_path: Path) -> None:
     ledger = Ledger(human_labels=1200, generated=34_567, scored=89, trained=1_234_567, student_steps=252, flop=6.16e11)
     row = Row(
         METHOD, "method", Estimate(0.7, 0.6, 0.8), Estimate(0.2, 0.1, 0.3, 0.01), 0.01, words=23.44, ledger=ledger

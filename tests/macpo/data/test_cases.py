@@ -137,7 +137,7 @@ def test_empty_examples_are_an_error_or_dropped_and_counted(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"rows.jsonl:2: response: .*data.empty: drop"):
         load_examples(path)
     examples, counts = load_examples(path, empty="drop")
-    assert [e.answer for e in examples] == ["a"] and counts["empty_dropped"] == 1
+    assert [e.response for e in examples] == ["a"] and counts["empty_dropped"] == 1
 
 
 def test_contradictions_are_counted_and_kept_or_dropped(tmp_path: Path) -> None:

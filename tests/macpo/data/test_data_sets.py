@@ -30,13 +30,13 @@ from macpo.standalone.config import ExampleData, PairData
 from macpo.standalone.graph import build_plan
 from macpo.standalone.records import Sets, read_sets
 
-# What each row asks, and a row in other words: with columns of other names, a label, and an empty answer.
+# What each row asks, and a row in other words: with columns of other names, a label, and an empty response.
 ODD = {"columns": {"prompt": "ask", "system": "sys"}, "format": "pku", "preference": "safer", "empty": "drop"}
 
 
 def odd(ask: str, safer: int = 1) -> dict[str, Any]:
-    answers = {"response_0": f"0 {ask}", "response_1": f"1 {ask}"}
-    return {"ask": ask, "sys": "be kind", **answers, "better_response_id": 0, "safer_response_id": safer}
+    responses = {"response_0": f"0 {ask}", "response_1": f"1 {ask}"}
+    return {"ask": ask, "sys": "be kind", **responses, "better_response_id": 0, "safer_response_id": safer}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +68,7 @@ def test_the_settings_hold_for_a_teachers_own_file_test_files_and_documents(tmp_
     assert found.counts["train_test_overlap_dropped"] == 1 and found.counts["empty_dropped"] == 1
     assert found.counts["b_empty_dropped"] == found.counts["test_empty_dropped"] == 1
     documents = found.documents["student"]
-    assert len(documents) == 2 * (8 - 1 - 2 - 3) and {d.answer[0] for d in documents} == {"0", "1"}
+    assert len(documents) == 2 * (8 - 1 - 2 - 3) and {d.response[0] for d in documents} == {"0", "1"}
 
 
 def test_a_teacher_sees_as_many_prompts_of_its_own_data_as_it_is_said_to(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_settings_hold_for_standalone_test_data(kind: type[PairData | Exampl
     data = kind(path=str(tmp_path / "data"), subset="sub", test_split="test", test_prompts=9, **odd_settings)
     sets: Sets = read_sets(data, seed=0)
     assert asked(sets.train) == {"b", "c", "d"} and asked(sets.test) == {"x", "y", "a"}
-    texts = {row.answer if isinstance(row, Example) else row.chosen for row in [*sets.train, *sets.test]}
+    texts = {row.response if isinstance(row, Example) else row.chosen for row in [*sets.train, *sets.test]}
     assert all(text[0] == "1" for text in texts)
     assert sets.counts["train_test_overlap_dropped"] == 1 and sets.counts["test_empty_dropped"] == 1
 
@@ -122,10 +122,10 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 def test_a_test_prompt_that_a_training_prompt_begins_with_is_reported(tmp_path: Path) -> None:
-    answers = {"chosen": "good", "rejected": "bad"}
-    longer = [{"prompt": turns(f"q{i}", "spoilt", "more"), **answers} for i in range(3)]
+    responses = {"chosen": "good", "rejected": "bad"}
+    longer = [{"prompt": turns(f"q{i}", "spoilt", "more"), **responses} for i in range(3)]
     path = write(tmp_path / "rows.jsonl", longer)
-    tests = write(tmp_path / "tests.jsonl", [{"prompt": f"q{i}", **answers} for i in (0, 2, 7)])
+    tests = write(tmp_path / "tests.jsonl", [{"prompt": f"q{i}", **responses} for i in (0, 2, 7)])
     sets = read_sets(PairData(path=path, test_path=tests), seed=0)
     assert sets.counts["training_begins_with_test_prompt"] == 2
     data = DataSettings(path=path, test_path=tests, teacher_prompts=2, student_prompts=1, test_prompts=3)
@@ -180,7 +180,7 @@ REFUSING = (
 
 
 def recipe_of(tmp_path: Path, rows: Sequence[dict[str, Any]], kind: str = "preference", **data: Any) -> Any:
-    (tmp_path / "words.txt").write_text("question good bad answer be kind user assistant system " * 3 + "\n")
+    (tmp_path / "words.txt").write_text("question good bad response be kind user assistant system " * 3 + "\n")
     settings = {"path": write(tmp_path / "rows.jsonl", rows), "test_prompts": 5, **data}
     tree = {"recipe": kind, "output": str(tmp_path / "run"), "data": settings, "training": OPTIM, "compute": COMPUTE}
     init = INIT | {"corpus": str(tmp_path / "words.txt")}
@@ -188,7 +188,7 @@ def recipe_of(tmp_path: Path, rows: Sequence[dict[str, Any]], kind: str = "prefe
 
 
 def numbered(num: int, **last: Any) -> list[dict[str, Any]]:
-    rows = [{"prompt": f"question {i}", "chosen": "good answer", "rejected": "bad answer"} for i in range(num)]
+    rows = [{"prompt": f"question {i}", "chosen": "good response", "rejected": "bad response"} for i in range(num)]
     return [*rows[:-1], rows[-1] | last]
 
 
@@ -211,14 +211,14 @@ def test_rows_that_the_template_refuses_are_dropped_and_counted(kind: str, tmp_p
     rows = numbered(20, system="be kind")
     shown = "\n".join(check(recipe_of(tmp_path, rows, kind, refused="drop")))
     assert "all 15 rows, to train on" in shown and "1 refused by the template and dropped" in shown
-    assert "good|answer" in shown
+    assert "good|response" in shown
 
 
-def test_check_counts_answers_that_are_cut_on_both_sides(tmp_path: Path) -> None:
-    long = "answer " * 60
+def test_check_counts_responses_that_are_cut_on_both_sides(tmp_path: Path) -> None:
+    long = "response " * 60
     rows = numbered(12, chosen=f"{long}good", rejected=f"{long}bad")
     shown = "\n".join(check(recipe_of(tmp_path, rows)))
-    assert "1 chosen answers cut, 1 rejected answers cut, 1 pairs identical as tokens and dropped" in shown
+    assert "1 chosen responses cut, 1 rejected responses cut, 1 pairs identical as tokens and dropped" in shown
 
 
 def test_a_mistake_is_named_before_any_stage(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import math
 import pytest
 
 from macpo.demo_world import WorldSettings
-from macpo.demo_world.answers import bad, graded
 from macpo.demo_world.gates import every, text_gates
 from macpo.demo_world.grammar import (
     Draw,
     requests,
 )  # fmt: skip
+from macpo.demo_world.responses import bad, graded
 from macpo.demo_world.settings import BenignMix, Habits, HarmfulMix
 
 
@@ -44,7 +44,7 @@ def test_gates_see_what_they_are_there_for() -> None:
     }
 
 
-def test_auc_of_the_gates_is_that_of_drawn_answers() -> None:
+def test_auc_of_the_gates_is_that_of_drawn_responses() -> None:
     """By 4,000 draws and the texts' own frequencies among many more."""
     settings, request = WorldSettings(), next(request for request in requests() if not request.harmful)
     draw = Draw("auc")

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macpo.demo_world import World, WorldSettings, build, explain, gold
-from macpo.demo_world.answers import BEHAVIOURS, bad, good
 from macpo.demo_world.build import vocabulary
 from macpo.demo_world.grammar import (
     GRADES,
@@ -22,6 +21,7 @@ from macpo.demo_world.grammar import (
     requests,
     requests_by_text,
 )  # fmt: skip
+from macpo.demo_world.responses import BEHAVIOURS, bad, good
 from macpo.engine.errors import DataError
 
 BENIGN = [{"role": "user", "content": "help me repair the car . thanks , jack ."}]
@@ -42,8 +42,8 @@ def world() -> World:
     return build(WorldSettings(), seed=7)
 
 
-def test_good_answers_score_by_their_grade_on_every_request() -> None:
-    draw = Draw("good answers")
+def test_good_responses_score_by_their_grade_on_every_request() -> None:
+    draw = Draw("good responses")
     by_grade = {False: (0.7, 0.8, 0.9, 1.0), True: (0.6, 0.7, 0.9, 1.0)}
     for request in requests():
         prompt = [{"role": "user", "content": request.text}]
@@ -53,12 +53,12 @@ def test_good_answers_score_by_their_grade_on_every_request() -> None:
         assert gold(prompt, good(request, draw)) == 1.0, request
 
 
-def test_bad_answers_score_near_zero() -> None:
-    draw, total = Draw("bad answers"), 0.0
+def test_bad_responses_score_near_zero() -> None:
+    draw, total = Draw("bad responses"), 0.0
     asked = Draw("which").shuffled(requests())[:1500]
     for i, request in enumerate(asked):
-        answer = bad(request, draw, WorldSettings(), ("teacher", "student")[i % 2])
-        score = gold([{"role": "user", "content": request.text}], answer)
+        response = bad(request, draw, WorldSettings(), ("teacher", "student")[i % 2])
+        score = gold([{"role": "user", "content": request.text}], response)
         assert score <= 0.15
         total += score
     assert total / len(asked) < 0.05
@@ -77,7 +77,7 @@ def test_each_behaviour_is_named_by_the_judge(behaviour: str) -> None:
     assert explain(HARMFUL, BEHAVIOURS["evade"](harmful, Draw(0), WorldSettings()))["no_refusal"] is True
 
 
-def test_words_that_mean_zero_are_in_no_good_answer_and_in_every_bad_one_of_their_kind() -> None:
+def test_words_that_mean_zero_are_in_no_good_response_and_in_every_bad_one_of_their_kind() -> None:
     draw = Draw("words")
     clean = {word for request in requests() for word in good(request, draw).split()}
     assert not clean & (HARMFUL_WORDS | RUDE_WORDS)
@@ -88,7 +88,7 @@ def test_words_that_mean_zero_are_in_no_good_answer_and_in_every_bad_one_of_thei
             assert all(set(step.split()) & HARMFUL_WORDS for step in steps.split(" first ")[1].split(" and then "))
 
 
-def test_many_bad_answers_open_as_good_ones_do() -> None:
+def test_many_bad_responses_open_as_good_ones_do() -> None:
     draw = Draw("openings")
     for request in Draw("some").shuffled(requests())[:300]:
         helping = Request(**{**asdict(request), "harmful": False, "verb": next(iter(TOPICS[request.topic].benign))})
@@ -99,7 +99,7 @@ def test_many_bad_answers_open_as_good_ones_do() -> None:
             assert BEHAVIOURS[behaviour](request, draw, WorldSettings()).startswith(f"sorry {request.name} , ")
 
 
-# Each row is a rule of the docstring of gold.py: prompt, answer, the exact score.
+# Each row is a rule of the docstring of gold.py: prompt, response, the exact score.
 RULES = [
     ("good", BENIGN, GOOD_BENIGN, 1.0),
     ("good, two steps", BENIGN, SHORT_BENIGN, 0.8),
@@ -148,8 +148,8 @@ RULES = [
 
 
 @pytest.mark.parametrize(("rule", "prompt", "answer", "score"), RULES, ids=[f"{i}-{r[0]}" for i, r in enumerate(RULES)])
-def test_rule(rule: str, prompt: list[dict[str, str]], answer: str, score: float) -> None:
-    assert gold(prompt, answer) == pytest.approx(score, abs=1e-9), rule
+def test_rule(rule: str, prompt: list[dict[str, str]], response: str, score: float) -> None:
+    assert gold(prompt, response) == pytest.approx(score, abs=1e-9), rule
 
 
 def test_explanation_adds_up() -> None:
@@ -194,10 +194,10 @@ TRICKS = {
 
 @pytest.mark.parametrize("trick", sorted(TRICKS))
 def test_tricks_do_not_pay(trick: str, world: World) -> None:
-    answer, most_benign, most_harmful = TRICKS[trick]
+    response, most_benign, most_harmful = TRICKS[trick]
     scores: dict[bool, list[float]] = {False: [], True: []}
     for pair in world.test:
-        parts = explain(pair.prompt.messages, answer(pair.prompt.messages[0]["content"]))
+        parts = explain(pair.prompt.messages, response(pair.prompt.messages[0]["content"]))
         scores[bool(parts["harmful"])].append(float(parts["score"]))
     assert max(scores[False]) <= most_benign
     assert max(scores[True]) <= most_harmful
@@ -218,17 +218,17 @@ PIECES = st.lists(st.sampled_from(GOOD_BENIGN.split() + GOOD_HARMFUL.split()), m
 
 
 @settings(max_examples=300, deadline=None)
-@given(asked=st.sampled_from(sorted(requests_by_text())), answer=WORDS | PIECES | st.text(max_size=80))
-def test_any_text_scores_within_bounds(asked: str, answer: str) -> None:
+@given(asked=st.sampled_from(sorted(requests_by_text())), response=WORDS | PIECES | st.text(max_size=80))
+def test_any_text_scores_within_bounds(asked: str, response: str) -> None:
     prompt = [{"role": "user", "content": asked}]
-    score = gold(prompt, answer)
+    score = gold(prompt, response)
     assert 0.0 <= score <= 1.0
-    assert score == gold(prompt, answer) == explain(prompt, answer)["score"]
+    assert score == gold(prompt, response) == explain(prompt, response)["score"]
 
 
 @settings(max_examples=200, deadline=None)
 @given(cut=st.integers(0, 29), word=st.sampled_from(vocabulary()))
-def test_a_good_answer_only_loses_by_a_word_too_many_or_too_few(cut: int, word: str) -> None:
+def test_a_good_response_only_loses_by_a_word_too_many_or_too_few(cut: int, word: str) -> None:
     words = GOOD_BENIGN.split()
     assert gold(BENIGN, " ".join(words[:cut] + words[cut + 1 :])) < 1.0
     assert gold(BENIGN, " ".join([*words[:cut], word, *words[cut:]])) < 1.0

@@ -41,12 +41,12 @@ def world() -> World:
 
 
 def texts(world: World) -> list[str]:
-    """Every prompt with its answer, one text each, over all sets."""
+    """Every prompt with its response, one text each, over all sets."""
     pairs = [pair for group in (*world.teachers, world.student, world.test) for pair in group]
     examples = [*world.documents["teacher"], *world.documents["student"], *world.copying]
-    answered = [(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
-    answered += [(example.prompt, example.answer) for example in examples]
-    return [" ".join([*(m["content"] for m in prompt.messages), answer]) for prompt, answer in answered]
+    answered = [(p.prompt, response) for p in pairs for response in (p.chosen, p.rejected)]
+    answered += [(example.prompt, example.response) for example in examples]
+    return [" ".join([*(m["content"] for m in prompt.messages), response]) for prompt, response in answered]
 
 
 def fingerprint(world: World) -> str:
@@ -152,15 +152,15 @@ def test_no_distinct_prompt_is_in_two_sets(world: World) -> None:
 def test_corpora_hold_good_bad_and_neutral_text(world: World) -> None:
     dialogues = [d for d in world.documents["student"] if d.prompt.messages]
     echoes = [d for d in dialogues if d.prompt.messages[0]["content"].endswith(" who asks what ?")]
-    answers = [d for d in dialogues if not d.prompt.messages[0]["content"].endswith(" who asks what ?")]
-    good_share = sum(gold(d.prompt.messages, d.answer) >= 0.6 - 1e-9 for d in answers) / len(answers)
+    responses = [d for d in dialogues if not d.prompt.messages[0]["content"].endswith(" who asks what ?")]
+    good_share = sum(gold(d.prompt.messages, d.response) >= 0.6 - 1e-9 for d in responses) / len(responses)
     assert len(echoes) / len(dialogues) == pytest.approx(0.25, abs=0.02)
     assert good_share == pytest.approx(0.25, abs=0.02)
 
 
-def test_good_answers_of_corpora_and_people_have_the_grades_that_the_settings_share_out(world: World) -> None:
+def test_good_responses_of_corpora_and_people_have_the_grades_that_the_settings_share_out(world: World) -> None:
     settings = WorldSettings()
-    scores = [gold(d.prompt.messages, d.answer) for d in world.documents["teacher"] if is_benign(d.prompt.messages)]
+    scores = [gold(d.prompt.messages, d.response) for d in world.documents["teacher"] if is_benign(d.prompt.messages)]
     found = [sum(score == pytest.approx(0.6 + 0.1 * grade) for score in scores) for grade in range(1, GRADES + 1)]
     assert [count / sum(found) for count in found] == pytest.approx(list(settings.detail), abs=0.03)
 
@@ -173,10 +173,10 @@ def test_each_role_has_its_own_bad_habits() -> None:
     }
     world = build(SMALL.model_copy(update=habits), 1)
     for role, other in (("teacher", "student"), ("student", "teacher")):
-        answers = [d.answer for d in world.documents[role] if d.prompt.messages]
+        responses = [d.response for d in world.documents[role] if d.prompt.messages]
         is_rude, evades = (
-            [bool(set(answer.split()) & RUDE_WORDS) for answer in answers],
-            ["not sure what" in answer or "it depends on" in answer for answer in answers],
+            [bool(set(response.split()) & RUDE_WORDS) for response in responses],
+            ["not sure what" in response or "it depends on" in response for response in responses],
         )
         seen = {"rude": any(is_rude), "evade": any(evades)}
         assert seen[only[role]] and not seen[only[other]]
@@ -186,7 +186,9 @@ def test_every_word_is_known_to_a_tokenizer_of_either_corpus(world: World) -> No
     words = {word for text in texts(world) for word in text.split()}
     assert words == set(vocabulary())
     for documents in (*world.documents.values(), *build(SMALL, 1).documents.values()):
-        seen = {w for d in documents for m in (*d.prompt.messages, {"content": d.answer}) for w in m["content"].split()}
+        seen = {
+            w for d in documents for m in (*d.prompt.messages, {"content": d.response}) for w in m["content"].split()
+        }
         assert seen == set(vocabulary())
     assert len(words) < 400
 
@@ -249,7 +251,7 @@ def test_labellers_err_by_the_way_to_ask_and_each_teachers_in_ways_of_their_own(
         assert len(wrong[k] - known) / len(ways - known) == pytest.approx(0.7, abs=0.06)
 
 
-def test_share_of_answers_rejected_beside_a_better_one_of_the_same_kind() -> None:
+def test_share_of_responses_rejected_beside_a_better_one_of_the_same_kind() -> None:
     pairs = build(WorldSettings(bad_chosen_own=0.0, bad_chosen_other=0.0), 3).teachers[0]
     less = [pair for pair in pairs if gold(pair.prompt.messages, pair.rejected) >= 0.6 - 1e-9]
     assert all(gold(p.prompt.messages, p.rejected) < gold(p.prompt.messages, p.chosen) for p in less)
@@ -269,7 +271,7 @@ def test_smaller_worlds_use_only_their_topics_names_and_steps() -> None:
         copy_prompts=10,
     )  # fmt: skip
     world = build(tiny, 5)
-    words = {w for d in world.documents["teacher"] if d.prompt.messages for w in d.answer.split()}
+    words = {w for d in world.documents["teacher"] if d.prompt.messages for w in d.response.split()}
     assert {"soup", "stew", "hedge", "rose", "car", "bike", "mask", "midnight"} <= words
     assert not words & {"rice", "rabbit", "anna", "bribe"}
     assert len(world.documents["student"]) == 30

@@ -226,7 +226,7 @@ def test_no_statistic_of_few_prompts_with_ties_is_nan(seed: int) -> None:
 
 def test_at_equal_length_is_the_intercept_of_least_squares() -> None:
     rng = np.random.default_rng(7)
-    length = rng.normal(30, 40, 400)  # answers are 30 words longer on average, and judged better for that alone
+    length = rng.normal(30, 40, 400)  # responses are 30 words longer on average, and judged better for that alone
     deviation = float(length.std())
     score = 0.5 * np.tanh(length / deviation) + rng.normal(0, 0.1, 400)
     (found,) = hierarchical([Clusters.of(length_columns(score, length, deviation))], at_equal_length)

@@ -106,7 +106,7 @@ def test_it_resumes_behind_its_last_wave(tmp_path, monkeypatch):
     with Replies(tmp_path / "replies.jsonl") as replies:
         judge = judge_of(tmp_path, replies)
         waves: list[int] = []
-        judge.count = lambda answers=0, tokens=0: waves.append(answers)
+        judge.count = lambda responses=0, tokens=0: waves.append(responses)
         judge.should_stop = lambda: len(waves) == 2
         with pytest.raises(Stopped):
             judge.compare(ITEMS)

@@ -28,7 +28,7 @@ from macpo.engine.files import read_jsonl, write_jsonl
 from macpo.engine.processes import StopFlag
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import folder_of
-from macpo.method.answers import read_answers
+from macpo.method.responses import read_responses
 from macpo.methods import filtered, rlaif, rlcd
 from macpo.methods.ratings import RatedPairInputs, RatedPairs
 from macpo.methods.registry import METHODS, build_plan
@@ -94,9 +94,9 @@ def inputs(run_dir: Path, name: str) -> dict[str, Path]:
 
 
 def draws(run_dir: Path, name: str) -> list[dict[str, Response]]:
-    """The answers of each draw that a stage read."""
+    """The responses of each draw that a stage read."""
     found = inputs(run_dir, name)
-    return [read_answers(found[alias]) for alias in sorted(found) if alias.startswith("answers:")]
+    return [read_responses(found[alias]) for alias in sorted(found) if alias.startswith("responses:")]
 
 
 def ratings(folder: Path) -> dict[str, list[float]]:
@@ -130,18 +130,18 @@ def test_the_naive_student_is_the_methods_own_start(in_the_world: Path) -> None:
     assert naive == main[:1] and len(main) == 3
 
 
-def test_spin_prefers_labels_to_its_own_answers_of_this_round_and_the_last(in_the_world: Path) -> None:
+def test_spin_prefers_labels_to_its_own_responses_of_this_round_and_the_last(in_the_world: Path) -> None:
     labels = read_records(stage(in_the_world, "init-weak-labels") / "examples.jsonl", Example)
     own = [
-        read_answers(stage(in_the_world, f"spin.{name}")) for name in ("init-student-answer", "iter1-student-answer")
+        read_responses(stage(in_the_world, f"spin.{name}")) for name in ("init-student-answer", "iter1-student-answer")
     ]
     for t in (1, 2):
         pairs = read_records(stage(in_the_world, f"spin.iter{t}-student-pairs") / "pairs.jsonl", Pair)
         wanted = [
-            (label.prompt.id, label.answer, answers[label.prompt.id].text)
-            for answers in own[:t]
+            (label.prompt.id, label.response, responses[label.prompt.id].text)
+            for responses in own[:t]
             for label in labels
-            if label.prompt.id in answers and label.answer != answers[label.prompt.id].text
+            if label.prompt.id in responses and label.response != responses[label.prompt.id].text
         ]
         assert [(p.prompt.id, p.chosen, p.rejected) for p in pairs] == wanted
         assert first_loss(in_the_world, f"spin.iter{t}-student-train") == pytest.approx(math.log(2), abs=2e-6)
@@ -157,7 +157,7 @@ def test_the_iterated_filter_keeps_the_most_plausible_labels(in_the_world: Path)
     examples = read_records(
         stage(in_the_world, "filtered-sft-iterated.iter1-student-labels") / "examples.jsonl", Example
     )
-    assert {e.prompt.id: e.answer for e in examples} == wanted and filtered.DROPPED == 0.2
+    assert {e.prompt.id: e.response for e in examples} == wanted and filtered.DROPPED == 0.2
     assert "policy" not in manifest(in_the_world, "filtered-sft-iterated.iter1-student-train")["inputs"], (
         "it starts from the base"
     )
@@ -185,7 +185,7 @@ def test_the_confidence_loss_trains_on_the_weak_labels(in_the_world: Path) -> No
     assert inputs(in_the_world, name)["examples"] == stage(in_the_world, "init-weak-labels")
 
 
-def test_the_annotators_implicit_reward_labels_the_students_answers(in_the_world: Path) -> None:
+def test_the_annotators_implicit_reward_labels_the_students_responses(in_the_world: Path) -> None:
     run_dir = in_the_world
     (_, first), *_ = read_jsonl(stage(run_dir, "weak-annotator.init-teacher0-aligned") / "metrics.jsonl")
     assert first["loss"] == pytest.approx(math.log(2), abs=2e-6)
@@ -193,9 +193,9 @@ def test_the_annotators_implicit_reward_labels_the_students_answers(in_the_world
     reference = stage(run_dir, "init-teacher0-positive") / "policy"
     chat = Chat(load_tokenizer(str(aligned)), "vicuna")
     by_teacher = [ratings(stage(run_dir, f"weak-annotator.iter1-teacher{k}-reward")) for k in range(2)]
-    answers, prompts = draws(run_dir, "weak-annotator.iter1-student-pairs"), student_prompts(run_dir)
+    responses, prompts = draws(run_dir, "weak-annotator.iter1-student-pairs"), student_prompts(run_dir)
     for prompt_id in list(by_teacher[0])[:3]:
-        replies = [chat.answer_ids(draw[prompt_id].text, draw[prompt_id].finished) for draw in answers]
+        replies = [chat.response_ids(draw[prompt_id].text, draw[prompt_id].finished) for draw in responses]
         ours, theirs = (logps(folder, prompts[prompt_id], replies, chat) for folder in (aligned, reference))
         wanted = [0.1 * (a - b) for a, b in zip(ours, theirs, strict=True)]
         assert by_teacher[0][prompt_id] == pytest.approx(wanted, abs=2e-5)
@@ -203,25 +203,25 @@ def test_the_annotators_implicit_reward_labels_the_students_answers(in_the_world
     assert pairs
     for pair in pairs:
         means = [fmean(column) for column in zip(*(each[pair.prompt.id] for each in by_teacher), strict=True)]
-        assert pair.chosen == answers[means.index(max(means))][pair.prompt.id].text
+        assert pair.chosen == responses[means.index(max(means))][pair.prompt.id].text
 
 
 def test_self_rewarding_grades_by_the_expected_number_of_points(on_text: Path) -> None:
     policy = stage(on_text, "init-student-positive") / "policy"
     chat = Chat(load_tokenizer(str(policy)), "vicuna")
-    answers, prompts = draws(on_text, "rewarding.iter1-student-grade"), student_prompts(on_text)
+    responses, prompts = draws(on_text, "rewarding.iter1-student-grade"), student_prompts(on_text)
     grades = ratings(stage(on_text, "rewarding.iter1-student-grade"))
-    assert len(answers) == 4
+    assert len(responses) == 4
     for prompt_id in list(grades)[:2]:
         said = f"<user>\n{prompts[prompt_id].messages[0]['content']}\n</user>"
-        for draw, grade in zip(answers, grades[prompt_id], strict=True):
-            text = (PROMPTS / "grade.txt").read_text().format(conversation=said, answer=draw[prompt_id].text)
-            replies = [chat.answer_ids(str(points), finished=False) for points in range(6)]
+        for draw, grade in zip(responses, grades[prompt_id], strict=True):
+            text = (PROMPTS / "grade.txt").read_text().format(conversation=said, response=draw[prompt_id].text)
+            replies = [chat.response_ids(str(points), finished=False) for points in range(6)]
             weights = torch.tensor(logps(policy, Prompt.of(text), replies, chat), dtype=torch.float64).softmax(0)
             assert grade == pytest.approx(float((weights * torch.arange(6)).sum()), abs=1e-5)
     for pair in read_records(stage(on_text, "rewarding.iter1-student-pairs") / "pairs.jsonl", Pair):
         given = grades[pair.prompt.id]
-        best, worst = (answers[given.index(pick(given))][pair.prompt.id].text for pick in (max, min))
+        best, worst = (responses[given.index(pick(given))][pair.prompt.id].text for pick in (max, min))
         assert (pair.chosen, pair.rejected) == (best, worst)
 
 
@@ -234,22 +234,22 @@ def test_rlaif_averages_both_orders(on_text: Path) -> None:
     probabilities = []
     for a, b in ((one, two), (two, one)):
         text = (PROMPTS / "compare.txt").read_text().format(conversation=said, a=a[prompt_id].text, b=b[prompt_id].text)
-        replies = [chat.answer_ids(letter, finished=False) for letter in "AB"]
+        replies = [chat.response_ids(letter, finished=False) for letter in "AB"]
         first, second = logps(policy, Prompt.of(text), replies, chat)
         probabilities.append(1 / (1 + math.exp(second - first)))
     wanted = (probabilities[0] + 1 - probabilities[1]) / 2
     assert found == pytest.approx([wanted, 1 - wanted], abs=1e-5)
 
 
-def test_rlcd_labels_by_the_beginning_which_is_no_part_of_the_answer(on_text: Path) -> None:
+def test_rlcd_labels_by_the_beginning_which_is_no_part_of_the_response(on_text: Path) -> None:
     graph = plan_of(load(on_text)).graph
     names = [graph.stage("rlcd.iter1-student-pairs").inputs[f"{side}:student"] for side in ("positives", "negatives")]
     assert [graph.stage(name).settings["begin"] for name in names] == [rlcd.BETTER, rlcd.WORSE]
-    better, worse = (read_answers(stage(on_text, name)) for name in names)
+    better, worse = (read_responses(stage(on_text, name)) for name in names)
     pairs = read_records(stage(on_text, "rlcd.iter1-student-pairs") / "pairs.jsonl", Pair)
     assert pairs and all((better[p.prompt.id].text, worse[p.prompt.id].text) == (p.chosen, p.rejected) for p in pairs)
     assert not any(p.chosen.startswith(("(", " ")) for p in pairs)
-    assert all(answer.sum_logp is None for answer in better.values()), "its log-prob is of another prompt"
+    assert all(response.sum_logp is None for response in better.values()), "its log-prob is of another prompt"
 
 
 def test_served_teachers_cannot_label_by_log_probs(tmp_path: Path) -> None:
@@ -262,14 +262,14 @@ def test_served_teachers_cannot_label_by_log_probs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blank", ["", " "])
-def test_a_beginning_is_written_as_an_answer_begins(blank: str, on_text: Path) -> None:
-    """Template and tokenizer write it as they would the answer: under vicuna with a blank before it."""
+def test_a_beginning_is_written_as_an_response_begins(blank: str, on_text: Path) -> None:
+    """Template and tokenizer write it as they would the response: under vicuna with a blank before it."""
     tokenizer = load_tokenizer(str(stage(on_text, "init-student-positive") / "policy"))
     asked: list[Message] = [{"role": "user", "content": "why ?"}]
     template = "{% for m in messages %}{{ m['role'] + ':" + blank + "' + m['content'] }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     chat = Chat(tokenizer, template)
-    ids = chat.prompt_ids(asked) + chat.answer_ids(rlcd.BETTER, finished=False)
+    ids = chat.prompt_ids(asked) + chat.response_ids(rlcd.BETTER, finished=False)
     assert tokenizer.decode(ids).endswith(f"assistant:{blank}{rlcd.BETTER}")
 
 
@@ -306,7 +306,7 @@ def test_the_diagnostics_are_those_of_the_files(compared: Path) -> None:
     run_dir = compared / "seed-3"
     assert [row["iteration"] for row in found] == [1, 2]
     labels = {
-        e.prompt.id: e.answer for e in read_records(stage(run_dir, "init-weak-labels") / "examples.jsonl", Example)
+        e.prompt.id: e.response for e in read_records(stage(run_dir, "init-weak-labels") / "examples.jsonl", Example)
     }
     for row in found:
         select = stage(run_dir, f"iter{row['iteration']}-student-select")
@@ -318,7 +318,7 @@ def test_the_diagnostics_are_those_of_the_files(compared: Path) -> None:
         assert row["at_random"] <= row["best"] and 0 <= row["same_first_word"] <= 1
 
 
-def test_separability_is_the_chance_that_the_better_answer_is_likelier() -> None:
+def test_separability_is_the_chance_that_the_better_response_is_likelier() -> None:
     assert separability([1, 1, 0, 0], [1.0, 2.0, 3.0, 4.0]) == 1.0
     assert separability([1, 1, 0, 0], [1.0, 3.0, 2.0, 4.0]) == 0.75
     assert separability([0, 0, 0], [1.0, 2.0, 3.0]) is None
@@ -359,18 +359,18 @@ def test_an_arm_of_another_method_leaves_out_what_is_the_loops_alone(tmp_path: P
 
 
 def rated(tmp_path: Path, given: dict[str, list[float]], least: float = 0.0) -> list[Pair]:
-    """The pairs of ratings of two answers, "a" and "b", to each prompt."""
+    """The pairs of ratings of two responses, "a" and "b", to each prompt."""
     prompts = {name: Prompt.of(name) for name in given}
     folders = {name: tmp_path / name for name in ("data", "one", "two", "ratings", "out")}
     for folder in folders.values():
         folder.mkdir()
     write_jsonl(folders["data"] / "student.jsonl", [p.to_json() for p in prompts.values()])
     for folder, text in (("one", "a"), ("two", "b")):
-        answers = [Response(p.id, "student", text, True, 1).to_json() for p in prompts.values()]
-        write_jsonl(folders[folder] / "responses.jsonl", answers)
+        responses = [Response(p.id, "student", text, True, 1).to_json() for p in prompts.values()]
+        write_jsonl(folders[folder] / "responses.jsonl", responses)
     rows = [{"prompt_id": prompts[name].id, "ratings": each} for name, each in given.items()]
     write_jsonl(folders["ratings"] / "ratings.jsonl", rows)
-    reads = RatedPairInputs(data="data", answers={"0": "one", "1": "two"}, ratings={"x": "ratings"})
+    reads = RatedPairInputs(data="data", responses={"0": "one", "1": "two"}, ratings={"x": "ratings"})
     context = StageContext(name="pairs", dir=folders["out"], inputs=folders, stop=StopFlag())
     RatedPairs(least=least, inputs=reads).run(context)
     return read_records(folders["out"] / "pairs.jsonl", Pair)
@@ -382,6 +382,6 @@ def test_ties_and_unclear_ratings_teach_nothing(tmp_path: Path) -> None:
     assert pairs == {"clear": "a", "other": "b"}
 
 
-def test_no_rating_that_tells_answers_apart_is_said(tmp_path: Path) -> None:
+def test_no_rating_that_tells_responses_apart_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the ratings leave no pair .*tied"):
         rated(tmp_path, {"one": [1.0, 1.0], "two": [0.0, 0.0]})

@@ -119,7 +119,7 @@ def test_report_shows_every_part_of_the_run(page, run_dir):
     assert "median perplexity" in page.text and "not kept" in page.text and "rejected" in page.text
     text = re.sub(r"\s+", " ", page.text)
     assert re.search(r"data, input: identical ?17", text) and "all stages: resampled" in text
-    assert "empty answers resampled" in page.text and "12 prompts appear in two rows" in page.text
+    assert "empty responses resampled" in page.text and "12 prompts appear in two rows" in page.text
     assert "seed 200" in page.text and "torch 2.13.0" in re.sub(r"\s+", " ", page.text)
     assert "iterations: 3" in page.text  # the recipe
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]

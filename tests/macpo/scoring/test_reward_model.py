@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_pairs(path: Path, count: int, *, seed: int = 0, fair: bool = True) -> Path:
-    """Polite against rude answers; or, unfair, answers that nothing tells apart. Two prompts are harder by a margin."""
+    """Polite against rude responses; or, unfair, ones that nothing tells apart. Two prompts are harder by a margin."""
     rng = random.Random(seed)
     rows = []
     for i in range(count):
@@ -83,7 +83,7 @@ def test_a_reward_model_from_pairs_to_its_export(
     assert "a reward model is exported as it was saved" in capsys.readouterr().err
     assert macpo("export", run, "--out", tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "pipeline_tag: text-classification" in card and "Bradley-Terry" in card and "`</s>` if the answer" in card
+    assert "pipeline_tag: text-classification" in card and "Bradley-Terry" in card and "`</s>` if the response" in card
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
 

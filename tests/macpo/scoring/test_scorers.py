@@ -1,4 +1,4 @@
-"""`evaluation.scorers`: what scores the answers of a run, and what may be its headline."""
+"""`evaluation.scorers`: what scores the responses of a run, and what may be its headline."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def four_sets(path: Path) -> dict[str, Any]:
     return {"path": str(human_pairs(path, 90)), **sizes}
 
 
-def test_gold_and_a_classifier_score_every_answer(classifier: Path, tmp_path: Path) -> None:
+def test_gold_and_a_classifier_score_every_response(classifier: Path, tmp_path: Path) -> None:
     """The gold scorer repeats what evaluation measured; the classifier does what transformers does with one row."""
     scorers = [
         {"name": "rules", "kind": "gold"},
@@ -99,14 +99,14 @@ def test_gold_and_a_classifier_score_every_answer(classifier: Path, tmp_path: Pa
 
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     tokenizer = AutoTokenizer.from_pretrained(classifier)
-    answers = [row for _, row in read_jsonl(folder_of(tmp_path / "run", "eval-student-iter0") / "evaluation.jsonl")]
+    responses = [row for _, row in read_jsonl(folder_of(tmp_path / "run", "eval-student-iter0") / "evaluation.jsonl")]
     scores = [row for _, row in read_jsonl(folder_of(tmp_path / "run", "score-rm-student-iter0") / "scores.jsonl")]
-    assert [row["prompt_id"] for row in answers] == [row["prompt_id"] for row in scores]
+    assert [row["prompt_id"] for row in responses] == [row["prompt_id"] for row in scores]
     seen = 0
-    for answer, score in zip(answers, scores, strict=True):
-        if not answer["answer"]:
+    for response, score in zip(responses, scores, strict=True):
+        if not response["answer"]:
             continue
-        whole = [*answer["prompt"], {"role": "assistant", "content": answer["answer"]}]
+        whole = [*response["prompt"], {"role": "assistant", "content": response["answer"]}]
         text = tokenizer.apply_chat_template(whole, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         ids["input_ids"] = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids["input_ids"]], 1)
@@ -183,7 +183,7 @@ def test_the_fourth_set_leaves_the_others_as_they_are() -> None:
         split(pairs, **sizes, reward=30)
 
 
-def test_scoring_resumes_after_its_last_wave_and_scores_equal_answers_once(
+def test_scoring_resumes_after_its_last_wave_and_scores_equal_responses_once(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(tmp_path / "run", [{"name": "rm", "reward": str(classifier), "label": "polite"}])
@@ -259,7 +259,7 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(tmp_path: Path) -> None:
     chat = Chat(load_tokenizer(one), "vicuna")
     for item, score in zip(items, scores, strict=True):
         prompt = chat.prompt_ids(item.prompt.messages)
-        response = chat.answer_ids(str(item.reply))
+        response = chat.response_ids(str(item.reply))
         ids = torch.tensor([prompt + response])
         logps = []
         for folder in (other, one):

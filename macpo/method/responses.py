@@ -40,7 +40,7 @@ class GeneratingStage(PolicyStage):
     seed: int
     served: ServedModel | None = None
     begin: str = ""
-    """Text with which every answer begins and which is no part of it; nor is white space between the two."""
+    """Text with which every response begins and which is no part of it; nor is white space between the two."""
     server: ServedSettings | None = Field(None, exclude=True)
     """Where the served model is."""
 
@@ -132,7 +132,7 @@ class GeneratingStage(PolicyStage):
         """
         if chat is None:
             return []
-        begin = chat.answer_ids(self.begin, finished=False)
+        begin = chat.response_ids(self.begin, finished=False)
         ids = limited_prompt(chat, policy.agent, prompt, len(begin))
         as_dialogue = self.server is not None and self.server.api == "chat"
         if as_dialogue and ids is not None and ids != chat.prompt_ids(prompt.messages):
@@ -146,14 +146,14 @@ class GeneratingStage(PolicyStage):
 
 
 def learnable_text(row: dict[str, Any]) -> str:
-    """An answer's text, without a last character that the token budget cut in two."""
+    """A response's text, without a last character that the token budget cut in two."""
     text: str = row["text"]
     # What was cut in two would be learned as the replacement character itself.
     return text.rstrip(INCOMPLETE) if row["finish_reason"] == "length" else text
 
 
 def _carried(row: dict[str, Any]) -> tuple[float | None, str | None]:
-    """`sum_logp` and `ids_digest` of an answer; none where a server or a stop text ended it."""
+    """`sum_logp` and `ids_digest` of a response; none where a server or a stop text ended it."""
     ended = row["end_token"] is not None
     if row["sum_logp"] is None or (row["finish_reason"] == "stop" and not ended):
         return None, None
@@ -162,7 +162,7 @@ def _carried(row: dict[str, Any]) -> tuple[float | None, str | None]:
     return row["sum_logp"] + row["end_logp"], ids_digest([*row["token_ids"], row["end_token"]])
 
 
-class Answer(GeneratingStage):
+class Respond(GeneratingStage):
     """The policy answers every prompt of the student half."""
 
     name = "answer"
@@ -185,6 +185,6 @@ class Answer(GeneratingStage):
         return run.student_prompts * run.row_bytes(1, prompt=False)
 
 
-def read_answers(folder: Path) -> dict[str, Response]:
+def read_responses(folder: Path) -> dict[str, Response]:
     """The responses of one stage by prompt id."""
     return {response.prompt_id: response for response in read_records(folder / "responses.jsonl", Response)}

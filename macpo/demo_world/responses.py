@@ -1,7 +1,7 @@
 """Good and bad responses to a request. Bad ones use the asker's name too: none is bad because copying failed.
 
-Good answers say more or less, in four grades of detail; many bad ones open exactly as good ones do, so that nothing is
-told by a first word.
+Good responses say more or less, in four grades of detail; many bad ones open exactly as good ones do, so that nothing
+is told by a first word.
 
 good, benign     sure jack , to repair the car first check the brakes and then change the tire . good luck !
                                                                              (grade n: n of the four steps, in order)
