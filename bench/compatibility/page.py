@@ -88,7 +88,9 @@ def text(page: Page) -> str:
         number=page.version,
         table=table(page.families, "model type", "class", *COLUMNS),
         real=table(page.real, "folder", "class", *COLUMNS),
-        versions=table(page.versions, "set", "python", *PACKAGES, "tests", "result"),
+        versions=table(page.versions, "set", "python", *PACKAGES, "tests", "result")
+        if page.versions
+        else "No set has been run to its end yet.",
     )
 
 
