@@ -73,8 +73,8 @@ def variant(entry: AotKernel) -> set[tuple[str, object]]:
 def largest(entries: Sequence[AotKernel], variants: bool) -> list[AotKernel]:
     """Return, of each kernel function, the first entry of the largest `size`.
 
-    It is the likeliest to run out of registers or shared memory. With `variants` those of the largest size, among equals
-    of the most arguments, that show every choice of `variant`, and every two choices together where wgmma makes
+    It is the likeliest to run out of registers or shared memory. With `variants` those of the largest size, among
+    equals of the most arguments, that show every choice of `variant`, and every two choices together where wgmma makes
     registers scarce.
     """
     seen: set[tuple[object, ...]] = set()
