@@ -71,14 +71,15 @@ def variant(entry: AotKernel) -> set[tuple[str, object]]:
 
 
 def largest(entries: Sequence[AotKernel], variants: bool) -> list[AotKernel]:
-    """Return, of each kernel function, the entry of the largest `size`, of these that with the most arguments.
+    """Return, of each kernel function, the first entry of the largest `size`.
 
-    It is the likeliest to run out of registers or shared memory. With `variants` also the largest others that it takes
-    to show every choice of `variant`, and every two choices together where wgmma makes registers scarce.
+    It is the likeliest to run out of registers or shared memory. With `variants` those of the largest size, among
+    equals of the most arguments, that show every choice of `variant`, and every two choices together where wgmma makes
+    registers scarce.
     """
     seen: set[tuple[object, ...]] = set()
     kept = []
-    for entry in sorted(entries, key=lambda entry: (-size(entry), -len(entry.signature))):
+    for entry in sorted(entries, key=lambda entry: (-size(entry), -len(entry.signature) * variants)):
         shown: set[tuple[object, ...]] = {(id(entry.kernel),)}
         if variants:
             choices = sorted(variant(entry), key=str)
