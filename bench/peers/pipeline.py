@@ -64,11 +64,11 @@ class Pipeline:
     def part(self, name: str, option: int) -> tuple[float, dict[str, float]]:
         """Seconds of a part by one batch size, and how its result compares with ours."""
         if name == "teachers' responses":
-            found = [self.answers(who, self.model_of(who), f"init-{who}-answer", option) for who in self.teachers]
+            found = [self.responses(who, self.model_of(who), f"init-{who}-answer", option) for who in self.teachers]
             return sum(s for s, _ in found), {"equal_share": min(share for _, share in found)}
         if name == "student's responses":
             trained = str(folder_of(self.run, "iter1-student-train") / "policy")
-            seconds, share = self.answers(self.student, trained, "iter1-student-answer", option)
+            seconds, share = self.responses(self.student, trained, "iter1-student-answer", option)
             return seconds, {"equal_share": share}
         if name == "scoring":
             return self.scores(option)

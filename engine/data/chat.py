@@ -177,12 +177,12 @@ class Chat:
         if max_prompt_tokens >= max_tokens:
             raise ConfigError(f"got {max_prompt_tokens}", f"below max_tokens ({max_tokens})", field="max_prompt_tokens")
         if not responses or any(isinstance(response, str) and not response.strip() for response, _ in responses):
-            raise DataError("a response has no tokens", "drop empty responses before tokenising", field="answer")
+            raise DataError("a response has no tokens", "drop empty responses before tokenising", field="response")
         prompt = self.limited_prompt_ids(messages, max_prompt_tokens, long_prompt=long_prompt)
         if prompt is None:
             return None
-        responses = [self.reply_ids(messages, response, finished) for response, finished in responses]
-        return PrefixGroup(prompt, [ids[: max_tokens - len(prompt)] for ids in responses])
+        written = [self.reply_ids(messages, response, finished) for response, finished in responses]
+        return PrefixGroup(prompt, [ids[: max_tokens - len(prompt)] for ids in written])
 
     def document_ids(self, messages: Sequence[Message], text: str | Message, finished: bool = True) -> list[int]:
         """A document for pretraining: prompt + response, or without messages [BOS] + tokens(text) (+ EOS)."""

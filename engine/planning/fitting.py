@@ -48,13 +48,13 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens of a step, over all ranks."""
-        return self.pairs * (self.prompt + self.answers * self.response)
+        return self.pairs * (self.prompt + self.responses * self.response)
 
     def rows(self, data_ranks: int) -> list[Row]:
         """The micro-batches of the busiest rank."""
-        group = (self.prompt, (self.response,) * self.answers)
+        group = (self.prompt, (self.response,) * self.responses)
         left = -(-self.pairs // data_ranks)
-        most = max(1, self.microbatch_tokens // (self.prompt + self.answers * self.response))
+        most = max(1, self.microbatch_tokens // (self.prompt + self.responses * self.response))
         return [(group,) * min(most, left - done) for done in range(0, left, most)]
 
 

@@ -184,7 +184,7 @@ def items_of(
                     policies=(first, second),
                     prompt_id=prompt,
                     prompt=tuple(a["prompt"]),
-                    responses=(a["answer"], b["answer"]),
+                    answers=(a["answer"], b["answer"]),
                     finished=(bool(a.get("finished", True)), bool(b.get("finished", True))),
                 )
             )

@@ -242,7 +242,7 @@ def _gold_checks(reader: RunReader, design: Design, count: int, asked: set[str])
             policies=(CHOSEN, REJECTED),
             prompt_id=pair.prompt.id,
             prompt=tuple(pair.prompt.messages),
-            responses=(pair.chosen, pair.rejected),
+            answers=(pair.chosen, pair.rejected),
         )
         for pair in rows[:count]
     ]

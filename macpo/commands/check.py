@@ -229,13 +229,13 @@ class _Measured:
 def _measured(chat: Chat, about: StageAgent, prompt: Prompt, responses: Responses) -> _Measured:
     group = encoded(chat, about, prompt, list(responses.values()))
     replies = [response for response, _ in responses.values()]
-    responses = [] if group is None else group.responses
+    ids = [] if group is None else group.responses
     finished = [ended for _, ended in responses.values()]
     return _Measured(
         prompt_tokens=len(chat.prompt_ids(prompt.messages)),
         response_tokens=[len(chat.reply_ids(prompt.messages, reply)) for reply in replies],
         cut=[group is not None and is_cut(chat, group, n, ended) for n, ended in enumerate(finished)],
-        twins=len(responses) == 2 and responses[0] == responses[1],
+        twins=len(ids) == 2 and ids[0] == ids[1],
         notes=[chat.note(prompt.messages, reply) for reply in replies],
     )
 

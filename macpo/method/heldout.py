@@ -108,8 +108,8 @@ class EvaluatePolicy(GeneratingStage):
     def run(self, ctx: StageContext) -> None:
         policy = self.open_policy(ctx)
         pairs = held_out_pairs(ctx.input(self.inputs.data), self.held_out)
-        responses, counts = self.generate(policy, [pair.prompt for pair in pairs])
-        responses = {response.prompt_id: response for response in responses}
+        written, counts = self.generate(policy, [pair.prompt for pair in pairs])
+        responses = {response.prompt_id: response for response in written}
         logps, base = {}, {}
         if self.inputs.base_logps is not None:
             logps = human_pair_logps(policy, pairs)

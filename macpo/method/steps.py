@@ -146,11 +146,11 @@ class Steps(Builder):
         if rule == "min-perplexity":
             inputs = WeakLabelInputs(data=self.data, scores=self.score(self.student, 0, None, given))
         else:
-            inputs = WeakLabelInputs(data=self.data, responses={rule: given[rule]} if rule in given else given)
+            inputs = WeakLabelInputs(data=self.data, answers={rule: given[rule]} if rule in given else given)
         return self.add("init-weak-labels", WeakLabels(weak_label=rule, seed=self.recipe.seed, inputs=inputs))
 
     def weak_negative_labels(self, bad_responses: dict[str, StageName]) -> StageName:
-        inputs = WeakNegativeInputs(data=self.data, responses=bad_responses)
+        inputs = WeakNegativeInputs(data=self.data, answers=bad_responses)
         return self.add("init-weak-negatives", WeakNegativeLabels(seed=self.recipe.seed, inputs=inputs))
 
     def score(
@@ -164,17 +164,14 @@ class Steps(Builder):
     ) -> StageName:
         """Perplexity of every candidate under the agent's policy (t = 0: under its base model)."""
         own = None
-        if (
-            agent.name in responses
-            and t > 0
-            and self.plan.graph.stage(responses[agent.name]).inputs.get("policy") == start
-        ):
+        drawn = responses.get(agent.name)
+        if drawn is not None and t > 0 and self.plan.graph.stage(drawn).inputs.get("policy") == start:
             own = agent.name  # the responses were drawn by the very weights that score them
         work = ScoreCandidates(
             policy=self.policy(agent, ready=agent.positive if start is None and t > 0 else None),
             own=own,
             half=half,
-            inputs=ScoreInputs(base=self.base(agent), data=self.data, policy=start, responses=dict(responses)),
+            inputs=ScoreInputs(base=self.base(agent), data=self.data, policy=start, answers=dict(responses)),
             compute=self.compute,
         )
         return self.add(name or (f"iter{t}-{agent.name}-score" if t else f"init-{agent.name}-score"), work)

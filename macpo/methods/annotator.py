@@ -35,7 +35,7 @@ def annotator(steps: Steps) -> None:
             )
             beta = steps.training(each).preference.beta
             ratings[each.name] = steps.add(f"iter{t}-{each.name}-reward", ImplicitReward(beta=beta, inputs=inputs))
-        pair_inputs = RatedPairInputs(data=steps.data, responses=draws, ratings=ratings)
+        pair_inputs = RatedPairInputs(data=steps.data, answers=draws, ratings=ratings)
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(inputs=pair_inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")

@@ -55,7 +55,7 @@ class Rate(PolicyStage):
         return cls(
             policy=steps.policy(agent, ready=agent.positive if policy is None else None),
             question=text,
-            inputs=RatingInputs(base=steps.base(agent), data=steps.data, policy=policy, responses=draws),
+            inputs=RatingInputs(base=steps.base(agent), data=steps.data, policy=policy, answers=draws),
             compute=steps.compute,
         )
 

@@ -24,7 +24,7 @@ def rewarding(steps: Steps) -> None:
         last = start.positive[student.name]
         draws = {str(n): steps.own_sample(student, t, start.positive, draw=n) for n in range(NUM_RESPONSES)}
         grades = steps.add(f"iter{t}-{student.name}-grade", Grade.of(steps, student, last, "grade", draws))
-        inputs = RatedPairInputs(data=steps.data, responses=draws, ratings={student.name: grades})
+        inputs = RatedPairInputs(data=steps.data, answers=draws, ratings={student.name: grades})
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(inputs=inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")

@@ -29,7 +29,7 @@ def rlaif(steps: Steps) -> None:
             )
             for each in steps.teachers
         }
-        inputs = RatedPairInputs(data=steps.data, responses=draws, ratings=ratings)
+        inputs = RatedPairInputs(data=steps.data, answers=draws, ratings=ratings)
         pairs = steps.add(f"iter{t}-{student.name}-pairs", RatedPairs(least=LEAST_PREFERENCE, inputs=inputs))
         start.positive[student.name] = steps.prefer(student, t, last, pairs)
         steps.evaluate(student, t, start.positive[student.name], "student")

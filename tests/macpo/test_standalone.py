@@ -215,7 +215,7 @@ SHAREGPT = [{"from": "human", "value": "hello"}]
 
 
 @pytest.mark.parametrize(
-    ("row", "prompt", "answer"),
+    ("row", "prompt", "response"),
     [
         ({"messages": [*CHAT, RESPONSE]}, CHAT, "good day"),
         ({"prompt": "hello", "response": " good day "}, CHAT[1:], " good day "),

@@ -147,7 +147,9 @@ RULES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "prompt", "answer", "score"), RULES, ids=[f"{i}-{r[0]}" for i, r in enumerate(RULES)])
+@pytest.mark.parametrize(
+    ("rule", "prompt", "response", "score"), RULES, ids=[f"{i}-{r[0]}" for i, r in enumerate(RULES)]
+)
 def test_rule(rule: str, prompt: list[dict[str, str]], response: str, score: float) -> None:
     assert gold(prompt, response) == pytest.approx(score, abs=1e-9), rule
 
