@@ -123,18 +123,18 @@ def build_padded(model: PreTrainedModel, groups: Sequence[PrefixGroup], batch: i
 def _padded(model: PreTrainedModel, part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """Return sums [B] in float32; sequences are padded on the left, so that the candidates end together."""
     longest = max(len(prompt) + len(response) for prompt, response in part)
-    longest = max(len(response) for _, response in part)
+    reply = max(len(response) for _, response in part)
     ids = torch.tensor([[0] * (longest - len(p) - len(r)) + p + r for p, r in part], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p) - len(r)) + [1] * (len(p) + len(r)) for p, r in part])
     mask = mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=reply + 1
     ).logits[:, :-1]
-    targets = ids[:, -longest:]
+    targets = ids[:, -reply:]
     logps = logits.float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
     lengths = torch.tensor([len(r) for _, r in part], device=model.device)
-    keep = torch.arange(longest, device=model.device) >= longest - lengths[:, None]
+    keep = torch.arange(reply, device=model.device) >= reply - lengths[:, None]
     return logps.masked_fill(~keep, 0.0).sum(1)
 
 

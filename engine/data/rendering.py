@@ -211,8 +211,8 @@ class Rendering:
         user: Message = {"role": "user", "content": "x"}
         for name in ("enable_thinking", "thinking"):
             if name in self.source and open_tag(self._write([user], True, **{name: False})) is None:
-                return f"set template_arguments: {{{name}: false}}, or give answers with their thoughts"
-        return "give answers with their thoughts, or set template to one that opens none"
+                return f"set template_arguments: {{{name}: false}}, or give responses with their thoughts"
+        return "give responses with their thoughts, or set template to one that opens none"
 
     def dialogue(self, messages: Sequence[Message], tokens: TokenText) -> list[Piece]:
         """The whole dialogue, without a generation prefix."""

@@ -75,7 +75,7 @@ def typed() -> str:
     given = os.environ.get(COMMAND)
     if given is not None:
         return given
-    program = Path(sys.argv[0])
+    program = Path(next(iter(sys.argv), ""))  # a program that came through a pipe may have cleared it
     name = "macpo" if program.name in _OWN_FILES and program.parent.name == "macpo" else program.name
     return shlex.join([name or "python", *sys.argv[1:]])
 

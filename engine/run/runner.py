@@ -132,7 +132,7 @@ class Runner:
         if warning := code_changes(found):
             self.log(warning)
         if under_way:
-            self.log(f"goes on with the rerun from {self.from_stage}")
+            self.log(f"resuming the rerun from {self.from_stage}")
         elif again:
             self._discard(again)
         if self.began is not None:

@@ -290,7 +290,7 @@ def test_eos_is_required_and_can_be_named() -> None:
     assert chat.rendered(user("a", "b", "c")) == "USER: a ASSISTANT: b<|im_end|>USER: c ASSISTANT:"
 
 
-def test_the_token_that_ends_a_turn_ends_an_response() -> None:
+def test_the_token_that_ends_a_turn_ends_a_response() -> None:
     tokenizer = byte_level()
     turn_end, eos = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
     chat = Chat(tokenizer, "chatml")

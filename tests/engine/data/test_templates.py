@@ -168,7 +168,7 @@ def test_what_differs_only_before_the_response_is_said(tokenizer: PreTrainedToke
         Chat(tokenizer, other.replace("<|im_start|>assistant", "<|im_start|>bot"))
 
 
-def test_tags_become_tokens_in_an_response_and_plain_text_in_a_question(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tags_become_tokens_in_a_response_and_plain_text_in_a_question(tokenizer: PreTrainedTokenizerFast) -> None:
     chat, tag = Chat(tokenizer, THINKING), tokenizer.convert_tokens_to_ids("</think>")
     assert tag not in chat.prompt_ids([{"role": "user", "content": "what is </think> ?"}])
     assert chat.reply_ids(dialogue(0), "<think>\nhm\n</think>\n\nred").count(tag) == 1

@@ -95,7 +95,7 @@ def test_the_card_says_what_the_run_did_and_no_more(finished: tuple[Path, Recipe
         assert f"| {name} | {value} |" in text, name
     assert f"| seed | {training['seed']} |" in text
     evaluation = read_json(folder_of(finished[0], "eval-student-iter1") / "evaluation.json")
-    assert f"| gold | {evaluation['gold']:.6g} |" in text and "| responses | 12 |" in text
+    assert f"| gold | {evaluation['gold']:.6g} |" in text and "| answers | 12 |" in text
 
     assert "Chat template: `vicuna`" in text and "A response ends with `</s>`" in text
     data, text = card_of(exported(finished, tmp_path / "negative", "teacher1", policy="negative"))

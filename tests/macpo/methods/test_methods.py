@@ -96,7 +96,7 @@ def inputs(run_dir: Path, name: str) -> dict[str, Path]:
 def draws(run_dir: Path, name: str) -> list[dict[str, Response]]:
     """The responses of each draw that a stage read."""
     found = inputs(run_dir, name)
-    return [read_responses(found[alias]) for alias in sorted(found) if alias.startswith("responses:")]
+    return [read_responses(found[alias]) for alias in sorted(found) if alias.startswith("answers:")]
 
 
 def ratings(folder: Path) -> dict[str, list[float]]:
@@ -262,7 +262,7 @@ def test_served_teachers_cannot_label_by_log_probs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blank", ["", " "])
-def test_a_beginning_is_written_as_an_response_begins(blank: str, on_text: Path) -> None:
+def test_a_beginning_is_written_as_a_response_begins(blank: str, on_text: Path) -> None:
     """Template and tokenizer write it as they would the response: under vicuna with a blank before it."""
     tokenizer = load_tokenizer(str(stage(on_text, "init-student-positive") / "policy"))
     asked: list[Message] = [{"role": "user", "content": "why ?"}]
@@ -370,7 +370,7 @@ def rated(tmp_path: Path, given: dict[str, list[float]], least: float = 0.0) -> 
         write_jsonl(folders[folder] / "responses.jsonl", responses)
     rows = [{"prompt_id": prompts[name].id, "ratings": each} for name, each in given.items()]
     write_jsonl(folders["ratings"] / "ratings.jsonl", rows)
-    reads = RatedPairInputs(data="data", responses={"0": "one", "1": "two"}, ratings={"x": "ratings"})
+    reads = RatedPairInputs(data="data", answers={"0": "one", "1": "two"}, ratings={"x": "ratings"})
     context = StageContext(name="pairs", dir=folders["out"], inputs=folders, stop=StopFlag())
     RatedPairs(least=least, inputs=reads).run(context)
     return read_records(folders["out"] / "pairs.jsonl", Pair)

@@ -20,6 +20,7 @@ from standalone_runs import COMPUTE, INIT, OPTIM, WORLD, content, recipe_of
 import macpo
 from macpo.engine.errors import ConfigError, ResourceError, Stopped
 from macpo.engine.recipe import dump
+from macpo.engine.run.run_progress import RunProgress
 from macpo.engine.run.runner import Runner
 
 SFT: dict[str, Any] = {
@@ -54,7 +55,8 @@ def test_every_form_of_a_recipe_is_the_same_run(tmp_path: Path, capsys: pytest.C
 def test_a_recipe_that_comes_along_runs_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = ("context_tokens", "training", "compute", "template", "init", "data")
-    run = macpo.run("sft", set={"model": None, **{name: SFT[name] for name in names}, "training.batch": 16})
+    given = {name: SFT[name] for name in names}
+    run = macpo.run("sft", set={"model": None, **given, "training.batch": 16, "sampling": None})
     assert run.folder == tmp_path / "runs" / "sft"
     assert len(run.steps()[lambda each: each.stage == "train-policy"]) == 2
 
@@ -89,15 +91,15 @@ def test_the_stop_button_stops_it_and_the_same_call_resumes(tmp_path: Path, monk
     torch.set_num_threads(2)
     own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    say, pressed = Runner._say, []
+    begin, pressed = RunProgress.begin, []
 
-    def press(self: Runner, stage: Any, text: str) -> None:
-        say(self, stage, text)
-        if stage.name == "train-policy" and not pressed:
-            pressed.append(stage.name)
+    def press(self: RunProgress, name: str, process: int = 0) -> None:
+        begin(self, name, process)
+        if name == "train-policy" and not pressed:
+            pressed.append(name)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Runner, "_say", press)
+    monkeypatch.setattr(RunProgress, "begin", press)
     with pytest.raises(Stopped, match="run the same command again"):
         macpo.run(SFT, output=tmp_path / "stopped")
     left = macpo.Run(tmp_path / "stopped")
