@@ -197,7 +197,7 @@ def test_an_interrupted_from_goes_on_instead_of_starting_over(done: Path, monkey
         run(done, from_stage="join1")
     monkeypatch.delenv("TOY_FAIL")
     ran, said = run(done, from_stage="join1")
-    assert ran == ["b2", "join2"] and "goes on with the rerun from join1" in said
+    assert ran == ["b2", "join2"] and "resuming the rerun from join1" in said
     assert run(done, from_stage="join1")[0] == ["join1", "a2", "b2", "join2"]
 
 

@@ -91,6 +91,7 @@ def test_the_stop_button_stops_it_and_the_same_call_resumes(tmp_path: Path, monk
     torch.set_num_threads(2)
     own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)  # which a command of the same process has set
     begin, pressed = RunProgress.begin, []
 
     def press(self: RunProgress, name: str, process: int = 0) -> None:
