@@ -201,7 +201,7 @@ class ServedSettings(Settings):
 
 
 class PretrainSettings(OptimSettings):
-    """Plain language modelling on documents, for models made on the spot."""
+    """Plain language modelling on documents, for models trained from scratch."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate."""

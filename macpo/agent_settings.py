@@ -88,7 +88,7 @@ class AgentSettings(Settings):
         if self.served is not None:
             return f"{self.served.positive}, served by {self.served.server}"
         if self.init is not None:
-            return f"made here, hidden size {self.init.hidden_size}"
+            return f"trained from scratch, hidden size {self.init.hidden_size}"
         return str(self.model or self.positive)
 
     @property
@@ -98,5 +98,5 @@ class AgentSettings(Settings):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the agent's positive policy can be loaded or made here."""
+        """Whether the agent's positive policy can be loaded or is trained from scratch."""
         return self.served is None or self.positive is not None

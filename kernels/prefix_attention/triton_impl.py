@@ -189,7 +189,7 @@ def _parts(tile: Tile, head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]
     return [_constants(tile, head_dim, dtype) | {"DK": dk, "DV": dv} for dk, dv in parts]
 
 
-# Bytes of registers that a thread may spill, the most that Triton 3.6 and 3.9 report; 0 for all that are not here. The
+# Bytes of registers that a thread may spill, the most that Triton 3.6, 3.7 and 3.9 report; 0 for all that are not here. The
 # large numbers are those of tiles that were the fastest on an H200 all the same.
 _SPILLS = {
     "forward/d64/32-bit/large": 8,
@@ -208,6 +208,8 @@ _SPILLS = {
     "dkv/d128/16-bit/small": 8,
     "dkv/d128-padded/16-bit/small": 56,
     "dk/d256/16-bit/large/softcap": 64,
+    "forward/d256-padded/32-bit/large/softcap": 8,  # by Triton 3.7 for sm_100
+    "forward/d256-padded/32-bit/large/softcap/sinks": 8,
 }
 
 
