@@ -189,8 +189,8 @@ def _parts(tile: Tile, head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]
     return [_constants(tile, head_dim, dtype) | {"DK": dk, "DV": dv} for dk, dv in parts]
 
 
-# Bytes of registers that a thread may spill, the most that Triton 3.6, 3.7 and 3.9 report; 0 for all that are not here. The
-# large numbers are those of tiles that were the fastest on an H200 all the same.
+# Bytes of registers that a thread may spill, the most that Triton 3.6, 3.7 and 3.9 report; 0 for all that are not here.
+# The large numbers are those of tiles that were the fastest on an H200 all the same.
 _SPILLS = {
     "forward/d64/32-bit/large": 8,
     "forward/d64-padded/32-bit/large": 8,
