@@ -45,12 +45,13 @@ def _iterations() -> Iterator[Row]:
 
 
 def _steps() -> Iterator[Row]:
+    """The fastest of TRL's micro-batch sizes; a result that tried one size alone says nothing of TRL at its best."""
     for case in (_read("train_step") or {"cases": []})["cases"]:
-        found = next((r for r in case["results"] if r["rival"].endswith("best") and r["status"] == "ok"), None)
-        if found:
-            low, high = found["times_ours_quartiles"]
-            what = f"a DPO step, {case['name']}"
-            yield Row(what, "TRL's DPOTrainer at its best", found["times_ours"], (low, high), "bench_train_step")
+        tried = [r for r in case["results"] if "pairs a forward" in r["rival"] and r["times_ours"]]
+        if tried:
+            best = min(tried, key=lambda r: r["times_ours"])
+            low, high = best["times_ours_quartiles"]
+            yield Row(f"a DPO step, {case['name']}", best["rival"], best["times_ours"], (low, high), "bench_train_step")
 
 
 def _operators(bench: str, what: str, peers: Sequence[str]) -> Iterator[Row]:
