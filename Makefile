@@ -4,7 +4,7 @@
 #   make lint types    what CI checks besides
 #   make docs    the site of docs/ into build/site; a link or an anchor that leads nowhere is an error
 #   make aot     every configuration of the Triton kernels compiled for sm_80, sm_90 and sm_100, of which `make test`
-#                takes the largest of each variant; needs no GPU, some 20 minutes of one core
+#                takes the largest of each variant; needs no GPU
 #   make torture runs killed everywhere, stopped at random and spoilt, loaders fed broken files: MINUTES, SEED, RANKS
 #   make wheel image   source archive, wheel and Docker image, each built and tried in an empty folder
 #   make bench   the kernels beside their peers on the device that is there, at most 8 minutes, one table

@@ -27,8 +27,6 @@ MAX_ERRORS = 100
 
 
 QUIET_ENVIRONMENT = {
-    # transformers' notes on loading: macpo checks weights and settings itself, and an error stays an error
-    "TRANSFORMERS_VERBOSITY": "error",
     # bars of downloads and data sets: in a pipe they are one endless line, on a terminal they break our own display
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_DISABLE_PROGRESS_BARS": "1",

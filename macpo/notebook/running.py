@@ -17,6 +17,7 @@ from macpo.engine.errors import ConfigError, shown
 from macpo.engine.files import explain, is_expected
 from macpo.engine.paths import expanded
 from macpo.engine.processes import THREAD_VARIABLES
+from macpo.engine.run.attempts import COMMAND
 from macpo.notebook.results import Run
 from macpo.recipe_kinds import load, of_mapping
 
@@ -68,8 +69,13 @@ def run(
 
 @contextlib.contextmanager
 def _threads_restored() -> Iterator[None]:
-    """Context after which operators have as many CPU threads as before, whatever a recipe sets."""
-    variables, threads = {name: os.environ.get(name) for name in THREAD_VARIABLES}, torch.get_num_threads()
+    """Context after which operators have as many CPU threads as before, whatever a recipe sets.
+
+    The report then names this function as the command, where a notebook's own would say nothing.
+    """
+    changed = (*THREAD_VARIABLES, COMMAND)
+    variables, threads = {name: os.environ.get(name) for name in changed}, torch.get_num_threads()
+    os.environ.setdefault(COMMAND, "macpo.run(…) in Python")
     try:
         yield
     finally:
