@@ -272,7 +272,7 @@ def test_a_shortened_prompt_is_a_dialogue(tokenizer: PreTrainedTokenizerFast) ->
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
-@pytest.mark.parametrize("name", ["c02_toolcalls", "c02b_toolrole", "c02c_toolresponse", "c02d_reasoning"])
+@pytest.mark.parametrize("name", ["c02_toolcalls", "c02b_toolrole", "c02c_toolanswer", "c02d_reasoning"])
 def test_cases_with_parts(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     pairs, _ = load_preferences(CASES / f"{name}.jsonl")
     knows, lacks = Chat(tokenizer, TOOLS), Chat(tokenizer, "vicuna")
