@@ -2,6 +2,7 @@
 
     python -m bench.bench_train_step [--shapes small|issue|gpu] [--only SUBSTRING] [--rivals SUBSTRING,...]
         [--rounds 5] [--json-dir DIR]
+    python -m bench.bench_train_step --model FOLDER [--dtype bfloat16]     a pretrained model, all weights trained
 
 Rounds: each takes other pairs and every rival trains a fresh model on all of them once, in an order that turns, so
 that a busy machine slows all alike. Ratios are of times in the same round: their median and quartiles over rounds.
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
 
 from bench.harness.device import default_device, device_name, device_slug, gemm, provenance
 from bench.harness.measure import RESULTS, finite, reason_of
@@ -63,13 +64,18 @@ class Case:
     """Optimiser steps per round."""
     only: tuple[Rival, ...] = ()
     """Rivals; empty takes ours, TRL's defaults, and TRL at its best with several sizes of a forward."""
+    folder: str | None = None
+    """Folder of a pretrained model, whose configuration `model` is; None trains random weights."""
 
     @property
     def rivals(self) -> tuple[Rival, ...]:
         return self.only or (OURS, DEFAULTS, *best_for(self.pairs_per_step))
 
-    def config(self) -> LlamaConfig:
-        """A Llama whose ids are those of the tokenizers in bench/inputs/pairs.py."""
+    def config(self) -> PretrainedConfig:
+        """The pretrained model's, else a Llama whose ids are those of the tokenizers in bench/inputs/pairs.py."""
+        if self.folder is not None:
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+            return config
         return LlamaConfig(
             max_position_embeddings=MAX_LENGTH, bos_token_id=None, eos_token_id=0, pad_token_id=1, **self.model
         )
@@ -92,6 +98,7 @@ LLAMA_21M = llama(256, 704, 6, 4, 4, 32000, False)  # 21.2M parameters: embeddin
 LLAMA3_1B = llama(2048, 8192, 16, 32, 8, 128256, True)  # the shape of Llama 3.2 1B
 LLAMA3_8B = llama(4096, 14336, 32, 32, 8, 128256, False)  # of Llama 3 8B
 F32, BF16 = torch.float32, torch.bfloat16
+SHORT = {F32: "fp32", BF16: "bf16"}
 
 CASES: dict[str, list[Case]] = {
     "small": [
@@ -190,7 +197,7 @@ def run_case(
     case: Case, data: PairData, device: torch.device, rounds: int, end: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Check every rival, then time them in turns until `end` (time.monotonic); return the case's result."""
-    setup = Setup(case.config(), case.tuning, case.dtype, device, case.pairs_per_step, data)
+    setup = Setup(case.config(), case.tuning, case.dtype, device, case.pairs_per_step, data, weights=case.folder)
     results = check(case, setup)
     for result in results.values():
         say(f"  {result.rival}: {result.status} {result.reason}")
@@ -311,6 +318,19 @@ def named(rival: Rival, wanted: Sequence[str]) -> bool:
     return any(part in rival.name for part in wanted)
 
 
+def pretrained(folder: str, dtype: torch.dtype) -> Case:
+    """A pretrained model, all of whose weights are trained."""
+    name, shape = Path(folder).name, AutoConfig.from_pretrained(folder).to_dict()
+    kept = {key: shape[key] for key in (*LLAMA_21M,) if key in shape}
+    return Case(f"{name} full {SHORT[dtype]}", kept, "full", dtype, 8, 2, folder=folder)
+
+
+def data_of(case: Case, folder: Path | None) -> PairData:
+    """The case's pairs in its own tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(case.folder) if case.folder else None
+    return load_pairs(folder, min(32000, case.model["vocab_size"]), MAX_LENGTH, 1600, tokenizer=tokenizer)
+
+
 LEGEND = """\
 tokens/s: useful ones, a pair's prompt once; x ours: its time / ours in the same round (above 1, ours is faster)
 of floor: time that the FLOP of prompts once, responses, a reference pass and a step need at the GEMM's speed / time
@@ -323,6 +343,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--shapes", choices=CASES, help="default: gpu on a GPU, else issue")
+    parser.add_argument("--model", metavar="FOLDER", help="a pretrained model in place of the shapes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --model")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name holds this")
     parser.add_argument("--rivals", default="", metavar="SUBSTRING,...", help="besides ours only rivals so named")
     parser.add_argument("--rounds", type=int, default=5)
@@ -333,21 +355,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--json-dir", type=Path, help="folder of the result; default bench/results/<device>")
     args = parser.parse_args(argv)
     shapes = args.shapes or ("gpu" if args.device.type == "cuda" else "issue")
-    cases = [case for case in CASES[shapes] if args.only in case.name]
+    cases = [pretrained(args.model, getattr(torch, args.dtype))] if args.model else CASES[shapes]
+    cases = [case for case in cases if args.only in case.name]
     if not cases:
         parser.error(f"no case fits --only {args.only!r}")
     wanted, folder = args.rivals.split(","), source_of(args.data)
     cases = [replace(case, only=(OURS, *(r for r in case.rivals[1:] if named(r, wanted)))) for case in cases]
     entries: list[dict[str, Any]] = []
     failed: list[str] = []
-    path = (args.json_dir or RESULTS / device_slug(args.device)) / "train_step.json"
+    name = f"train_step-{Path(args.model).name}-{args.dtype}" if args.model else "train_step"
+    path = (args.json_dir or RESULTS / device_slug(args.device)) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"train_step: {device_name(args.device)}, torch {torch.__version__}\n{LEGEND}", flush=True)
     end, data, vocab = time.monotonic() + args.seconds, None, 0
     for number, case in enumerate(cases):
-        if data is None or vocab != min(32000, case.model["vocab_size"]):
-            vocab = min(32000, case.model["vocab_size"])
-            data = load_pairs(folder, vocab, MAX_LENGTH, 1600)
+        if data is None or vocab != case.model["vocab_size"]:
+            data, vocab = data_of(case, folder), case.model["vocab_size"]
             print(json.dumps(data.describe()), flush=True)
         share = (end - time.monotonic()) / (len(cases) - number)
         print(case.name, flush=True)

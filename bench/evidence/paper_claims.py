@@ -64,10 +64,17 @@ class Seed:
     def ceiling(self) -> float:
         return float(self.summary["agents"]["ceiling"]["scores"][0][self.metric])
 
+    def recovered(self, t: int) -> float:
+        """The share of the gap between mean initial teacher and ceiling that the student closes: PGR."""
+        weak = self.teachers_mean(0)
+        return (self.student("", t) - weak) / (self.ceiling() - weak)
+
+    def rounds_of(self, arm: str) -> int:
+        return len(self._agents(arm)[self.student_name]["scores"]) - 1
+
     def has_no_rounds(self, arm: str) -> bool:
         """Whether an arm is a baseline without rounds that differs from the naive student."""
-        rows = self._agents(arm)[self.student_name]["scores"]
-        return len(rows) == 1 and rows[0][self.metric] != self.student("", 0)
+        return not self.rounds_of(arm) and self.student(arm) != self.student("", 0)
 
     def with_teachers(self, count: int, t: int = LAST) -> float:
         """The mean student of the arms with so many teachers; all of them is the method itself."""
@@ -187,10 +194,11 @@ def claims(seed: Seed) -> list[Claim]:
     ]
     most = len(seed.teachers)
     counts = sorted({int(arm[1]) for arm in seed.summary["arms"] if arm[:1] == "k" and arm[1:2].isdigit()} | {most})
-    for few, many in pairwise(counts):
+    ends = [(counts[0], counts[-1])] if len(counts) > 2 else []
+    for few, many in [*pairwise(counts), *ends]:
         found += [
             Claim(
-                f"{many} above {few} teachers, round {t}" if t else f"{many} above {few} teachers, naive",
+                f"{many} above {few} teacher{'s' * (few > 1)}, {f'round {t}' if t else 'naive'}",
                 lambda seed, many=many, t=t: seed.with_teachers(many, t),  # type: ignore[misc]
                 lambda seed, few=few, t=t: seed.with_teachers(few, t),  # type: ignore[misc]
             )
@@ -228,20 +236,38 @@ def markdown(found: Sequence[Answer]) -> str:
 
 
 def by_round(seeds: Sequence[Seed]) -> str:
-    """Means over seeds by round: student and teachers; baselines without rounds and the ceiling once."""
+    """Means over seeds by round: student, teachers and the gap recovered; baselines without rounds, ceiling once."""
     rounds = range(seeds[0].rounds + 1)
     rows = {
         "student": [_mean(seed.student("", t) for seed in seeds) for t in rounds],
         "teachers": [_mean(seed.teachers_mean(t) for seed in seeds) for t in rounds],
+        "gap between teachers and ceiling recovered": [_mean(seed.recovered(t) for seed in seeds) for t in rounds],
     }
     for arm in (arm for arm in seeds[0].summary["arms"] if seeds[0].has_no_rounds(arm)):
         rows[arm] = [_mean(seed.student(arm) for seed in seeds)]
     rows["ceiling"] = [_mean(seed.ceiling() for seed in seeds)]
+    lines = _table(rounds, rows)
+    lines.append(_row("words of a student's response", [f"{_mean(seed.words(t) for seed in seeds):.1f}" for t in rounds]))
+    return "\n".join(lines)
+
+
+def arms_by_round(seeds: Sequence[Seed]) -> str:
+    """Means over seeds by round: each teacher of the method, and the student of each arm that has rounds."""
+    first, rounds = seeds[0], range(seeds[0].rounds + 1)
+    rows = {name: [_mean(seed.teacher(name, t) for seed in seeds) for t in rounds] for name in first.teachers}
+    rows |= {
+        f"student, {arm}": [_mean(seed.student(arm, t) for seed in seeds) for t in range(first.rounds_of(arm) + 1)]
+        for arm in first.summary["arms"]
+        if first.rounds_of(arm)
+    }
+    return "\n".join(_table(rounds, rows))
+
+
+def _table(rounds: Sequence[int], rows: Mapping[str, Sequence[float]]) -> list[str]:
     lines = [_row("", [f"round {t}" if t else "start" for t in rounds]), "|---" * (len(rounds) + 1) + "|"]
     for name, values in rows.items():
         lines.append(_row(name, [f"{value:.3f}" for value in values] + [""] * (len(rounds) - len(values))))
-    lines.append(_row("words of a student's answer", [f"{_mean(seed.words(t) for seed in seeds):.1f}" for t in rounds]))
-    return "\n".join(lines)
+    return lines
 
 
 def _row(head: str, cells: Sequence[str]) -> str:
@@ -269,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> list[Answer]:
     if len(seeds) < 2:
         parser.error(f"{said.folder} has {len(seeds)} runs; an interval over seeds needs two or more")
     found = answers(seeds)
-    text = f"{by_round(seeds)}\n\n{markdown(found)}\n"
+    text = f"{by_round(seeds)}\n\n{arms_by_round(seeds)}\n\n{markdown(found)}\n"
     print(text)
     if said.markdown is not None:
         atomic_write(said.markdown, text)

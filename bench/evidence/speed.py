@@ -44,9 +44,9 @@ def _iterations() -> Iterator[Row]:
             yield Row(what, peer, statistics.median(values), (min(values), max(values)), "bench_iteration")
 
 
-def _steps() -> Iterator[Row]:
+def _steps(name: str) -> Iterator[Row]:
     """The fastest of TRL's micro-batch sizes; a result that tried one size alone says nothing of TRL at its best."""
-    for case in (_read("train_step") or {"cases": []})["cases"]:
+    for case in (_read(name) or {"cases": []})["cases"]:
         tried = [r for r in case["results"] if "pairs a forward" in r["rival"] and r["times_ours"]]
         if tried:
             best = min(tried, key=lambda r: r["times_ours"])
@@ -74,7 +74,9 @@ def rows() -> list[Row]:
     """Every row that has a committed result."""
     return [
         *_iterations(),
-        *_steps(),
+        *_steps("train_step"),
+        *_steps("train_step-SmolLM2-135M-Instruct-float32"),
+        *_steps("train_step-SmolLM2-135M-Instruct-bfloat16"),
         *_operators("generation", "generation", ("generate",)),
         *_operators("generation-SmolLM2-135M-Instruct-float32", "generation", ("generate", "CTranslate2")),
         *_operators("generation-SmolLM2-135M-Instruct-bfloat16", "generation", ("generate", "CTranslate2")),

@@ -58,20 +58,24 @@ class PairData:
         }
 
 
-def load_pairs(folder: Path | None, vocab: int, max_length: int, count: int, subset: str = SUBSETS[0]) -> PairData:
+def load_pairs(
+    folder: Path | None, vocab: int, max_length: int, count: int, subset: str = SUBSETS[0], tokenizer: Any = None
+) -> PairData:
     """Load pairs in HH-RLHF's layout (`<subset>/test.jsonl.gz`) from `folder`; generate them where it is None.
 
     Args:
-        vocab: entries of the tokenizer at most.
+        vocab: entries of the tokenizer at most, where one is made.
         max_length: longest prompt with response, in tokens; longer pairs are left out, so that nobody cuts one.
         count: generated pairs.
+        tokenizer: a pretrained model's own; by default one is made.
     """
     if folder is None:
-        tokenizer, pairs = _word_tokenizer(vocab), _generated(count, vocab, max_length)
+        tokenizer, pairs = tokenizer or _word_tokenizer(vocab), _generated(count, vocab, max_length)
         source = "generated token ids, lengths log-normal as those of harmless-base"
     else:
         texts = {name: list(_read(folder / name / "test.jsonl.gz")) for name in SUBSETS}
-        tokenizer = _bpe_tokenizer([t for pairs in texts.values() for p in pairs for t in _parts(p)], vocab)
+        if tokenizer is None:
+            tokenizer = _bpe_tokenizer([t for pairs in texts.values() for p in pairs for t in _parts(p)], vocab)
         pairs, source = texts[subset], f"Anthropic HH-RLHF, {subset}/test, first rows"
     groups = _tokenised(tokenizer, pairs)
     kept = [i for i, group in enumerate(groups) if group.max_length <= max_length]
@@ -110,7 +114,8 @@ def _tokenised(tokenizer: Any, pairs: Sequence[PairText]) -> list[PrefixGroup]:
         return found
 
     prompts = ids([pair.prompt for pair in pairs])
-    wholes = [ids([pair.prompt + answer + EOS for pair in pairs for answer in (pair.chosen, pair.rejected)])]
+    end = tokenizer.eos_token
+    wholes = [ids([pair.prompt + answer + end for pair in pairs for answer in (pair.chosen, pair.rejected)])]
     groups = []
     for prompt, chosen, rejected in zip(prompts, wholes[0][0::2], wholes[0][1::2], strict=True):
         shared = 0  # TRL's rule: the response begins where the tokens of prompt and whole part ways

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
 
 from bench.harness import memory
 from bench.harness.device import synchronise
@@ -49,7 +49,7 @@ LORA = LoraSettings(rank=16, alpha=32.0, target_modules="all-linear")
 class Setup:
     """What the rivals of a case share."""
 
-    config: LlamaConfig
+    config: PretrainedConfig
     tuning: Literal["full", "lora"]
     dtype: torch.dtype
     """Dtype of the products. Trained weights are float32 everywhere."""

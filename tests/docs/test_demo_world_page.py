@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pages import blocks_for
 
-from bench.evidence import paper_claims, runs, world_gates
+from bench.evidence import runs, update_readme, world_gates
 from macpo.arguments import parser
 from macpo.demo_world import gates, gold
 from macpo.demo_world.grammar import GRADES, Draw, requests_by_text
@@ -62,7 +62,7 @@ def test_commands_are_read_as_they_stand(capsys: pytest.CaptureFixture[str]) -> 
     blocks = blocks_for("docs/demo-world.md", sh=2)["sh"]
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     modules = {"bench.evidence.world_gates": world_gates, "bench.evidence.runs": runs}
-    modules |= {"bench.evidence.paper_claims": paper_claims}
+    modules |= {"bench.evidence.update_readme": update_readme}
     assert len(commands) == 4
     for words in commands:
         if words[0] == "macpo":

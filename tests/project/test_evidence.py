@@ -63,7 +63,7 @@ def test_the_table_says_what_the_runs_say(compared: Path, tmp_path: Path, capsys
     dev = [max(s["development"], key=lambda name, s=s: s["development"][name]["gold"]) for s in summaries]
     best = [s["agents"][name]["scores"][0]["gold"] for s, name in zip(summaries, dev, strict=True)]
     assert by_question["final student above the best initial teacher"].other == pytest.approx(sum(best) / 2)
-    assert {"2 above 1 teachers, naive", "2 above 1 teachers, round 1"} <= set(by_question)
+    assert {"2 above 1 teacher, naive", "2 above 1 teacher, round 1"} <= set(by_question)
     text = (tmp_path / "t.md").read_text()
     assert all(f"| {question} |" in text for question in by_question) and text in capsys.readouterr().out
     written = json.loads((tmp_path / "t.json").read_text())

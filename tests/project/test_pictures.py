@@ -8,11 +8,12 @@ from pathlib import Path
 
 from bench import make_pictures
 from bench.evidence import update_readme
+from bench.evidence.paper_claims import read_all
 from macpo.evaluation.summary import AgentHistory, build_summary
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-RESULTS = ROOT / "bench" / "results" / "demo-world"
+RESULTS = ROOT / "bench" / "results"
 
 
 def test_committed_loop_is_what_the_script_draws():
@@ -43,11 +44,12 @@ def test_demo_picture_of_several_runs():
 
 def test_readme_and_docs_show_the_committed_result():
     """Their numbers are those of bench/results, nothing is typed by hand."""
-    rounds, claims, picture = update_readme.texts(RESULTS)
-    for page, section, text in update_readme.sections(rounds, claims):
+    demo, comparison = read_all(RESULTS / "demo-world"), read_all(RESULTS / "demo-compare")
+    for page, section, text in update_readme.sections(demo, comparison):
         found = page.read_text(encoding="utf-8")
         assert update_readme.replaced(found, section, text) == found
     drawn, committed = (
-        set(re.findall(r">([^<>]+)</text>", text)) for text in (picture, (DOCS / "demo.svg").read_text())
+        set(re.findall(r">([^<>]+)</text>", text))
+        for text in (make_pictures.demo_svg([seed.summary for seed in demo]), (DOCS / "demo.svg").read_text())
     )
     assert drawn and drawn == committed  # the curves' digits depend on matplotlib's version
