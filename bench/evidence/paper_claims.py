@@ -247,7 +247,9 @@ def by_round(seeds: Sequence[Seed]) -> str:
         rows[arm] = [_mean(seed.student(arm) for seed in seeds)]
     rows["ceiling"] = [_mean(seed.ceiling() for seed in seeds)]
     lines = _table(rounds, rows)
-    lines.append(_row("words of a student's response", [f"{_mean(seed.words(t) for seed in seeds):.1f}" for t in rounds]))
+    lines.append(
+        _row("words of a student's response", [f"{_mean(seed.words(t) for seed in seeds):.1f}" for t in rounds])
+    )
     return "\n".join(lines)
 
 
