@@ -1,6 +1,6 @@
 """One MACPO iteration with `macpo run` beside the same work as people write it today, part by part.
 
-    python -m bench.bench_iteration [--student 21M] [--teachers 5M,5M] [--dtype float32] [--rounds 3] [--json-dir DIR]
+    python -m bench.bench_iteration [--student 21M] [--teachers 5M,5M] [--dtype float32] [--rounds 3] [--work DIR]
 
 A model is made at random (`tiny`, `5M`, `21M`, `1B`) or named: a folder or Hub id. Ours is `macpo run` on a recipe of
 one round with ready policies; a part's time is what its stages took, with loading, tokenising and writing. The rival
@@ -8,7 +8,8 @@ one round with ready policies; a part's time is what its stages took, with loadi
 loading, tokenising and writing; it works on the prompts, pairs and trained student of our run. The first round tries
 several batch sizes of each of its parts and keeps the best, so its figures of that round do not count. Decoding is
 greedy, so that responses can be compared: equal token ids, log-probs, the choice of the positives and the first loss
-are checked. Rounds alternate; ratios are of times in the same round, their median and range over rounds.
+are checked. Rounds alternate; ratios are of times in the same round, their median and range over rounds. With `--work`
+the files stay, and the same command goes on after a kill with the rounds that are not done.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +56,8 @@ def make_model(name: str, folder: Path, vocab_text: Path | None, seed: int) -> s
     """Write a model with random weights, spread so that greedy tokens are no ties, or return the name of a real one."""
     if name not in MADE:
         return name
+    if folder.exists():
+        return str(folder)
     from transformers import LlamaConfig
 
     shape = MADE[name]
@@ -66,8 +68,10 @@ def make_model(name: str, folder: Path, vocab_text: Path | None, seed: int) -> s
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    part = folder.with_name(f"{folder.name}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
     return str(folder)
 
 
@@ -109,11 +113,13 @@ def recipe(args: argparse.Namespace, models: Sequence[tuple[str, str]], data: Pa
 
 
 def ours(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Seconds of every part by the run's own timings, of the whole command, and the process's peak memory."""
+    """Seconds of every part by the run's own timings, of the command's attempts, and this process's peak memory.
+
+    A run that is there already is gone on with.
+    """
     file = folder / "recipe.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**spec, "output": str(folder / "run")}))  # JSON is YAML
-    start = time.perf_counter()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "macpo.cli", "run", str(file)], stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
@@ -124,14 +130,18 @@ def ours(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     for part, names in STAGES.items():
         stages = dict.fromkeys(name.format(teacher=teacher) for name in names for teacher in teachers)
         parts[part] = sum(read_timing(folder_of(folder / "run", stage))["seconds"] for stage in stages)
+    attempts = json.loads((folder / "run" / "attempts.json").read_text())["attempts"]
     return {
-        "seconds": parts, "command_seconds": time.perf_counter() - start, "peak_bytes": usage.ru_maxrss * 1024,
-        "run": str(folder / "run"),
+        "seconds": parts, "command_seconds": sum(attempt["seconds"] for attempt in attempts),
+        "peak_bytes": usage.ru_maxrss * 1024, "run": str(folder / "run"),
     }  # fmt: skip
 
 
 def theirs(job: Job, folder: Path) -> dict[str, Any]:
-    """What the rival's process found."""
+    """What the rival's process found, now or before a kill."""
+    if (folder / "found.json").exists():
+        before: dict[str, Any] = json.loads((folder / "found.json").read_text())
+        return before
     (folder / "job.json").write_text(json.dumps(asdict(job)))
     command = [sys.executable, "-m", "bench.peers.pipeline", str(folder / "job.json"), str(folder / "found.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -228,13 +238,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--batch", type=int, default=16, help="pairs of an optimiser step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="HH-RLHF's helpful-base test file; default: where it lies beside")
+    parser.add_argument("--work", type=Path, help="folder of the files, which stay; default: a temporary one")
     parser.add_argument("--json-dir", type=Path, help="folder of the result; default bench/results/<device>")
     args = parser.parse_args(argv)
     data = args.data or HH / "helpful-base" / "test.jsonl.gz"
     if not data.exists():
         parser.error(f"there is no {data}: name the data with --data")
     with tempfile.TemporaryDirectory(prefix="macpo-iteration-") as temporary:
-        folder = Path(temporary)
+        folder = args.work or Path(temporary)
         names = (args.student, *args.teachers)
         models = [
             (

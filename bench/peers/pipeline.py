@@ -27,6 +27,7 @@ from bench.peers.trainers import Setup, Work, best
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.records import Pair, Prompt, Response, ids_digest, read_records
+from macpo.engine.files import atomic_write
 from macpo.engine.run.folder import folder_of
 from macpo.method.encoding import encoded, limited_prompt, pair_responses
 from macpo.method.policies import chat_of
@@ -208,7 +209,7 @@ def main() -> None:
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = torch.cuda.max_memory_allocated() if job.device.startswith("cuda") else None
-    Path(sys.argv[2]).write_text(json.dumps({"parts": parts, "peak_bytes": peak, "cuda_peak_bytes": cuda}))
+    atomic_write(Path(sys.argv[2]), json.dumps({"parts": parts, "peak_bytes": peak, "cuda_peak_bytes": cuda}))
 
 
 if __name__ == "__main__":

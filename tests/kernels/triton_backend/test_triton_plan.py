@@ -43,23 +43,31 @@ def test_the_plan_is_made_once_a_row(backend, monkeypatch):
     assert len(calls) == 6  # what was made before is an input of the graph
 
 
+WINDOWS = (None, 1, 5, 30)
+TILES = (((16, 16), (32, 16)), ((64, 64), (64, 64)), ((32, 16), (16, 64)))  # forward, then keys and values backward
+
+
 @needs_triton
-@pytest.mark.parametrize("window", [None, 1, 5, 30])
+@pytest.mark.parametrize("window", WINDOWS)
 def test_the_kernels_plan_is_the_definition(backend, window):
-    """Every entry, of blocks of both kinds and sizes, also where a row has fewer tokens than a block."""
+    """Every entry, of blocks of both kinds and sizes, also where a row has fewer tokens than a block.
+
+    Every two of window, layout and blocks meet; all three together would take the interpreter three times as long.
+    """
     from macpo.kernels.prefix_attention import triton_plan
 
     g = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 40, (4, 4), generator=g).tolist()  # some 300 tokens: five of the largest blocks
-    for layout in (*LAYOUTS.values(), [(prompt, responses) for prompt, *responses in sizes]):
+    layouts = [*LAYOUTS.values(), [(prompt, responses) for prompt, *responses in sizes]]
+    for place, layout in enumerate(layouts, start=WINDOWS.index(window)):
         s = Segments.from_lengths(layout).to(DEVICE)
         integers = (s.prefix_start, s.prefix_end, s.segment_start)
         visible_3t = plan.visible_keys(*integers, window)
-        for forward, dkv in (((16, 16), (32, 16)), ((64, 64), (64, 64)), ((32, 16), (16, 64))):
-            found = triton_plan.make(*integers, window, forward, dkv)
-            assert torch.equal(found[0], visible_3t)
-            for lists, size, by_key in ((found[1], forward, False), (found[2], dkv, True)):
-                assert torch.equal(lists, plan.block_lists(visible_3t, *size, by_key=by_key))
+        forward, dkv = TILES[place % len(TILES)]
+        found = triton_plan.make(*integers, window, forward, dkv)
+        assert torch.equal(found[0], visible_3t)
+        for lists, size, by_key in ((found[1], forward, False), (found[2], dkv, True)):
+            assert torch.equal(lists, plan.block_lists(visible_3t, *size, by_key=by_key))
 
 
 @needs_triton
