@@ -287,8 +287,9 @@ class ComputeSettings(Settings):
     score_tokens: PositiveInt = 16384
     """Token budget of one packed scoring forward."""
     generation_batch: PositiveInt | Literal["auto"] = "auto"
-    """Sequences decoded together; `auto` is 256 on a GPU, where fewer leave its products waiting for memory, else 64.
-    Where memory runs out, it is halved."""
+    """Sequences decoded together; `auto` is 256, as with fewer a GPU's products wait for memory and a small model on a
+    CPU for its operators; on a CPU as many as 1 GiB of keys and values hold, if more than 64. Where memory runs out,
+    it is halved."""
     wave_requests: PositiveInt | Literal["auto"] = "auto"
     """Requests that generation commits to disk together, the unit of resume; `auto` is 2,048 on a GPU, so that its
     batch stays full, else 256."""

@@ -67,7 +67,10 @@ class GeneratingStage(PolicyStage):
         generator: Generator | ServedGenerator
         if self.server is None:
             assert chat is not None
-            generator = Generator(policy.load_writer(), chat.tokenizer, max_batch=generation_batch(self.compute))
+            writer = policy.load_writer()
+            longest = max((len(ids) for _, ids in requests), default=0) + self.sampling.max_new_tokens
+            batch = generation_batch(self.compute, writer.base.config, longest)
+            generator = Generator(writer, chat.tokenizer, max_batch=batch)
         else:
             assert self.served is not None
             generator = ServedGenerator(self.server, self.served.model, chat and chat.tokenizer)

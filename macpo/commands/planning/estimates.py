@@ -142,14 +142,11 @@ def _tokenizer_bytes(model: str, vocab: int) -> int:
     return file.stat().st_size if file.is_file() else TOKEN_BYTES * vocab
 
 
-def size_of(
-    recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | None = None, device: str = "cpu"
-) -> RunSize:
+def size_of(recipe: AnyRecipe, dtype: torch.dtype = torch.float32, sets: Sets | None = None) -> RunSize:
     """The sizes that the costs of the recipe's stages depend on.
 
     Args:
         dtype: of loaded weights.
-        device: the kind of device that decodes.
         sets: the data of a standalone recipe; without it the number of rows is judged by the size of the files.
 
     Raises:
@@ -160,7 +157,7 @@ def size_of(
     if not isinstance(recipe, Recipe):
         found = replace(_standalone_size(recipe, sets, shapes), words=words)
         sampling = recipe.sampling if isinstance(recipe, PolicyRecipe) else None
-        batch = generation_batch(recipe.compute, device)
+        batch = generation_batch(recipe.compute)
         return replace(found, max_new_tokens=sampling.max_new_tokens, generation_batch=batch) if sampling else found
     data, world = recipe.data, recipe.data.world
     teacher, student, documents = data.teacher_prompts, data.student_prompts, 2000
@@ -185,7 +182,7 @@ def size_of(
         prompt_tokens=prompt,
         response_tokens=response,
         max_new_tokens=recipe.sampling.max_new_tokens,
-        generation_batch=generation_batch(recipe.compute, device),
+        generation_batch=generation_batch(recipe.compute),
         shapes=shapes,
         words=words,
     )
@@ -257,7 +254,7 @@ def estimate(
     """
     here = hardware or hardware_of(recipe)
     dtype, budget = here.dtype(recipe.compute), here.budget(recipe.compute)
-    run = size_of(recipe, dtype, sets, here.device)
+    run = size_of(recipe, dtype, sets)
     rehearsal = Rehearsal(here.machine, dtype, here.room) if here.rehearsed else None
     resident: OrderedDict[str, int] = OrderedDict()
     rows = []

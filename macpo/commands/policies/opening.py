@@ -91,7 +91,7 @@ def policy_of_run(run_dir: Path, recipe: AnyRecipe, choice: Choice, *, seed: int
         reading.model_copy(update={"long_prompt": "truncate"}),
         (recipe.sampling if isinstance(recipe, Recipe | PolicyRecipe) else None) or SamplingSettings(),
         recipe.seed if seed is None else seed,
-        generation_batch(recipe.compute),
+        generation_batch(recipe.compute, module.base.config, reading.context_tokens),
     )
 
 
@@ -108,5 +108,5 @@ def _of_files(source: str, compute: ComputeSettings) -> Policy:
         reads = folder if (folder / "tokenizer_config.json").is_file() else local_folder(base)
     module = model_cache(compute, False).policy(ref)
     found = Policy.of(module, load_tokenizer(reads), source)
-    found.max_batch = generation_batch(compute)
+    found.max_batch = generation_batch(compute, module.base.config, found.reading.context_tokens)
     return found

@@ -65,11 +65,21 @@ def test_a_window_as_long_as_the_context_need_not_reach_the_attention() -> None:
         PolicyModule(model_of("phimoe", **(sizes | {"sliding_window": 6})))
 
 
-def test_batches_and_waves_are_larger_on_a_gpu_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waves_are_larger_on_a_gpu_and_batches_are_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     auto, own = ComputeSettings(), ComputeSettings(generation_batch=8, wave_requests=3)
     assert (auto.generation_batch, auto.wave_requests) == ("auto", "auto")
-    for device, batch, wave in (("cpu", 64, 256), ("cuda", 256, 2048)):
+    for device, batch, wave in (("cpu", 256, 256), ("cuda", 256, 2048)):
         monkeypatch.setattr(compute, "device_of", lambda _, device=device: torch.device(device))
         assert (compute.generation_batch(auto), compute.wave_requests(auto)) == (batch, wave)
         assert (compute.generation_batch(own), compute.wave_requests(own)) == (8, 3)
-    assert compute.generation_batch(auto, "cpu") == 64, "a plan for another device"
+
+
+def test_a_cpus_batch_leaves_room_for_other_programs() -> None:
+    auto, own = (ComputeSettings(device="cpu", generation_batch=batch) for batch in ("auto", 8))
+    config = model_of("llama", **SIZES).config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    fitting = compute.CPU_CACHE_BYTES // token
+    assert compute.generation_batch(auto, config, 100) == 256
+    assert compute.generation_batch(auto, config, fitting // 100) == 100
+    assert compute.generation_batch(auto, config, fitting) == 64
+    assert compute.generation_batch(own, config, fitting) == 8
