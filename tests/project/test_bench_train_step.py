@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from bench import bench_train_step as bench
 from bench.inputs.hh import HH
@@ -50,6 +51,23 @@ def test_every_rival_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert result["first_loss"] == pytest.approx(0.693147, abs=1e-4)
             assert result["peak_bytes"] > 4 * case["model"]["parameters"] and 0 < result["share_of_floor"] < 1
             assert result["rival"] in shown and result["pairs_per_s"] > 0 < result["useful_tokens_per_s"]
+
+
+def test_a_pretrained_model_takes_part_with_its_own_tokenizer(tmp_path: Path) -> None:
+    folder = tmp_path / "Model-1"
+    data = load_pairs(None, 600, 64, 40)
+    LlamaForCausalLM(FULL.config()).save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    case = bench.pretrained(str(folder), torch.float32)
+    assert (case.name, case.model["hidden_size"]) == ("Model-1 full fp32", 32) and case.folder == str(folder)
+    assert bench.data_of(case, None).tokenizer.get_vocab() == data.tokenizer.get_vocab()
+    options = ["--model", str(folder), "--device", "cpu", "--rounds", "1", "--rivals", "8 pairs", "--data", "generated"]
+    path = bench.main([*options, "--json-dir", str(tmp_path)])
+    assert path.name == "train_step-Model-1-float32.json"
+    (entry,) = json.loads(path.read_text())["cases"]
+    assert [(result["rival"], result["status"]) for result in entry["results"]] == [
+        (OURS.name, "ok"), (best(8).name, "ok"),
+    ]  # fmt: skip
 
 
 def test_trl_is_given_every_micro_batch_that_divides_a_step() -> None:
