@@ -64,10 +64,14 @@ class Seed:
     def ceiling(self) -> float:
         return float(self.summary["agents"]["ceiling"]["scores"][0][self.metric])
 
+    @property
+    def gap(self) -> float:
+        """Ceiling above the mean initial teacher."""
+        return self.ceiling() - self.teachers_mean(0)
+
     def recovered(self, t: int) -> float:
-        """The share of the gap between mean initial teacher and ceiling that the student closes: PGR."""
-        weak = self.teachers_mean(0)
-        return (self.student("", t) - weak) / (self.ceiling() - weak)
+        """The share of the gap that the student closes: PGR. There has to be a gap."""
+        return (self.student("", t) - self.teachers_mean(0)) / self.gap
 
     def rounds_of(self, arm: str) -> int:
         return len(self._agents(arm)[self.student_name]["scores"]) - 1
@@ -241,8 +245,11 @@ def by_round(seeds: Sequence[Seed]) -> str:
     rows = {
         "student": [_mean(seed.student("", t) for seed in seeds) for t in rounds],
         "teachers": [_mean(seed.teachers_mean(t) for seed in seeds) for t in rounds],
-        "gap between teachers and ceiling recovered": [_mean(seed.recovered(t) for seed in seeds) for t in rounds],
     }
+    if all(seed.gap > 0 for seed in seeds):
+        rows["gap between teachers and ceiling recovered"] = [
+            _mean(seed.recovered(t) for seed in seeds) for t in rounds
+        ]
     for arm in (arm for arm in seeds[0].summary["arms"] if seeds[0].has_no_rounds(arm)):
         rows[arm] = [_mean(seed.student(arm) for seed in seeds)]
     rows["ceiling"] = [_mean(seed.ceiling() for seed in seeds)]
