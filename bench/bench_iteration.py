@@ -115,7 +115,7 @@ def recipe(args: argparse.Namespace, models: Sequence[tuple[str, str]], data: Pa
 def ours(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of every part by the run's own timings, of the command's attempts, and this process's peak memory.
 
-    A run that is there already is gone on with.
+    A run that is there already is gone on with: its peak is then that of the rest, and its attempts' time counts both.
     """
     file = folder / "recipe.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def demo_texts(seeds: Sequence[Seed]) -> tuple[str, str]:
 def comparison_texts(seeds: Sequence[Seed]) -> tuple[str, str]:
     """Return README's table and the docs'; a sentence each before all seeds are there."""
     if len(seeds) < ANNOUNCED:
-        waiting = f"{len(seeds)} of {ANNOUNCED} seeds are done; the table comes with the last one."
+        waiting = f"Seeds done: {len(seeds)} of {ANNOUNCED}. The table comes with the last one."
         return waiting, waiting
     said, rounds, found = _mean_over(seeds), by_round(seeds), answers(seeds)
     kept = [row for row in found if row.question in README_QUESTIONS]
