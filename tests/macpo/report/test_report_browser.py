@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver.support.wait import WebDriverWait
 
 from macpo.engine.data.records import Pair
 from macpo.report.page import write_report
@@ -56,6 +57,8 @@ class Shown:
         self.size(width)
         self.driver.get("about:blank")
         self.driver.get(page.as_uri() + fragment)
+        whole = "return document.readyState === 'complete' && location.protocol === 'file:'"
+        WebDriverWait(self.driver, 60).until(lambda _: self.run(whole))  # get() may return earlier on a busy machine
 
     def size(self, width: int) -> None:
         metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
