@@ -91,12 +91,15 @@ class Progress:
         label: what a display of its own calls it.
         unit, total, last: as in a Report.
         done: how much is done at the start; it does not count for the speed.
+        leave: whether the last state of a display of its own stays visible.
     """
 
-    def __init__(self, label: str, unit: str, total: int, *, done: int = 0, last: bool = False) -> None:
+    def __init__(
+        self, label: str, unit: str, total: int, *, done: int = 0, last: bool = False, leave: bool = True
+    ) -> None:
         self._unit, self._total, self._since, self._last = unit, total, done, last
         self._done, self._tokens, self._began = done, 0, time.monotonic()
-        self._sink: Sink = _sinks[-1] if _sinks else _Alone(label)
+        self._sink: Sink = _sinks[-1] if _sinks else _Alone(label, leave)
         self.update(done)
 
     def update(self, done: int, *, tokens_per_s: float | None = None, loss: float | None = None) -> None:
@@ -112,7 +115,7 @@ class Progress:
         self.update(self._done + done, tokens_per_s=rate if self._tokens else None)
 
     def close(self) -> None:
-        """End a display of its own; its last state stays visible."""
+        """End a display of its own."""
         if self._sink not in _sinks:
             self._sink.close()
 
@@ -191,8 +194,8 @@ def described(report: Report) -> list[Field]:
 class _Alone:
     """The display of one piece of work that no run shows."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, leave: bool) -> None:
+        self._label, self._leave = label, leave
         self._pace: Pace | None = None
         self._display = Display(self._picture, self._line)
         self._started = False
@@ -205,7 +208,7 @@ class _Alone:
         self._pace.add(report, now)
 
     def close(self) -> None:
-        self._display.close(leave=True)
+        self._display.close(leave=self._leave)
 
     def _picture(self) -> list[Line]:
         assert self._pace is not None

@@ -27,7 +27,7 @@ def encode_rows(chat: Chat, agent: StageAgent, rows: Rows, what: str, reading: R
     """
     counts: Counter[str] = Counter()
     began, kept = time.monotonic(), 0
-    progress = Progress(f"check {what}", "rows", len(rows))
+    progress = Progress(f"check {what}", "rows", len(rows), leave=False)  # what is found says how many
     try:
         for index, row in enumerate(rows):
             if index % _SHOWN_ROWS == 0:
