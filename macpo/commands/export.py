@@ -58,7 +58,7 @@ def export(run_dir: Path, recipe: AnyRecipe, out: Path, choice: Choice) -> tuple
     """
     run_dir, out = Path(os.path.abspath(run_dir)), Path(os.path.abspath(out.expanduser()))
     refuse_existing(out)
-    agent = choice.agent or recipe.agents[-1].name
+    agent = named_agent(recipe, choice.agent)
     settings = agent_settings(recipe, agent)
     if settings.served is not None:
         raise ConfigError(f"{agent} is served: its weights are not here", "export another agent", field="--agent")
@@ -168,6 +168,13 @@ def _saved_chat(reading: StageAgent, ref: PolicyRef) -> Chat | None:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     return chat_of(reading.model_copy(update={"template": "auto"}), str(folder))
+
+
+def named_agent(recipe: AnyRecipe, agent: str) -> str:
+    """The agent's name; empty, it is the last agent's, and `student` is the student whatever its name."""
+    names = [each.name for each in recipe.agents]
+    is_student = recipe.recipe == "macpo" and agent == "student" and agent not in names
+    return names[-1] if is_student or not agent else agent
 
 
 def agent_settings(recipe: AnyRecipe, agent: str) -> AgentSettings:

@@ -32,27 +32,29 @@ def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, l
     lead: list[str] = []
     notes: list[Finding] = []
     for name, agent in of_role(agents, "student").items():
+        who = _called(name, "student")
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
         last = agent["scores"][-1]["iteration"]
         if len(agent["scores"]) < 2:
-            lead.append(f"The {name} stands at a {label} of {end:.3f}; no iteration has been evaluated.")
+            lead.append(f"{who} stands at a {label} of {end:.3f}; no iteration has been evaluated.")
             continue
         changes = [claim.estimate for claim in found if claim.kind == "naive" and claim.better == f"final {name}"]
         noise = any(change is not None and change.sign == 0 for change in changes)
         lead.append(
-            f"The {name} {_moved(start, end)} from {start:.3f} (naive weak-label SFT) to {end:.3f} "
+            f"{who} {_moved(start, end)} from {start:.3f} (naive weak-label SFT) to {end:.3f} "
             f"after {last} iteration{'s' * (last != 1)} ({label}){', which is inside the noise' * noise}."
         )
         best = max(agent["scores"], key=lambda row: row[metric])
         if best["iteration"] != last:
-            text = f"The {name}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
+            text = f"{who}'s best iteration was {best['iteration']} ({best[metric]:.3f}), not the last."
             notes.append(Finding("note", f"{text} It was found on the test prompts, so part of it is luck."))
     for name, agent in of_role(agents, "policy").items():
         start, end = first_and_last(agent, metric) or (0.0, 0.0)
         if metric == "reward_accuracy":  # a score head is zero before it is trained
             lead.append(in_words("The reward model", agent["scores"][-1]))
             continue
-        lead.append(f"The {name}'s {label} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
+        whose = f"{_called(name, 'policy')}'s {label}"
+        lead.append(f"{whose} {_moved(start, end)} from {start:.3f} (before training) to {end:.3f}.")
     lead += [_recovered(gap) for gap in summary.get("pgr", [])]
     rising = [claim for claim in found if claim.kind == "teacher"]
     if rising:
@@ -65,6 +67,10 @@ def headline(summary: Mapping[str, Any], found: Sequence[Claim]) -> tuple[str, l
         if "reward_accuracy" in each:
             notes.append(Finding("note", in_words(f"The scorer {name}", each)))
     return " ".join(lead), [_finding(claim, found) for claim in found] + notes
+
+
+def _called(name: str, role: str) -> str:
+    return f"The {role}" if name == role else f"The {role} {name}"
 
 
 def _moved(start: float, end: float) -> str:

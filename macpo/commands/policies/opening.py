@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from macpo.commands.export import Choice, agent_settings, chat_of_policy, choose, reading_of
+from macpo.commands.export import Choice, agent_settings, chat_of_policy, choose, named_agent, reading_of
 from macpo.commands.policies.policy import Policy
 from macpo.config import Recipe
 from macpo.engine import recipe as recipes
@@ -73,7 +73,7 @@ def policy_of_run(run_dir: Path, recipe: AnyRecipe, choice: Choice, *, seed: int
     """
     if isinstance(recipe, RewardRecipe):
         raise ConfigError("a reward model gives scores and writes no responses", "name another run", file=run_dir)
-    agent = choice.agent or recipe.agents[-1].name
+    agent = named_agent(recipe, choice.agent)
     settings = agent_settings(recipe, agent)
     if settings.served is not None:
         fix = "ask its server, or name another agent"

@@ -16,7 +16,7 @@ from standalone_runs import make_base, recipe_of
 from tiny import OPTIM, init, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from macpo.commands.export import Choice, export
+from macpo.commands.export import Choice, export, named_agent
 from macpo.commands.run import run
 from macpo.config import Recipe
 from macpo.engine.data.chat import Chat
@@ -134,6 +134,17 @@ def test_every_iteration_and_the_ceiling_can_be_had(finished: tuple[Path, Recipe
     top = exported(finished, tmp_path / "ceiling", "ceiling", iteration=0)
     models = [logits(AutoModelForCausalLM.from_pretrained(out)) for out in (start, end, top)]
     assert not torch.equal(models[0], models[1]) and not torch.equal(models[1], models[2])
+
+
+def test_the_student_can_be_asked_for_by_its_role(tmp_path: Path) -> None:
+    tree = tiny(tmp_path).model_dump(mode="json")
+    tree["student"]["name"] = "gemma"
+    renamed = Recipe.model_validate(tree)
+    weak = tree["teachers"][0]["name"]
+    tree["teachers"][0]["name"] = "student"
+    called = Recipe.model_validate(tree)
+    assert [named_agent(renamed, asked) for asked in ("", "student", "gemma", weak)] == ["gemma"] * 3 + [weak]
+    assert named_agent(called, "student") == "student" and named_agent(called, "") == "gemma"
 
 
 @pytest.mark.parametrize(

@@ -383,3 +383,9 @@ def test_a_change_inside_the_noise_is_not_told_as_a_success(low, high, said):
     claim = Claim("naive", "final student", "naive weak-label student", (0,), (0.752,), (0.746,), estimate)
     text, _ = headline(summary, [claim])
     assert ("(gold score), which is inside the noise." in text) is said
+
+
+def test_a_student_with_a_name_of_its_own_is_called_by_it():
+    rows = [{"iteration": 0, "gold": 0.746}, {"iteration": 1, "gold": 0.752}]
+    text, _ = headline(build_summary({"gemma": AgentHistory("student", rows)}, [], 0, {}), [])
+    assert text.startswith("The student gemma rose from 0.746 ")
