@@ -20,12 +20,10 @@ STAGES = ["data", "base-policy", "reference", "eval-policy-iter0", "train-policy
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A preference recipe of six stages, two at once."""
+    """A preference recipe of six stages."""
     made = recipe_of("preference", None, tmp_path / "run", training={"learning_rate": 1e-3, "batch": 2, "epochs": 3})
-    tree = made.model_dump(mode="json")
-    tree["compute"]["jobs"] = 2
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json")))
     return path
 
 
@@ -53,6 +51,7 @@ def test_a_log_has_a_line_for_each_stage_and_a_resumed_run_says_where_it_goes_on
     lines = in_a_pipe(recipe, *settings, environment={"MACPO_KILL_AT": "checkpoint-renamed:6"})
     assert [match[1] for line in lines if (match := DONE.fullmatch(line))][:2] == STAGES[:2]
     lines = in_a_pipe(recipe, *settings)
+    assert lines.pop(0).startswith("cleared the lock that process "), lines
     assert re.fullmatch(r"resuming: [23456] of 6 stages done, \d+ s of work; next .*", lines[0]), lines
     assert "train-policy from step " in lines[0] and " of 48" in lines[0], lines
     assert all(DONE.fullmatch(line) or EVERY_30_S.fullmatch(line) for line in lines[1:]), lines
@@ -61,7 +60,8 @@ def test_a_log_has_a_line_for_each_stage_and_a_resumed_run_says_where_it_goes_on
 
 
 def test_a_terminal_shows_steps_speed_and_loss_and_ends_with_stages_and_scores(recipe: Path) -> None:
-    shown = Terminal(command(recipe), columns=110, environment={"OMP_NUM_THREADS": "1"}, seconds=300)
+    """Of stages that run two at once."""
+    shown = Terminal(command(recipe, "--set", "compute.jobs=2"), columns=110, environment={"OMP_NUM_THREADS": "1"}, seconds=300)
     assert shown.code == 0 and shown.unchanged, shown.raw
     stages = [match[1] for line in shown.lines if (match := DONE.fullmatch(line))]
     assert sorted(stages) == sorted(STAGES)
