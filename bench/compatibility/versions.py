@@ -79,7 +79,7 @@ def install(name: str, pins: Sequence[str], python: str) -> Path:
         "-c",
         limits,
     ]
-    subprocess.run([*pip, "-e", f"{folder / 'source'}[dev]"], check=True)
+    subprocess.run([*pip, "-e", f"{folder / 'source'}[dev,docs]"], check=True)
     return folder
 
 
