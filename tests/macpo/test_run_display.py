@@ -61,7 +61,9 @@ def test_a_log_has_a_line_for_each_stage_and_a_resumed_run_says_where_it_goes_on
 
 def test_a_terminal_shows_steps_speed_and_loss_and_ends_with_stages_and_scores(recipe: Path) -> None:
     """Of stages that run two at once."""
-    shown = Terminal(command(recipe, "--set", "compute.jobs=2"), columns=110, environment={"OMP_NUM_THREADS": "1"}, seconds=300)
+    shown = Terminal(
+        command(recipe, "--set", "compute.jobs=2"), columns=110, environment={"OMP_NUM_THREADS": "1"}, seconds=300
+    )
     assert shown.code == 0 and shown.unchanged, shown.raw
     stages = [match[1] for line in shown.lines if (match := DONE.fullmatch(line))]
     assert sorted(stages) == sorted(STAGES)
