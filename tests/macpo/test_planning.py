@@ -107,8 +107,9 @@ def test_training_stages_have_memory_step_time_and_checkpoint(tmp_path: Path) ->
     assert full.training.checkpoint == 12 * size_of(recipe).shapes[recipe.student.name].num_parameters
     text = show(recipe, hardware_of(recipe))
     assert max(map(len, text.splitlines()[1:])) <= 100 and "ckpt" in text and "DOES NOT FIT" not in text
+    assert text.endswith("on a CPU of ordinary speed (--calibrate measures this one)")
     small = Hardware(Machine.of_gpu(GPUS["H100"]), room=1e6)
-    assert "DOES NOT FIT: " in show(recipe, small)
+    assert "DOES NOT FIT: " in show(recipe, small) and show(recipe, small).endswith(" on H100")
 
 
 def test_a_cpu_is_measured_with_the_recipes_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

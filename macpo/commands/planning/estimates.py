@@ -62,6 +62,11 @@ class Hardware:
     """Whether the recipe's own work is measured on this CPU."""
 
     @property
+    def guessed(self) -> bool:
+        """Whether its speed is that of CPUs in general; others are several times slower or faster."""
+        return self.device == "cpu" and not self.rehearsed and self.machine.scale == 1.0
+
+    @property
     def device(self) -> Literal["cpu", "cuda"]:
         return "cpu" if self.machine.waits else "cuda"
 

@@ -52,8 +52,13 @@ def show(recipe: AnyRecipe, hardware: Hardware | None = None) -> str:
         f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
         + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else "")
         + (", measured here with models of the same shapes" if hardware.rehearsed else ""),
-        f"time: about {_time(seconds)} in one process on {hardware.machine.name}"
-        + (f", {recipe.compute.jobs} stages at once" if recipe.compute.jobs > 1 else ""),
+        f"time: about {_time(seconds)} in one process"
+        + (f", {recipe.compute.jobs} stages at once," if recipe.compute.jobs > 1 else "")
+        + (
+            " on a CPU of ordinary speed (--calibrate measures this one)"
+            if hardware.guessed
+            else f" on {hardware.machine.name}"
+        ),
     ]
     return "\n".join(lines)
 
