@@ -91,7 +91,7 @@ class SourceSettings(Settings):
             for name, field in type(self).model_fields.items():
                 both = name in ("path", "world", *_OF_TOKENS)
                 both |= name == "test_prompts" and self.test_prompts == self.most_test_prompts  # as it once was dumped
-                if not both and getattr(self, name) != field.get_default(call_default_factory=True):
+                if not both and getattr(self, name) != field.get_default(call_default_factory=True, validated_data={}):
                     raise ValueError(f"{name} is for `path`; the world's settings are in `world` Fix: leave it out")
         if self.test_path is not None and self.test_split is not None:
             raise ValueError("test_split is for `path`; test_path is a data set of its own Fix: keep one of them")

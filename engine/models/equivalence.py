@@ -155,8 +155,25 @@ def separate_logits(model: PreTrainedModel, probe: Probe) -> Tensor:
     """The model's own float32 logits [2, L, V] of the prompt with each response, by a plain forward."""
     ids = torch.tensor(probe.sequences, device=model.device)
     positions = torch.arange(probe.start, probe.start + ids.shape[1], device=model.device).expand_as(ids)
-    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    with _with_its_softcap(model):
+        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return logits.float()
+
+
+@contextmanager
+def _with_its_softcap(model: PreTrainedModel) -> Iterator[None]:
+    """Context with eager attention where SDPA would drop the softcap, as Gemma 2's does in transformers 5.17."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if not capped or model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation_internal = "sdpa"
 
 
 def check_windows(model: PreTrainedModel, windows: Collection[int | None], expected: int | None) -> None:

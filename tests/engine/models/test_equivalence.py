@@ -34,6 +34,15 @@ def test_sixteen_bit_models_are_accepted(name: str, dtype: torch.dtype) -> None:
     Generator(model).generate([[5, 6]], SamplingParams(max_new_tokens=1))
 
 
+def test_a_softcap_that_sdpa_would_drop_is_kept_in_the_comparison() -> None:
+    """transformers 5.17 loads Gemma 2 with SDPA, whose scores have no softcap."""
+    model = model_of("gemma2")
+    model.config._attn_implementation_internal = "sdpa"
+    PolicyModule(model)
+    Generator(model).generate([[5, 6]], SamplingParams(max_new_tokens=1))
+    assert model.config._attn_implementation == "sdpa"
+
+
 @torch.no_grad()
 def test_a_model_that_rounds_much_is_judged_by_its_own_rounding() -> None:
     """At neighbouring ids, as at a real model's lowest, 8 deep layers in bfloat16 are far from float32."""
