@@ -198,7 +198,6 @@ class _Alone:
         self._label, self._leave = label, leave
         self._pace: Pace | None = None
         self._display = Display(self._picture, self._line)
-        self._started = False
 
     def report(self, report: Report) -> None:
         now = time.monotonic()

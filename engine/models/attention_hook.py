@@ -144,16 +144,22 @@ def attention_hook(model: PreTrainedModel) -> Iterator[None]:
     if is_active(model):
         yield
         return
-    own = {id(config): (config, config._attn_implementation) for config in _configs(model)}
     if not model._can_set_attn_implementation():
         raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface", _OTHER_MODEL)
-    model.set_attn_implementation(HOOK_NAME)
+    with attention_by(HOOK_NAME, model), rotary_per_sequence(model), wide_products(model.dtype, model.device):
+        yield
+
+
+@contextmanager
+def attention_by(name: str, model: PreTrainedModel) -> Iterator[None]:
+    """Context in which all of the model attends by one of transformers' implementations; restores each part's own."""
+    own = {id(config): (config, config._attn_implementation) for config in _configs(model)}
+    model.set_attn_implementation(name)
     try:
-        with rotary_per_sequence(model), wide_products(model.dtype, model.device):
-            yield
+        yield
     finally:
-        for config, name in own.values():
-            config._attn_implementation_internal = name
+        for config, before in own.values():
+            config._attn_implementation_internal = before
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -17,7 +17,7 @@ L tokens of a sequence, V vocabulary, P parts of a probe, R rows of each part.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.pack import PackedBatch, pack
 from macpo.engine.errors import ConfigError
-from macpo.engine.models.attention_hook import PackedAttention, attention_hook
+from macpo.engine.models.attention_hook import PackedAttention, attention_by, attention_hook
 from macpo.engine.models.float32 import SIXTEEN_BITS, in_float32, is_plain
 from macpo.engine.models.head import Head, head_of
 from macpo.engine.models.loading import embedding_rows
@@ -155,25 +155,11 @@ def separate_logits(model: PreTrainedModel, probe: Probe) -> Tensor:
     """The model's own float32 logits [2, L, V] of the prompt with each response, by a plain forward."""
     ids = torch.tensor(probe.sequences, device=model.device)
     positions = torch.arange(probe.start, probe.start + ids.shape[1], device=model.device).expand_as(ids)
-    with _with_its_softcap(model):
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    drops_it = capped and model.config._attn_implementation == "sdpa"  # as Gemma 2 is loaded by transformers 5.17
+    with attention_by("eager", model) if drops_it else nullcontext():
         logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return logits.float()
-
-
-@contextmanager
-def _with_its_softcap(model: PreTrainedModel) -> Iterator[None]:
-    """Context with eager attention where SDPA would drop the softcap, as Gemma 2's does in transformers 5.17."""
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if not capped or model.config._attn_implementation != "sdpa":
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._attn_implementation_internal = "sdpa"
 
 
 def check_windows(model: PreTrainedModel, windows: Collection[int | None], expected: int | None) -> None:

@@ -63,7 +63,9 @@ def model_of(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     logging.set_verbosity_error()
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **(SIZES | ARCHITECTURES.get(name, {}) | changes))
-    capped = {"attn_implementation": "eager"} if hasattr(config, "attn_logit_softcapping") else {}  # SDPA drops it
+    capped = (
+        {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    )  # SDPA drops it
     model = AutoModelForCausalLM.from_config(config, **capped).float().eval()
     with torch.no_grad():  # the default init of 0.02 would hide attention errors behind near-zero scores
         for parameter in model.parameters():

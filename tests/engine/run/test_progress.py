@@ -97,6 +97,15 @@ def test_reports_go_to_what_shows_the_run_and_never_exceed_the_whole() -> None:
     assert sink.found[1].tokens_per_s and all(report.since == 2 for report in sink.found)
 
 
+@pytest.mark.parametrize(("leave", "said"), [(True, "check rows: 100/150 rows\n"), (False, "")])
+def test_work_of_its_own_leaves_its_last_state_if_it_shall(
+    leave: bool, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("check rows", "rows", 150, done=100, leave=leave):
+        pass
+    assert capsys.readouterr().err == said
+
+
 def test_a_notice_is_printed_once_whoever_says_it_again(capsys: pytest.CaptureFixture[str]) -> None:
     with notices_once():
         for stage in ("a", "b"):
