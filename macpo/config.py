@@ -254,6 +254,11 @@ class Recipe(Settings):
         return self.context_tokens - self.sampling.max_new_tokens
 
     @property
+    def prompt_limit(self) -> str:
+        """Where `max_prompt_tokens` comes from, for messages."""
+        return "context_tokens less sampling.max_new_tokens"
+
+    @property
     def active_teachers(self) -> tuple[AgentSettings, ...]:
         """The teachers that take part."""
         return tuple(t for t in self.teachers if self.use_teachers is None or t.name in self.use_teachers)

@@ -197,7 +197,7 @@ def _about(
     long = sum(length > limit for length in prompts)
     yield (
         f"  prompts: median {prompts[half]}, longest {prompts[-1]} tokens; {long} of {len(prompts)} are longer than "
-        f"the {limit} that context_tokens leaves ({recipe.data.long_prompt})"
+        f"{limit}, {recipe.prompt_limit} (data.long_prompt: {recipe.data.long_prompt})"
     )
     for n, label in enumerate(next(iter(sample))[1]):
         lengths = sorted(row.response_tokens[n] for row in rows)

@@ -42,7 +42,8 @@ def encode_rows(chat: Chat, agent: StageAgent, rows: Rows, what: str, reading: R
         progress.close()
     found = ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none is cut or dropped"
     if rows and not kept:
-        fix = "raise context_tokens, set data.long_prompt to truncate, or use another template"
+        room = "raise context_tokens (prompt_tokens, where it is set)"
+        fix = f"{room}, set data.long_prompt to truncate, or use another template"
         raise DataError(f"none of {len(rows):,} rows ({what}) is left: {found}", fix, field="data")
     return f"  all {len(rows):,} rows, {what}: {found} ({time.monotonic() - began:.1f} s)"
 

@@ -18,7 +18,7 @@ from macpo.engine.recipe.tree import Node, parse
 
 REQUIRED = "# required"
 """Marks the lines of a recipe that nobody else can fill in."""
-OWN = ("data", "model", "init", "teachers", "student")
+OWN = ("data", "model", "init", "template", "context_tokens", "teachers", "student")
 """What people change first in a recipe that runs as it is."""
 
 

@@ -50,11 +50,9 @@ def encode(policy: OpenPolicy, items: Sequence[tuple[Prompt, Sequence[tuple[str 
             groups.append(group)
             kept.append(index)
     if not groups:
-        long = (
-            f"longer than the {agent.max_prompt_tokens} tokens that context_tokens ({agent.context_tokens}) leaves it"
-        )
+        long = f"longer than {agent.max_prompt_tokens} tokens, which is what the recipe leaves a prompt"
         why = f"each is {long}" if not refused else f"the chat template refuses {refused}, and each other is {long}"
-        fix = "raise context_tokens, or set data.long_prompt to truncate"
+        fix = "raise context_tokens (prompt_tokens, where it is set), or set data.long_prompt to truncate"
         raise DataError(
             f"none of {len(items)} prompts is left: {why}",
             f"{fix}, or use another template" if refused else fix,

@@ -148,6 +148,11 @@ class StandaloneRecipe(Settings):
         """Room that a prompt has, whatever its responses are."""
         return self.prompt_tokens or self.context_tokens // 2
 
+    @property
+    def prompt_limit(self) -> str:
+        """Where `max_prompt_tokens` comes from, for messages."""
+        return "half of context_tokens" if self.prompt_tokens is None else "prompt_tokens"
+
 
 class PolicyRecipe(StandaloneRecipe):
     """One policy that can write responses."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from forks import forked
 from standalone_runs import INIT, OPTIM, content, make_base, recipe_of
 from tiny import tiny
 
+from macpo import bundled, recipe_kinds
 from macpo.commands.run import run, run_recipe
 from macpo.data.examples import load_examples
 from macpo.data.rows import Source
@@ -205,6 +207,27 @@ def test_the_file_decides_of_which_kind_it_is(base: Path, tmp_path: Path) -> Non
         entry.runner(path)
     path.write_text("seed: 0\n")
     assert entry.runner(path) is run_recipe
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "reward"])
+def test_the_line_for_ones_own_model_leaves_no_size_of_the_demo(kind: str) -> None:
+    path = bundled.folder() / f"{kind}.yaml"
+    (line,) = re.findall(r"^# +macpo .*? --set .*\\\n(?:#.*\\\n)*#.*", path.read_text(), re.M)
+    words = shlex.split(line.replace("\\\n#", ""), comments=False)
+    overrides = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    recipe = recipe_kinds.load(path, [each.replace("PATH", "folder") for each in overrides])
+    assert recipe.context_tokens == 1024 and recipe.max_prompt_tokens == 512 and recipe.agents[0].init is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"prompt_tokens": 8}, "8, prompt_tokens"), ({}, "32, half of context_tokens")]
+)
+def test_check_says_which_setting_limits_a_prompt(
+    changes: dict[str, int], said: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(recipe_of("sft", base, tmp_path / "run", **changes), tmp_path / "recipe.yaml")
+    assert macpo("check", path, "--examples", 0) == 0
+    assert f"are longer than {said} (data.long_prompt: truncate)" in capsys.readouterr().out
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

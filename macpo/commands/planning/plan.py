@@ -48,7 +48,7 @@ def show(recipe: AnyRecipe, hardware: Hardware | None = None) -> str:
         *([] if isinstance(recipe, Recipe) or sets is None else [_exact(recipe, sets)]),
         f"disk: about {_size(disk)}" + (f" of {_size(free)} free" if free is not None else ""),
         f"memory: base models kept loaded up to {_size(hardware.budget(recipe.compute))}; at most {_size(peak)} at "
-        f"once, {loads} loads",
+        f"once, {_counted(loads, 'load')}",
         f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
         + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else "")
         + (", measured here with models of the same shapes" if hardware.rehearsed else ""),
@@ -71,11 +71,14 @@ def _exact(recipe: Standalone, sets: Sets) -> str:
     """What is known of a standalone recipe's data without an estimate."""
     training = recipe.training
     steps = -(-len(sets.train) // training.batch) * training.epochs
-    epochs = f"{training.epochs} {'epoch' if training.epochs == 1 else 'epochs'}"
     return (
-        f"data: {len(sets.train):,} to train on, {len(sets.test):,} held out; {steps:,} steps of {training.batch} in "
-        f"{epochs}, before prompts that are too long are dropped"
+        f"data: {len(sets.train):,} to train on, {len(sets.test):,} held out; {_counted(steps, 'step')} of "
+        f"{training.batch} in {_counted(training.epochs, 'epoch')}, before prompts that are too long are dropped"
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _size(count: float) -> str:
