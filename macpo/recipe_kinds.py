@@ -32,11 +32,12 @@ KINDS: dict[str, type[AnyRecipe]] = {
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """A recipe file, or the resolved recipe of a run's folder; its key `recipe` says of which kind it is.
+    """A recipe file, the resolved recipe of a run's folder, or by its name a recipe that the package brings.
 
-    Relative paths become absolute: those of a file and of `overrides` relative to the working folder. A run's folder is
-    its `output`, wherever it was moved to.
+    Its key `recipe` says of which kind it is. Relative paths become absolute: those of a file and of `overrides`
+    relative to the working folder. A run's folder is its `output`, wherever it was moved to.
     """
+    path = bundled.located(path)
     file = path / "recipe.yaml" if path.is_dir() else path
     if not file.exists():
         fix = f"name a YAML recipe, the folder of a run, or one of {', '.join(bundled.names())}"

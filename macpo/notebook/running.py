@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from macpo import bundled
 from macpo.commands import run as command
 from macpo.engine.errors import ConfigError, shown
 from macpo.engine.files import explain, is_expected
@@ -57,7 +56,7 @@ def run(
     if isinstance(recipe, Mapping):
         resolved = of_mapping(json.loads(_json(recipe, "recipe")), overrides)
     else:
-        resolved = load(bundled.located(expanded(Path(recipe))), overrides)
+        resolved = load(expanded(Path(recipe)), overrides)
     try:
         with _threads_restored():
             return Run(command.run(resolved, rerun_stale=rerun_stale, from_stage=from_stage))

@@ -209,6 +209,13 @@ def test_the_file_decides_of_which_kind_it_is(base: Path, tmp_path: Path) -> Non
     assert entry.runner(path) is run_recipe
 
 
+def test_torchrun_too_takes_a_bundled_recipe_by_its_name(tmp_path: Path) -> None:
+    assert entry.runner(Path("preference")) is run_recipe
+    small = [f"data.world.{name}=20" for name in ("student_documents", "student_prompts", "test_prompts")]
+    done = run_recipe(Path("preference"), [f"output={tmp_path / 'run'}", *small])
+    assert (done / "report.html").exists()
+
+
 @pytest.mark.parametrize("kind", ["sft", "preference", "reward"])
 def test_the_line_for_ones_own_model_leaves_no_size_of_the_demo(kind: str) -> None:
     path = bundled.folder() / f"{kind}.yaml"
