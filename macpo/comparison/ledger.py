@@ -11,7 +11,7 @@ from macpo.config import Recipe
 from macpo.method.base_models import PretrainBase
 from macpo.method.costs import MethodStage, RunSize
 from macpo.method.learning import Imitate, LearningStage, Prefer
-from macpo.method.responses import Response
+from macpo.method.responses import Respond
 from macpo.method.run_plan import Plan
 
 HUMAN_FILES = ("teacher-", "student.jsonl")
@@ -108,7 +108,7 @@ def _add(ledger: Ledger, work: MethodStage, run: RunSize, student: str, counts: 
         if work.agent.name == student:
             planned = math.ceil(work.num_rows(run) / work.optim.batch) * work.optim.epochs
             ledger.student_steps += int(counts.get("steps", planned))
-    elif isinstance(work, Response):
+    elif isinstance(work, Respond):
         ledger.generated += tokens
     elif cost.flop:
         ledger.scored += tokens

@@ -69,6 +69,9 @@ def test_the_ledger_counts_what_each_arms_student_needs(tmp_path: Path) -> None:
     assert found[""].student_steps == 4 * steps, "a negative policy too"
     assert found["naive"].own_stages == 0 and found["spin"].own_stages == 6
     assert 0 < found["naive"].trained < found["spin"].trained < found[""].trained
+    once = {stage.name: {"tokens": 1} for stage in build_plan(base).graph.stages}
+    written = {name: each.generated for name, each in ledgers(build_plan(base), size_of(base), base, once).items()}
+    assert written == {"": 3 + 4 + 4, "ceiling": 0, "naive": 3, "spin": 3 + 2}, "sets of responses to learn from"
     noted = {"init-student-positive": {"tokens": 1000, "steps": 7}}
     measured = ledgers(build_plan(base), size_of(base), base, noted)
     assert measured["naive"].student_steps == 7
