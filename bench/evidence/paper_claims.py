@@ -240,7 +240,10 @@ def markdown(found: Sequence[Answer]) -> str:
 
 
 def by_round(seeds: Sequence[Seed]) -> str:
-    """Means over seeds by round: student, teachers and the gap recovered; baselines without rounds, ceiling once."""
+    """Means over seeds by round: student, teachers and the gap recovered; baselines without rounds, ceiling once.
+
+    Below them how many teachers are better than at their start, and how long a student's response is.
+    """
     rounds = range(seeds[0].rounds + 1)
     rows = {
         "student": [_mean(seed.student("", t) for seed in seeds) for t in rounds],
@@ -254,6 +257,9 @@ def by_round(seeds: Sequence[Seed]) -> str:
         rows[arm] = [_mean(seed.student(arm) for seed in seeds)]
     rows["ceiling"] = [_mean(seed.ceiling() for seed in seeds)]
     lines = _table(rounds, rows)
+    pairs = [(seed, name) for seed in seeds for name in seed.teachers]
+    risen = [sum(seed.teacher(name, t) > seed.teacher(name, 0) for seed, name in pairs) for t in rounds[1:]]
+    lines.append(_row("teachers above their own start", ["", *(f"{count} of {len(pairs)}" for count in risen)]))
     lines.append(
         _row("words of a student's response", [f"{_mean(seed.words(t) for seed in seeds):.1f}" for t in rounds])
     )

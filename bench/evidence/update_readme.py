@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.evidence import speed
+from bench.evidence import speed, world_gates
 from bench.evidence.paper_claims import Seed, answers, arms_by_round, by_round, markdown, read_all
 from bench.harness.measure import RESULTS
 from bench.make_pictures import demo_svg
@@ -21,7 +21,7 @@ from macpo.engine.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DEMO, COMPARISON, SPEED = "demo result", "comparison result", "speed"
+DEMO, COMPARISON, GATES, SPEED = "demo result", "comparison result", "gates", "speed"
 ANNOUNCED = 10
 """Seeds of the comparison, 300 to 309, fixed before the first of them ran."""
 README_QUESTIONS = (
@@ -75,11 +75,17 @@ def sections(demo: Sequence[Seed], comparison: Sequence[Seed]) -> list[tuple[Pat
     readme, docs = ROOT / "README.md", ROOT / "docs"
     short, long = demo_texts(demo)
     compared_short, compared_long = comparison_texts(comparison)
+    gates = {"demo": RESULTS / "demo-world" / "gates.json", "demo-compare": RESULTS / "demo-compare" / "gates.json"}
     return [
         (readme, DEMO, short),
         (docs / "demo-world.md", DEMO, long),
         (readme, COMPARISON, compared_short),
         (docs / "demo-world.md", COMPARISON, compared_long),
+        (
+            docs / "demo-world.md",
+            GATES,
+            world_gates.markdown({name: path for name, path in gates.items() if path.exists()}),
+        ),
         (readme, SPEED, speed.markdown(speed.rows())),
     ]
 

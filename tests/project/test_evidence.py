@@ -66,6 +66,9 @@ def test_the_table_says_what_the_runs_say(compared: Path, tmp_path: Path, capsys
     assert {"2 above 1 teacher, naive", "2 above 1 teacher, round 1"} <= set(by_question)
     text = (tmp_path / "t.md").read_text()
     assert all(f"| {question} |" in text for question in by_question) and text in capsys.readouterr().out
+    ends = [agent["scores"] for s in summaries for agent in s["agents"].values() if agent["role"] == "teacher"]
+    risen = sum(scores[1]["gold"] > scores[0]["gold"] for scores in ends)
+    assert f"| teachers above their own start |  | {risen} of {len(ends)} |" in text
     written = json.loads((tmp_path / "t.json").read_text())
     assert written["seeds"] == [1, 2] and len(written["answers"]) == len(found)
 
