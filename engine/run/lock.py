@@ -72,6 +72,20 @@ def holder(folder: Path) -> Holder | None:
     return found if found and found.is_alive() else None
 
 
+def refuse_held(folder: Path) -> None:
+    """Say early what `RunLock` would say; raises its ConfigError where another live process runs in the folder."""
+    if (found := holder(folder)) and found != Holder.me():
+        raise _taken(folder / LOCK, found)
+
+
+def _taken(path: Path, found: Holder | None) -> ConfigError:
+    return ConfigError(
+        f"the run folder is in use by {found or 'another process'}",
+        f"wait for it, choose another folder, or delete {path} if that process is gone",
+        file=str(path.parent),
+    )
+
+
 class RunLock:
     """Context manager that holds the folder's lock.
 
@@ -90,7 +104,7 @@ class RunLock:
         found = _read(self.path)
         if found and found.is_alive() and found != Holder.me():
             os.close(self.fd)
-            raise self._taken(found)
+            raise _taken(self.path, found)
         if found:
             self.log(f"cleared the lock that {found} left behind")
         elif os.fstat(self.fd).st_size:
@@ -111,20 +125,13 @@ class RunLock:
             except OSError as error:
                 if error.errno == errno.EWOULDBLOCK:
                     os.close(self.fd)
-                    raise self._taken(_read(self.path)) from None
+                    raise _taken(self.path, _read(self.path)) from None
                 if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                     raise  # those are file systems without it, where the text alone has to do
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self.path).st_ino == os.fstat(self.fd).st_ino:
                     return
             os.close(self.fd)  # its last holder deleted it between our open and our lock
-
-    def _taken(self, found: Holder | None) -> ConfigError:
-        return ConfigError(
-            f"the run folder is in use by {found or 'another process'}",
-            f"wait for it, choose another folder, or delete {self.path} if that process is gone",
-            file=str(self.path.parent),
-        )
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(FileNotFoundError):

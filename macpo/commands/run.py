@@ -17,6 +17,7 @@ from macpo.engine.processes import set_threads
 from macpo.engine.removal import make_way
 from macpo.engine.run.attempts import attempting
 from macpo.engine.run.folder import RunFolder
+from macpo.engine.run.lock import refuse_held
 from macpo.engine.run.run_progress import Part
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.workers import Workers
@@ -102,6 +103,7 @@ def run(
     plan = plan_of(recipe, must_exist=False)
     finished = from_stage is None and on_main(world, lambda: is_finished(recipe, plan))
     if not finished:  # a finished run needs neither its data nor its models
+        on_main(world, lambda: refuse_held(run_dir))  # before whatever takes seconds to import
         from macpo.commands.check import check_templates
         from macpo.commands.preflight import preflight
 

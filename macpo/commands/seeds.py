@@ -11,7 +11,6 @@ from macpo.engine.errors import ConfigError
 from macpo.engine.run.run_progress import Part
 from macpo.evaluation.claims import claims, claims_table, shared_metric
 from macpo.recipe_kinds import AnyRecipe
-from macpo.report.page import write_seeds_report
 from macpo.report.run_reader import RunReader
 
 
@@ -50,6 +49,8 @@ def run_seeds(seeds: Sequence[int], out: Path, run_one: Callable[[list[str], Par
         run_one([f"seed={seed}", f"output={json.dumps(str(folder))}"], Part(f"seed {seed}", number, len(seeds)))
         runs.append(RunReader(folder).scored)
     found = claims(runs)
+    from macpo.report.page import write_seeds_report  # with matplotlib, once all seeds have run
+
     report = write_seeds_report(out, runs, found)
     print(claims_table(found, shared_metric([run.summary for run in runs])))
     print(f"\nreport: {report}")

@@ -12,6 +12,7 @@ import pytest
 
 import macpo
 from macpo.engine import config
+from macpo.engine.run.lock import RunLock
 from macpo.kernels.pair_loss import losses
 
 HEAVY = {"torch", "transformers", "peft", "scipy", "matplotlib", "datasets", "pandas"}
@@ -35,6 +36,19 @@ def test_a_command_that_computes_nothing_imports_no_torch(words: list[str], tmp_
     done = subprocess.run([sys.executable, "-c", PROGRAM, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, line = done.stderr.splitlines()
+    assert not HEAVY & set(line.split())
+
+
+def test_a_folder_in_use_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+    (tmp_path / "run").mkdir()
+    words = ["run", str(recipe), "--set", f"output={tmp_path / 'run'}"]
+    with RunLock(tmp_path / "run", print):
+        program = PROGRAM.replace("not end.code", "end.code == 2")
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, said, line = done.stderr.splitlines()
+    assert "the run folder is in use by process" in said
     assert not HEAVY & set(line.split())
 
 
