@@ -49,10 +49,9 @@ def replaced(page: str, section: str, text: str) -> str:
     return f"{before}{start}\n{text.rstrip()}\n{end}{after}"
 
 
-def demo_texts(seeds: Sequence[Seed]) -> tuple[str, str]:
-    """Return README's table and the docs'."""
-    said, rounds, claims = _mean_over(seeds), by_round(seeds), markdown(answers(seeds))
-    return f"{said}\n\n{rounds}", f"{said}\n\n{rounds}\n\n{claims}"
+def demo_text(seeds: Sequence[Seed]) -> str:
+    """Return the docs' tables of the demo."""
+    return "\n\n".join([_mean_over(seeds), by_round(seeds), markdown(answers(seeds))])
 
 
 def comparison_texts(seeds: Sequence[Seed]) -> tuple[str, str]:
@@ -73,12 +72,10 @@ def _mean_over(seeds: Sequence[Seed]) -> str:
 def sections(demo: Sequence[Seed], comparison: Sequence[Seed]) -> list[tuple[Path, str, str]]:
     """Every section that is made: its page, name and text."""
     readme, docs = ROOT / "README.md", ROOT / "docs"
-    short, long = demo_texts(demo)
     compared_short, compared_long = comparison_texts(comparison)
     gates = {"demo": RESULTS / "demo-world" / "gates.json", "demo-compare": RESULTS / "demo-compare" / "gates.json"}
     return [
-        (readme, DEMO, short),
-        (docs / "demo-world.md", DEMO, long),
+        (docs / "demo-world.md", DEMO, demo_text(demo)),
         (readme, COMPARISON, compared_short),
         (docs / "demo-world.md", COMPARISON, compared_long),
         (
@@ -95,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo, comparison = (read_all(RESULTS / name) for name in ("demo-world", "demo-compare"))
     for page, section, text in sections(demo, comparison):
         atomic_write(page, replaced(page.read_text(encoding="utf-8"), section, text))
-    atomic_write(ROOT / "docs" / "demo.svg", demo_svg([seed.summary for seed in demo]))
+    atomic_write(ROOT / "docs" / "demo.svg", demo_svg([seed.summary for seed in comparison]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,44 +92,47 @@ def without_verdict(response: str) -> str:
 def markdown(measured: Mapping[str, Path]) -> str:
     """The gates with their bounds, and from the lowest to the highest value what files of `--json` hold, by recipe."""
     bodies = [json.loads(path.read_text()) for path in measured.values()]
-    rows = (
+    top = float("inf")
+    rows: tuple[tuple[str, tuple[float, float], Callable[[Any], list[float]]], ...] = (
         (
             "likelihood per token tells good responses from bad ones (AUC, exact, both corpora, both kinds of request)",
-            f"{AUC[0]:.2f} to {AUC[1]:.2f}",
+            AUC,
             lambda body: [text["auc"] for text in body["text"]],
         ),
         (
             "first words of good and bad responses overlap",
-            f"{FIRST_WORDS:.2f} or more",
+            (FIRST_WORDS, top),
             lambda body: [text["first_words"] for text in body["text"]],
         ),
         (
             "the naive student above the best teacher",
-            f"{-NAIVE_BELOW_TEACHER:.2f} or more",
+            (-NAIVE_BELOW_TEACHER, top),
             lambda body: [run["naive"] - run["best_teacher"] for run in body["runs"]],
         ),
         (
             "the naive student below the ceiling",
-            f"{NAIVE_BELOW_CEILING:.2f} or more",
+            (NAIVE_BELOW_CEILING, top),
             lambda body: [run["ceiling"] - run["naive"] for run in body["runs"]],
         ),
-        ("the ceiling", f"{CEILING:.2f} or more", lambda body: [run["ceiling"] for run in body["runs"]]),
+        ("the ceiling", (CEILING, top), lambda body: [run["ceiling"] for run in body["runs"]]),
         (
-            "base models repeat names, verbs and things",
-            f"{COPYING:.2f} or more",
+            "base models repeat names, verbs and things (the least of a seed)",
+            (COPYING, top),
             lambda body: [min(run["copying"].values()) for run in body["runs"]],
         ),
     )
     heads = [f"{name}, {len(body['runs'])} seeds" for name, body in zip(measured, bodies, strict=True)]
     lines = [f"| {' | '.join(['gate', 'bound', *heads])} |", "|---" * (len(heads) + 2) + "|"]
-    for gate, bound, values in rows:
-        lines.append(f"| {' | '.join([gate, bound, *(_range(values(body)) for body in bodies)])} |")
+    for gate, (low, high), values in rows:
+        bound = f"{low:.2f} or more" if high == top else f"{low:.2f} to {high:.2f}"
+        lines.append(f"| {' | '.join([gate, bound, *(_found(values(body), low, high) for body in bodies)])} |")
     return "\n".join(lines)
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low} to {high}"
+def _found(values: Sequence[float], low: float, high: float) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    outside = sum(not low <= value <= high for value in values)
+    return (least if least == most else f"{least} to {most}") + (f", **not passed by {outside}**" if outside else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

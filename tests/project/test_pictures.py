@@ -50,6 +50,6 @@ def test_readme_and_docs_show_the_committed_result():
         assert update_readme.replaced(found, section, text) == found
     drawn, committed = (
         set(re.findall(r">([^<>]+)</text>", text))
-        for text in (make_pictures.demo_svg([seed.summary for seed in demo]), (DOCS / "demo.svg").read_text())
+        for text in (make_pictures.demo_svg([seed.summary for seed in comparison]), (DOCS / "demo.svg").read_text())
     )
     assert drawn and drawn == committed  # the curves' digits depend on matplotlib's version
