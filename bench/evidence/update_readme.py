@@ -78,11 +78,7 @@ def sections(demo: Sequence[Seed], comparison: Sequence[Seed]) -> list[tuple[Pat
         (docs / "demo-world.md", DEMO, demo_text(demo)),
         (readme, COMPARISON, compared_short),
         (docs / "demo-world.md", COMPARISON, compared_long),
-        (
-            docs / "demo-world.md",
-            GATES,
-            world_gates.markdown({name: path for name, path in gates.items() if path.exists()}),
-        ),
+        (docs / "demo-world.md", GATES, world_gates.markdown(gates)),
         (readme, SPEED, speed.markdown(speed.rows())),
     ]
 
