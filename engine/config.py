@@ -52,6 +52,16 @@ class FullSettings(Settings):
 Tuning = Annotated[LoraSettings | FullSettings, Field(discriminator="type")]
 
 
+AUTO_MICROBATCH = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a packed forward. On a CPU the step of 2,557 tokens of SmolLM2-135M takes 33 s with 512 to 8,192 of them
+and 39 s with 256; a token's activations take 1.5 MB."""
+
+
+def microbatch_tokens(tokens: int | Literal["auto"], device: str) -> int:
+    """The token budget of a forward on a device, "cpu" or "cuda"."""
+    return AUTO_MICROBATCH[device] if tokens == "auto" else tokens
+
+
 class OptimSettings(Settings):
     """One training stage: AdamW, linear warm-up, then cosine or constant learning rate."""
 
@@ -71,8 +81,9 @@ class OptimSettings(Settings):
     """AdamW's moment decay rates."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
-    microbatch_tokens: PositiveInt = 8192
-    """Token budget of one packed forward; changes memory and speed, not the loss."""
+    microbatch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Token budget of one packed forward; changes memory and speed, not the loss. `auto` is 8,192 on a GPU and 1,024 on
+    a CPU, which is as fast with more and needs memory for every token."""
     save_every_steps: PositiveInt = 200
     """A checkpoint inside the stage after so many optimiser steps."""
     spike_sigma: Annotated[float, Field(gt=0)] | None = 6.0

@@ -1,9 +1,10 @@
-"""Threads of this process, its end with its parent, and requests to stop. Needs no torch."""
+"""Threads of this process, its memory, its end with its parent, and requests to stop. Needs no torch."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import os
 import signal
@@ -29,11 +30,15 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def return_memory() -> None:
+    """Give the system what freed tensors left in the heap; glibc would keep it, up to gigabytes after a training."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def die_with(parent: int) -> None:
     """Make the kernel kill this process when its parent ends in any way (Linux)."""
     if sys.platform == "linux":
-        import ctypes
-
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

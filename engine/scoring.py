@@ -126,9 +126,11 @@ def _hand_out(
 
 
 def _halves(micro: MicroBatch, groups: Sequence[PrefixGroup], together: bool) -> list[MicroBatch]:
+    """What is scored in place of a forward for which there was no memory."""
+    if free_memory() and not together:
+        return [micro]
     tokens = micro.batch.num_tokens
     if together or len(micro.batch.groups) == 1:
         fix = "lower compute.score_tokens" if len(micro.batch.groups) > 1 else "lower context_tokens or share the model"
         raise ResourceError(f"a forward of {tokens} tokens does not fit in memory", fix)
-    free_memory()
     return [MicroBatch(batch) for batch in pack(groups, max_tokens=tokens // 2, indices=micro.batch.groups)]

@@ -1,8 +1,10 @@
-"""Classifies exceptions of torch: memory ran out, or another rank is gone."""
+"""Classifies exceptions of torch: memory ran out, or another rank is gone; and gives memory back."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ _MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 _PEER = ("/gloo/", "[Gloo]", "NCCL", "Connection closed by peer", "Connection reset by peer")
+_spare: list[WeakMethod[Callable[[], bool]]] = []
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -29,8 +32,20 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER)
 
 
-def free_memory() -> None:
-    """Free a failed attempt's memory; call it outside the `except` block, whose traceback holds tensors."""
+def when_memory_runs_out(give_up: Callable[[], bool]) -> None:
+    """Have `free_memory` call a method, for as long as its object lives; it returns whether it gave anything up."""
+    _spare.append(WeakMethod(give_up))
+
+
+def free_memory() -> bool:
+    """Free a failed attempt's memory, and what is kept for later; call it outside the `except` block, whose traceback
+    holds tensors.
+
+    Returns whether something kept for later was given up, so that the same attempt may succeed now.
+    """
     gc.collect()
+    _spare[:] = [each for each in _spare if each() is not None]
+    gave = [give_up() for each in _spare if (give_up := each()) is not None]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return any(gave)

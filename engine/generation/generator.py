@@ -204,18 +204,18 @@ class Generator:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve_batch(max(map(self._reserved, part)))
+            self._make_room(max(map(self._reserved, part)))
             left = [(r, tuple(s for s in r.samples if (r.id, r.attempt, s) not in done)) for r in part]
             part = [replace(request, samples=samples) for request, samples in left if samples]
 
-    def _halve_batch(self, tokens: int) -> None:
+    def _make_room(self, tokens: int) -> None:
         self._session = None
-        free_memory()
+        if free_memory() and self.team.size == 1:
+            return  # models that nothing uses were dropped
         if self.max_batch == 1 or self.team.size > 1:  # the ranks of a team would have to fail together
             fix = "lower compute.generation_batch (max_batch of a Generator)" if self.max_batch > 1 else ""
             fix = fix or "lower sampling.max_new_tokens or context_tokens, or use a smaller model or dtype"
-            problem = f"decoding {self.max_batch} sequences of up to {tokens:,} tokens does not fit in memory"
-            raise ResourceError(problem, fix)
+            raise ResourceError(f"decoding {self.max_batch} sequences of {tokens:,} tokens does not fit in memory", fix)
         self.max_batch //= 2
         why = "memory ran out while decoding (compute.generation_batch)"
         _log.warning("%s: %d sequences together from now on", why, self.max_batch)

@@ -8,11 +8,13 @@ from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, Quantization
+from macpo.engine.distributed.failures import free_memory, is_out_of_memory, when_memory_runs_out
 from macpo.engine.errors import ResourceError
 from macpo.engine.model_folders import PolicyRef, local_folder, num_parameters, weight_files
 from macpo.engine.models.equivalence import passed_structures
@@ -28,7 +30,8 @@ class ModelCache:
 
     A policy never changes its cached base: it gets its own module tree. With an adapter, or without tuning, the tree
     shares the cached, frozen tensors; full tuning copies them. So several policies of one base can be alive and used in
-    turn. A dropped base stays in memory as long as one of its policies is alive. If a policy will be spread over ranks,
+    turn. A dropped base stays in memory as long as one of its policies is alive. Where memory runs out, in training,
+    generation or scoring, bases that no living policy uses are dropped first. If a policy will be spread over ranks,
     its base is read separately into host memory, so that no device ever holds all of it.
 
     Args:
@@ -56,6 +59,8 @@ class ModelCache:
         self.trust_remote_code = trust_remote_code
         self.loads = 0
         self._bases: OrderedDict[str, tuple[str, PreTrainedModel, int]] = OrderedDict()
+        self._policies: WeakSet[PolicyModule] = WeakSet()
+        when_memory_runs_out(self.drop_idle)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -75,8 +80,31 @@ class ModelCache:
             spread: whether `parallelize` will spread it over ranks.
 
         Raises:
-            ConfigError: the weights cannot be used. ResourceError: the base alone exceeds the budget.
+            ConfigError: the weights cannot be used. ResourceError: the base alone exceeds the budget, or the device.
         """
+        made = self._tried(ref, tuning, seed, spread)
+        if made is None and free_memory():
+            made = self._tried(ref, tuning, seed, spread)
+        if made is None:
+            problem = f"base model {ref.base!r} does not fit in memory" + (" as it is trained" if tuning else "")
+            raise ResourceError(problem, "use a smaller model or dtype, LoRA instead of full tuning, or more ranks")
+        self._policies.add(made)
+        return made
+
+    def _tried(
+        self, ref: PolicyRef, tuning: LoraSettings | FullSettings | None, seed: int, spread: bool
+    ) -> PolicyModule | None:
+        """The policy; None if memory ran out."""
+        try:
+            return self._made(ref, tuning, seed, spread)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _made(
+        self, ref: PolicyRef, tuning: LoraSettings | FullSettings | None, seed: int, spread: bool
+    ) -> PolicyModule:
         base = self._base(ref.base, tuning.quantization if isinstance(tuning, LoraSettings) else "none", spread)
         kind: dict[str, Any] = {"compute_dtype": self.dtype, "home": self.device}
         if isinstance(tuning, FullSettings):
@@ -117,6 +145,20 @@ class ModelCache:
                 del self._bases[name]
         if len(self._bases) < len(paths):
             self._collect()
+
+    def drop_idle(self) -> bool:
+        """Drop the bases of which no policy is alive; returns whether there were any."""
+        used = {id(tensor) for policy in self._policies for tensor in policy.parameters()}
+        idle = [
+            name
+            for name, (_, model, _) in self._bases.items()
+            if not any(id(tensor) in used for tensor in model.parameters())
+        ]
+        for name in idle:
+            del self._bases[name]
+        if idle:
+            self._collect()
+        return bool(idle)
 
     def release(self) -> None:
         """Empty the cache; bases that a living policy uses stay in memory."""

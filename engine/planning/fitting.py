@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
 
-from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings
+from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, microbatch_tokens
 from macpo.engine.errors import ConfigError
 from macpo.engine.hardware import Gpu
 from macpo.engine.planning.memory import Memory, Row, Setup, checkpoint_bytes, memory, tensor_config
@@ -41,7 +41,7 @@ class Workload:
     """Mean tokens."""
     response: int = 80
     """Mean tokens of one response."""
-    microbatch_tokens: int = 8192
+    microbatch_tokens: int | Literal["auto"] = "auto"
     responses: int = 2
     """Responses per prompt: two for a pair, one for SFT."""
 
@@ -50,11 +50,12 @@ class Workload:
         """Tokens of a step, over all ranks."""
         return self.pairs * (self.prompt + self.responses * self.response)
 
-    def rows(self, data_ranks: int) -> list[Row]:
-        """The micro-batches of the busiest rank."""
+    def rows(self, data_ranks: int, device: str) -> list[Row]:
+        """The micro-batches of the busiest rank; `device` is "cpu" or "cuda"."""
         group = (self.prompt, (self.response,) * self.responses)
         left = -(-self.pairs // data_ranks)
-        most = max(1, self.microbatch_tokens // (self.prompt + self.responses * self.response))
+        tokens = microbatch_tokens(self.microbatch_tokens, device)
+        most = max(1, tokens // (self.prompt + self.responses * self.response))
         return [(group,) * min(most, left - done) for done in range(0, left, most)]
 
 
@@ -89,7 +90,7 @@ class Option:
 
 def option(config: PretrainedConfig, setup: Setup, machine: Machine, room: float, work: Workload) -> Option:
     """Memory and time of one setup. Raises ConfigError if the setup is impossible."""
-    rows = work.rows(setup.data_ranks)
+    rows = work.rows(setup.data_ranks, setup.device)
     needed, time = memory(config, setup, rows[0], len(rows)), step_time(config, setup, machine, rows)
     return Option(setup, needed, time, checkpoint_bytes(config, setup), room)
 

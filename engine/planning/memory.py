@@ -3,7 +3,7 @@
 States (weights, gradients, AdamW's moments, adapters) follow from the shape and the sharding; saved activations and
 temporary memory of a block come from a `dry_run` of the real modules; the head's buffers from its chunk size. The peak
 is that of the worst phase. All figures are bytes of tensors; `DEVICE_BYTES` and `FRAGMENTATION` are what a GPU needs on
-top.
+top, `PROCESS_BYTES` and `HEAP` what a process on a CPU does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ DEVICE_BYTES = 1.2e9
 """CUDA context, cuBLAS workspaces and NCCL's channels of a process, which no tensor holds."""
 FRAGMENTATION = 0.04
 """Share of the peak that torch's allocator holds in blocks too small to be used."""
+PROCESS_BYTES = 0.5e9
+"""Torch, transformers and peft in a process, before there is a model."""
+HEAP = 2.0
+"""What glibc's heap takes for tensors that come and go, by their own size: SmolLM2-135M's steps with 256 to 2,048
+tokens a forward took 1.7 to 2.5 of it (bench/bench_plan.py)."""
 NF4_BYTES = 0.5
 """Bytes of a weight in 4 bits."""
 NF4_SCALES = 1 / 64 + 4 / (64 * 256)
@@ -125,8 +130,11 @@ class Memory:
 
     @property
     def device(self) -> float:
-        """Device memory of the process: the peak and, on a GPU, the overhead of torch and the driver."""
-        return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES if self.on_gpu else self.peak
+        """Memory of the process: the peak and what torch and the driver, or the process and its heap, need on top."""
+        if self.on_gpu:
+            return self.peak * (1 + FRAGMENTATION) + DEVICE_BYTES
+        kept = self.weights + self.optimizer + self.pooled
+        return PROCESS_BYTES + kept + HEAP * (self.peak - kept)
 
 
 def memory(config: PretrainedConfig, setup: Setup, row: Row, num_rows: int = 1) -> Memory:

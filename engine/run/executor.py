@@ -16,7 +16,7 @@ from macpo.engine import files
 from macpo.engine.distributed.agree import is_main, on_main, stopped
 from macpo.engine.errors import IntegrityError, MacpoError, PeerError, Stopped, is_failure
 from macpo.engine.faults import point
-from macpo.engine.processes import StopFlag
+from macpo.engine.processes import StopFlag, return_memory
 from macpo.engine.removal import is_file, is_folder, remove, remove_leftovers
 from macpo.engine.run.context import StageContext
 from macpo.engine.run.folder import RunFolder, read_timing
@@ -125,6 +125,7 @@ class Executor:
         try:
             try:
                 stage.work.run(context)
+                return_memory()
                 state = "ok"
             except Stopped:
                 if world is None:

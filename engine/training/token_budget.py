@@ -25,31 +25,49 @@ class TokenBudget:
 
     def __init__(self, tokens: int, folder: Path, world: World) -> None:
         self.tokens = self._allowed = tokens
-        self._note = folder / "microbatch.json"
+        self._note, self._stage = folder / "microbatch.json", str(folder.parent)
         self._world = world
 
-    def shrink(self, where: str, batch: PackedBatch, names: str, *, collective: bool) -> None:
-        """Set this rank's budget to half of the micro-batch that did not fit.
+    def shrink(self, where: str, batch: PackedBatch, names: str, *, collective: bool) -> bool:
+        """Set this rank's budget to half of the micro-batch that did not fit, unless dropping idle models makes room.
+
+        Returns whether the budget is smaller.
 
         Raises:
             ResourceError: the micro-batch was one group.
             Again: the other ranks are inside the same micro-batch and cannot be interrupted; the note is written.
         """
-        file = str(self._note.parent.parent)
+        what = f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory"
+        if free_memory():
+            if collective:
+                raise self._beside(what)
+            return False
         if len(batch.groups) == 1:
             raise ResourceError(
                 f"{where}: one group of {batch.num_tokens} tokens does not fit in memory: {names}",
                 "turn on compute.parallel.checkpointing (full saves most), lower context_tokens for shorter responses, "
                 "or spread the weights (compute.parallel.sharding: shard)",
-                file=file,
+                file=self._stage,
             )
         self.tokens = batch.num_tokens // 2
-        free_memory()
         if collective:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._note, {"microbatch_tokens": self.tokens})
             fix = f"run the same command again: it goes on with micro-batches of at most {self.tokens} tokens"
-            raise Again(f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory", fix, file=file)
+            raise Again(what, fix, file=self._stage)
+        return True
+
+    def no_room(self, where: str, error: BaseException) -> ResourceError:
+        """The error for a step that ran out of memory outside its micro-batches."""
+        what = f"{where}: no memory for gradients or optimizer states ({' '.join(str(error).split())})"
+        if free_memory():
+            return self._beside(what)
+        fix = "train with LoRA, or spread the weights (compute.parallel.sharding: shard)"
+        return ResourceError(what, fix, file=self._stage)
+
+    def _beside(self, what: str) -> Again:
+        """Idle models took the memory; the next attempt loads nothing but what it trains."""
+        return Again(f"{what}, beside models that were kept loaded", "run the same command again", file=self._stage)
 
     def agree(self, where: str) -> None:
         """Take the smallest budget of any rank on all ranks from now on; collective."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macpo.engine.config import OptimSettings
+from macpo.engine.config import OptimSettings, microbatch_tokens
 from macpo.engine.console import notice, say
 from macpo.engine.data.batches import BatchOrder, MicroBatch, microbatches
 from macpo.engine.data.groups import PrefixGroup
@@ -28,7 +28,7 @@ from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.agree import agreed
 from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
-from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, ResourceError, Stopped, one_line
+from macpo.engine.errors import ConfigError, DataError, NumericsError, PeerError, Stopped, one_line
 from macpo.engine.files import sha256
 from macpo.engine.models.attention_hook import attention_hook
 from macpo.engine.models.parallelize import data_world
@@ -95,7 +95,7 @@ def train(
         NumericsError: loss or gradient is not finite, or the loss spiked and `on_spike` is stop; no update was made.
         Stopped: `should_stop` returned True; the same call resumes.
         ResourceError: one group alone does not fit in memory, or the disk is full.
-        Again: memory ran out under a collective policy; the same call resumes with smaller micro-batches.
+        Again: memory ran out under a collective policy, or in an update beside idle models; the same call resumes.
         PeerError: another rank failed or hangs; the message names the step.
         DataError: the groups do not fit the objective. IntegrityError: checkpoints exist and none verifies.
     """
@@ -131,7 +131,8 @@ class _Stage:
         self.fingerprint = fingerprint(self.groups, settings, self.objective.fingerprint, self.seed, shapes)
         self.last: dict[str, Any] = {}
         self.saved_step: int | None = None
-        self.budget = TokenBudget(settings.microbatch_tokens, self.workdir / "checkpoint", self.world)
+        tokens = microbatch_tokens(settings.microbatch_tokens, self.policy.device.type)
+        self.budget = TokenBudget(tokens, self.workdir / "checkpoint", self.world)
         self.guard = None if settings.spike_sigma is None else SpikeGuard(settings.spike_sigma)
 
     def run(self, should_stop: Callable[[], bool] | None, progress: str | None) -> TrainResult:
@@ -174,9 +175,7 @@ class _Stage:
                 fix = "look at the first failing rank's message, then run the same command again"
                 raise PeerError(what, fix, file=self.workdir) from error
             if is_out_of_memory(error):  # not in a micro-batch: `_accumulate` handles those
-                what = f"step {step + 1}: no memory for gradients or optimizer states ({' '.join(str(error).split())})"
-                fix = "train with LoRA, or spread the weights (compute.parallel.sharding: shard)"
-                raise ResourceError(what, fix, file=self.workdir) from error
+                raise self.budget.no_room(f"step {step + 1}", error) from error
             raise
 
     def _step(
@@ -229,10 +228,9 @@ class _Stage:
             else:
                 return stats
             self.optimizer.zero()  # including what a partial backward has accumulated
-            self.budget.shrink(
+            failures += self.budget.shrink(
                 f"step {step + 1}", micro.batch, self._names(micro.batch.groups), collective=self.policy.collective
             )
-            failures += 1
 
     def _accumulate(self, micro: MicroBatch, total: int, stats: Tensor) -> bool:
         """Run forward and backward; returns False if memory ran out."""
@@ -380,6 +378,7 @@ def fingerprint(
     """SHA-256 of everything that further training depends on, except the checkpoint's own weights."""
     # save interval and spike handling do not change what is trained
     plain = settings.model_dump(mode="json", exclude={"save_every_steps", "spike_sigma", "on_spike"})
+    plain["microbatch_tokens"] = microbatch_tokens(settings.microbatch_tokens, "cuda")  # the same wherever it goes on
     digest = hashlib.sha256(json.dumps([plain, objective, seed, dict(shapes)], sort_keys=True).encode())
     for group in groups:
         for ids in (group.prompt_ids, *group.responses):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from macpo.data.rows import fingerprint
 from macpo.data_settings import SourceSettings
+from macpo.engine.config import microbatch_tokens
 from macpo.engine.data.templates import TEMPLATES
 from macpo.engine.errors import ConfigError, MacpoError
 from macpo.engine.files import explained
@@ -48,6 +49,8 @@ def _without_paths(value: Any, at: tuple[str, ...], known: Mapping[str, str]) ->
         return {
             key: {} if key in _IDENTITIES else _without_paths(child, (*at, key), known) for key, child in value.items()
         }
+    if at[-1:] == ("microbatch_tokens",):  # `auto` counts as the default before it: rounding is all that it changes
+        return microbatch_tokens(value, "cuda")
     is_place = bool(at) and (at[-1] in _PLACES or at[-2:-1] == ("teachers",)) and "served" not in at
     return known.get(value, value) if is_place and isinstance(value, str) else value
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import model_of, some_groups
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from macpo.engine.config import OptimSettings, ParallelSettings, PreferenceSettings
 from macpo.engine.data.groups import PrefixGroup
+from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.world import World
 from macpo.engine.models.parallelize import parallelize
 from macpo.engine.models.policy import PolicyModule
@@ -124,3 +126,36 @@ def assert_same_training(a: list[dict[str, float]], b: list[dict[str, float]]) -
         # in the first step the policy is its own reference: which reward is larger, rounding decides
         first, second = ({k: v for k, v in row.items() if k != "accuracy" or row["step"] > 1} for row in (x, y))
         assert first == pytest.approx(second, rel=1e-5, abs=1e-5)  # summed log-probs, of size 100
+
+
+class Starved(Objective):
+    """SFT on a device that holds so many tokens; `late`: the backward notices, after it has added up some gradients."""
+
+    metrics: tuple[str, ...] = ()
+    fingerprint = "sft"
+
+    def __init__(self, tokens: int, *, late: bool = False) -> None:
+        self.inner, self.tokens, self.late = sft(), tokens, late
+        self.failures = 0
+
+    def check(self, groups: Sequence[PrefixGroup]) -> None: ...
+
+    def size(self, group: PrefixGroup) -> int:
+        return self.inner.size(group)
+
+    def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
+        if batch.num_tokens <= self.tokens:
+            return self.inner(policy, batch, total)
+        self.failures += 1
+        if not self.late:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loss, sums = self.inner(policy, batch, total)
+        first, last = (policy.base.model.layers[i].self_attn.q_proj.weight for i in (0, -1))
+
+        def fail(_: Tensor) -> None:
+            hook.remove()
+            assert last.grad is not None, "the backward is half done"
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = first.register_post_accumulate_grad_hook(fail)
+        return loss, sums

@@ -108,8 +108,27 @@ def test_training_stages_have_memory_step_time_and_checkpoint(tmp_path: Path) ->
     text = show(recipe, hardware_of(recipe))
     assert max(map(len, text.splitlines()[1:])) <= 100 and "ckpt" in text and "DOES NOT FIT" not in text
     assert text.endswith("on a CPU of ordinary speed (--calibrate measures this one)")
+    most = max(row.training.memory.device + row.beside_bytes for row in trained if row.training is not None)
+    assert f"peak: at most {most / 1e9:.1f} GB in training" in text or f"{most / 1e6:.1f} MB in training" in text
     small = Hardware(Machine.of_gpu(GPUS["H100"]), room=1e6)
     assert "DOES NOT FIT: " in show(recipe, small) and show(recipe, small).endswith(" on H100")
+
+
+def test_a_cpu_has_to_hold_the_models_that_stay_loaded_beside_what_trains(tmp_path: Path) -> None:
+    """On a GPU idle models are dropped where memory runs out; a CPU's process would be killed."""
+    recipe = tiny(tmp_path)
+    plan, here = build_plan(recipe), hardware_of(recipe)
+    rows = [row for row in estimate(recipe, plan, here) if row.training is not None and row.beside_bytes]
+    row = max(rows, key=lambda row: row.training.memory.device + row.beside_bytes)  # type: ignore[union-attr]
+    assert row.training is not None and row.beside_bytes < row.resident_bytes and not row.why_not
+    room = row.training.memory.device + row.beside_bytes / 2
+    recipe = with_memory(recipe, 1.0)
+    tight = {each.stage: each for each in estimate(recipe, build_plan(recipe), replace(here, room=room))}[row.stage]
+    assert tight.training is not None and tight.training.fits
+    assert "other models stay loaded; set compute.memory_gb to" in tight.why_not
+    assert f"DOES NOT FIT: {tight.why_not}" in show(recipe, replace(here, room=room))
+    memory = replace(tight.training.memory, on_gpu=True)
+    assert not replace(tight, training=replace(tight.training, memory=memory, room=memory.device + 1)).why_not
 
 
 def test_a_cpu_is_measured_with_the_recipes_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,20 +71,18 @@ class Classifier:
         todo.reverse()
         while todo and not (should_stop is not None and should_stop()):
             batch = todo.pop()
-            try:
-                scores = self._forward([rows[i] for i in batch]).tolist()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    fix = "lower the scorer's max_tokens, or use a smaller model or dtype"
-                    raise ResourceError(f"a row of {len(rows[batch[0]])} tokens does not fit in memory", fix) from error
-                free_memory()
+            scores = self._tried([rows[i] for i in batch])
+            if scores is not None:
+                for i, score in zip(batch, scores, strict=True):
+                    found[i] = score
+            elif free_memory():
+                todo.append(batch)
+            elif len(batch) > 1:
                 half = len(batch) // 2
                 todo += [batch[half:], batch[:half]]
-                continue
-            for i, score in zip(batch, scores, strict=True):
-                found[i] = score
+            else:
+                fix = "lower the scorer's max_tokens, or use a smaller model or dtype"
+                raise ResourceError(f"a row of {len(rows[batch[0]])} tokens does not fit in memory", fix)
         return found
 
     def shared_scores(
@@ -106,6 +104,16 @@ class Classifier:
         if len(known) < len(rows):
             raise Stopped("stopped while scoring", "run the same command again")
         return known
+
+    def _tried(self, rows: list[list[int]]) -> list[float] | None:
+        """The scores; None if memory ran out."""
+        try:
+            scores: list[float] = self._forward(rows).tolist()
+            return scores
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """[len(rows)] float32."""

@@ -91,8 +91,25 @@ class Estimate:
     base: str
     load: bool
     resident_bytes: int
+    """Base models that are kept loaded, the stage's own among them."""
+    beside_bytes: int = 0
+    """Those of them that the stage does not use."""
     training: Option | None = None
     """Memory, step time and checkpoint of a stage that trains."""
+
+    @property
+    def why_not(self) -> str:
+        """Why the stage's training does not fit; empty where it does. A GPU's idle models are dropped where they are in
+        the way; of a CPU's memory the system takes note too late."""
+        if self.training is None:
+            return ""
+        if not self.training.fits:
+            return self.training.why_not
+        room, needed = self.training.room, self.training.memory.device
+        if self.training.memory.on_gpu or needed + self.beside_bytes <= room:
+            return ""
+        most = max(0.0, room - needed + self.resident_bytes - self.beside_bytes) / 1e9
+        return f"{self.beside_bytes / 1e9:.1f} GB of other models stay loaded; set compute.memory_gb to {most:.1f}"
 
 
 def hardware_of(recipe: AnyRecipe, gpu: str | None = None, gpus: int | None = None, measure: bool = False) -> Hardware:
@@ -275,15 +292,18 @@ def estimate(
             else:
                 seconds = _inference(cost, here, dtype, shape, rehearsal, run)
             seconds += STAGE_S if rehearsal is not None else 0.0
-            load = False
+            load, own = False, 0
             if shape is not None:
+                own = shape.bytes_loaded
                 load = shape.name not in resident
                 resident[shape.name] = shape.bytes_loaded
                 resident.move_to_end(shape.name)
                 while sum(resident.values()) > budget and len(resident) > 1:
                     resident.popitem(last=False)
             disk, held = round(work.disk_bytes(run)), sum(resident.values())
-            rows.append(Estimate(name, round(cost.tokens), disk, seconds, agent or "", load, held, training))
+            rows.append(
+                Estimate(name, round(cost.tokens), disk, seconds, agent or "", load, held, held - own, training)
+            )
     return rows
 
 

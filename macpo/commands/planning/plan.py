@@ -35,20 +35,22 @@ def show(recipe: AnyRecipe, hardware: Hardware | None = None) -> str:
         if row.training is not None:
             needs, saved = _size(row.training.memory.device), _size(row.training.checkpoint)
             step = f"{row.training.time.total:.2f} s"
-            base += "" if row.training.fits else f"; DOES NOT FIT: {row.training.why_not}"
+            base += f"; DOES NOT FIT: {row.why_not}" if row.why_not else ""
         lines.append(
             f"{row.stage:{width}} {row.tokens:12,} {_size(row.disk_bytes):>8} {_time(row.seconds):>8} "
             f"{needs:>8} {step:>7} {saved:>8}  {base}".rstrip()
         )
     disk, seconds = sum(r.disk_bytes for r in rows), sum(r.seconds for r in rows)
-    loads, peak = sum(r.load for r in rows), max(r.resident_bytes for r in rows)
+    loads, kept = sum(r.load for r in rows), max(r.resident_bytes for r in rows)
+    most = max((r.training.memory.device + r.beside_bytes for r in rows if r.training is not None), default=0.0)
     free = free_bytes(Path(recipe.output))
     lines += [
         "",
         *([] if isinstance(recipe, Recipe) or sets is None else [_exact(recipe, sets)]),
         f"disk: about {_size(disk)}" + (f" of {_size(free)} free" if free is not None else ""),
-        f"memory: base models kept loaded up to {_size(hardware.budget(recipe.compute))}; at most {_size(peak)} at "
-        f"once, {_counted(loads, 'load')}",
+        f"memory: {_size(kept)} of base models stay loaded (up to {_size(hardware.budget(recipe.compute))} may), "
+        f"{_counted(loads, 'load')}",
+        *([f"peak: at most {_size(most)} in training, with the models that stay loaded"] if most else []),
         f"training: {_ranks(hardware)} with {_size(hardware.room)} each"
         + (f", calibrated by {hardware.machine.scale:.2f}" if hardware.machine.scale != 1.0 else "")
         + (", measured here with models of the same shapes" if hardware.rehearsed else ""),

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from macpo.engine.config import FullSettings
+from macpo.engine.config import FullSettings, microbatch_tokens
 from macpo.engine.errors import is_failure, one_line
 from macpo.engine.generation import Generator, SamplingParams
 from macpo.engine.models.flops import ModelShape
@@ -111,11 +111,18 @@ def _lengths(config: PretrainedConfig, prompt: float, response: float) -> tuple[
 
 
 def _rehearsed(config: PretrainedConfig, setup: Setup, machine: Machine, step: Workload) -> Machine:
-    predicted = step_time(config, setup, machine, step.rows(1)).total
+    predicted = step_time(config, setup, machine, step.rows(1, setup.device)).total
     count = max(1, min(step.pairs, int(step.pairs * _STEP_S / predicted)))
     prompt, response = _lengths(config, step.prompt, step.response)
     groups = pairs(count, prompt, response, config.get_text_config().vocab_size, responses=step.responses)
-    found = measure(config, setup, machine, groups, max_tokens=step.microbatch_tokens, repeats=5 if count > 1 else 2)
+    found = measure(
+        config,
+        setup,
+        machine,
+        groups,
+        max_tokens=microbatch_tokens(step.microbatch_tokens, setup.device),
+        repeats=5 if count > 1 else 2,
+    )
     return machine.calibrated(found.seconds, found.predicted)
 
 

@@ -52,7 +52,7 @@ def test_one_calibration_step_predicts_others() -> None:
 def seconds(gpus: int, gpu: str = "H100", tuning: LoraSettings | FullSettings = LORA, **parallel: object) -> float:
     work = Workload(pairs=64)
     setup = Setup(tuning, ParallelSettings.model_validate(parallel), ranks=gpus)
-    rows = work.rows(setup.data_ranks)
+    rows = work.rows(setup.data_ranks, setup.device)
     return step_time(config_of("llama-3-8b"), setup, Machine.of_gpu(GPUS[gpu]), rows).total
 
 

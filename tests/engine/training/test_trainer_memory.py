@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,52 +9,22 @@ import torch
 from architectures import model_of, some_groups
 from forks import ranks
 from torch import Tensor
-from training import DPO, PAIRS, SFT, SLOW, bits, rows, run_dpo, run_sft, stop_after, weights
+from training import DPO, PAIRS, SFT, SLOW, Starved, bits, rows, run_dpo, run_sft, stop_after, weights
 
 from macpo.engine.data.batches import BatchOrder
-from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.pack import PackedBatch
-from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
+from macpo.engine.distributed.failures import free_memory, is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped
 from macpo.engine.models.policy import PolicyModule
 from macpo.engine.scoring import score
-from macpo.engine.training.objectives import Objective, sft
 
 # --- memory ---
 
 
-class Starved(Objective):
-    """SFT on a device that holds so many tokens; `late`: the backward notices, after it has added up some gradients."""
-
-    metrics: tuple[str, ...] = ()
-    fingerprint = "sft"
-
-    def __init__(self, tokens: int, *, late: bool = False) -> None:
-        self.inner, self.tokens, self.late = sft(), tokens, late
-        self.failures = 0
-
-    def check(self, groups: Sequence[PrefixGroup]) -> None: ...
-
-    def size(self, group: PrefixGroup) -> int:
-        return self.inner.size(group)
-
-    def __call__(self, policy: PolicyModule, batch: PackedBatch, total: int) -> tuple[Tensor, Tensor]:
-        if batch.num_tokens <= self.tokens:
-            return self.inner(policy, batch, total)
-        self.failures += 1
-        if not self.late:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        loss, sums = self.inner(policy, batch, total)
-        first, last = (policy.base.model.layers[i].self_attn.q_proj.weight for i in (0, -1))
-
-        def fail(_: Tensor) -> None:
-            hook.remove()
-            assert last.grad is not None, "the backward is half done"
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        hook = first.register_post_accumulate_grad_hook(fail)
-        return loss, sums
+@pytest.fixture(autouse=True)
+def no_idle_models_of_other_tests() -> None:
+    free_memory()
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])
@@ -70,7 +39,7 @@ def test_out_of_memory_splits_the_micro_batch_and_changes_nothing(
     # the first step has 27 tokens: half of it from then on, and said once
     assert starved.failures == 1 and said == (
         "note: step 1: out of memory on rank 0: micro-batches have at most 13 tokens from here on (the settings allow "
-        "8192)\n"
+        "1024)\n"
     )
     smaller, _ = run_sft(tmp_path / "smaller", slow.model_copy(update={"microbatch_tokens": 13}))
     assert bits(policy, tmp_path / "starved") == bits(smaller, tmp_path / "smaller")
