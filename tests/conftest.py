@@ -49,6 +49,14 @@ def imports_are_not_searched_for_garbage() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture
+def no_idle_models() -> None:
+    """What another test left in a cache of models would be dropped first where memory runs out."""
+    from macpo.engine.distributed.failures import free_memory
+
+    free_memory()
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run of `tiny(folder, iterations=1)`, which all tests of a session share and none may change."""

@@ -215,10 +215,10 @@ class Generator:
         if self.max_batch == 1 or self.team.size > 1:  # the ranks of a team would have to fail together
             fix = "lower compute.generation_batch (max_batch of a Generator)" if self.max_batch > 1 else ""
             fix = fix or "lower sampling.max_new_tokens or context_tokens, or use a smaller model or dtype"
-            raise ResourceError(f"decoding {self.max_batch} sequences of {tokens:,} tokens does not fit in memory", fix)
+            what = f"decoding {self.max_batch} sequences of up to {tokens:,} tokens"
+            raise ResourceError(f"{what} does not fit in memory", fix)
         self.max_batch //= 2
-        why = "memory ran out while decoding (compute.generation_batch)"
-        _log.warning("%s: %d sequences together from now on", why, self.max_batch)
+        _log.warning("memory ran out while decoding: %d sequences together (compute.generation_batch)", self.max_batch)
 
     def _run(self, part: Sequence[Request], job: Job, on_done: Callable[[ActiveSequence], None]) -> None:
         paused: dict[tuple[str, int, int], ActiveSequence] = {}  # at the length where the model's rotary factors switch

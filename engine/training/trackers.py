@@ -124,7 +124,7 @@ def allowed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that trackers get: known names whose values are numbers or words that cannot be a secret."""
 
     def number(value: Any) -> bool:
-        return value is None or isinstance(value, int | float)
+        return value is None or value == "auto" or isinstance(value, int | float)
 
     def fits(name: str, value: Any) -> bool:
         if name in _NUMBERS:

@@ -45,6 +45,8 @@ from macpo.engine.run.context import StageContext
 from macpo.engine.run.runner import Runner
 from macpo.engine.run.stages import Graph, Stage, StageWork
 
+pytestmark = pytest.mark.usefixtures("no_idle_models")
+
 # --- starved (26, 40) ---
 
 

@@ -310,6 +310,7 @@ def test_broken_weights_and_a_wish_to_stop(llama: PreTrainedModel) -> None:
         Generator(llama).run([request], should_stop=lambda: next(asked))
 
 
+@pytest.mark.usefixtures("no_idle_models")
 @pytest.mark.parametrize("cache", ["slots", "pool"])
 def test_memory_that_runs_out_halves_the_batch_and_changes_no_text(cache: Any) -> None:
     model = model_of("llama")

@@ -19,6 +19,8 @@ from macpo.engine.generation.pool.capacity import waiting_part
 from macpo.engine.generation.pool.decode_step import DecodeStep
 from macpo.kernels import use_backend
 
+pytestmark = pytest.mark.usefixtures("no_idle_models")
+
 WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 64, which Triton takes
 MIXED = [
     SamplingParams(temperature=0, max_new_tokens=30, ignore_eos=True),

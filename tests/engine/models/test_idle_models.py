@@ -13,7 +13,6 @@ from training import PAIRS, Starved, bits, run_sft
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from macpo.engine.data.pack import PackedBatch
-from macpo.engine.distributed.failures import free_memory
 from macpo.engine.errors import Again, ResourceError
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
@@ -25,10 +24,7 @@ from macpo.engine.models.reward.classifier import Classifier
 from macpo.engine.scoring import score
 from macpo.engine.training.optim import Optimizer
 
-
-@pytest.fixture(autouse=True)
-def no_idle_models_of_other_tests() -> None:
-    free_memory()
+pytestmark = pytest.mark.usefixtures("no_idle_models")
 
 
 def idle(folder: Path) -> ModelCache:

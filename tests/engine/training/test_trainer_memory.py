@@ -13,7 +13,7 @@ from training import DPO, PAIRS, SFT, SLOW, Starved, bits, rows, run_dpo, run_sf
 
 from macpo.engine.data.batches import BatchOrder
 from macpo.engine.data.pack import PackedBatch
-from macpo.engine.distributed.failures import free_memory, is_lost_peer, is_out_of_memory
+from macpo.engine.distributed.failures import is_lost_peer, is_out_of_memory
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import NumericsError, ResourceError, Stopped
 from macpo.engine.models.policy import PolicyModule
@@ -22,9 +22,7 @@ from macpo.engine.scoring import score
 # --- memory ---
 
 
-@pytest.fixture(autouse=True)
-def no_idle_models_of_other_tests() -> None:
-    free_memory()
+pytestmark = pytest.mark.usefixtures("no_idle_models")
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])
