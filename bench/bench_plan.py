@@ -168,8 +168,7 @@ def forward_of(model: str, tokens: int, repeats: int) -> dict[str, Any]:
     groups = pairs(*BATCH, config.vocab_size, seed=1)
     batches = pack(groups, max_tokens=tokens)
     needed = memory(config, setup, row_of(groups, batches[0].groups), len(batches))
-    # of the dry run and of the model's making nothing is left
-    return_memory()
+    return_memory()  # what the dry run left
     machine = this_machine("cpu", 1)
     found = measure(config, setup, machine, groups, max_tokens=tokens, repeats=repeats, clock=time.process_time)
     return {

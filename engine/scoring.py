@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from macpo.engine.data.batches import MicroBatch, microbatches
 from macpo.engine.data.groups import PrefixGroup
 from macpo.engine.data.pack import PackedBatch, pack
-from macpo.engine.distributed.failures import free_memory, is_out_of_memory
+from macpo.engine.distributed.failures import is_out_of_memory, make_room
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ResourceError, Stopped
 from macpo.engine.models.attention_hook import attention_hook
@@ -127,7 +127,7 @@ def _hand_out(
 
 def _halves(micro: MicroBatch, groups: Sequence[PrefixGroup], together: bool) -> list[MicroBatch]:
     """What is scored in place of a forward for which there was no memory."""
-    if free_memory() and not together:
+    if make_room() and not together:
         return [micro]
     tokens = micro.batch.num_tokens
     if together or len(micro.batch.groups) == 1:

@@ -52,9 +52,9 @@ def imports_are_not_searched_for_garbage() -> Iterator[None]:
 @pytest.fixture
 def no_idle_models() -> None:
     """What another test left in a cache of models would be dropped first where memory runs out."""
-    from macpo.engine.distributed.failures import free_memory
+    from macpo.engine.distributed.failures import make_room
 
-    free_memory()
+    make_room()
 
 
 @pytest.fixture(scope="session")

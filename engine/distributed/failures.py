@@ -33,19 +33,23 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def when_memory_runs_out(give_up: Callable[[], bool]) -> None:
-    """Have `free_memory` call a method, for as long as its object lives; it returns whether it gave anything up."""
+    """Have `make_room` call a method, for as long as its object lives; it returns whether it gave anything up."""
     _spare.append(WeakMethod(give_up))
 
 
-def free_memory() -> bool:
-    """Free a failed attempt's memory, and what is kept for later; call it outside the `except` block, whose traceback
-    holds tensors.
+def free_memory() -> None:
+    """Free what is no longer used; call it outside the `except` block, whose traceback holds tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def make_room() -> bool:
+    """Free a failed attempt's memory, and what is kept for later; call it as `free_memory` is called.
 
     Returns whether something kept for later was given up, so that the same attempt may succeed now.
     """
-    gc.collect()
+    free_memory()
     _spare[:] = [each for each in _spare if each() is not None]
     gave = [give_up() for each in _spare if (give_up := each()) is not None]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return any(gave)

@@ -21,7 +21,7 @@ from torch import nn
 
 from macpo.engine.data.chat import Chat
 from macpo.engine.data.texts import Text
-from macpo.engine.distributed.failures import free_memory, is_out_of_memory
+from macpo.engine.distributed.failures import is_out_of_memory, make_room
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, ResourceError
 from macpo.engine.generation.batch_runner import BatchRunner, Job
@@ -210,7 +210,7 @@ class Generator:
 
     def _make_room(self, tokens: int) -> None:
         self._session = None
-        if free_memory() and self.team.size == 1:
+        if make_room() and self.team.size == 1:
             return  # models that nothing uses were dropped
         if self.max_batch == 1 or self.team.size > 1:  # the ranks of a team would have to fail together
             fix = "lower compute.generation_batch (max_batch of a Generator)" if self.max_batch > 1 else ""

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from macpo.engine.config import FullSettings, LoraSettings, ParallelSettings, Quantization
-from macpo.engine.distributed.failures import free_memory, is_out_of_memory, when_memory_runs_out
+from macpo.engine.distributed.failures import is_out_of_memory, make_room, when_memory_runs_out
 from macpo.engine.errors import ResourceError
 from macpo.engine.model_folders import PolicyRef, local_folder, num_parameters, weight_files
 from macpo.engine.models.equivalence import passed_structures
@@ -83,7 +83,7 @@ class ModelCache:
             ConfigError: the weights cannot be used. ResourceError: the base alone exceeds the budget, or the device.
         """
         made = self._tried(ref, tuning, seed, spread)
-        if made is None and free_memory():
+        if made is None and make_room():
             made = self._tried(ref, tuning, seed, spread)
         if made is None:
             problem = f"base model {ref.base!r} does not fit in memory" + (" as it is trained" if tuning else "")

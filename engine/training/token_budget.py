@@ -8,7 +8,7 @@ from pathlib import Path
 from macpo.engine.console import notice
 from macpo.engine.data.pack import PackedBatch
 from macpo.engine.distributed.agree import on_main
-from macpo.engine.distributed.failures import free_memory
+from macpo.engine.distributed.failures import make_room
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import Again, MacpoError, ResourceError
 from macpo.engine.files import read_json, write_json
@@ -38,7 +38,7 @@ class TokenBudget:
             Again: the other ranks are inside the same micro-batch and cannot be interrupted; the note is written.
         """
         what = f"{where}: a micro-batch of {batch.num_tokens} tokens does not fit in memory"
-        if free_memory():
+        if make_room():
             if collective:
                 raise self._beside(what)
             return False
@@ -60,7 +60,7 @@ class TokenBudget:
     def no_room(self, where: str, error: BaseException) -> ResourceError:
         """The error for a step that ran out of memory outside its micro-batches."""
         what = f"{where}: no memory for gradients or optimizer states ({' '.join(str(error).split())})"
-        if free_memory():
+        if make_room():
             return self._beside(what)
         fix = "train with LoRA, or spread the weights (compute.parallel.sharding: shard)"
         return ResourceError(what, fix, file=self._stage)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from macpo.engine.distributed.failures import free_memory, is_out_of_memory
+from macpo.engine.distributed.failures import is_out_of_memory, make_room
 from macpo.engine.distributed.world import World
 from macpo.engine.errors import ConfigError, NumericsError, ResourceError, Stopped, one_line
 from macpo.engine.foreign import check_model_config, header, read_json_object
@@ -75,7 +75,7 @@ class Classifier:
             if scores is not None:
                 for i, score in zip(batch, scores, strict=True):
                     found[i] = score
-            elif free_memory():
+            elif make_room():
                 todo.append(batch)
             elif len(batch) > 1:
                 half = len(batch) // 2

@@ -13,6 +13,7 @@ from training import PAIRS, Starved, bits, run_sft
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from macpo.engine.data.pack import PackedBatch
+from macpo.engine.distributed.failures import free_memory, make_room
 from macpo.engine.errors import Again, ResourceError
 from macpo.engine.generation.generator import Generator
 from macpo.engine.generation.params import SamplingParams
@@ -79,6 +80,12 @@ def test_an_update_without_room_is_tried_again_where_idle_models_gave_theirs(
     monkeypatch.undo()
     plain, _ = run_sft(tmp_path / "plain")
     assert bits(policy, tmp_path / "run") == bits(plain, tmp_path / "plain")
+
+
+def test_what_is_freed_between_stages_leaves_the_cache_as_it_is(tmp_path: Path) -> None:
+    cache = idle(tmp_path)
+    free_memory()
+    assert len(cache.resident) == 2 and make_room() and not cache.resident and not make_room()
 
 
 def test_a_model_is_loaded_where_an_idle_one_lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
